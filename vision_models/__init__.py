@@ -1,0 +1,1 @@
+"""Vision models, their data, training and settings; nothing here computes curvature."""

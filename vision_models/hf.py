@@ -1,0 +1,49 @@
+"""Vision models of HF transformers: any configuration of ViT and ResNet, fresh or pretrained."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+
+def vit(*, classes: int = 1000, **config: Any) -> ViTForImageClassification:
+    """A fresh ViT: by default ViT-base/16 at 224 pixels, 86,567,656 parameters.
+
+    Args:
+        classes: Number of classes.
+        **config: Fields of HF's ViTConfig (image_size, patch_size, num_channels, hidden_size, num_hidden_layers, …).
+    """
+    return ViTForImageClassification(_config(ViTConfig, classes, config))
+
+
+def resnet(*, classes: int = 1000, **config: Any) -> ResNetForImageClassification:
+    """A fresh HF ResNet: by default ResNet50.
+
+    Args:
+        classes: Number of classes.
+        **config: Fields of HF's ResNetConfig (depths, hidden_sizes, embedding_size, layer_type, num_channels, …).
+    """
+    return ResNetForImageClassification(_config(ResNetConfig, classes, config))
+
+
+def pretrained(name: str = "google/vit-base-patch16-224") -> PreTrainedModel:
+    """A pretrained image classifier by HF name, or from a folder that `save_pretrained` wrote."""
+    try:
+        return AutoModelForImageClassification.from_pretrained(name, use_safetensors=True)
+    except OSError as error:
+        where = "in this folder" if Path(name).exists() else "here or on the hub"
+        raise ValueError(f"no image classifier with safetensors weights under {name!r} {where}: {error}") from error
+
+
+def _config(kind: type, classes: int, fields: dict[str, Any]) -> Any:
+    unknown = sorted(set(fields) - set(vars(kind())))
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no setting {unknown}: see its page in the documentation of transformers")
+    return kind(num_labels=classes, **fields)
