@@ -1,0 +1,174 @@
+"""Products with blocks of a curvature matrix.
+
+All blocks of a micro-batch share one forward and one first backward pass (:func:`linearise`); each product then runs only
+through the part of the graph between the block's gradient and the block itself (``autograd.grad(g_b, p_b, v_b)``).
+The full matrix is the same code with one block that holds every parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocks import Block, gather, scatter
+from .losses import Loss
+from .objective import Objective
+
+Tensors = Mapping[str, Tensor]
+Apply = Callable[[Tensors, Sequence[str]], dict[str, Tensor]]
+"""``apply(direction, targets)``: product with a direction (parameter name -> tensor; zero elsewhere), restricted to the
+parameters named in ``targets``; summed over the loss terms of the batch it was made from. Absent names are zeros."""
+
+
+class Products:
+    """Products of the blocks of one objective; counts what they cost.
+
+    curvature: ``"hessian"``; ``"ggn"``, the generalised Gauss-Newton matrix J' H_L J with J the Jacobian of the loss's
+        ``outputs`` (Schraudolph 2002); ``"fisher"``, the empirical Fisher matrix: mean over loss terms of g g' with g the
+        gradient of the term.
+
+    ``gradients`` counts shared forward-and-backward passes over one batch, ``products`` products of one vector with
+    one batch.
+    """
+
+    def __init__(self, objective: Objective, curvature: str = "hessian") -> None:
+        if curvature not in LINEARISATIONS:
+            raise ValueError(f"curvature is one of {tuple(LINEARISATIONS)}, got {curvature!r}")
+        if curvature != "hessian" and not isinstance(objective.loss, Loss):
+            raise ValueError(
+                f"curvature {curvature!r} needs a loss that is split at the model's outputs: "
+                "blockspec.losses.Loss(outputs=..., terms=...)"
+            )
+        self.objective = objective
+        self.curvature = curvature
+        self.gradients = 0
+        self.products = 0
+        self._parameters = objective.parameters()
+
+    def sweep(self, requests: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
+        """For each (block b, v (P_b,)): H_bb v (P_b,); all of them from one pass over the batches."""
+        return [parts[0] for parts in self._pass([(block, vector, (block,)) for block, vector in requests])]
+
+    def columns(self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block]) -> list[list[Tensor]]:
+        """For each (block b, v (P_b,)): H_cb v (P_c,) of every block c in ``targets``; one pass over the batches."""
+        return self._pass([(block, vector, targets) for block, vector in requests])
+
+    def _pass(self, requests: Sequence[tuple[Block, Tensor, Sequence[Block]]]) -> list[list[Tensor]]:
+        totals = [[vector.new_zeros(target.numel) for target in targets] for _, vector, targets in requests]
+        blocks = [block for source, _, targets in requests for block in (source, *targets)]
+        names = dict.fromkeys(name for block in blocks for name in block.parameters)
+        terms = 0.0
+        for apply, count in self._linearised({name: self._parameters[name] for name in names}):
+            terms += count
+            for total, (block, vector, targets) in zip(totals, requests, strict=True):
+                self._add_product(total, apply, block, vector, targets)
+        for total, (block, _, _) in zip(totals, requests, strict=True):
+            for part in total:
+                part /= terms
+                if not torch.isfinite(part).all():
+                    raise ValueError(
+                        f"a product with block {block.name!r} holds NaN or infinite values; check the checkpoint and the "
+                        "data, or use a wider dtype (model.double())"
+                    )
+        return totals
+
+    def _linearised(self, parameters: dict[str, Tensor]) -> Iterator[tuple[Apply, float]]:
+        with self.objective.prepared(), _explained():
+            for batch in self.objective.batches():
+                apply, count = LINEARISATIONS[self.curvature](self.objective, batch, parameters)
+                self.gradients += 1
+                yield apply, count
+                del apply  # the graph is freed before the next batch makes its own
+
+    def _add_product(
+        self, totals: list[Tensor], apply: Apply, block: Block, vector: Tensor, targets: Sequence[Block]
+    ) -> None:
+        self.products += 1
+        names = list(dict.fromkeys(name for target in targets for name in target.parameters))
+        product = apply(scatter(block, vector, self._parameters), names)
+        for total, target in zip(totals, targets, strict=True):
+            parts = {n: product[n] if n in product else torch.zeros_like(self._parameters[n]) for n in target.parameters}
+            total += gather(target, parts).to(total)
+
+
+def _hessian(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+    total, count = objective.loss_sum(batch)
+    gradients = _grad([total], parameters, create_graph=True)
+
+    def apply(direction: Tensors, targets: Sequence[str]) -> dict[str, Tensor]:
+        sources = [name for name in direction if name in gradients and gradients[name].requires_grad]
+        return _grad(
+            [gradients[name] for name in sources],
+            {name: parameters[name] for name in targets},
+            grad_outputs=[direction[name] for name in sources],
+            retain_graph=True,
+        )
+
+    return apply, count
+
+
+def _ggn(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+    outputs = objective.loss.outputs(objective.model, batch)
+    leaf = outputs.detach().requires_grad_()
+    terms = objective.loss.terms(leaf, batch)
+    (slope,) = torch.autograd.grad(terms.sum(), leaf, create_graph=True)
+
+    def middle(tangent: Tensor) -> Tensor:
+        return _grad([slope], {"": leaf}, grad_outputs=[tangent], retain_graph=True).get("", torch.zeros_like(leaf))
+
+    return _gauss_newton(outputs, parameters, middle), float(terms.numel())
+
+
+def _fisher(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+    terms = objective.loss.terms(objective.loss.outputs(objective.model, batch), batch)
+    return _gauss_newton(terms, parameters, lambda tangent: tangent), float(terms.numel())
+
+
+def _gauss_newton(outputs: Tensor, parameters: Tensors, middle: Callable[[Tensor], Tensor]) -> Apply:
+    """J' M J with J the Jacobian of ``outputs``; J v is the derivative of J' u with respect to u, so it shares a pass too."""
+    dual = torch.zeros_like(outputs, requires_grad=True)
+    transposed = _grad([outputs], parameters, grad_outputs=[dual], create_graph=True)
+
+    def apply(direction: Tensors, targets: Sequence[str]) -> dict[str, Tensor]:
+        sources = [name for name in direction if name in transposed]
+        tangent = _grad(
+            [transposed[name] for name in sources],
+            {"": dual},
+            grad_outputs=[direction[name] for name in sources],
+            retain_graph=True,
+        )
+        if not tangent:
+            return {}
+        wanted = {name: parameters[name] for name in targets}
+        return _grad([outputs], wanted, grad_outputs=[middle(tangent[""])], retain_graph=True)
+
+    return apply
+
+
+LINEARISATIONS = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher}
+
+
+def _grad(outputs: Sequence[Tensor], inputs: Tensors, **settings: Any) -> dict[str, Tensor]:
+    """``torch.autograd.grad`` by name; without the inputs that the outputs do not depend on."""
+    if not outputs or not inputs:
+        return {}
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), allow_unused=True, **settings)
+    return {name: gradient for name, gradient in zip(inputs, gradients, strict=True) if gradient is not None}
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Says what to do about a kernel without a second derivative."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "is not implemented" in str(error) and "derivative" in str(error):
+            raise ValueError(
+                f"the model uses a kernel that cannot be differentiated twice and could not be replaced ({error}); "
+                "switch it off in the model (fused or flash attention, fused norms), e.g. attn_implementation='eager'"
+            ) from error
+        raise

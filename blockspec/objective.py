@@ -1,0 +1,216 @@
+"""The objective: a model, a fixed list of batches and a loss; the scalar function of the parameters whose curvature is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .attention import twice_differentiable
+
+BATCH_NORMS = ("eval", "train")
+
+
+class Objective:
+    """``mean over all loss terms of all batches`` as a function of the parameters of ``model``.
+
+    model: left as it was found by everything here: training flags, gradients, attention implementation, buffers.
+    batches: a finite list (or anything that can be iterated again and again, in the same order and with the same
+        content, like an unshuffled DataLoader) of what the loss understands. An iterator is read into a list. Batches
+        are moved to the model's device one at a time.
+    loss: ``loss(model, batch) -> (sum of the loss terms, number of terms)``, see :mod:`blockspec.losses`. For the
+        curvatures ``ggn`` and ``fisher`` it has to be a :class:`blockspec.losses.Loss`, which says where to split.
+    batch_norm: ``"eval"`` (running statistics, as at inference) or ``"train"`` (statistics of the batch, differentiated
+        through; then the objective depends on how the data is cut into batches). Running statistics are untouched.
+
+    Raises ValueError for no batches and for another ``batch_norm``, TypeError for a model or loss that is none.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any], loss: Any, *, batch_norm: str = "eval"
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a torch.nn.Module; got a {type(model).__name__}")
+        if not callable(loss):
+            raise TypeError(f"loss is a function (model, batch) -> (sum, number of terms); got a {type(loss).__name__}")
+        if isinstance(batches, (Tensor, Mapping)):
+            raise TypeError(f"batches is a list of batches; got a single {type(batches).__name__}: put it in a list")
+        if batch_norm not in BATCH_NORMS:
+            raise ValueError(f"batch_norm is one of {BATCH_NORMS}, got {batch_norm!r}")
+        if isinstance(batches, Iterator):
+            batches = list(batches)
+        if isinstance(batches, Sized) and len(batches) == 0:
+            raise ValueError("no batches: the list is empty, or the iterator had ended; pass a list of at least one batch")
+        self.model = model
+        self.loss = loss
+        self.batch_norm = batch_norm
+        self._batches = batches
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are moved to: the device of the first parameter."""
+        return next(self.model.parameters()).device
+
+    def batches(self) -> Iterator[Any]:
+        """The batches, each moved to the model's device when its turn comes."""
+        batch = None
+        for batch in self._batches:
+            yield to_device(batch, self.device)
+        if batch is None:
+            raise ValueError("no batches: the iterable of batches ended at once; pass a list of at least one batch")
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that require gradients, by the name that ``named_parameters`` gives; a tied one once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The model in eval mode and differentiable twice; all of it restored on leaving, also by an exception."""
+        with ExitStack() as stack:
+            stack.enter_context(_eval_mode(self.model, batch_norm=self.batch_norm))
+            stack.enter_context(twice_differentiable(self.model))
+            stack.enter_context(torch.enable_grad())
+            yield
+
+    def loss_sum(self, batch: Any) -> tuple[Tensor, float]:
+        """Sum of the loss terms of one batch (a scalar with a graph) and their number."""
+        try:
+            total, count = self.loss(self.model, batch)
+        except (TypeError, ValueError) as error:
+            if "unpack" in str(error) or "iterable" in str(error) and "loss" in str(error):
+                raise TypeError(
+                    "the loss gave one value; it must give two: (sum of the loss terms, number of terms); "
+                    "see blockspec.losses.Loss"
+                ) from error
+            raise
+        return total, float(count)
+
+    def value(self) -> float:
+        """The mean over all loss terms of all batches."""
+        sums, counts = 0.0, 0.0
+        with self.prepared(), torch.no_grad():
+            for batch in self.batches():
+                total, count = self.loss_sum(batch)
+                sums, counts = sums + float(total), counts + count
+        return sums / counts
+
+    def gradient(self) -> dict[str, Tensor]:
+        """Gradient of the mean loss, by parameter name; zeros where the loss does not depend on a parameter."""
+        parameters = self.parameters()
+        gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        counts = 0.0
+        with self.prepared():
+            for batch in self.batches():
+                total, count = self.loss_sum(batch)
+                counts += count
+                parts = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+                for gradient, part in zip(gradients.values(), parts, strict=True):
+                    if part is not None:
+                        gradient += part
+        return {name: gradient / counts for name, gradient in gradients.items()}
+
+    def check(self) -> None:
+        """Everything that can be known to be wrong before the expensive part.
+
+        Raises ValueError for a loss without terms or without a graph, for a loss that is NaN or infinite, and for an
+        objective that does not give the same value twice (dropout left on, shuffled data, random numbers in the loss).
+        """
+        with self.prepared():
+            first, again = _head(self._batches), _head(self._batches)
+            if fingerprint(first) != fingerprint(again):
+                raise ValueError(
+                    "the batches are not the same the second time: the data is shuffled or drawn anew. Pass a list, or "
+                    "a DataLoader with shuffle=False and without random augmentation"
+                )
+            batch = to_device(first, self.device)
+            total, count = self.loss_sum(batch)
+            _check_loss(total, count)
+            repeated, _ = self.loss_sum(batch)
+            if not torch.equal(total.detach(), repeated.detach()):
+                raise ValueError(_nondeterminism(self.model, float(total), float(repeated)))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The same batch with its tensors on ``device``."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def fingerprint(batch: Any) -> str:
+    """A digest of a batch's content: equal for equal tensors, whatever they are held in."""
+    digest = hashlib.sha256()
+    _digest(batch, digest)
+    return digest.hexdigest()[:16]
+
+
+def _digest(value: Any, digest: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for name in value:
+            digest.update(str(name).encode())
+            _digest(value[name], digest)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _digest(item, digest)
+    else:
+        digest.update(repr(value).encode())
+
+
+def _head(batches: Iterable[Any]) -> Any:
+    for batch in batches:
+        return batch
+    raise ValueError("no batches: the iterable of batches ended at once; pass a list of at least one batch")
+
+
+def _check_loss(total: Tensor, count: float) -> None:
+    if not isinstance(total, Tensor) or total.numel() != 1:
+        raise TypeError(f"the loss must give a scalar tensor and a count; it gave {total!r}")
+    if count <= 0:
+        raise ValueError(f"the loss has {count:g} terms on the first batch; a batch needs at least one (all labels -100?)")
+    if not total.requires_grad:
+        raise ValueError(
+            "the loss has no graph: it does not depend on a parameter that requires gradients (a frozen model, "
+            "torch.no_grad, .detach() or .item() in the loss); call model.requires_grad_(True) or mend the loss"
+        )
+    if not torch.isfinite(total):
+        raise ValueError(f"the loss is {float(total)} on the first batch; curvature needs a finite one: check the checkpoint")
+
+
+def _nondeterminism(model: nn.Module, first: float, second: float) -> str:
+    return (
+        f"the objective is not deterministic: the same batch gave {first!r} and then {second!r}, with {type(model).__name__} "
+        "in eval mode. Something still draws random numbers: dropout that ignores eval mode (F.dropout without "
+        "training=self.training, a module that overrides train()), or a loss or augmentation with random numbers"
+    )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module, *, batch_norm: str) -> Iterator[None]:
+    """Every module in eval mode, or batch norms in train mode without touching their running statistics."""
+    flags = [(module, module.training) for module in model.modules()]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)] if batch_norm == "train" else []
+    tracked = [(module, module.track_running_stats, module.running_mean, module.running_var) for module in norms]
+    try:
+        model.eval()
+        for norm in norms:  # without running statistics, eval mode uses those of the batch
+            norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+        yield
+    finally:
+        for norm, tracks, mean, variance in tracked:
+            norm.track_running_stats, norm.running_mean, norm.running_var = tracks, mean, variance
+        for module, flag in flags:
+            module.training = flag

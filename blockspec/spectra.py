@@ -1,0 +1,344 @@
+"""Spectra: quadrature nodes and weights of blocks, and what is read off them: moments, extreme eigenvalues, densities."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from .blocks import Block
+from .density import RELATIVE_WIDTH, smooth
+
+RESOLUTION = 1e-4  # eigenvalues closer to zero than this, relative to the largest one, are one point on the default scale
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error over probes; None where it cannot be known (one probe), 0 where it is exact."""
+
+    value: float
+    stderr: float | None
+
+    def __float__(self) -> float:
+        return self.value
+
+
+class RitzValue(NamedTuple):
+    """An approximate eigenvalue: a true one lies within ``residual`` of ``value``."""
+
+    value: float
+    residual: float
+
+    def __float__(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The spectrum of one block as K quadratures: ``sum_i weights[k, i] f(nodes[k, i])`` estimates tr f(H_bb) / P.
+
+    block: name, kind, layer, numel (P).
+    nodes: (K, M) Ritz values in ascending order, in units of the loss over squared parameters.
+    weights: (K, M) quadrature weights; each row sums to 1. Places that an ended probe did not use have weight 0 and
+        repeat its last node.
+    residuals: (K, M) an eigenvalue lies within residual of the node.
+    steps: (K,) Lanczos steps done.
+    breakdown: (K,) True where the probe ended in an invariant subspace: its nodes are eigenvalues.
+    orthogonality: (K,) max |Q'Q - I| of the Krylov basis; nan where it was not kept.
+    reorthogonalized: False: converged eigenvalues may appear several times; do not count them.
+    exact: True: all P eigenvalues, weight 1/P each; nothing is estimated.
+    curvature, dtype, distribution, seed: which matrix, in which precision, and how the probes were drawn.
+    """
+
+    block: Block
+    nodes: np.ndarray
+    weights: np.ndarray
+    residuals: np.ndarray
+    steps: np.ndarray
+    breakdown: np.ndarray
+    orthogonality: np.ndarray
+    reorthogonalized: bool
+    exact: bool
+    curvature: str
+    dtype: str
+    distribution: str
+    seed: int
+
+    @property
+    def num_probes(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def is_zero(self) -> bool:
+        """The block has no curvature at all: the loss does not depend on it, or only linearly."""
+        return not self.nodes.any()
+
+    @property
+    def trace(self) -> Estimate:
+        """Trace of the block; unit of an eigenvalue."""
+        mean = self.moment(1)
+        numel = self.block.numel
+        return Estimate(numel * mean.value, None if mean.stderr is None else numel * mean.stderr)
+
+    @property
+    def largest(self) -> RitzValue:
+        """The algebraically largest Ritz value of all probes: a lower bound, up to its residual and rounding."""
+        return self._ritz(np.argmax(self.nodes))
+
+    @property
+    def smallest(self) -> RitzValue:
+        """The algebraically smallest (most negative) Ritz value of all probes."""
+        return self._ritz(np.argmin(self.nodes))
+
+    @property
+    def norm(self) -> float:
+        """Spectral norm, as far as it is known: the largest Ritz value in magnitude."""
+        return float(np.abs(self.nodes).max())
+
+    def _ritz(self, place: np.intp) -> RitzValue:
+        return RitzValue(float(self.nodes.flat[place]), float(self.residuals.flat[place]))
+
+    def moment(self, k: int) -> Estimate:
+        """tr(H^k) / P: the mean over probes of ``v' H^k v`` with v of norm 1; exact per probe for k <= 2M - 1."""
+        return self.mean(lambda nodes: nodes**k)
+
+    def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+        """tr f(H) / P for a function f of an array of eigenvalues."""
+        return estimate((self.weights * function(self.nodes)).sum(1), exact=self.exact)
+
+    def cdf(self, points: np.ndarray) -> np.ndarray:
+        """(G,) share of the eigenvalues that are at most ``points`` (G,), mean over probes."""
+        order = np.argsort(self.nodes, axis=None)
+        cumulated = np.concatenate([[0.0], np.cumsum(self.weights.ravel()[order])]) / self.num_probes
+        return cumulated[np.searchsorted(self.nodes.ravel()[order], points, side="right")]
+
+    @property
+    def linear(self) -> float:
+        """Where the default scale turns from linear to logarithmic: the median magnitude of the eigenvalues, but at least
+        ``RESOLUTION`` of the largest magnitude; 1 for a block of zeros."""
+        sizes = np.abs(self.nodes).ravel()
+        order = np.argsort(sizes)
+        half = np.searchsorted(np.cumsum(self.weights.ravel()[order]), 0.5 * self.num_probes)
+        return max(float(sizes[order][min(half, len(order) - 1)]), RESOLUTION * self.norm) or 1.0
+
+    def grid(self, points: int = 2000, *, linear: float | None = None) -> np.ndarray:
+        """(points,) eigenvalues that cover the spectrum and its smoothed edges, even on the scale asinh(x / linear)."""
+        linear = linear or self.linear
+        margin = 5 * RELATIVE_WIDTH
+        low, high = np.arcsinh(np.array([self.nodes.min(), self.nodes.max()]) / linear)
+        return linear * np.sinh(np.linspace(low - margin, high + margin, points))
+
+    def densities(self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None) -> np.ndarray:
+        """(K, G) the density of each probe; see :meth:`density`. Their spread over probes is its error bar."""
+        return np.stack(
+            [smooth(n, w, grid, width, linear or self.linear) for n, w in zip(self.nodes, self.weights, strict=True)]
+        )
+
+    def density(self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None) -> np.ndarray:
+        """(G,) spectral density at the eigenvalues ``grid`` (G,), mean over probes; integrates to 1 over all eigenvalues.
+
+        width: standard deviation of a Gaussian kernel in units of an eigenvalue. None: a kernel of width
+            ``RELATIVE_WIDTH`` on the scale asinh(x / linear), that is 0.2 * linear around zero and 20 % of the eigenvalue
+            far from it. A single width that suits the outliers hides the bulk: it is never the default.
+        linear: see :attr:`linear`, its default; only used where ``width`` is None.
+        """
+        return self.densities(grid, width, linear=linear).mean(0)
+
+
+class Spectra(Mapping[str, Spectrum]):
+    """Spectra by block name, in the order of the blocks; read-only."""
+
+    def __init__(self, spectra: Iterable[Spectrum]) -> None:
+        self._spectra = {spectrum.block.name: spectrum for spectrum in spectra}
+
+    def __getitem__(self, name: str) -> Spectrum:
+        try:
+            return self._spectra[name]
+        except KeyError:
+            near = difflib.get_close_matches(name, self._spectra, n=3, cutoff=0.0)
+            raise KeyError(f"no spectrum of a block {name!r}; the nearest names are {near}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spectra)
+
+    def __len__(self) -> int:
+        return len(self._spectra)
+
+    def __repr__(self) -> str:
+        return f"Spectra of {len(self)} blocks: {', '.join(list(self)[:3])}{', ...' if len(self) > 3 else ''}"
+
+    def select(self, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None) -> Spectra:
+        """The spectra whose block names match a glob of ``include`` and none of ``exclude``."""
+        return Spectra(s for name, s in self.items() if _kept(name, include, exclude))
+
+    def frame(self, *, step: int = 0) -> pd.DataFrame:
+        """The tidy table that :meth:`save` writes: one row per node of each probe of each block; ``step`` is a column."""
+        return pd.concat([_frame(spectrum, step) for spectrum in self.values()], ignore_index=True)
+
+    def save(self, path: str | os.PathLike[str], *, step: int = 0) -> None:
+        """Writes the table as parquet, whole or not at all."""
+        write_parquet(self.frame(step=step), path)
+
+    def summary(self) -> pd.DataFrame:
+        """A row a block: extreme eigenvalues, trace, and how far to trust them."""
+        return pd.DataFrame([_summary(spectrum) for spectrum in self.values()]).set_index("block")
+
+
+def estimate(samples: np.ndarray, *, exact: bool = False) -> Estimate:
+    """Mean and standard error of K independent samples."""
+    if exact:
+        return Estimate(float(samples[0]), 0.0)
+    stderr = float(samples.std(ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else None
+    return Estimate(float(samples.mean()), stderr)
+
+
+def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
+    """The mixture of the blocks' spectra by number of parameters: what the full spectrum would be if the matrix were block
+    diagonal. Blocks must be disjoint: leave ``model`` out.
+
+    The probes of different blocks are independent, so the k-th probe of the mixture is made of the k-th of each block, and
+    its spread over k is its error. Blocks that were done with different numbers of probes are averaged into one row, whose
+    standard error cannot be known.
+    """
+    parts = list(spectra.values())
+    if not parts:
+        raise ValueError("no spectra to mix: the mapping is empty")
+    if len(parts) > 1 and any(part.block.name == "model" for part in parts):
+        raise ValueError("'model' overlaps the other blocks: mix disjoint ones, e.g. spectra.select(exclude='model')")
+    total = sum(part.block.numel for part in parts)
+    counts = {part.num_probes for part in parts if not part.exact}
+    probes = counts.pop() if len(counts) == 1 else 1
+    rows = [_rows(part, probes) for part in parts]
+    nodes, residuals = (np.concatenate([row[i] for row in rows], axis=1) for i in (0, 2))
+    weights = np.concatenate([r[1] * p.block.numel / total for r, p in zip(rows, parts, strict=True)], axis=1)
+    order = np.argsort(nodes, axis=1)
+    return replace(
+        parts[0],
+        block=Block(name="block_diagonal", kind="other", layer=None, numel=total),
+        nodes=np.take_along_axis(nodes, order, 1),
+        weights=np.take_along_axis(weights, order, 1),
+        residuals=np.take_along_axis(residuals, order, 1),
+        steps=np.full(len(nodes), sum(int(part.steps.max()) for part in parts)),
+        breakdown=np.full(len(nodes), all(part.breakdown.all() for part in parts)),
+        orthogonality=np.full(len(nodes), max(part.orthogonality.max() for part in parts)),
+        reorthogonalized=all(part.reorthogonalized for part in parts),
+        exact=all(part.exact for part in parts),
+    )
+
+
+def _rows(part: Spectrum, probes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes, weights, residuals of ``probes`` rows: an exact row repeated, the probes themselves, or all of them in one."""
+    arrays = (part.nodes, part.weights, part.residuals)
+    if part.exact:
+        nodes, weights, residuals = (np.tile(array[:1], (probes, 1)) for array in arrays)
+    elif part.num_probes == probes:
+        nodes, weights, residuals = arrays
+    else:
+        nodes, weights, residuals = (array.reshape(1, -1) for array in arrays)
+        weights = weights / part.num_probes
+    return nodes, weights, residuals
+
+
+def load_spectra(path: str | os.PathLike[str], *, step: int | None = None) -> Spectra:
+    """The spectra of a file that :meth:`Spectra.save` or a run wrote; ``step`` chooses one where it holds several.
+
+    Raises FileNotFoundError, and ValueError for a file that is no table of spectra or a step that it does not hold.
+    """
+    table = read_table(path)
+    steps = table["step"].unique().tolist()
+    if step is None and len(steps) > 1:
+        raise ValueError(f"{path} holds the steps {steps}: choose one with step=")
+    if step is not None and step not in steps:
+        raise ValueError(f"{path} has no step {step}; it holds {steps}")
+    return spectra_of(table if step is None else table[table["step"] == step])
+
+
+def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """The tidy table of a spectra file."""
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is not a parquet file of spectra ({error}); run again to write it anew") from error
+    if missing := set(COLUMNS) - set(table.columns):
+        raise ValueError(f"{path} is not a table of spectra: it lacks the columns {sorted(missing)}")
+    return table
+
+
+def spectra_of(table: pd.DataFrame) -> Spectra:
+    """The spectra of one step of a tidy table."""
+    return Spectra(_spectrum(rows) for _, rows in table.groupby("block", sort=False))
+
+
+PER_BLOCK = ("reorthogonalized", "exact", "curvature", "dtype", "distribution", "seed")
+PER_PROBE = ("steps", "breakdown", "orthogonality")
+PER_NODE = {"node": "nodes", "weight": "weights", "residual": "residuals"}
+COLUMNS = ("step", "block", "kind", "layer", "numel", "probe", "index", *PER_NODE, *PER_PROBE, *PER_BLOCK)
+
+
+def _frame(spectrum: Spectrum, step: int) -> pd.DataFrame:
+    probes, places = spectrum.nodes.shape
+    block = spectrum.block
+    columns: dict[str, object] = {"step": step, "block": block.name, "kind": block.kind, "layer": block.layer}
+    columns |= {"numel": block.numel, "probe": np.repeat(np.arange(probes), places)}
+    columns |= {"index": np.tile(np.arange(places), probes)}
+    columns |= {column: getattr(spectrum, name).ravel() for column, name in PER_NODE.items()}
+    columns |= {name: np.repeat(getattr(spectrum, name), places) for name in PER_PROBE}
+    columns |= {name: getattr(spectrum, name) for name in PER_BLOCK}
+    return pd.DataFrame(columns).astype({"layer": "Int64"})[list(COLUMNS)]
+
+
+def _spectrum(rows: pd.DataFrame) -> Spectrum:
+    first = rows.iloc[0]
+    probes = int(rows["probe"].nunique())
+    layer = None if pd.isna(first["layer"]) else int(first["layer"])
+    return Spectrum(
+        block=Block(name=first["block"], kind=first["kind"], layer=layer, numel=int(first["numel"])),
+        **{name: rows[column].to_numpy().reshape(probes, -1) for column, name in PER_NODE.items()},
+        **{name: rows[name].to_numpy().reshape(probes, -1)[:, 0] for name in PER_PROBE},
+        **{name: first[name].item() if hasattr(first[name], "item") else first[name] for name in PER_BLOCK},
+    )
+
+
+def _summary(spectrum: Spectrum) -> dict[str, object]:
+    block, trace = spectrum.block, spectrum.trace
+    return {
+        "block": block.name,
+        "kind": block.kind,
+        "layer": block.layer,
+        "numel": block.numel,
+        "largest": spectrum.largest.value,
+        "smallest": spectrum.smallest.value,
+        "residual": max(spectrum.largest.residual, spectrum.smallest.residual),
+        "trace": trace.value,
+        "trace_stderr": trace.stderr,
+        "steps": int(spectrum.steps.max()),
+        "exact": spectrum.exact,
+    }
+
+
+def _kept(name: str, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None) -> bool:
+    def matches(patterns: str | Iterable[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))
+
+    return (include is None or matches(include)) and not (exclude is not None and matches(exclude))
+
+
+def write_parquet(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Writes whole or not at all: under a temporary name in the same folder, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        table.to_parquet(partial, index=False, compression="zstd")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
