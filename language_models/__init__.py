@@ -1,0 +1,1 @@
+"""Data, training and models of language; nothing here computes curvature."""

@@ -1,0 +1,111 @@
+"""Optimizers and learning rates, from settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """What makes an update out of a gradient.
+
+    Args:
+        name: adamw (decoupled weight decay), adam (weight decay added to the gradient), sgd (with momentum) or adahessian.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of matrices; vectors (biases, norms) are never decayed.
+        betas: Decay of the running means of gradient and squared gradient (adamw, adam, adahessian).
+        eps: Added to the denominator (adamw, adam; adahessian takes the larger of this and its own 1e-4).
+        momentum: Momentum of sgd.
+        clip: Largest norm of the whole gradient; 0 switches clipping off.
+    """
+
+    name: Literal["adamw", "adam", "sgd", "adahessian"] = "adamw"
+    lr: float = 6e-4  # this, weight_decay, betas and clip are nanoGPT's, and the paper's for GPT-2
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    momentum: float = 0.9
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """The learning rate over training, as a share of its peak.
+
+    Args:
+        shape: cosine (down to final after warm-up), constant, or steps (times factor at each milestone).
+        warmup: Steps of linear growth from 0 at the start.
+        final: Where the cosine ends, as a share of the peak.
+        milestones: Steps at which the rate is multiplied by factor.
+        factor: See milestones.
+    """
+
+    shape: Literal["cosine", "constant", "steps"] = "cosine"
+    warmup: int = 0
+    final: float = 0.1  # nanoGPT's advice, after Chinchilla
+    milestones: tuple[int, ...] = ()
+    factor: float = 0.1
+
+
+def _cosine(step: int, num_steps: int, schedule: ScheduleSettings) -> float:
+    done = (step - schedule.warmup) / max(1, num_steps - schedule.warmup)
+    return schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+SHAPES: Mapping[str, Callable[[int, int, ScheduleSettings], float]] = {
+    "cosine": _cosine,
+    "constant": lambda step, num_steps, schedule: 1.0,
+    "steps": lambda step, num_steps, schedule: schedule.factor ** sum(step >= m for m in schedule.milestones),
+}
+
+
+def share_of_peak(step: int, num_steps: int, schedule: ScheduleSettings) -> float:
+    """The learning rate of the update after ``step`` updates, divided by its peak."""
+    if step < schedule.warmup:
+        return (step + 1) / (schedule.warmup + 1)
+    return SHAPES[schedule.shape](step, num_steps, schedule)
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], *, weight_decay: float) -> list[dict]:
+    """Matrices with weight decay, vectors without: decay of norms and biases moves them from where they belong."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
+    vectors = [parameter for parameter in trained if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _adahessian(groups: list[dict], settings: OptimizerSettings) -> Optimizer:
+    from blockspec.optim import AdaHessian
+
+    return AdaHessian(groups, lr=settings.lr, betas=settings.betas, eps=max(settings.eps, 1e-4))
+
+
+OPTIMIZERS: Mapping[str, Callable[[list[dict], OptimizerSettings], Optimizer]] = {
+    "adamw": lambda groups, s: torch.optim.AdamW(groups, lr=s.lr, betas=s.betas, eps=s.eps),
+    "adam": lambda groups, s: torch.optim.Adam(groups, lr=s.lr, betas=s.betas, eps=s.eps),
+    "sgd": lambda groups, s: torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum),
+    "adahessian": _adahessian,
+}
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """The optimizer of the model's parameters that require gradients."""
+    if settings.lr <= 0:
+        raise ValueError(f"lr is {settings.lr}; it must be above 0")
+    groups = parameter_groups(model.parameters(), weight_decay=settings.weight_decay)
+    if not groups:
+        raise ValueError("no parameter of the model requires gradients; unfreeze some")
+    return OPTIMIZERS[settings.name](groups, settings)
