@@ -1,4 +1,4 @@
-"""The MLP-mixer (Tolstikhin et al. 2021, arXiv 2105.01601): a transformer's layout without attention, under timm's names."""
+"""The MLP-mixer (Tolstikhin et al. 2021, arXiv 2105.01601): a transformer without attention, under timm's names."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,6 +1,7 @@
-"""Residual networks (He et al. 2015, arXiv 1512.03385) whose batch norm and shortcuts can be switched off, as PyHessian's study does.
+"""Residual networks (He et al. 2015, arXiv 1512.03385) whose batch norm and shortcuts can be switched off.
 
-Names of modules and parameters are torchvision's, so that its state dicts of ResNet18 fit.
+PyHessian's study (arXiv 1912.07145) compares those. Names of modules and parameters are torchvision's, so that its
+state dicts of ResNet18 fit.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""VGG networks (Simonyan and Zisserman 2014, arXiv 1409.1556), with and without batch norm, under torchvision's names."""
+"""VGG networks (Simonyan and Zisserman 2014, arXiv 1409.1556), with or without batch norm; torchvision's names."""
 
 from collections.abc import Sequence
 
