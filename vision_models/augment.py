@@ -12,7 +12,7 @@ Augment = Callable[[Source, Preprocess, np.random.Generator], np.ndarray]
 
 
 def shifted(image: Source, how: Preprocess, generator: np.random.Generator, *, padding: int = 1) -> np.ndarray:
-    """The image moved by up to `padding` pixels, empty at the border."""
+    """The image moved by up to ``padding`` pixels, empty at the border."""
     array = pixels(image, how)
     padded = np.pad(array, ((padding, padding), (padding, padding), (0, 0)))
     top, left = generator.integers(0, 2 * padding + 1, size=2)

@@ -7,7 +7,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,7 +23,7 @@ OnBroken = Literal["error", "skip"]
 
 
 class Images(Protocol):
-    """Images with labels that are read one at a time: `Arrays`, an `ImageFolder`, or `HubImages`."""
+    """Images with labels that are read one at a time: ``Arrays``, an ``ImageFolder``, or ``HubImages``."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...
@@ -70,12 +70,16 @@ class Batches:
     """Batches that are decoded again in every pass."""
 
     loader: DataLoader
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(_whole, self.loader)
+        for collated in self.loader:
+            x, y = _whole(collated)
+            yield x.to(self.device, self.dtype), y.to(self.device)
 
 
 def fixed_batches(
@@ -86,8 +90,8 @@ def fixed_batches(
     workers: int = 0,
     on_broken: OnBroken = "error",
     memory_gib: float = 4.0,
-) -> "list[Batch] | Batches":
-    """The first `count` images as batches that never change.
+) -> list[Batch] | Batches:
+    """The first ``count`` images as batches that never change.
 
     Args:
         images: The images.
@@ -101,7 +105,7 @@ def fixed_batches(
         A list, or something that can be passed through any number of times.
 
     Raises:
-        ValueError: An image that cannot be decoded, or no image that can; `count` out of range.
+        ValueError: An image that cannot be decoded, or no image that can; ``count`` out of range.
     """
     indices = list(range(_checked_count(images, count)))
     if on_broken == "skip":
@@ -113,9 +117,16 @@ def fixed_batches(
     return list(batches) if bytes_each * len(indices) <= memory_gib * 2**30 else batches
 
 
+def placed(batches: list[Batch] | Batches, *, device: str, dtype: torch.dtype) -> list[Batch] | Batches:
+    """The batches on a device, images in a dtype."""
+    if isinstance(batches, Batches):
+        return replace(batches, device=device, dtype=dtype)
+    return [(x.to(device, dtype), y.to(device)) for x, y in batches]
+
+
 @dataclass
 class ShuffledBatches:
-    """Batches to train on, by number: `batches(i)` is always the same, so stopping and going on changes nothing.
+    """Batches to train on, by number: ``batches(i)`` is always the same, so stopping and going on changes nothing.
 
     Each epoch has its own order and drops the last, smaller batch.
 
@@ -154,7 +165,7 @@ class ShuffledBatches:
         return CHECKS[self.on_broken](next(self._ahead))
 
     def keys(self, index: int) -> list[tuple[int, int]]:
-        """(epoch, image) for each image of batch number `index`."""
+        """(epoch, image) for each image of batch number ``index``."""
         epoch, step = divmod(index, len(self.images) // self.batch_size)
         order = _order(len(self.images), self.seed, epoch)
         return [(epoch, i) for i in order[step * self.batch_size : (step + 1) * self.batch_size].tolist()]

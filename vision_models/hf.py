@@ -1,5 +1,6 @@
 """Vision models of HF transformers: any configuration of ViT and ResNet, fresh or pretrained."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.utils import cached_file
 
 
 def vit(*, classes: int = 1000, **config: Any) -> ViTForImageClassification:
@@ -33,13 +35,28 @@ def resnet(*, classes: int = 1000, **config: Any) -> ResNetForImageClassificatio
     return ResNetForImageClassification(_config(ResNetConfig, classes, config))
 
 
-def pretrained(name: str = "google/vit-base-patch16-224") -> PreTrainedModel:
-    """A pretrained image classifier by HF name, or from a folder that `save_pretrained` wrote."""
+def pretrained(name: str = "google/vit-base-patch16-224", *, classes: int | None = None) -> PreTrainedModel:
+    """A pretrained image classifier by HF name, or from a folder that ``save_pretrained`` wrote.
+
+    Args:
+        name: HF name or folder.
+        classes: Number of classes of a fresh head. None: the head it has.
+    """
+    head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
     try:
-        return AutoModelForImageClassification.from_pretrained(name, use_safetensors=True)
+        return AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, **head)
     except OSError as error:
-        where = "in this folder" if Path(name).exists() else "here or on the hub"
-        raise ValueError(f"no image classifier with safetensors weights under {name!r} {where}: {error}") from error
+        raise ValueError(f"no image classifier with safetensors weights under {name!r}: {error}") from error
+
+
+def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, standard deviation) per channel of the images a pretrained model expects, or None if it does not say."""
+    try:
+        path = cached_file(name, "preprocessor_config.json")
+    except OSError:
+        return None
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    return tuple(settings["image_mean"]), tuple(settings["image_std"])
 
 
 def _config(kind: type, classes: int, fields: dict[str, Any]) -> Any:

@@ -51,11 +51,11 @@ def hub(
     """A data set of images.
 
     Args:
-        name: cifar10, cifar100, mnist, imagenet, any name on the HF hub, or a folder that `save_to_disk` wrote.
+        name: cifar10, cifar100, mnist, imagenet, any name on the HF hub, or a folder that ``save_to_disk`` wrote.
         split: The split's name.
         label: The label's column. None: the first column of class labels (for CIFAR-100 the 100 fine ones).
-        count: Only the first `count` images; from the hub they are streamed, and the rest is not downloaded.
-        normalisation: One of digits, mnist, cifar10, cifar100, imagenet. None: by `name`, else imagenet.
+        count: Only the first ``count`` images; from the hub they are streamed, and the rest is not downloaded.
+        normalisation: One of digits, mnist, cifar10, cifar100, imagenet. None: by ``name``, else imagenet.
 
     Raises:
         ValueError: No such data set, split or column, or the hub cannot be reached.

@@ -1,4 +1,4 @@
-"""Images in one folder for each class, as ImageNet comes: `train/n01440764/n01440764_18.JPEG`."""
+"""Images in one folder for each class, as ImageNet comes: ``train/n01440764/n01440764_18.JPEG``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def image_folder(
     per_class: int | None = None,
     preprocess: Preprocess = IMAGENET,
 ) -> ImageFolder:
-    """The images below `root`: the first of each class, then the second of each, and so on, all by sorted names.
+    """The images below ``root``: the first of each class, then the second of each, and so on, all by sorted names.
 
     So any first n images are spread over the classes, whatever the order on disk. A label is the place of its class
     among all sorted class folders, also where only some are used: for ImageNet the usual numbers 0 to 999.

@@ -24,7 +24,7 @@ class Preprocess:
     """What turns an image of a data set into the network's input.
 
     Args:
-        mean: Per channel, on the scale where `peak` is 1. One channel makes images grey, three make them RGB.
+        mean: Per channel, on the scale where ``peak`` is 1. One channel makes images grey, three make them RGB.
         std: Per channel.
         peak: The value of full brightness.
         resize: The shorter side in pixels after resizing, or None.

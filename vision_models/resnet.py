@@ -14,7 +14,7 @@ Switch = bool | Sequence[bool]
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and, where `residual`, a shortcut around them."""
+    """Two 3x3 convolutions and, where ``residual``, a shortcut around them."""
 
     def __init__(self, inputs: int, width: int, *, stride: int, batch_norm: bool, residual: bool) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, stages of `BasicBlock`s that halve the image and double the width, and a linear head.
+    """A stem, stages of ``BasicBlock``s that halve the image and double the width, and a linear head.
 
     Args:
         blocks: Number of blocks in each stage.
