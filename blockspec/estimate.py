@@ -16,7 +16,7 @@ from .lanczos import Lanczos
 from .objective import Objective
 from .probes import DISTRIBUTIONS, draw_probe
 from .quadrature import exact_spectrum, lanczos_spectrum
-from .spectra import Spectra, Spectrum
+from .spectra import Cost, Spectra, Spectrum
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def estimate_spectra(
 
     jobs = {block: jobs_of(block) for block in blocks}
     run([job for group in jobs.values() for job in group], products, progress=progress)
-    return Spectra(spectrum_of(block, group) for block, group in jobs.items())
+    cost = Cost(gradients=products.gradients, products=products.products)
+    return Spectra((spectrum_of(block, group) for block, group in jobs.items()), cost=cost)
 
 
 def run(jobs: Sequence[Job], products: Products, *, progress: Callable[[int, int], None] | None = None) -> None:

@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 
 from .blocks import Block
-from .lanczos import Tridiagonal, rounding
+from .lanczos import ROUNDING, Tridiagonal
 from .spectra import Spectrum
 
 
@@ -25,7 +25,7 @@ def lanczos_spectrum(
 ) -> Spectrum:
     """The spectrum of one block from the tridiagonal matrices of its K probes, padded to ``num_steps``."""
     scale = max(float((np.abs(t.alphas) + t.betas).max()) for t in tridiagonals)
-    ended = [_ended(t, rounding(dtype) * scale) for t in tridiagonals]
+    ended = [_ended(t, ROUNDING[dtype] * scale) for t in tridiagonals]
     noise = 32 * torch.finfo(dtype).eps * scale
     rows = [quadrature(t) for t in ended]
     return Spectrum(

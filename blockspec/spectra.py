@@ -152,11 +152,20 @@ class Spectrum:
         return self.densities(grid, width, linear=linear).mean(0)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What an estimate took: shared forward-and-backward passes, and products of one vector, each over one batch."""
+
+    gradients: int
+    products: int
+
+
 class Spectra(Mapping[str, Spectrum]):
     """Spectra by block name, in the order of the blocks; read-only."""
 
-    def __init__(self, spectra: Iterable[Spectrum]) -> None:
+    def __init__(self, spectra: Iterable[Spectrum], *, cost: Cost | None = None) -> None:
         self._spectra = {spectrum.block.name: spectrum for spectrum in spectra}
+        self.cost = cost
 
     def __getitem__(self, name: str) -> Spectrum:
         try:

@@ -42,7 +42,7 @@ def test_moments_agree_up_to_twice_the_steps_and_no_further(seed, num_steps):
         truth = krylov_moments(matrix, start, 2 * num_steps + 1)
         sizes = krylov_moments(_absolute(matrix), start, 2 * num_steps + 1)
         assert np.all(np.abs(moments - truth)[:-1] <= 1e-9 * sizes[:-1])
-        assert abs(moments - truth)[-1] > 1e-6 * sizes[-1]
+        assert abs(moments - truth)[-1] > 1e-9 * sizes[-1]
 
 
 def _absolute(matrix):
@@ -50,7 +50,7 @@ def _absolute(matrix):
     return vectors @ torch.diag(values.abs()) @ vectors.T
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_probe_in_an_invariant_subspace_ends_alone_with_right_nodes(seed):
     matrix, values, vectors = symmetric(60, seed=seed)
     v = starts(3, 60, seed=seed)

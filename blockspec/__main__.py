@@ -1,0 +1,5 @@
+"""``python -m blockspec`` is the command ``blockspec``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,131 @@
+"""What a run's tables say: figures, a printed summary, a comparison of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from . import plots
+from .run import read_json
+from .spectra import Spectra, read_table, spectra_of, write_parquet
+
+
+def draw(run: Path) -> list[Path]:
+    """Draws every figure that the run's tables have the data for; returns the paths of the png files."""
+    table = read_table(run / "spectra.parquet")
+    by_step = {int(step): spectra_of(rows) for step, rows in table.groupby("step")}
+    last = max(by_step)
+    parts = by_step[last].select(exclude="model")
+    figures = {"esd_by_block": plots.esd_by_block(parts), "edges_by_block": plots.edges_by_block(parts)}
+    if "model" in by_step[last]:
+        figures["esd_full"] = plots.esd_stages(by_step)
+        figures["full_and_block_diagonal"] = plots.full_and_block_diagonal(by_step[last])
+    if (run / "heterogeneity.parquet").exists():
+        figures |= _heterogeneity_figures(pd.read_parquet(run / "heterogeneity.parquet"))
+    if len(by_step) > 1:
+        figures["trace_by_kind"] = plots.trace_by_kind_over_training(table)
+    return [plots.save(figure, run / "figures", name) for name, figure in figures.items()]
+
+
+def _heterogeneity_figures(table: pd.DataFrame) -> dict[str, plots.Figure]:
+    rows = table[table["definition"] == "jensen-shannon"]
+    maps = {
+        f"step {step}": part.pivot(index="block", columns="other", values="distance").loc[names, names]
+        for step, part in rows.groupby("step")
+        for names in [part["block"].unique()]
+    }
+    steps = list(maps)
+    chosen = dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]])
+    figures = {"distances": plots.distance_heatmaps({step: maps[step] for step in chosen})}
+    if len(maps) > 1:
+        figures["heterogeneity"] = plots.heterogeneity_over_training(rows)
+    return figures
+
+
+def summary(spectra: Spectra) -> pd.DataFrame:
+    """A row a kind of block, and one for the full matrix: number, largest and smallest eigenvalue, mean eigenvalue."""
+    table = spectra.summary().reset_index()
+    table["kind"] = table["kind"].where(table["block"] != "model", "full")
+    groups = table.groupby("kind", sort=False)
+    return pd.DataFrame(
+        {
+            "blocks": groups.size(),
+            "parameters": groups["numel"].sum(),
+            "largest": groups["largest"].max(),
+            "smallest": groups["smallest"].min(),
+            "mean": groups["trace"].sum() / groups["numel"].sum(),
+            "stderr": groups["trace_stderr"].apply(lambda s: (s**2).sum(skipna=False) ** 0.5) / groups["numel"].sum(),
+        }
+    )
+
+
+def show(run: Path) -> None:
+    """Prints what a run found and where it is."""
+    console = Console()
+    record = read_json(run / "run.json")
+    table = read_table(run / "spectra.parquet")
+    stages = {stage["step"]: stage for stage in record["stages"]}
+    for step, rows in table.groupby("step"):
+        stage = stages.get(int(step), {})
+        title = f"step {step}: loss {stage.get('loss', float('nan')):.4f}, {stage.get('seconds')} s"
+        console.print(_rich(summary(spectra_of(rows)), title))
+    _show_heterogeneity(run, console)
+    console.print(f"run folder: {run}  (run.json, spectra.parquet, heterogeneity.parquet, figures/)", highlight=False)
+
+
+def _show_heterogeneity(run: Path, console: Console) -> None:
+    path = run / "heterogeneity.parquet"
+    if not path.exists():
+        return
+    rows = pd.read_parquet(path).drop_duplicates(["definition", "step"])
+    table = Table(title="heterogeneity: mean distance over all pairs of blocks")
+    for column in ("definition", "step", "mean", "standard error"):
+        table.add_column(column, justify="left" if column == "definition" else "right")
+    for row in rows.itertuples():
+        table.add_row(str(row.definition), str(row.step), f"{row.js0:.4g}", _number(row.js0_stderr))
+    console.print(table)
+
+
+def _rich(frame: pd.DataFrame, title: str) -> Table:
+    table = Table(title=title)
+    table.add_column(str(frame.index.name))
+    for column in frame.columns:
+        table.add_column(column, justify="right")
+    for name, row in frame.iterrows():
+        cells = [f"{int(row[c]):,}" if c in ("blocks", "parameters") else _number(row[c]) for c in frame.columns]
+        table.add_row(str(name), *cells)
+    return table
+
+
+def _number(value: float) -> str:
+    return "unknown" if pd.isna(value) else f"{value:.3g}"
+
+
+def compare(runs: list[Path], out: Path) -> None:
+    """Tables and figures of several runs beside each other."""
+    if len(runs) < 2:
+        raise ValueError(f"a comparison needs at least 2 runs, got {len(runs)}")
+    names = _names(runs)
+    tables = {name: read_table(run / "spectra.parquet") for name, run in zip(names, runs, strict=True)}
+    distances = [
+        pd.read_parquet(run / "heterogeneity.parquet").drop_duplicates(["definition", "step"]).assign(run=name)
+        for name, run in zip(names, runs, strict=True)
+    ]
+    joined = pd.concat(distances)[["run", "step", "definition", "js0", "js0_stderr"]]
+    write_parquet(joined, out / "comparison.parquet")
+    path = plots.save(plots.compare_runs(tables), out / "figures", "comparison")
+    console = Console()
+    frame = joined[joined["definition"] == "jensen-shannon"].set_index("run")[["step", "js0", "js0_stderr"]]
+    console.print(_rich(frame, "mean Jensen-Shannon divergence over all pairs of blocks (nats)"))
+    console.print(f"table: {out / 'comparison.parquet'}   figure: {path}", highlight=False)
+
+
+def _names(runs: list[Path]) -> list[str]:
+    """The folders' names, or their paths where names repeat."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+

@@ -1,0 +1,256 @@
+"""A run: the spectra of a model, or of its checkpoints along training, in a folder (run.json, spectra.parquet, ...)."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from .blocks import partition
+from .estimate import estimate_spectra
+from .factories import Factory
+from .heterogeneity import DEFINITIONS, js0, js_distances
+from .objective import Objective, fingerprint
+from .spectra import Spectra, read_table, write_parquet
+
+VERSIONED = ("blockspec", "torch", "transformers", "numpy", "scipy", "pandas")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """Which blocks.
+
+    Args:
+        by: Cut by tensor, matrix, head, neuron, layer or model; or a mapping of block names to patterns.
+        include: Globs on block names to keep; all if left out.
+        exclude: Globs on block names to leave out.
+        full: Also the full matrix, as a block named model.
+    """
+
+    by: str | dict[str, list[str]] = "matrix"
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+    full: bool = True
+
+
+@dataclass(frozen=True)
+class EstimateSettings:
+    """How well.
+
+    Args:
+        num_probes: Random start vectors a block; the error of a mean falls with its square root.
+        num_steps: Lanczos steps a probe; blocks with at most as many parameters are done exactly.
+        curvature: hessian, ggn or fisher.
+        seed: Of the probes.
+        distribution: Of the probes' entries: rademacher or gaussian.
+        reorthogonalize: False saves memory; counts of eigenvalues must then not be read from the result.
+    """
+
+    num_probes: int = 4
+    num_steps: int = 40
+    curvature: str = "hessian"
+    seed: int = 0
+    distribution: str = "rademacher"
+    reorthogonalize: bool = True
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All that a run's numbers depend on."""
+
+    model: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    checkpoints: list[str] = field(default_factory=list)
+    blocks: BlockSettings = field(default_factory=BlockSettings)
+    estimate: EstimateSettings = field(default_factory=EstimateSettings)
+    batch_norm: str = "eval"
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model to measure: a training step and the factory's keyword arguments."""
+
+    step: int
+    arguments: dict[str, Any]
+
+
+def measure(
+    settings: RunSettings, factory: Factory, out: str | os.PathLike[str], *, device: str, progress: Progress
+) -> pd.DataFrame:
+    """Does what is not done yet of a run, and returns its table; a stage is written when it is complete.
+
+    Raises ValueError for a folder that holds a run of other settings.
+    """
+    out = Path(out)
+    record = _open_record(settings, out)
+    for stage in stages(settings):
+        done = {entry["step"] for entry in record["stages"]}
+        if stage.step not in done:
+            spectra, entry = _measure_stage(settings, stage, factory, device=device, progress=progress)
+            _append(out, stage.step, spectra)
+            record["stages"].append(entry)
+            record["finished"] = _now()
+            write_json(record, out / "run.json")
+    return read_table(out / "spectra.parquet")
+
+
+def stages(settings: RunSettings) -> list[Stage]:
+    """The stages in order of their step: one per checkpoint, or the model as the factory makes it as step 0."""
+    if not settings.checkpoints:
+        return [Stage(0, dict(settings.model_args))]
+    paths = [path for pattern in settings.checkpoints for path in sorted(glob.glob(pattern)) or [pattern]]
+    if missing := [path for path in paths if not Path(path).exists()]:
+        raise ValueError(f"no checkpoint at {missing[0]!r}: give files, folders or globs of them")
+    steps = [step_of(path) for path in paths]
+    if None in steps or len(set(steps)) < len(steps):
+        steps = list(range(len(paths)))
+    pairs = sorted(zip(steps, paths, strict=True), key=lambda pair: pair[0] or 0)
+    return [Stage(step or 0, settings.model_args | {"checkpoint": path}) for step, path in pairs]
+
+
+def step_of(path: str) -> int | None:
+    """The training step in a checkpoint's name: its last whole number (``step_000100``, ``checkpoint-500``)."""
+    numbers = re.findall(r"\d+", Path(path).name)
+    return int(numbers[-1]) if numbers else None
+
+
+def _measure_stage(
+    settings: RunSettings, stage: Stage, factory: Factory, *, device: str, progress: Progress
+) -> tuple[Spectra, dict[str, Any]]:
+    started = time.perf_counter()
+    model, batches, loss = factory(**stage.arguments)
+    model = model.to(device, None if settings.dtype is None else getattr(torch, settings.dtype))
+    objective = Objective(model, batches, loss, batch_norm=settings.batch_norm)
+    blocks = partition(model, settings.blocks.by, settings.blocks.include, settings.blocks.exclude)
+    if settings.blocks.full and settings.blocks.by != "model":
+        blocks += partition(model, "model")
+    value = objective.value()
+    spectra = estimate_spectra(
+        objective,
+        blocks,
+        **dataclasses.asdict(settings.estimate),
+        progress=lambda done, total: progress(f"step {stage.step}", done, total),
+    )
+    entry = {
+        "step": stage.step,
+        "checkpoint": stage.arguments.get("checkpoint"),
+        "model": _describe(model),
+        "data": [fingerprint(batch) for batch in objective.batches()],
+        "loss": value,
+        "cost": dataclasses.asdict(spectra.cost) if spectra.cost else None,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    return spectra, entry
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    sizes = [p.numel() for p in model.parameters()]
+    return {"class": type(model).__name__, "parameters": sum(sizes), "dtype": str(next(model.parameters()).dtype)}
+
+
+def _append(out: Path, step: int, spectra: Spectra) -> None:
+    _join(spectra.frame(step=step), out / "spectra.parquet")
+    parts = spectra.select(exclude="model")
+    if len(parts) > 1:
+        _join(pd.concat([heterogeneity_table(parts, d, step=step) for d in DEFINITIONS]), out / "heterogeneity.parquet")
+
+
+def heterogeneity_table(spectra: Spectra, definition: str, *, step: int) -> pd.DataFrame:
+    """Distances of all pairs of blocks as a tidy table, with their mean and its standard error in every row."""
+    distances = js_distances(spectra, definition)
+    mean = js0(spectra, definition)
+    pairs = distances.stack().rename_axis(["block", "other"]).rename("distance").reset_index()
+    return pairs.assign(step=step, definition=definition, js0=mean.value, js0_stderr=mean.stderr)
+
+
+def _join(table: pd.DataFrame, path: Path) -> None:
+    """Adds a step to a table on disk, in place of what an interrupted run may have left of that step."""
+    if path.exists():
+        before = pd.read_parquet(path)
+        table = pd.concat([before[~before["step"].isin(table["step"].unique())], table], ignore_index=True)
+    write_parquet(table, path)
+
+
+def _open_record(settings: RunSettings, out: Path) -> dict[str, Any]:
+    """The content of run.json: read where the same run was begun before, else made."""
+    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
+    path = out / "run.json"
+    if path.exists():
+        record = read_json(path)
+        if different := _differences(record["settings"], wanted):
+            raise ValueError(f"{out} holds a run of other settings ({'; '.join(different)}): choose another --out")
+        return record
+    record = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "settings": wanted,
+        "versions": {name: version(name) for name in VERSIONED} | {"python": platform.python_version()},
+        "git_commit": git_commit(),
+        "seed": settings.estimate.seed,
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        "started": _now(),
+        "stages": [],
+    }
+    write_json(record, path)
+    return record
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """``checkpoints`` may grow: a run goes on with those that are new."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += _differences(a, b, f"{prefix}{key}.")
+        elif a != b and key != "checkpoints":
+            lines.append(f"{prefix}{key} is {a!r} there, {b!r} here")
+    return lines
+
+
+def git_commit() -> str | None:
+    """The commit of the working folder, with a + where files differ from it."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} is no run's folder: it has no {path.name}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete the folder and run again") from error
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Writes whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    partial.replace(path)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
