@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 MASK = "<|mask|>"
@@ -45,10 +46,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, mask_token=MASK)
 
 
-@functools.cache
-def token_ids(split: str) -> np.ndarray:
-    """All tokens of ``train`` or ``val`` in one row, uint16, each topic ended by the end-of-text token."""
-    encode = tokenizer()
+def meta() -> dict[str, Any]:
+    """The same as a prepared folder's ``meta.json`` says of it."""
+    own = tokenizer()
+    return {
+        "vocabulary": VOCABULARY,
+        "end_token": own.eos_token_id,
+        "mask_token": own.mask_token_id,
+        "sha256": checksum(),
+    }
+
+
+def token_ids(split: str, encoder: PreTrainedTokenizerBase) -> np.ndarray:
+    """All tokens of ``train`` or ``val`` in one row, each topic ended by the end-of-text (or separator) token."""
+    end = encoder.eos_token_id if encoder.eos_token_id is not None else encoder.sep_token_id
     chosen = [text for i, text in enumerate(topics()) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
-    rows = encode(chosen, add_special_tokens=False)["input_ids"]
-    return np.concatenate([np.array([*row, encode.eos_token_id], dtype=np.uint16) for row in rows])
+    rows = encoder(chosen, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.array([token for row in rows for token in (*row, end)])

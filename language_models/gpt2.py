@@ -1,84 +1,15 @@
-"""GPT-2: models of any size, and the factories that give ``(model, batches, loss)`` to measure."""
+"""Causal language models to measure: factories that return ``(model, batches, loss)``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from blockspec.losses import Loss, next_token
-from language_models.batches import Batch, causal_batch, spread_windows, to_device
+from language_models.batches import Batch, causal_batch, fixed_batches
 from language_models.loading import load_pretrained
-from language_models.tokens import open_tokens
+from language_models.models import freeze_biases
+from language_models.tokens import longest_window, open_tokens, tokenizer_for
 from training.checkpoints import read_record
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """The size of a model.
-
-    Args:
-        architecture: gpt2 (next token) or bert (masked tokens).
-        num_layers: Transformer layers.
-        num_heads: Attention heads of each layer.
-        width: Width of the residual stream; a multiple of num_heads.
-        vocabulary: Size of the vocabulary; None takes the data's.
-        bias: Whether linear layers and norms have biases; without, they are held at 0 and not trained.
-        dropout: Share of activations dropped in training.
-        tied: Whether the token embedding is the output layer too.
-    """
-
-    architecture: str = "gpt2"
-    num_layers: int = 2
-    num_heads: int = 4
-    width: int = 64
-    vocabulary: int | None = None
-    bias: bool = True
-    dropout: float = 0.0
-    tied: bool = True
-
-
-def build(settings: ModelSettings, *, vocabulary: int, window: int, end_token: int) -> GPT2LMHeadModel:
-    """A GPT-2 with fresh weights, drawn from torch's global generator."""
-    if settings.width % settings.num_heads:
-        raise ValueError(f"width {settings.width} is no multiple of num_heads {settings.num_heads}")
-    config = GPT2Config(
-        vocab_size=settings.vocabulary or vocabulary,
-        n_positions=window,
-        n_embd=settings.width,
-        n_layer=settings.num_layers,
-        n_head=settings.num_heads,
-        resid_pdrop=settings.dropout,
-        embd_pdrop=settings.dropout,
-        attn_pdrop=settings.dropout,
-        tie_word_embeddings=settings.tied,
-        bos_token_id=end_token,
-        eos_token_id=end_token,
-        use_cache=False,  # keys and values of past tokens: of no use in training
-    )
-    model = GPT2LMHeadModel(config)
-    if not settings.bias:
-        freeze_biases(model)
-    return model
-
-
-def freeze_biases(model: nn.Module) -> None:
-    """Makes the model the one without biases: they are 0, and no parameters of it."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            nn.init.zeros_(parameter)
-            parameter.requires_grad_(False)
-
-
-def held_out(
-    data: str, *, num_batches: int, batch_size: int, num_tokens: int, vocabulary: int | None = None, split: str = "val"
-) -> list[Batch]:
-    """Fixed batches of held-out windows, spread evenly over the split."""
-    tokens = open_tokens(data, split, window=num_tokens, vocabulary=vocabulary)
-    windows = spread_windows(tokens, num_batches=num_batches, batch_size=batch_size, window=num_tokens)
-    return [causal_batch(batch) for batch in windows]
 
 
 def checkpoint(
@@ -89,35 +20,72 @@ def checkpoint(
     num_batches: int = 4,
     batch_size: int = 4,
     num_tokens: int | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
-) -> tuple[nn.Module, list[Batch], Loss]:
-    """A checkpoint of ``language_models.train``, with held-out windows of the data that it was trained on.
+) -> tuple[PreTrainedModel, list[Batch], Loss]:
+    """A checkpoint of ``language_models.train``, and windows of text that it was not trained on.
 
     Args:
-        checkpoint: Folder of the checkpoint, such as runs/tiny/step_000300.
+        checkpoint: Folder of the checkpoint, such as runs/embedded_tiny/step_000100.
         data: embedded, or a folder with train.bin and val.bin; None takes the data of the training.
         split: val or train.
         num_batches: Number of batches.
         batch_size: Windows in a batch.
         num_tokens: Tokens in a window; None takes the window of the training.
-        dtype: float32, float64 or bfloat16.
-        device: cpu, cuda, cuda:1 ...
 
     Returns:
-        The model, the batches and the loss: the mean cross entropy of the next token.
+        The model, fixed batches that are spread evenly over the split, and the cross entropy of the next token.
     """
-    record = read_record(Path(checkpoint))
-    trained_on = record["data"]
-    model = load_pretrained(checkpoint, "causal", dtype=dtype)
+    record = read_record(checkpoint)
+    model = load_pretrained(checkpoint, "causal")
     if not record["model"]["bias"]:
         freeze_biases(model)
-    batches = held_out(
-        data or trained_on["source"],
-        num_batches=num_batches,
-        batch_size=batch_size,
-        num_tokens=num_tokens or trained_on["num_tokens"],
-        vocabulary=model.config.vocab_size,
-        split=split,
+    window = num_tokens or record["data"]["num_tokens"]
+    tokens = open_tokens(data or record["data"]["source"], split, window=window, vocabulary=model.config.vocab_size)
+    return (
+        model,
+        fixed_batches(tokens, causal_batch, num_batches=num_batches, batch_size=batch_size, window=window),
+        next_token,
     )
-    return model.to(device), to_device(batches, device), next_token
+
+
+def pretrained(
+    name: str = "openai-community/gpt2",
+    *,
+    checkpoint: str | None = None,
+    data: str = "embedded",
+    split: str = "val",
+    num_batches: int = 4,
+    batch_size: int = 4,
+    num_tokens: int = 128,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, list[Batch], Loss]:
+    """Any causal language model of Hugging Face.
+
+    Args:
+        name: Name on the hub, or a folder.
+        checkpoint: Another folder with weights of the same kind of model, taken instead; the tokenizer is that of name.
+        data: embedded, cut by the model's own tokenizer, or a folder with train.bin and val.bin.
+        split: val or train.
+        num_batches: Number of batches.
+        batch_size: Windows in a batch.
+        num_tokens: Tokens in a window.
+        tokenizer: Name or folder of the tokenizer for the embedded text; None takes the model's.
+        trust_remote_code: Run code that comes with the model. Only for sources that you trust.
+
+    Returns:
+        The model, fixed batches that are spread evenly over the split, and the cross entropy of the next token.
+    """
+    model = load_pretrained(checkpoint or name, "causal", trust_remote_code=trust_remote_code)
+    longest_window(model.config, num_tokens)
+    tokens = open_tokens(
+        data,
+        split,
+        window=num_tokens,
+        vocabulary=model.config.vocab_size,
+        encoder=tokenizer_for(data, tokenizer or name),
+    )
+    return (
+        model,
+        fixed_batches(tokens, causal_batch, num_batches=num_batches, batch_size=batch_size, window=num_tokens),
+        next_token,
+    )

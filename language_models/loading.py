@@ -1,23 +1,73 @@
-"""Loading Hugging Face models: safetensors only, no code from the checkpoint, one clear line when it fails."""
+"""Loading Hugging Face models by name or folder: nothing in them is run, and what fails gives one line."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers.utils import logging
+
+from language_models.hub import hub_or_cache
 
 KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 def load_pretrained(
-    name: str, kind: Literal["causal", "masked"], *, dtype: str = "float32", trust_remote_code: bool = False
+    name: str, kind: Literal["causal", "masked"], *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal or masked language model by hub name or folder, in eval mode."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}; choose one of {', '.join(DTYPES)}")
-    model = KINDS[kind].from_pretrained(
-        name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+    """A causal or masked language model in float32 and eval mode.
+
+    Args:
+        name: Name on the hub, or a folder.
+        kind: causal or masked.
+        trust_remote_code: Whether code that comes with the model may run. Weights never are code: they are read from
+            safetensors, or from a pickle that is refused if it holds more than tensors.
+
+    Raises:
+        ValueError: it cannot be read, or does not hold every weight of the model.
+    """
+    with _as_one_line(name), quiet_transformers():
+        model, report = _from_pretrained(
+            KINDS[kind], name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{name} lacks {len(missing)} tensors of its {kind} model, such as {missing[0]}: it is another model's"
+        )
     return model.eval()
+
+
+def _from_pretrained(auto: Any, name: str, **options: Any) -> Any:
+    if Path(name).is_dir():
+        return auto.from_pretrained(name, local_files_only=True, **options)
+    with hub_or_cache():
+        return auto.from_pretrained(name, **options)
+
+
+@contextmanager
+def _as_one_line(name: str) -> Iterator[None]:
+    """Loaders of many formats raise many kinds of errors, over many lines."""
+    try:
+        yield
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"cannot load {name}: {first or type(error).__name__}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without tables of tensors and bars of progress; the loader checks for itself what the tables would say."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

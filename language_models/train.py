@@ -1,23 +1,27 @@
 """Trains a language model: ``python -m language_models.train --config language_models/configs/embedded_tiny.yaml``.
 
-On several GPUs or processes: ``accelerate launch -m language_models.train --config ...``. The same command goes on where
-it was stopped.
+On several GPUs or processes: ``accelerate launch -m language_models.train --config ...``. The same command goes on
+where it was stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
-from blockspec.losses import next_token
+from blockspec.losses import Loss, masked_token, next_token
 from language_models import embedded
-from language_models.batches import causal_batch, random_windows
-from language_models.gpt2 import ModelSettings, build, held_out
-from language_models.tokens import open_tokens
+from language_models.batches import Batch, MakeBatch, causal_batch, fixed_batches, masked_batch, random_windows
+from language_models.loading import quiet_transformers
+from language_models.models import ModelSettings, build
+from language_models.tokens import Tokens, mask_token, open_tokens, read_meta
 from training.command import run_command
 from training.trainer import TrainingSettings, mean_loss
 from training.trainer import train as run_training
@@ -28,10 +32,10 @@ class DataSettings:
     """The data of a training.
 
     Args:
-        source: embedded, or a folder with train.bin and val.bin (nanoGPT's, or of language_models.data).
-        num_tokens: Tokens in a window, which is the model's context.
-        batch_size: Windows in a micro-batch of one process.
-        held_out_batches: Batches of validation text that the held-out loss is taken over.
+        source: embedded, or a folder with train.bin and val.bin (nanoGPT's own, or of language_models.data).
+        num_tokens: Tokens in a window, which is the model's longest context.
+        batch_size: Windows in a micro-batch.
+        held_out_batches: Batches of val.bin that the held-out loss is taken over.
     """
 
     source: str = "embedded"
@@ -40,14 +44,72 @@ class DataSettings:
     held_out_batches: int = 8
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is predicted, from which text."""
+
+    loss: Loss
+    make: MakeBatch
+    tokens: Tokens
+    data: DataSettings
+    seed: int
+
+    def batch_at(self, index: int) -> Batch:
+        """Batch number ``index`` of the training text."""
+        data = self.data
+        windows = random_windows(self.tokens, index, batch_size=data.batch_size, window=data.num_tokens, seed=self.seed)
+        return self.make(windows, index)
+
+    def held_out(self) -> list[Batch]:
+        data = self.data
+        tokens = open_tokens(data.source, "val", window=data.num_tokens)
+        size = {"batch_size": data.batch_size, "window": data.num_tokens}
+        return fixed_batches(tokens, self.make, num_batches=data.held_out_batches, **size)
+
+
+def make_task(model: ModelSettings, data: DataSettings, *, seed: int) -> Task:
+    """The task of a model's architecture on the data, which are checked."""
+    tokens = open_tokens(data.source, "train", window=data.num_tokens)
+    if model.architecture == "gpt2":
+        return Task(next_token, causal_batch, tokens, data, seed)
+    masked = partial(masked_batch, mask=mask_token(data.source), vocabulary=tokens.vocabulary, seed=seed)
+    return Task(masked_token, masked, tokens, data, seed)
+
+
+def make_model(model: ModelSettings, task: Task, *, seed: int) -> PreTrainedModel:
+    """The model with the weights of that seed."""
+    end = read_meta(task.data.source).get("end_token")
+    torch.manual_seed(seed)
+    return build(
+        model,
+        vocabulary=task.tokens.vocabulary,
+        window=task.data.num_tokens,
+        tokens={"bos_token_id": end, "eos_token_id": end},
+    )
+
+
+def save_with_tokenizer(source: str) -> Any:
+    """A function that writes a model and the tokenizer of its data into a folder."""
+
+    def save(model: PreTrainedModel, folder: Path) -> None:
+        with quiet_transformers():
+            model.save_pretrained(folder)
+        if source == "embedded":
+            embedded.tokenizer().save_pretrained(folder)
+        elif (Path(source) / "tokenizer").is_dir():
+            shutil.copytree(Path(source) / "tokenizer", folder, dirs_exist_ok=True)
+
+    return save
+
+
 def train(
     *,
     out: str = "runs/embedded_tiny",
-    model: ModelSettings = ModelSettings(),
+    model: ModelSettings = ModelSettings(),  # noqa: B008 - frozen
     data: DataSettings = DataSettings(),
-    training: TrainingSettings = TrainingSettings(),
+    training: TrainingSettings = TrainingSettings(),  # noqa: B008
 ) -> Path:
-    """Trains a language model and writes checkpoints that ``from_pretrained`` loads.
+    """Trains a language model and writes checkpoints that Hugging Face's from_pretrained loads.
 
     Args:
         out: Folder of the run.
@@ -55,27 +117,16 @@ def train(
         data: The data.
         training: The training.
     """
-    tokens = open_tokens(data.source, "train", window=data.num_tokens, vocabulary=model.vocabulary)
-    size = {"batch_size": data.batch_size, "num_tokens": data.num_tokens}
-    validation = held_out(data.source, num_batches=data.held_out_batches, vocabulary=model.vocabulary, **size)
-    torch.manual_seed(training.seed)
-    network = build(model, vocabulary=tokens.vocabulary, window=data.num_tokens, end_token=0)
-
-    def save(network: nn.Module, folder: Path) -> None:
-        network.save_pretrained(folder)
-        if data.source == "embedded":
-            embedded.tokenizer().save_pretrained(folder)
-
+    task = make_task(model, data, seed=training.seed)
+    held_out = task.held_out()
     return run_training(
-        network,
-        lambda index: causal_batch(
-            random_windows(tokens, index, batch_size=data.batch_size, window=data.num_tokens, seed=training.seed)
-        ),
-        next_token,
+        make_model(model, task, seed=training.seed),
+        task.batch_at,
+        task.loss,
         settings=training,
         out=out,
-        save=save,
-        measure=lambda network: {"held_out_loss": mean_loss(network, validation, next_token)},
+        save=save_with_tokenizer(data.source),
+        measure=lambda network: {"held_out_loss": mean_loss(network, held_out, task.loss)},
         record={"model": dataclasses.asdict(model), "data": dataclasses.asdict(data)},
     )
 

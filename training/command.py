@@ -16,7 +16,7 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = 
     parser = ArgumentParser(description=(function.__doc__ or "").split("\n")[0])
     parser.add_argument("--config", action="config", help="YAML file with settings; later arguments override it")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_function_arguments(function)
+    parser.add_function_arguments(function, as_positional=True)  # arguments without a default have no --
     settings = parser.parse_args(arguments)
     called = parser.instantiate_classes(settings).as_dict()
     debug = called.pop("debug")

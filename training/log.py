@@ -45,6 +45,8 @@ class Log:
         self._file: TextIO | None = None
 
     def __enter__(self) -> Log:
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("tracker")
         if self.accelerator.is_main_process:
             _keep_before(self.path, self.first)
             self._file = self.path.open("a", encoding="utf-8")
@@ -77,7 +79,7 @@ class Log:
             self.loss = line.get("loss", self.loss)
             if not math.isfinite(line.get("loss", 0.0)):
                 raise FloatingPointError(
-                    f"the loss became {self.loss} at step {line['step']}: lower the learning rate (lr) or clip gradients (clip)"
+                    f"the loss became {self.loss} at step {line['step']}: lower the learning rate or clip the gradient"
                 )
         if self._file:
             self._file.flush()

@@ -17,7 +17,7 @@ class OptimizerSettings:
     """What makes an update out of a gradient.
 
     Args:
-        name: adamw (decoupled weight decay), adam (weight decay added to the gradient), sgd (with momentum) or adahessian.
+        name: adamw (decoupled weight decay), adam (decay added to the gradient), sgd (with momentum) or adahessian.
         lr: Peak learning rate.
         weight_decay: Weight decay of matrices; vectors (biases, norms) are never decayed.
         betas: Decay of the running means of gradient and squared gradient (adamw, adam, adahessian).

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from training.checkpoints import write_json
 
 SETTINGS = "settings.json"
 STATE = "state"
+COMPLETE = "complete"  # an empty file
 
 
 def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,11 +38,26 @@ def begin(out: Path, settings: Mapping[str, Any], accelerator: Accelerator) -> N
     if path.is_file():
         changed = differences(json.loads(path.read_text(encoding="utf-8")), as_json(settings))
         if changed:
-            raise ValueError(f"{out} holds a run of other settings ({'; '.join(changed)}): choose another folder or delete it")
+            raise ValueError(
+                f"{out} holds a run of other settings ({'; '.join(changed)}): choose another folder or delete it"
+            )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
+    accelerator.wait_for_everyone()
+
+
+def is_complete(out: Path) -> bool:
+    return (out / COMPLETE).is_file()
+
+
+def finish(out: Path, accelerator: Accelerator) -> None:
+    """Marks the run as complete and removes the state that nobody will go on from."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (out / COMPLETE).touch()
+        shutil.rmtree(out / STATE, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
@@ -66,10 +84,23 @@ def save_state(out: Path, step: int, accelerator: Accelerator) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    with _without_warnings_of_tied_weights():
+        accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         partial.rename(folder)
         for state in older:
             shutil.rmtree(state)
     accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _without_warnings_of_tied_weights() -> Iterator[None]:
+    """safetensors stores a tied tensor once, which load_state knows; accelerate warns of it at every state."""
+    logger = logging.getLogger("accelerate.utils.other")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
