@@ -1,7 +1,7 @@
 """What the parts of known architectures are called: names to kinds, to parts of fused tensors, to units that are cut.
 
-A name is matched by its ending, component by component, the longest ending first, so wrappers (``module.``, ``_orig_mod.``)
-and a model inside a model change nothing. ``#`` stands for a number in any component but the last.
+A name is matched by its ending, component by component, the longest ending first, so that wrappers (``module.``,
+``_orig_mod.``) and a model inside a model change nothing. ``#`` stands for a number in any component but the last.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ ENDINGS: dict[str, tuple[str, ...]] = {
         "positions_embed", "relative_attention_bias", "relative_position_bias_table",
     ),
     "head": (
-        "lm_head", "embed_out", "predictions.decoder", "lm_head.decoder", "predictions.transform.dense", "lm_head.dense",
-        "head", "head.dense", "head.fc", "fc", "classifier", "classifier.dense", "classifier.out_proj", "score",
-        "qa_outputs",
+        "lm_head", "embed_out", "predictions.decoder", "lm_head.decoder", "predictions.transform.dense",
+        "lm_head.dense", "head", "head.dense", "head.fc", "fc", "classifier", "classifier.dense", "classifier.out_proj",
+        "score", "qa_outputs",
         # HF and torchvision put dropout and activations between the layers of a classifier.
         "classifier.0", "classifier.1", "classifier.3", "classifier.4", "classifier.6",
     ),
@@ -102,7 +102,7 @@ FUSED_PARTS = {"crossattention.c_attn": ("key", "value")}
 """Endings whose fused tensor does not hold query, key and value."""
 
 GROUPED = frozenset({"query_key_value"})
-"""Fused tensors ordered by key head: its queries, its key, its value, then the next. All others: all queries, keys, values."""
+"""Fused tensors ordered by key head: its queries, its key, its value, then the next. All others: queries, keys, values."""
 
 GROUPED_CLASSES = frozenset({"GPTBigCodeAttention"})
 OPAQUE_CLASSES = frozenset({"CodeGenAttention"})  # four interleaved shards, each ordered query, value, key
@@ -126,7 +126,7 @@ LAYERS = (
     "albert_layers.#",
     "features.#",
 )
-"""Containers of layers; the first on a parameter's path is its layer, of several at one place the first in this table."""
+"""Containers of layers: the first on a parameter's path is its layer; of several at one place the first in this table."""
 
 _KIND_OF = {ending: kind for kind, endings in ENDINGS.items() for ending in endings}
 _LONGEST = max(ending.count(".") + 1 for ending in _KIND_OF)
@@ -159,7 +159,7 @@ def role(name: str, owner: nn.Module) -> Role:
 def _kind(last: str, matrix: str, owner: nn.Module) -> str:
     if "Norm" in type(owner).__name__:
         return "norm"
-    return "bias" if last == "bias" or last.endswith("_bias") and matrix != "position" else matrix
+    return "bias" if last == "bias" or (last.endswith("_bias") and matrix != "position") else matrix
 
 
 def _ending(path: str) -> str:

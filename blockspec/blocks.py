@@ -69,8 +69,8 @@ def gather(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
 def scatter(block: Block, vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The block's vector (P,) as tensors of the shapes, dtypes and devices of ``like``; zero outside of the block.
 
-    Only the block's own parameters are keys. A tensor that is whole in the block is a view of ``vector`` where dtype and
-    device allow.
+    Only the block's own parameters are keys. A tensor that is whole in the block is a view of ``vector`` where dtype
+    and device allow.
     """
     assert vector.shape == (block.numel,), f"{block.name}: vector {tuple(vector.shape)}, block ({block.numel},)"
     tensors: dict[str, Tensor] = {}
@@ -100,24 +100,25 @@ def partition(
     """Cut the parameters that require gradients into blocks.
 
     Args:
-        model: Any module. What GPT-2, nanoGPT, ViT, BERT, Llama and their like, ResNet and VGG call their parts is known;
-            what is not known is a block per tensor, of kind ``other``.
+        model: Any module. What GPT-2, nanoGPT, ViT, BERT, Llama and their like, ResNet and VGG call their parts is
+            known; what is not known is a block per tensor, of kind ``other``.
         by: ``"tensor"``: each parameter. ``"matrix"``: fused query-key-value tensors are cut into the three.
-            ``"head"``: query and key also by attention head (grouped queries: key by key head). ``"neuron"``: the rule of
-            Adam-mini (Zhang et al., arXiv 2406.16793): query and key by head; value, attention output and MLP by output
-            neuron; token embedding and LM head by token; all else whole. ``"layer"``: one block per layer, the parameters
-            outside of the layers one by one. ``"model"``: one block, ``model``: the full matrix.
-            Or blocks of one's own, ``{name: patterns}``, with globs on the names of parameters or of ``"matrix"`` blocks.
+            ``"head"``: query and key also by attention head (grouped queries: key by key head). ``"neuron"``: the rule
+            of Adam-mini (Zhang et al., arXiv 2406.16793): query and key by head; value, attention output and MLP by
+            output neuron; token embedding and LM head by token; all else whole. ``"layer"``: one block per layer, the
+            parameters outside of the layers one by one. ``"model"``: one block, ``model``: the full matrix.
+            Or blocks of one's own, ``{name: patterns}``, with globs on the names of parameters or of ``"matrix"``
+            blocks; they must cover everything, once.
         include: Glob, or several, on block names: blocks that match none are left out.
         exclude: Glob, or several, on block names: blocks that match one are left out.
 
     Returns:
-        Blocks in the order of ``named_parameters()``; without ``include`` and ``exclude`` disjoint and complete. A tied tensor
-        is in one block, under its first name. Where a number of heads is not found, a matrix stays whole.
+        Blocks in the order of ``named_parameters()``; without ``include`` and ``exclude`` disjoint and complete. A tied
+        tensor is in one block, under its first name. Where a number of heads is not found, a matrix stays whole.
 
     Raises:
-        ValueError: Unknown ``by``, a pattern that matches nothing, blocks of one's own that overlap or leave a gap, an empty
-            partition, a model without parameters that require gradients.
+        ValueError: Unknown ``by``, a pattern that matches nothing, blocks of one's own that overlap or leave a gap, an
+            empty partition, a model without parameters that require gradients.
     """
     if isinstance(by, str) and by not in GRANULARITIES:
         raise ValueError(f"by={by!r} is not one of {', '.join(GRANULARITIES)}, nor a mapping {{name: [patterns]}}")
@@ -216,7 +217,7 @@ def _own_blocks(blocks: Sequence[Block], own: Mapping[str, Patterns]) -> list[Bl
     left = [block.name for block in blocks if block.name not in owners]
     if left:
         raise ValueError(
-            f"no block holds {_some(left)}: add a block for the rest, and leave it out with exclude= if it is not wanted"
+            f"no block holds {_some(left)}: add a block for the rest; exclude= leaves it out if it is not wanted"
         )
     sizes = Counter(block.parameters[0] for block in blocks)
     return [_union(name, _merged([b for b in blocks if owners[b.name] == name], sizes)) for name in own]
@@ -240,7 +241,8 @@ def _selected(blocks: list[Block], include: Patterns | None, exclude: Patterns |
     chosen = tuple(block for block in wanted if block.name not in unwanted)
     if not chosen:
         raise ValueError(
-            f"the partition is empty: include={include!r} without exclude={exclude!r} leaves none of {len(blocks)} blocks"
+            f"the partition is empty: include={include!r} without exclude={exclude!r} leaves none of {len(blocks)} "
+            "blocks; widen include or narrow exclude"
         )
     return chosen
 

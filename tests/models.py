@@ -1,4 +1,4 @@
-"""Tiny models of every family for the tests: real classes of transformers, and stand-ins for nanoGPT, timm and torchvision.
+"""Tiny models of every family for the tests: real classes of transformers, stand-ins for nanoGPT, timm, torchvision.
 
 All take ``seed`` and ``dtype``; dropout is on in training mode as in each family's own default.
 """
