@@ -35,7 +35,7 @@ class ModelSettings:
     tied: bool = True
 
 
-def _gpt2(settings: ModelSettings, vocabulary: int, window: int) -> PreTrainedModel:
+def _gpt2(settings: ModelSettings, vocabulary: int, window: int, end_token: int | None) -> PreTrainedModel:
     config = GPT2Config(
         vocab_size=vocabulary,
         n_positions=window,
@@ -46,12 +46,14 @@ def _gpt2(settings: ModelSettings, vocabulary: int, window: int) -> PreTrainedMo
         embd_pdrop=settings.dropout,
         attn_pdrop=settings.dropout,
         tie_word_embeddings=settings.tied,
+        bos_token_id=end_token,
+        eos_token_id=end_token,
         use_cache=False,  # keys and values of past tokens: of no use in training
     )
     return GPT2LMHeadModel(config)
 
 
-def _bert(settings: ModelSettings, vocabulary: int, window: int) -> PreTrainedModel:
+def _bert(settings: ModelSettings, vocabulary: int, window: int, end_token: int | None) -> PreTrainedModel:
     config = BertConfig(
         vocab_size=vocabulary,
         max_position_embeddings=window,
@@ -62,24 +64,26 @@ def _bert(settings: ModelSettings, vocabulary: int, window: int) -> PreTrainedMo
         hidden_dropout_prob=settings.dropout,
         attention_probs_dropout_prob=settings.dropout,
         tie_word_embeddings=settings.tied,
+        eos_token_id=end_token,
         pad_token_id=None,  # windows are full; BERT's default, token 0, would have an embedding that is not trained
     )
     return BertForMaskedLM(config)
 
 
-BUILDERS: Mapping[str, Callable[[ModelSettings, int, int], PreTrainedModel]] = {"gpt2": _gpt2, "bert": _bert}
+BUILDERS: Mapping[str, Callable[[ModelSettings, int, int, int | None], PreTrainedModel]] = {
+    "gpt2": _gpt2,
+    "bert": _bert,
+}
 
 
-def build(
-    settings: ModelSettings, *, vocabulary: int, window: int, tokens: Mapping[str, int | None]
-) -> PreTrainedModel:
+def build(settings: ModelSettings, *, vocabulary: int, window: int, end_token: int | None) -> PreTrainedModel:
     """A model with fresh weights, drawn from torch's global generator.
 
     Args:
         settings: Its shape.
         vocabulary: Size of the data's vocabulary.
         window: Longest sequence.
-        tokens: Special tokens of the data, as fields of the model's configuration (``eos_token_id`` ...).
+        end_token: The token between documents, if there is one.
     """
     if settings.width % settings.num_heads:
         raise ValueError(f"width is {settings.width}; it must be a multiple of num_heads, {settings.num_heads}")
@@ -88,11 +92,7 @@ def build(
         raise ValueError(
             f"the model's vocabulary is {size}, the data's is {vocabulary}: set model.vocabulary to it or more"
         )
-    model = BUILDERS[settings.architecture](settings, size, window)
-    for config in (model.config, model.generation_config):
-        for name, token in tokens.items():
-            if config is not None:
-                setattr(config, name, token)
+    model = BUILDERS[settings.architecture](settings, size, window, end_token)
     if not settings.bias:
         freeze_biases(model)
     return model

@@ -78,13 +78,12 @@ def make_task(model: ModelSettings, data: DataSettings, *, seed: int) -> Task:
 
 def make_model(model: ModelSettings, task: Task, *, seed: int) -> PreTrainedModel:
     """The model with the weights of that seed."""
-    end = read_meta(task.data.source).get("end_token")
     torch.manual_seed(seed)
     return build(
         model,
         vocabulary=task.tokens.vocabulary,
         window=task.data.num_tokens,
-        tokens={"bos_token_id": end, "eos_token_id": end},
+        end_token=read_meta(task.data.source).get("end_token"),
     )
 
 

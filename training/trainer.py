@@ -148,12 +148,12 @@ def _check(settings: TrainingSettings, accelerator: Accelerator) -> None:
     processes = accelerator.num_processes
     if settings.micro_batches < 1 or settings.micro_batches % processes:
         raise ValueError(
-            f"micro_batches is {settings.micro_batches}; with {processes} processes it must be a multiple of {processes}"
+            f"micro_batches is {settings.micro_batches}; a multiple of the {processes} processes is needed"
         )
     if settings.optimizer.name == "adahessian" and settings.micro_batches > 1:
         raise ValueError(
-            f"micro_batches is {settings.micro_batches}; adahessian takes 1, because each backward pass of it is an estimate "
-            "of the whole Hessian diagonal: make the batch larger instead"
+            f"micro_batches is {settings.micro_batches}; adahessian takes 1, as each of its backward "
+            "passes estimates the whole Hessian diagonal: make the batch larger instead"
         )
 
 
