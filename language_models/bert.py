@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 from blockspec.losses import Loss, masked_token
 from language_models.batches import Batch, fixed_batches, masked_batch
 from language_models.loading import load_pretrained
-from language_models.models import freeze_biases
+from language_models.models import freeze_biases, trained_record
 from language_models.tokens import longest_window, mask_token, open_tokens, tokenizer_for
-from training.checkpoints import read_record
 
 
 def checkpoint(
@@ -38,7 +37,7 @@ def checkpoint(
     Returns:
         The model, fixed batches that are spread evenly over the split, and the cross entropy of the masked tokens.
     """
-    record = read_record(checkpoint)
+    record = trained_record(checkpoint, "bert")
     model = load_pretrained(checkpoint, "masked")
     if not record["model"]["bias"]:
         freeze_biases(model)

@@ -12,7 +12,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -198,7 +198,7 @@ def _append(
     texts: list[str],
     documents: Documents,
     encoder: PreTrainedTokenizerBase,
-    files: dict[str, BinaryIO],
+    files: Mapping[str, BinaryIO],
     state: State,
 ) -> None:
     for row in _encode(texts, documents, encoder):
@@ -212,7 +212,7 @@ def _append(
         count.largest = max(count.largest, int(row.max(initial=0)))
 
 
-def _store(documents: Documents, files: dict[str, BinaryIO], partial: Path, state: State) -> None:
+def _store(documents: Documents, files: Mapping[str, BinaryIO], partial: Path, state: State) -> None:
     for file in files.values():
         file.flush()
     state.position = documents.state_dict()

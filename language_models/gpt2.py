@@ -7,9 +7,8 @@ from transformers import PreTrainedModel
 from blockspec.losses import Loss, next_token
 from language_models.batches import Batch, causal_batch, fixed_batches
 from language_models.loading import load_pretrained
-from language_models.models import freeze_biases
+from language_models.models import freeze_biases, trained_record
 from language_models.tokens import longest_window, open_tokens, tokenizer_for
-from training.checkpoints import read_record
 
 
 def checkpoint(
@@ -34,7 +33,7 @@ def checkpoint(
     Returns:
         The model, fixed batches that are spread evenly over the split, and the cross entropy of the next token.
     """
-    record = read_record(checkpoint)
+    record = trained_record(checkpoint, "gpt2")
     model = load_pretrained(checkpoint, "causal")
     if not record["model"]["bias"]:
         freeze_biases(model)

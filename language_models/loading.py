@@ -34,6 +34,8 @@ def load_pretrained(
         model, report = _from_pretrained(
             KINDS[kind], name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
         )
+    if kind == "causal" and any("MaskedLM" in name for name in model.config.architectures or ()):
+        raise ValueError(f"{name} is a masked language model, which sees the tokens that a causal one predicts")
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from training.checkpoints import read_record
 
 
 @dataclass(frozen=True)
@@ -104,3 +106,12 @@ def freeze_biases(model: nn.Module) -> None:
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
             parameter.requires_grad_(False)
+
+
+def trained_record(checkpoint: str, architecture: str) -> dict[str, Any]:
+    """What ``language_models.train`` wrote beside a checkpoint of that architecture."""
+    record = read_record(checkpoint)
+    found = record["model"].get("architecture")
+    if found != architecture:
+        raise ValueError(f"{checkpoint} is a {found}, not a {architecture}: take the factory of its own kind")
+    return record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,8 +21,10 @@ class OptimizerSettings:
         lr: Peak learning rate.
         weight_decay: Weight decay of matrices; vectors (biases, norms) are never decayed.
         betas: Decay of the running means of gradient and squared gradient (adamw, adam, adahessian).
-        eps: Added to the denominator (adamw, adam; adahessian takes the larger of this and its own 1e-4).
+        eps: Added to the denominator; None takes the optimizer's own (1e-8 for adamw and adam, 1e-4 for adahessian).
         momentum: Momentum of sgd.
+        hessian_power: Share of adahessian's scaling by curvature, from 0 to 1.
+        update_each: Steps from one of adahessian's measurements of curvature to the next.
         clip: Largest norm of the whole gradient; 0 switches clipping off.
     """
 
@@ -30,8 +32,10 @@ class OptimizerSettings:
     lr: float = 6e-4  # this, weight_decay, betas and clip are nanoGPT's, and the paper's for GPT-2
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    eps: float | None = None
     momentum: float = 0.9
+    hessian_power: float = 1.0
+    update_each: int = 1
     clip: float = 1.0
 
 
@@ -87,16 +91,21 @@ def parameter_groups(parameters: Iterable[nn.Parameter], *, weight_decay: float)
     return [group for group in groups if group["params"]]
 
 
+def _adaptive(settings: OptimizerSettings) -> dict[str, Any]:
+    return {"lr": settings.lr, "betas": settings.betas} | ({} if settings.eps is None else {"eps": settings.eps})
+
+
 def _adahessian(groups: list[dict], settings: OptimizerSettings) -> Optimizer:
     from blockspec.optim import AdaHessian
 
-    return AdaHessian(groups, lr=settings.lr, betas=settings.betas, eps=max(settings.eps, 1e-4))
+    own = _adaptive(settings)
+    return AdaHessian(groups, hessian_power=settings.hessian_power, update_each=settings.update_each, **own)
 
 
 OPTIMIZERS: Mapping[str, Callable[[list[dict], OptimizerSettings], Optimizer]] = {
-    "adamw": lambda groups, s: torch.optim.AdamW(groups, lr=s.lr, betas=s.betas, eps=s.eps),
-    "adam": lambda groups, s: torch.optim.Adam(groups, lr=s.lr, betas=s.betas, eps=s.eps),
-    "sgd": lambda groups, s: torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum),
+    "adamw": lambda groups, settings: torch.optim.AdamW(groups, **_adaptive(settings)),
+    "adam": lambda groups, settings: torch.optim.Adam(groups, **_adaptive(settings)),
+    "sgd": lambda groups, settings: torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum),
     "adahessian": _adahessian,
 }
 

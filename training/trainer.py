@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -107,8 +107,13 @@ def train(
         if settings.compile:
             model.compile()
         model.train()
-        model, optimizer = accelerator.prepare(model, make_optimizer(model, settings.optimizer))
-        loop = _Loop(accelerator, model, optimizer, batch_at, loss, settings, out, save, measure, content)
+        optimizer = make_optimizer(model, settings.optimizer)
+        second_order = getattr(optimizer, "second_order", lambda model: nullcontext())  # AdaHessian has these two
+        probe = getattr(optimizer, "probe", lambda loss: loss)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        loop = _Loop(
+            accelerator, model, optimizer, batch_at, loss, settings, out, save, measure, content, second_order, probe
+        )
         loop.run(latest_state(out, accelerator))
         finish(out, accelerator)
     return last_checkpoint(out) or out
@@ -152,8 +157,8 @@ def _check(settings: TrainingSettings, accelerator: Accelerator) -> None:
         )
     if settings.optimizer.name == "adahessian" and settings.micro_batches > 1:
         raise ValueError(
-            f"micro_batches is {settings.micro_batches}; adahessian takes 1, as each of its backward "
-            "passes estimates the whole Hessian diagonal: make the batch larger instead"
+            f"micro_batches is {settings.micro_batches}; adahessian takes 1, as the Hessian diagonal is "
+            "not reweighted by the numbers of loss terms: make the batch larger instead"
         )
 
 
@@ -171,6 +176,8 @@ class _Loop:
     save: Save
     measure: Measure
     content: dict[str, Any]
+    second_order: Callable[[nn.Module], AbstractContextManager]
+    probe: Callable[[Tensor], Tensor]
 
     def run(self, first: int) -> None:
         """Trains from step ``first`` to the end. A step is the number of updates that were made."""
@@ -224,8 +231,9 @@ class _Loop:
             index = (step * here + micro) * processes + self.accelerator.process_index
             batch = send_to_device(self.batch_at(index), self.accelerator.device)
             with nullcontext() if micro == here - 1 else self.accelerator.no_sync(self.model):
-                part, count = self.loss(self.model, batch)
-                self.backward(part / count if alone else part)
+                with self.second_order(self.model):
+                    part, count = self.loss(self.model, batch)
+                self.accelerator.backward(self.probe(part / count if alone else part))
             total, terms = total + part.detach(), terms + count
         if alone:
             return total, terms
@@ -234,12 +242,6 @@ class _Loop:
         # backward left the sum over the micro-batches, averaged over processes
         torch._foreach_mul_(gradients, (processes / terms).to(gradients[0].dtype))
         return total, terms
-
-    def backward(self, loss: Tensor) -> None:
-        if self.settings.optimizer.name == "adahessian":
-            self.optimizer.optimizer.backward(loss)
-        else:
-            self.accelerator.backward(loss)
 
 
 def _progress(*, shown: bool) -> Progress:
