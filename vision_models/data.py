@@ -107,6 +107,10 @@ def fixed_batches(
     Raises:
         ValueError: An image that cannot be decoded, or no image that can; ``count`` out of range.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}: give 1 or more")
+    if on_broken not in CHECKS:
+        raise ValueError(f"on_broken = {on_broken!r}: give 'error' or 'skip'")
     indices = list(range(_checked_count(images, count)))
     if on_broken == "skip":
         indices = _sound(images, indices, batch_size, workers)

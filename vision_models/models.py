@@ -42,6 +42,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=256,
+        initializer_range=0.1,  # about 1 / sqrt(hidden_size); with the default 0.02, for 768, training hardly starts
     ),
     "digits_resnet": partial(cifar_resnet, depth=14, channels=1),
     "digits_vgg": partial(VGG, ((32, 32), (64, 64)), classes=10, channels=1, hidden=(64,), pool=2, dropout=0.0),

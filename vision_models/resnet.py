@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 # One switch for the whole network, or one for each stage.
 Switch = bool | Sequence[bool]
+STEMS = {"cifar": (3, 1), "imagenet": (7, 2)}  # size and stride of the first convolution
 
 
 class BasicBlock(nn.Module):
@@ -57,7 +58,9 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         norms, shortcuts = _switches(batch_norm, len(blocks)), _switches(residual, len(blocks))
-        kernel, stride = {"cifar": (3, 1), "imagenet": (7, 2)}[stem]
+        if stem not in STEMS:
+            raise ValueError(f"no stem {stem!r}: there are {', '.join(STEMS)}")
+        kernel, stride = STEMS[stem]
         self.conv1 = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = _norm(width, any(norms))
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem == "imagenet" else nn.Identity()
