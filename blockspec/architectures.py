@@ -102,7 +102,7 @@ FUSED_PARTS = {"crossattention.c_attn": ("key", "value")}
 """Endings whose fused tensor does not hold query, key and value."""
 
 GROUPED = frozenset({"query_key_value"})
-"""Fused tensors ordered by key head: its queries, its key, its value, then the next. All others: queries, keys, values."""
+"""Fused tensors ordered by key head: its queries, its key, its value, then the next. Others: queries, keys, values."""
 
 GROUPED_CLASSES = frozenset({"GPTBigCodeAttention"})
 OPAQUE_CLASSES = frozenset({"CodeGenAttention"})  # four interleaved shards, each ordered query, value, key
@@ -126,7 +126,7 @@ LAYERS = (
     "albert_layers.#",
     "features.#",
 )
-"""Containers of layers: the first on a parameter's path is its layer; of several at one place the first in this table."""
+"""Containers of layers: the first on a parameter's path is its layer; of several there, the first in this table."""
 
 _KIND_OF = {ending: kind for kind, endings in ENDINGS.items() for ending in endings}
 _LONGEST = max(ending.count(".") + 1 for ending in _KIND_OF)

@@ -418,6 +418,24 @@ def test_without_a_number_of_heads_matrices_stay_whole():
     assert "q_proj.weight" in named(partition(model, by="head"))
 
 
+def test_the_nearest_number_of_heads_counts():
+    attention = nn.ModuleDict({"q_proj": nn.Linear(16, 16), "k_proj": nn.Linear(16, 8)})
+    model = nn.ModuleDict({"attention": attention})
+    model.config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=1)
+
+    def counts():
+        names = [b.name for b in partition(model, by="head")]
+        return [max(sum(f"{p}_proj.weight" in name for name in names), 1) for p in "qk"]
+
+    assert counts() == [2, 1]
+    attention.num_heads = 8  # of the model around it nothing holds then, nor do its key heads
+    assert counts() == [8, 8]
+    attention.config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=4)
+    assert counts() == [8, 4]
+    attention.num_key_value_heads = 2
+    assert counts() == [8, 2]
+
+
 @pytest.mark.parametrize("attribute", ["module", "_orig_mod"])
 def test_wrapped_models(attribute):
     wrapper = nn.Module()
