@@ -1,0 +1,124 @@
+"""Heat maps of distances between blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+
+from .style import short_names, styled
+
+COLOURS = "magma_r"  # lightness falls evenly from near to far: readable in grey
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a definition of distance is called on a colour bar, its bound, and whether its colours are logarithmic."""
+
+    label: str
+    bound: float | None = None
+    logarithmic: bool = False
+
+
+MEASURES = {
+    "jensen-shannon": Measure("Jensen-Shannon divergence (nats; at most ln 2)", bound=math.log(2)),
+    "symmetrised-kl": Measure("symmetrised KL divergence (nats; unbounded)"),
+    "wasserstein": Measure("Wasserstein-1 distance (loss / parameter²)", logarithmic=True),
+}
+
+
+def distance_heatmap(distances: pd.DataFrame, definition: str = "jensen-shannon", *, top: float | None = None) -> Figure:
+    """Distances between blocks, the lower triangle; see :func:`distance_heatmaps`."""
+    return distance_heatmaps({"": distances}, definition, top=top)
+
+
+@styled
+def distance_heatmaps(
+    distances: Mapping[str, pd.DataFrame], definition: str = "jensen-shannon", *, top: float | None = None
+) -> Figure:
+    """Distances between blocks, a map for each title, side by side on one colour scale.
+
+    distances: title -> (blocks x blocks) as of ``js_distances``.
+    definition: of the distances: names the colour bar and its bound.
+    top: upper end of the colours where the definition has no bound; the largest distance if left out. 3 is that of the
+        published maps of arXiv 2402.16788 (``symmetrised-kl``).
+    """
+    if definition not in MEASURES:
+        raise ValueError(f"definition is one of {tuple(MEASURES)}, got {definition!r}")
+    if not distances:
+        raise ValueError("no distances to draw: the mapping is empty")
+    measure = MEASURES[definition]
+    size = max(len(table) for table in distances.values())
+    side = min(max(0.11 * size, 1.7), 5.5 if len(distances) == 1 else 4.2)  # inches
+    figure = Figure(figsize=(side * len(distances) + 2.0, side + 1.2), layout="constrained")
+    axes = figure.subplots(1, len(distances), squeeze=False)[0]
+    norm = _norm(distances, measure, top)
+    same = len({tuple(table.index) for table in distances.values()}) == 1
+    for i, (place, (title, table)) in enumerate(zip(axes, distances.items(), strict=True)):
+        image = _map(place, table, norm, side, labelled=i == 0 or not same)
+        place.set_title(title)
+    beyond = top is not None and max(float(table.to_numpy().max()) for table in distances.values()) > top
+    bar = figure.colorbar(image, ax=list(axes), extend="max" if beyond else "neither", fraction=0.05, aspect=25)
+    bar.set_label(measure.label)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _norm(distances: Mapping[str, pd.DataFrame], measure: Measure, top: float | None) -> Normalize:
+    values = np.concatenate([table.to_numpy()[np.tril_indices(len(table), -1)] for table in distances.values()])
+    highest = top or measure.bound or float(values.max(initial=0)) or 1.0
+    if not measure.logarithmic:
+        return Normalize(0, highest)
+    positive = values[values > 0]
+    lowest = float(positive.min(initial=highest)) if len(positive) else highest
+    return LogNorm(max(min(lowest, highest / 10), highest * 1e-6), highest)
+
+
+def _map(axes: Axes, table: pd.DataFrame, norm: Normalize, side: float, *, labelled: bool) -> object:
+    size = len(table)
+    upper = np.triu(np.ones((size, size), bool), 1)
+    values = np.ma.array(np.maximum(table.to_numpy(float), norm.vmin), mask=upper)
+    image = axes.pcolormesh(np.arange(size + 1), np.arange(size + 1), values, cmap=colormaps[COLOURS], norm=norm, rasterized=True)
+    axes.set_xlim(0, size)
+    axes.set_ylim(size, 0)
+    axes.set_aspect("equal")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    places, labels, font = _labels(table, side)
+    axes.set_xticks(places, labels, rotation=90, fontsize=font)
+    axes.set_yticks(places, labels if labelled else [""] * len(labels), fontsize=font)
+    if size > 1:
+        mean = table.to_numpy()[np.tril_indices(size, -1)].mean()
+        axes.text(0.98, 0.98, f"mean over pairs\n{mean:.3g}", transform=axes.transAxes, ha="right", va="top")
+    if size <= 8:
+        _write_values(axes, values, norm)
+    return image
+
+
+def _write_values(axes: Axes, values: np.ma.MaskedArray, norm: Normalize) -> None:
+    for i, j in zip(*np.tril_indices(len(values), -1), strict=True):
+        dark = norm(values[i, j]) > 0.55
+        axes.text(j + 0.5, i + 0.5, f"{values[i, j]:.2g}", ha="center", va="center", fontsize=6, color="white" if dark else "black")
+
+
+def _labels(table: pd.DataFrame, side: float) -> tuple[np.ndarray, list[str], float]:
+    """Places, labels and font size: each block's where they find room, else each layer's."""
+    names = list(short_names(map(str, table.index)).values())
+    room = side * 72 / len(names)  # points
+    if room >= 5.5:
+        return np.arange(len(names)) + 0.5, names, min(8.0, 0.85 * room)
+    groups = [name.split(".")[0] for name in names]
+    starts = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
+    shown: list[tuple[float, str]] = []
+    for start, stop in zip(starts, [*starts[1:], len(groups)], strict=True):
+        centre = (start + stop) / 2
+        if not shown or (centre - shown[-1][0]) * room >= 8:
+            shown.append((centre, groups[start]))
+    return np.array([place for place, _ in shown]), [label for _, label in shown], 7.0
