@@ -162,17 +162,24 @@ class ShuffledBatches:
 
     def __call__(self, index: int) -> Batch:
         if index != self._next:
-            keys = (self.keys(i) for i in itertools.count(index, self.stride))
+            keys = _keys_from(index, self.stride, len(self.images), self.batch_size, self.seed)
             read = _Read(self.images, self.augment, self.seed)
             self._ahead = iter(_loader(read, keys, self.workers, _collated))
         self._next = index + self.stride
         return CHECKS[self.on_broken](next(self._ahead))
 
-    def keys(self, index: int) -> list[tuple[int, int]]:
-        """(epoch, image) for each image of batch number ``index``."""
-        epoch, step = divmod(index, len(self.images) // self.batch_size)
-        order = _order(len(self.images), self.seed, epoch)
-        return [(epoch, i) for i in order[step * self.batch_size : (step + 1) * self.batch_size].tolist()]
+
+def _keys_from(index: int, stride: int, images: int, batch_size: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+    # No method: in a cycle of references with its loader the loader's end would wait 5 s for each worker.
+    for i in itertools.count(index, stride):
+        yield shuffled_keys(i, images=images, batch_size=batch_size, seed=seed)
+
+
+def shuffled_keys(index: int, *, images: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
+    """(epoch, image) for each image of batch number ``index``."""
+    epoch, step = divmod(index, images // batch_size)
+    order = _order(images, seed, epoch)
+    return [(epoch, i) for i in order[step * batch_size : (step + 1) * batch_size].tolist()]
 
 
 @functools.lru_cache(maxsize=2)  # a new order for every batch of ImageNet would take as long as the batch
