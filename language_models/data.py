@@ -99,6 +99,10 @@ def prepare(
         raise ValueError(f"{folder} is complete already: delete it, or give another --out")
     if not 0 < val_share < 1:
         raise ValueError(f"val_share is {val_share}; it must lie between 0 and 1")
+    if any(limit is not None and limit < 1 for limit in (num_documents, num_tokens)):
+        raise ValueError(
+            f"num_documents is {num_documents}, num_tokens {num_tokens}; they must be at least 1, or left out"
+        )
     encoder = load_tokenizer(tokenizer)
     documents = Documents(source, subset=subset, split=split, field=field)
     settings = {

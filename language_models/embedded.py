@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 END = "<|endoftext|>"
 MASK = "<|mask|>"
 VOCABULARY = 512  # 256 bytes and 254 merges: 2.1 bytes a token, and an embedding that does not outweigh a tiny model
-HELD_OUT = 10  # every tenth topic, so that both splits hold the same kinds of text
+HELD_OUT = 0.1  # the end of each topic, so that both splits hold the same kinds of text
 
 
 def topics() -> list[str]:
@@ -57,9 +57,16 @@ def meta() -> dict[str, Any]:
     }
 
 
+def split_topic(text: str) -> dict[str, str]:
+    """Cut at a line's end."""
+    cut = text.find("\n", int(len(text) * (1 - HELD_OUT))) + 1 or len(text)
+    return {"train": text[:cut], "val": text[cut:]}
+
+
 def token_ids(split: str, encoder: PreTrainedTokenizerBase) -> np.ndarray:
     """All tokens of ``train`` or ``val`` in one row, each topic ended by the end-of-text (or separator) token."""
     end = encoder.eos_token_id if encoder.eos_token_id is not None else encoder.sep_token_id
-    chosen = [text for i, text in enumerate(topics()) if (i % HELD_OUT == HELD_OUT - 1) == (split == "val")]
-    rows = encoder(chosen, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = encoder([split_topic(text)[split] for text in topics()], add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     return np.array([token for row in rows for token in (*row, end)])

@@ -34,8 +34,9 @@ def hub_or_cache() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = str(error).split("\n")[0].rstrip(".")
         raise OSError(
-            f"{error} The hub cannot be reached ({constants.ENDPOINT}) and this machine has no copy: "
+            f"{reason}. {constants.ENDPOINT} cannot be reached and this machine has no copy: "
             "give a local file or folder, or connect and try again"
         ) from error
     finally:

@@ -16,7 +16,7 @@ from language_models.tokenizer import load_tokenizer
 DTYPE = np.dtype("<u2")
 META = "meta.json"
 GPT2_VOCABULARY = 50257
-CHUNK = 8 << 20  # tokens of a file that are in memory at once while it is checked
+CHUNK = 1 << 20  # tokens of a file that are in memory at once while it is checked
 
 
 @dataclass(frozen=True)
