@@ -63,6 +63,7 @@ def split_topic(text: str) -> dict[str, str]:
     return {"train": text[:cut], "val": text[cut:]}
 
 
+@functools.lru_cache(maxsize=4)
 def token_ids(split: str, encoder: PreTrainedTokenizerBase) -> np.ndarray:
     """All tokens of ``train`` or ``val`` in one row, each topic ended by the end-of-text (or separator) token."""
     end = encoder.eos_token_id if encoder.eos_token_id is not None else encoder.sep_token_id

@@ -30,16 +30,20 @@ def load_pretrained(
     Raises:
         ValueError: it cannot be read, or does not hold every weight of the model.
     """
+    options = {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with _as_one_line(name), quiet_transformers():
-        model, report = _from_pretrained(
-            KINDS[kind], name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    if kind == "causal" and any("MaskedLM" in name for name in model.config.architectures or ()):
+        model, report = _from_pretrained(KINDS[kind], name, dtype=torch.float32, **options)
+    if kind == "causal" and any("MaskedLM" in cls for cls in model.config.architectures or ()):
         raise ValueError(f"{name} is a masked language model, which sees the tokens that a causal one predicts")
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} tensors of its {kind} model, such as {missing[0]}")
+    mismatched = sorted(report["mismatched_keys"])  # (name, shape in the file, shape in the model)
+    if mismatched:
+        tensor, found, wanted = mismatched[0]
         raise ValueError(
-            f"{name} lacks {len(missing)} tensors of its {kind} model, such as {missing[0]}: it is another model's"
+            f"{name} has {len(mismatched)} tensors of other shapes than its config.json says, such as {tensor}: "
+            f"{tuple(found)}, not {tuple(wanted)}"
         )
     return model.eval()
 

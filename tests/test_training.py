@@ -202,6 +202,8 @@ def test_shapes_of_the_learning_rate():
     cosine = ScheduleSettings(warmup=10, final=0.1)
     assert [share_of_peak(step, 110, cosine) for step in (0, 9)] == [1 / 11, 10 / 11]
     torch.testing.assert_close([share_of_peak(s, 110, cosine) for s in (10, 60, 110)], [1.0, 0.55, 0.1])
+    linear = ScheduleSettings(shape="linear", warmup=10, final=0.0)
+    torch.testing.assert_close([share_of_peak(s, 110, linear) for s in (0, 10, 35, 110)], [1 / 11, 1.0, 0.75, 0.0])
     steps = ScheduleSettings(shape="steps", milestones=(5, 8), factor=0.1)
     torch.testing.assert_close([share_of_peak(s, 10, steps) for s in (4, 5, 8)], [1.0, 0.1, 0.01])
 

@@ -44,29 +44,36 @@ class ScheduleSettings:
     """The learning rate over training, as a share of its peak.
 
     Args:
-        shape: cosine (down to final after warm-up), constant, or steps (times factor at each milestone).
+        shape: cosine or linear (from the peak, after warm-up, to final), constant, or steps (times factor at each
+            milestone).
         warmup: Steps of linear growth from 0 at the start.
-        final: Where the cosine ends, as a share of the peak.
+        final: Where cosine and linear end, as a share of the peak.
         milestones: Steps at which the rate is multiplied by factor.
         factor: See milestones.
     """
 
-    shape: Literal["cosine", "constant", "steps"] = "cosine"
+    shape: Literal["cosine", "linear", "constant", "steps"] = "cosine"
     warmup: int = 0
     final: float = 0.1  # nanoGPT's advice, after Chinchilla
     milestones: tuple[int, ...] = ()
     factor: float = 0.1
 
 
-def _cosine(step: int, num_steps: int, schedule: ScheduleSettings) -> float:
-    done = (step - schedule.warmup) / max(1, num_steps - schedule.warmup)
-    return schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def _done(step: int, num_steps: int, schedule: ScheduleSettings) -> float:
+    """The share of the steps after warm-up that is done."""
+    return (step - schedule.warmup) / max(1, num_steps - schedule.warmup)
+
+
+def _down(left: float, schedule: ScheduleSettings) -> float:
+    """``left`` from 1 to 0 -> from the peak to ``final``."""
+    return schedule.final + (1 - schedule.final) * left
 
 
 SHAPES: Mapping[str, Callable[[int, int, ScheduleSettings], float]] = {
-    "cosine": _cosine,
-    "constant": lambda step, num_steps, schedule: 1.0,
-    "steps": lambda step, num_steps, schedule: schedule.factor ** sum(step >= m for m in schedule.milestones),
+    "cosine": lambda step, last, schedule: _down((1 + math.cos(math.pi * _done(step, last, schedule))) / 2, schedule),
+    "linear": lambda step, last, schedule: _down(1 - _done(step, last, schedule), schedule),
+    "constant": lambda step, last, schedule: 1.0,
+    "steps": lambda step, last, schedule: schedule.factor ** sum(step >= m for m in schedule.milestones),
 }
 
 
