@@ -8,12 +8,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 from vision_models import factories
 from vision_models.augment import AUGMENT
 from vision_models.data import Batches, ShuffledBatches, fixed_batches, shuffled_keys
 from vision_models.digits import digits
+from vision_models.hf import pretrained, vit
 from vision_models.hub import hub
 from vision_models.image_folder import IMAGENET, image_folder
 from vision_models.preprocess import Preprocess, normalise, pixels
@@ -292,13 +294,19 @@ def test_wrong_data_sets_say_what_is_right(saved, folder):
         hub(str(folder))
 
 
-def test_without_a_network_there_is_one_clear_error_within_seconds(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize("count", [None, 5])
+@pytest.mark.parametrize("offline", [False, True])
+def test_without_a_network_there_is_one_clear_error_within_seconds(monkeypatch, count, offline):
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # refuses connections
     start = time.monotonic()
     with pytest.raises(
         ValueError, match=r"cannot load 'uoft-cs/cifar10'.*save_to_disk wrote, or use the embedded digits"
     ):
-        hub("cifar10", count=5)
+        hub("cifar10", count=count)
+    with pytest.raises(ValueError, match=r"no image classifier .*cannot be reached and this machine has no copy"):
+        pretrained("google/vit-base-patch16-224")
     assert time.monotonic() - start < 10
 
 
@@ -347,8 +355,6 @@ def test_the_factory_of_data_sets(saved):
 
 
 def test_a_pretrained_model_gets_images_normalised_as_it_expects(folder, tmp_path):
-    from vision_models.hf import vit
-
     small = vit(classes=3, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     small.save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')

@@ -1,6 +1,7 @@
 """Vision models of HF transformers: any configuration of ViT and ResNet, fresh or pretrained."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import (
     ViTForImageClassification,
 )
 from transformers.utils import cached_file
+
+from language_models.hub import hub_or_cache
 
 
 def vit(*, classes: int = 1000, **config: Any) -> ViTForImageClassification:
@@ -44,7 +47,8 @@ def pretrained(name: str = "google/vit-base-patch16-224", *, classes: int | None
     """
     head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
     try:
-        return AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, **head)
+        with _access(name):
+            return AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, **head)
     except OSError as error:
         raise ValueError(f"no image classifier with safetensors weights under {name!r}: {error}") from error
 
@@ -52,11 +56,16 @@ def pretrained(name: str = "google/vit-base-patch16-224", *, classes: int | None
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """(mean, standard deviation) per channel of the images a pretrained model expects, or None if it does not say."""
     try:
-        path = cached_file(name, "preprocessor_config.json")
+        with _access(name):
+            path = cached_file(name, "preprocessor_config.json")
     except OSError:
         return None
     settings = json.loads(Path(path).read_text(encoding="utf-8"))
     return tuple(settings["image_mean"]), tuple(settings["image_std"])
+
+
+def _access(name: str) -> AbstractContextManager[None]:
+    return nullcontext() if Path(name).is_dir() else hub_or_cache()
 
 
 def _config(kind: type, classes: int, fields: dict[str, Any]) -> Any:

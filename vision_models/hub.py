@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from huggingface_hub import constants
 
+from language_models.hub import hub_or_cache
 from vision_models.preprocess import NORMALISATION, Preprocess
 
 # Short names, and what is done to their images.
@@ -78,14 +80,13 @@ def _load(name: str, split: str, count: int | None) -> Any:
     if Path(name).is_dir():
         return _from_disk(Path(name), split)
     try:
-        config = datasets.DownloadConfig(max_retries=0)
-        return datasets.load_dataset(
-            NAMES.get(name, name), split=split, streaming=count is not None, download_config=config
-        )
+        with hub_or_cache():
+            streaming = count is not None and not constants.HF_HUB_OFFLINE  # a cached copy cannot be streamed
+            return datasets.load_dataset(NAMES.get(name, name), split=split, streaming=streaming)
     except (OSError, ValueError) as error:  # offline, no such name, no such split, no permission
         raise ValueError(
-            f"cannot load {NAMES.get(name, name)!r}, split {split!r} ({type(error).__name__}: {error}). Without a "
-            "network, give a folder that datasets.Dataset.save_to_disk wrote, or use the embedded digits"
+            f"cannot load {NAMES.get(name, name)!r}, split {split!r} ({error}). Without a network, give a folder that "
+            "datasets.Dataset.save_to_disk wrote, or use the embedded digits"
         ) from error
 
 

@@ -45,7 +45,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         initializer_range=0.1,  # about 1 / sqrt(hidden_size); with the default 0.02, for 768, training hardly starts
     ),
     "digits_resnet": partial(cifar_resnet, depth=14, channels=1),
-    "digits_vgg": partial(VGG, ((32, 32), (64, 64)), classes=10, channels=1, hidden=(64,), pool=2, dropout=0.0),
+    "digits_vgg": partial(VGG, stages=((32, 32), (64, 64)), classes=10, channels=1, hidden=(64,), pool=2, dropout=0.0),
     "digits_mixer": partial(
         Mixer,
         image_size=8,
@@ -57,7 +57,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         token_hidden=32,
         channel_hidden=256,
     ),
-    "digits_mlp": partial(ScaledMLP, (64, 64, 64, 64, 10)),
+    "digits_mlp": partial(ScaledMLP, sizes=(64, 64, 64, 64, 10)),
 }
 
 
