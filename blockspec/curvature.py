@@ -118,6 +118,8 @@ def _ggn(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, 
     (slope,) = torch.autograd.grad(terms.sum(), leaf, create_graph=True)
 
     def middle(tangent: Tensor) -> Tensor:
+        if not slope.requires_grad:  # terms linear in the outputs
+            return torch.zeros_like(leaf)
         return _grad([slope], {"": leaf}, grad_outputs=[tangent], retain_graph=True).get("", torch.zeros_like(leaf))
 
     return _gauss_newton(outputs, parameters, middle), float(terms.numel())

@@ -31,11 +31,7 @@ class Columns:
         unit[len(self._columns)] = 1
         return unit
 
-    @property
-    def scale(self) -> float:
-        return 0.0
-
-    def advance(self, product: Tensor, *, scale: float = 0.0) -> None:
+    def advance(self, product: Tensor) -> None:
         self._columns.append(product.cpu())
 
     def matrix(self) -> np.ndarray:

@@ -1,38 +1,32 @@
-"""Spectra of blocks from their products: drives one process per (block, probe), all of them through the same sweeps."""
+"""Spectra of blocks: the engine's front door."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from .accuracy import Accuracy
 from .blocks import Block
 from .curvature import Products
-from .dense import Columns
-from .lanczos import Lanczos
 from .objective import Objective
-from .probes import DISTRIBUTIONS, draw_probe
-from .quadrature import exact_spectrum, lanczos_spectrum
+from .probes import DISTRIBUTIONS
+from .results import exact_spectrum, lanczos_spectrum
+from .schedule import Probing, Schedule, Task
 from .spectra import Cost, Spectra, Spectrum
 
-
-@dataclass(frozen=True)
-class Job:
-    """One process on one block: a probe's Lanczos, or all columns of a small block."""
-
-    block: Block
-    process: Lanczos | Columns
+Auto = str  # the word "auto"
+TOLERANCE = 2e-3  # below it, a density drawn over the whole range of eigenvalues does not change visibly
 
 
 def estimate_spectra(
     objective: Objective,
     blocks: Sequence[Block] | Block,
-    num_probes: int = 4,
-    num_steps: int = 40,
+    num_probes: int | Auto = 4,
+    num_steps: int | Auto = 40,
     *,
+    tolerance: float = TOLERANCE,
     curvature: str = "hessian",
     seed: int = 0,
     distribution: str = "rademacher",
@@ -43,69 +37,53 @@ def estimate_spectra(
 
     objective: what is differentiated; checked to be deterministic first.
     blocks: from :func:`blockspec.partition`; they may overlap (``model`` beside its parts).
-    num_probes: K start vectors a block. The error of a mean over the spectrum falls as 1 / sqrt(K P).
-    num_steps: M Lanczos steps a probe. A block with at most M parameters is done exactly instead: all of its eigenvalues.
+    num_probes: K start vectors a block, or ``"auto"``: per block, as many as ``tolerance`` needs (large blocks: one).
+    num_steps: M Lanczos steps a probe, or ``"auto"``: per block, until its spectrum stands still. A block with at most M
+        parameters is done exactly instead: all of its eigenvalues; with ``"auto"``, every block for which that is cheaper.
+    tolerance: used where one of them is ``"auto"``: Wasserstein-1 distance between the estimated and the true spectrum,
+        relative to the block's spectral norm; held in at least 95 % of seeds. What was reached is ``Spectrum.error``.
     curvature: ``"hessian"``, ``"ggn"`` or ``"fisher"``, see :class:`blockspec.curvature.Products`.
     seed, distribution: of the probes, see :func:`blockspec.probes.draw_probe`. A block's probes do not depend on which
         other blocks are estimated beside it.
     reorthogonalize: see :class:`blockspec.lanczos.Lanczos`.
-    progress: called with (products done, products in all) after each sweep.
+    progress: called with (products done, products in all as far as known) after each sweep.
 
     Raises ValueError or TypeError for settings out of range and for an objective that cannot be differentiated or is not
     deterministic, before the expensive part; ValueError with the block's name for a product that is not finite.
     """
     blocks = _checked_blocks(objective, blocks)
-    num_probes = _positive("num_probes", num_probes)
-    num_steps = _positive("num_steps", num_steps)
+    accuracy = Accuracy(_count("num_steps", num_steps), _count("num_probes", num_probes), _positive(tolerance))
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution is one of {DISTRIBUTIONS}, got {distribution!r}")
     products = Products(objective, curvature)
     objective.check()
+    probing = Probing(seed, distribution, reorthogonalize)
+    tasks = [Task(block, block_dtype(objective, block), objective.device, accuracy, probing) for block in blocks]
 
-    def jobs_of(block: Block) -> list[Job]:
-        dtype, device = block_dtype(objective, block), objective.device
-        if block.numel <= num_steps:
-            return [Job(block, Columns(block.numel, dtype=dtype, device=device))]
-        starts = (
-            draw_probe(block.name, block.numel, seed=seed, probe=k, distribution=distribution) for k in range(num_probes)
-        )
-        return [
-            Job(block, Lanczos(start.to(device, dtype), num_steps, reorthogonalize=reorthogonalize)) for start in starts
-        ]
-
-    def spectrum_of(block: Block, jobs: Sequence[Job]) -> Spectrum:
-        settings: dict[str, Any] = {
-            "num_steps": num_steps,
-            "dtype": block_dtype(objective, block),
-            "curvature": curvature,
-            "reorthogonalized": reorthogonalize,
-            "distribution": distribution,
-            "seed": seed,
-        }
-        processes = [job.process for job in jobs]
-        if isinstance(processes[0], Columns):
-            return exact_spectrum(block, processes[0].eigenvalues(), num_probes=num_probes, **settings)
-        return lanczos_spectrum(block, [p.tridiagonal() for p in processes if isinstance(p, Lanczos)], **settings)
-
-    jobs = {block: jobs_of(block) for block in blocks}
-    run([job for group in jobs.values() for job in group], products, progress=progress)
-    cost = Cost(gradients=products.gradients, products=products.products)
-    return Spectra((spectrum_of(block, group) for block, group in jobs.items()), cost=cost)
-
-
-def run(jobs: Sequence[Job], products: Products, *, progress: Callable[[int, int], None] | None = None) -> None:
-    """Drives every job to its end; one sweep over the data advances all that are not done."""
-    done = 0
-    while active := [job for job in jobs if not job.process.done]:
-        results = products.sweep([(job.block, job.process.vector) for job in active])
-        scales: dict[str, float] = {}
-        for job in jobs:
-            scales[job.block.name] = max(scales.get(job.block.name, 0.0), job.process.scale)
-        for job, result in zip(active, results, strict=True):
-            job.process.advance(result, scale=scales[job.block.name])
-        done += len(active)
+    def after_sweep(schedule: Schedule) -> None:
         if progress is not None:
-            progress(done, done + sum(job.process.remaining for job in jobs))
+            progress(schedule.products, schedule.products + schedule.remaining)
+
+    Schedule(tasks).run(products, after_sweep=after_sweep)
+    cost = Cost(gradients=products.gradients, products=products.products)
+    return Spectra((_spectrum(task, curvature) for task in tasks), cost=cost)
+
+
+def _spectrum(task: Task, curvature: str) -> Spectrum:
+    settings = {
+        "dtype": task.dtype,
+        "curvature": curvature,
+        "reorthogonalized": task.probing.reorthogonalize,
+        "distribution": task.probing.distribution,
+        "seed": task.probing.seed,
+    }
+    if task.columns is not None:
+        probes, steps = task.accuracy.num_probes or 1, task.accuracy.num_steps or task.block.numel
+        shape = (1, task.block.numel) if task.accuracy.adaptive else (probes, steps)
+        return exact_spectrum(task.block, task.columns.eigenvalues(), shape=shape, **settings)
+    results = task.results()
+    steps = task.accuracy.num_steps or max(len(t.alphas) for t in results)
+    return lanczos_spectrum(task.block, results, num_steps=steps, **settings)
 
 
 def block_dtype(objective: Objective, block: Block) -> torch.dtype:
@@ -137,11 +115,20 @@ def _checked_blocks(objective: Objective, blocks: Iterable[Block] | Block) -> tu
     return blocks
 
 
-def _positive(name: str, value: int) -> int:
+def _count(name: str, value: int | Auto) -> int | None:
+    """A whole number >= 1, or None for "auto"."""
+    if value == "auto":
+        return None
     try:
-        number = operator.index(value)
+        number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} is a whole number >= 1, got {value!r}") from None
+        raise TypeError(f"{name} is a whole number >= 1 or 'auto', got {value!r}") from None
     if number < 1:
-        raise ValueError(f"{name} is a whole number >= 1, got {number}")
+        raise ValueError(f"{name} is a whole number >= 1 or 'auto', got {number}")
     return number
+
+
+def _positive(tolerance: float) -> float:
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance is relative to the spectral norm, between 0 and 1 (both excluded), got {tolerance}")
+    return float(tolerance)

@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from .style import short_names, styled
 
-COLOURS = "magma_r"  # lightness falls evenly from near to far: readable in grey
+COLOURS = ListedColormap(colormaps["magma_r"](np.linspace(0, 0.88, 256)))  # lightness falls evenly: readable in grey
+CHARACTER = 0.62  # mean width of a character over the size of its font, generously
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Measure:
 
 
 MEASURES = {
-    "jensen-shannon": Measure("Jensen-Shannon divergence (nats; at most ln 2)", bound=math.log(2)),
-    "symmetrised-kl": Measure("symmetrised KL divergence (nats; unbounded)"),
-    "wasserstein": Measure("Wasserstein-1 distance (loss / parameter²)", logarithmic=True),
+    "jensen-shannon": Measure("Jensen-Shannon divergence\n(nats; at most ln 2)", bound=math.log(2)),
+    "symmetrised-kl": Measure("symmetrised KL divergence\n(nats; unbounded)"),
+    "wasserstein": Measure("Wasserstein-1 distance\n(loss / parameter²)", logarithmic=True),
 }
 
 
@@ -57,15 +58,19 @@ def distance_heatmaps(
     measure = MEASURES[definition]
     size = max(len(table) for table in distances.values())
     side = min(max(0.11 * size, 1.7), 5.5 if len(distances) == 1 else 4.2)  # inches
-    figure = Figure(figsize=(side * len(distances) + 2.0, side + 1.2), layout="constrained")
+    same = len({tuple(table.index) for table in distances.values()}) == 1
+    beside = max(_label_inches(table, side) for table in distances.values())
+    width = (side + 0.15) * len(distances) + beside * (1 if same else len(distances)) + 1.2
+    figure = Figure(figsize=(width, side + beside + 0.4), layout="constrained")
     axes = figure.subplots(1, len(distances), squeeze=False)[0]
     norm = _norm(distances, measure, top)
-    same = len({tuple(table.index) for table in distances.values()}) == 1
     for i, (place, (title, table)) in enumerate(zip(axes, distances.items(), strict=True)):
         image = _map(place, table, norm, side, labelled=i == 0 or not same)
         place.set_title(title)
     beyond = top is not None and max(float(table.to_numpy().max()) for table in distances.values()) > top
-    bar = figure.colorbar(image, ax=list(axes), extend="max" if beyond else "neither", fraction=0.05, aspect=25)
+    bar = figure.colorbar(image, ax=list(axes), extend="max" if beyond else "neither", shrink=0.8, aspect=20)
+    if measure.bound and top is None:
+        bar.set_ticks([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, measure.bound], labels=["0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "ln 2"])
     bar.set_label(measure.label)
     bar.outline.set_visible(False)
     return figure
@@ -85,7 +90,7 @@ def _map(axes: Axes, table: pd.DataFrame, norm: Normalize, side: float, *, label
     size = len(table)
     upper = np.triu(np.ones((size, size), bool), 1)
     values = np.ma.array(np.maximum(table.to_numpy(float), norm.vmin), mask=upper)
-    image = axes.pcolormesh(np.arange(size + 1), np.arange(size + 1), values, cmap=colormaps[COLOURS], norm=norm, rasterized=True)
+    image = axes.pcolormesh(np.arange(size + 1), np.arange(size + 1), values, cmap=COLOURS, norm=norm)
     axes.set_xlim(0, size)
     axes.set_ylim(size, 0)
     axes.set_aspect("equal")
@@ -106,6 +111,11 @@ def _write_values(axes: Axes, values: np.ma.MaskedArray, norm: Normalize) -> Non
     for i, j in zip(*np.tril_indices(len(values), -1), strict=True):
         dark = norm(values[i, j]) > 0.55
         axes.text(j + 0.5, i + 0.5, f"{values[i, j]:.2g}", ha="center", va="center", fontsize=6, color="white" if dark else "black")
+
+
+def _label_inches(table: pd.DataFrame, side: float) -> float:
+    _, labels, font = _labels(table, side)
+    return max(map(len, labels)) * CHARACTER * font / 72
 
 
 def _labels(table: pd.DataFrame, side: float) -> tuple[np.ndarray, list[str], float]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .basis import Basis
 
 CHUNK = 2**20  # entries whose float64 copy is small; see _dot
 
@@ -31,7 +33,7 @@ class Tridiagonal:
     alphas: (m,) diagonal, float64.
     betas: (m,) ``betas[:-1]`` is the off-diagonal; ``betas[-1]`` is the norm of what is left after the last step.
     breakdown: the probe lies in an invariant subspace of dimension m: the m Ritz values are eigenvalues.
-    orthogonality: max |Q'Q - I|, or None where the basis was not kept.
+    orthogonality: max |Q'Q - I|; None where the basis was not kept, or is not finished.
     asymmetry: norm of the coefficients that are zero for a symmetric matrix without rounding; same unit as A.
     """
 
@@ -50,9 +52,17 @@ class Lanczos:
     num_steps: steps after which it is done, at most P of them; it is done earlier after a breakdown.
     reorthogonalize: False keeps two vectors instead of ``num_steps``, at the price of repeated copies of converged
         eigenvalues: densities are not hurt, but counts of eigenvalues must not be read from the result.
+    storage: dtype and device of the kept vectors; None takes those of ``start``.
     """
 
-    def __init__(self, start: Tensor, num_steps: int, *, reorthogonalize: bool = True) -> None:
+    def __init__(
+        self,
+        start: Tensor,
+        num_steps: int,
+        *,
+        reorthogonalize: bool = True,
+        storage: tuple[torch.dtype, torch.device] | None = None,
+    ) -> None:
         norm = math.sqrt(_dot(start, start))
         if not 0 < norm < math.inf:
             raise ValueError(f"a start vector must have a positive finite norm, got {norm}")
@@ -61,9 +71,11 @@ class Lanczos:
         self.betas: list[float] = []
         self.breakdown = False
         self.asymmetry = 0.0
-        self._reorthogonalize = reorthogonalize
-        self._basis = start.new_empty((self.num_steps if reorthogonalize else 2, start.numel()))
-        self._basis[0] = start / norm
+        self.vector = start / norm
+        """(P,) the vector whose product is wanted next."""
+        self._previous: Tensor | None = None
+        dtype, device = storage or (start.dtype, start.device)
+        self._basis = Basis(start.numel(), dtype=dtype, device=device) if reorthogonalize else None
 
     @property
     def done(self) -> bool:
@@ -75,69 +87,53 @@ class Lanczos:
         return 0 if self.breakdown else self.num_steps - len(self.alphas)
 
     @property
-    def vector(self) -> Tensor:
-        """(P,) the vector whose product is wanted next."""
-        return self._basis[self._row(len(self.alphas))]
-
-    @property
     def scale(self) -> float:
         """A bound on the norm of T, for relative thresholds; 0 before the first step."""
         return max((abs(a) + b for a, b in zip(self.alphas, self.betas, strict=True)), default=0.0)
 
-    def advance(self, product: Tensor, *, scale: float = 0.0) -> None:
-        """One step. ``product`` (P,) is A times :attr:`vector` and is overwritten; ``scale`` is what is known of the norm
-        of A from elsewhere (other probes of the same matrix)."""
-        step = len(self.alphas)
-        if self._reorthogonalize:
-            alpha = self._project(product, self._basis[: step + 1])
-        else:
-            alpha = self._project_two(product)
+    def advance(self, product: Tensor) -> None:
+        """One step. ``product`` (P,) is A times :attr:`vector` and is overwritten."""
+        alpha = self._recurrence(product) if self._basis is None else self._project(product, self._basis)
         beta = math.sqrt(_dot(product, product))
         self.alphas.append(alpha)
         self.betas.append(beta)
-        if beta <= ROUNDING[product.dtype] * max(scale, self.scale):
-            self.breakdown = True
-        elif not self.done:
-            torch.mul(product, 1 / beta, out=self._basis[self._row(step + 1)])
+        self.breakdown = beta <= ROUNDING[product.dtype] * self.scale
+        if not self.breakdown:
+            self._previous, self.vector = self.vector, product.mul_(1 / beta)
 
-    def tridiagonal(self) -> Tridiagonal:
-        """What has been found so far."""
+    def tridiagonal(self, steps: int | None = None) -> Tridiagonal:
+        """What has been found so far, or after the first ``steps`` steps."""
+        found = len(self.alphas)
+        steps = found if steps is None else steps
         return Tridiagonal(
-            alphas=np.array(self.alphas),
-            betas=np.array(self.betas),
-            breakdown=self.breakdown,
-            orthogonality=self._orthogonality(),
+            alphas=np.array(self.alphas[:steps]),
+            betas=np.array(self.betas[:steps]),
+            breakdown=self.breakdown and steps == found,
+            orthogonality=None,
             asymmetry=self.asymmetry,
         )
 
-    def _row(self, step: int) -> int:
-        return step if self._reorthogonalize else step % 2
+    def finish(self) -> Tridiagonal:
+        """The final result; the vectors are let go."""
+        orthogonality = None if self._basis is None else self._basis.orthogonality()
+        self._basis = self._previous = None
+        self.vector = self.vector[:0]
+        return replace(self.tridiagonal(), orthogonality=orthogonality)
 
-    def _project(self, product: Tensor, basis: Tensor) -> float:
-        """Removes the basis (m, P) from ``product`` in two passes; returns alpha."""
-        first = basis @ product
-        product.addmv_(basis.T, first, alpha=-1)
-        second = basis @ product
-        product.addmv_(basis.T, second, alpha=-1)
-        coefficients = (first.double() + second.double()).tolist()
-        self.asymmetry = max(self.asymmetry, math.hypot(*coefficients[:-2]) if len(coefficients) > 2 else 0.0)
+    def _project(self, product: Tensor, basis: Basis) -> float:
+        """Removes the basis from ``product`` in two passes; returns alpha."""
+        basis.append(self.vector)
+        coefficients = (basis.project_out(product).double() + basis.project_out(product).double()).tolist()
+        self.asymmetry = max(self.asymmetry, math.hypot(*coefficients[:-2]))
         return coefficients[-1]
 
-    def _project_two(self, product: Tensor) -> float:
+    def _recurrence(self, product: Tensor) -> float:
         """The three-term recurrence."""
-        step = len(self.alphas)
-        if step > 0:
-            product.sub_(self._basis[self._row(step - 1)], alpha=self.betas[-1])
+        if self._previous is not None:
+            product.sub_(self._previous, alpha=self.betas[-1])
         alpha = _dot(self.vector, product)
         product.sub_(self.vector, alpha=alpha)
         return alpha
-
-    def _orthogonality(self) -> float | None:
-        if not self._reorthogonalize:
-            return None
-        basis = self._basis[: len(self.alphas)]
-        gram = basis @ basis.T
-        return float((gram - torch.eye(len(basis), dtype=gram.dtype, device=gram.device)).abs().max())
 
 
 def tridiagonalize(
@@ -151,10 +147,9 @@ def tridiagonalize(
     processes = [Lanczos(start, num_steps, reorthogonalize=reorthogonalize) for start in starts]
     while active := [process for process in processes if not process.done]:
         products = product(torch.stack([process.vector for process in active]))
-        scale = max(process.scale for process in processes)
         for process, row in zip(active, products, strict=True):
-            process.advance(row.clone(), scale=scale)
-    return [process.tridiagonal() for process in processes]
+            process.advance(row.clone())
+    return [process.finish() for process in processes]
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .second_order import cross_entropies
 
 IGNORED = -100  # the label that torch and transformers leave out; nanoGPT uses -1
 
@@ -77,7 +78,7 @@ def _cross_entropies(logits: Tensor, labels: Tensor, *, ignored: int = IGNORED) 
     kept = labels != ignored
     if not kept.all():
         logits, labels = logits[kept], labels[kept]
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none")
+    return cross_entropies(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
 
 
 def _causal_logits(model: nn.Module, batch: Any) -> Tensor:

@@ -70,13 +70,14 @@ class AdaHessian(torch.optim.Optimizer):
         update_each: Steps from one measurement to the next. A step that measures costs about 3 gradients, others 1.
         num_probes: Probes per measurement, about 2 gradients each; ``z * (H z)`` is averaged over them before the
             absolute value is taken.
-        spatial_averaging: What D is averaged over. None: nothing. ``"conv"``: kernels of convolutions (all axes from the
-            third on, of tensors that have one). ``"rows"``: these, and the rows of matrices. A number: so many consecutive
-            entries of a tensor; what is left over at its end is a run too. Blocks from :func:`blockspec.partition`: each
-            block (with ``by="neuron"``: heads, output neurons, tokens); what lies in no block is not averaged. Blocks go
-            by the parameters' names, so ``params`` must have them.
-        seed: Of the probes, which are drawn on the CPU and are the same on every device. It stands in ``param_groups``
-            together with the number of steps: a run resumed from its ``state_dict`` goes on with the same probes.
+        spatial_averaging: What D is averaged over. None: nothing. ``"conv"``: kernels of convolutions (all axes from
+            the third on, of tensors that have one). ``"rows"``: these, and the rows of matrices. A number: so many
+            consecutive entries of a tensor; what is left over at its end is a run too. Blocks from
+            :func:`blockspec.partition`: each block (with ``by="neuron"``: heads, output neurons, tokens); what lies
+            in no block is not averaged. Blocks go by the parameters' names, so ``params`` must have them.
+        seed: Of the probes, which are drawn on the CPU and are the same on every device. It stands in
+            ``param_groups`` together with the number of steps: a run resumed from its ``state_dict`` goes on with the
+            same probes.
 
     ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``hessian_power`` may differ between groups; their defaults are
     those of the authors' code. ``update_each``, ``num_probes`` and ``spatial_averaging`` are not in the
@@ -114,6 +115,7 @@ class AdaHessian(torch.optim.Optimizer):
         self.update_each = update_each
         self.num_probes = num_probes
         self.spatial_averaging = spatial_averaging
+        _keep_freed_memory()
         self._gathered: dict[Tensor, Tensor] = {}  # z * (H z), summed over the micro-batches since the last step
         defaults = {
             "lr": lr,
@@ -168,9 +170,10 @@ class AdaHessian(torch.optim.Optimizer):
             return loss
         leaves = _leaves(loss)
         gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-        diagonal = self._measure({p: g for p, g in zip(leaves, gradients, strict=True) if g is not None})
-        gradients = tuple(None if gradient is None else gradient.detach() for gradient in gradients)
-        return _Measured.apply(loss.detach(), gradients, lambda factor: self._gather(diagonal, factor), *leaves)
+        given = {leaf: gradient for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+        diagonal = self._measure(given)
+        values = [gradient.detach() for gradient in given.values()]
+        return _Measured.apply(loss.detach(), values, lambda factor: self._gather(diagonal, factor), *given)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As every optimizer's; drops what was measured since the last step."""
@@ -188,7 +191,10 @@ class AdaHessian(torch.optim.Optimizer):
         if self.due and used:
             self._set_diagonals(used)
         for parameter in used:
-            parameter.grad = parameter.grad.detach()  # a graph there refers to the parameter, which refers to the graph
+            if parameter.grad.requires_grad:
+                parameter.grad = (
+                    parameter.grad.detach()
+                )  # it holds the graph, the graph the parameter: never freed otherwise
         for group in self.param_groups:
             known = [p for p in group["params"] if p.grad is not None and "hessian_diagonal" in self.state[p]]
             if known:
@@ -217,44 +223,39 @@ class AdaHessian(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         given = [p for p in parameters if p in gradients]
         curved = [p for p in given if gradients[p].requires_grad]
-        diagonal = {p: torch.zeros_like(p, requires_grad=False) for p in given}
+        diagonal = {p: torch.zeros_like(p, requires_grad=False) for p in given if not gradients[p].requires_grad}
+        totals: list[Tensor] = []
         for probe in range(self.num_probes if curved else 0):
             signs = dict(zip(parameters, self._signs(parameters, probe), strict=True))
+            chosen = [signs[p] for p in curved]
             with _explained():
                 products = torch.autograd.grad(
                     [gradients[p] for p in curved],
                     curved,
-                    [signs[p] for p in curved],
+                    chosen,
                     retain_graph=probe < self.num_probes - 1,
-                    allow_unused=True,
+                    materialize_grads=True,
                 )
-            for parameter, product in zip(curved, products, strict=True):
-                if product is not None:
-                    diagonal[parameter].addcmul_(signs[parameter], product, value=1 / self.num_probes)
-        return diagonal
+            terms = torch._foreach_mul(products, chosen)
+            totals = list(torch._foreach_add(totals, terms) if totals else terms)
+        averages = torch._foreach_div(totals, self.num_probes) if curved else ()
+        return diagonal | dict(zip(curved, averages, strict=True))
 
     def _gather(self, diagonal: Mapping[Tensor, Tensor], factor: Tensor | float = 1.0) -> None:
         for parameter, values in diagonal.items():
             old = self._gathered.get(parameter)
             self._gathered[parameter] = values * factor if old is None else old.add_(values * factor)
 
-    def _signs(self, parameters: Sequence[Tensor], probe: int) -> Iterator[Tensor]:
+    def _signs(self, parameters: Sequence[Tensor], probe: int) -> list[Tensor]:
         """Random signs in the shapes of the parameters: a function of seed, number of steps and probe alone."""
         first = self.param_groups[0]
         digest = hashlib.sha256(f"{first['seed']}\0{first['num_steps']}\0{probe}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-        words = sum(p.numel() for p in parameters) // 64 + 1
-        packed = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator).view(torch.uint8)
-        start = 0
-        for (
-            parameter
-        ) in parameters:  # only bits travel to the device, and only one tensor of them is unpacked at a time
-            stop = start + parameter.numel()
-            some = packed[start // 8 : stop // 8 + 1].to(parameter.device)
-            bits = some[:, None] >> torch.arange(8, dtype=torch.uint8, device=some.device) & 1
-            bits = bits.view(-1)[start % 8 :][: stop - start].view(parameter.shape)
-            yield bits.to(parameter.dtype).mul_(2).sub_(1)
-            start = stop
+        sizes = [p.numel() for p in parameters]
+        packed = torch.randint(-(2**63), 2**63 - 1, (sum(sizes) // 64 + 1,), generator=generator).view(torch.uint8)
+        kinds = {(p.device, p.dtype) for p in parameters}
+        flat = {kind: _unpacked(packed.to(kind[0]), kind[1])[: sum(sizes)].split(sizes) for kind in kinds}
+        return [flat[p.device, p.dtype][i].view(p.shape) for i, p in enumerate(parameters)]
 
     def _named(self) -> dict[str, Tensor]:
         pairs = [
@@ -265,11 +266,21 @@ class AdaHessian(torch.optim.Optimizer):
         return dict(pairs)
 
 
+def _keep_freed_memory() -> None:
+    """glibc keeps up to twice the largest mapping that was freed (at most 64 MB), and gives the rest back to the kernel.
+
+    The graphs of a small model are given back and faulted in again on every step, a fifth of its time.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # just below the largest size that glibc takes into account
+
+
 class _Measured(torch.autograd.Function):
     """A loss whose gradients are known already; its backward pass tells by what factor they are wanted."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: Any, gather: Callable[[Tensor], None], *leaves: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, gradients: list[Tensor], gather: Callable[[Tensor], None], *leaves: Tensor
+    ) -> Tensor:
         ctx.gradients, ctx.gather = gradients, gather
         return value.clone()
 
@@ -277,7 +288,13 @@ class _Measured(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> Any:
         ctx.gather(factor)
-        return None, None, None, *(None if g is None else g * factor for g in ctx.gradients)
+        return None, None, None, *torch._foreach_mul(ctx.gradients, factor)
+
+
+def _unpacked(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n,) bytes -> (8 n,) signs: only bits are drawn on the CPU and travel to the device."""
+    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.view(-1).to(dtype).mul_(2).sub_(1)
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
@@ -303,7 +320,7 @@ def _explained() -> Iterator[None]:
         if "not implemented" in str(error) or "double backward" in str(error):
             raise RuntimeError(
                 f"the loss cannot be differentiated twice ({error}); compute it within "
-                "`with optimizer.second_order(model):`, which replaces fused attention; a compiled model has none at all"
+                "`with optimizer.second_order(model):`, which replaces fused attention; compiled models never can"
             ) from error
         raise
 
@@ -333,12 +350,15 @@ def _update(group: Mapping[str, Any], parameters: list[Tensor], states: list[dic
     torch._foreach_lerp_(mean, [p.grad for p in parameters if p.grad is not None], 1 - beta1)
     torch._foreach_mul_(square, beta2)
     torch._foreach_addcmul_(square, diagonal, diagonal, 1 - beta2)
-    denominator = torch._foreach_div(square, [1 - beta2 ** state["step"] for state in states])
-    torch._foreach_pow_(denominator, group["hessian_power"] / 2)
-    torch._foreach_add_(denominator, group["eps"])
+    # Both bias corrections go into numbers: two passes over the tensors less.
+    half_power = group["hessian_power"] / 2
+    corrections = [(1 - beta2 ** state["step"]) ** half_power for state in states]
+    denominator = torch._foreach_pow(square, half_power)
+    torch._foreach_add_(denominator, [group["eps"] * correction for correction in corrections])
     if group["weight_decay"]:
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-    torch._foreach_addcdiv_(parameters, mean, denominator, [-lr / (1 - beta1 ** state["step"]) for state in states])
+    rates = [-lr * c / (1 - beta1 ** state["step"]) for c, state in zip(corrections, states, strict=True)]
+    torch._foreach_addcdiv_(parameters, mean, denominator, rates)
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

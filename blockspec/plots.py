@@ -18,13 +18,14 @@ from .panels import (
     DENSITY,
     EIGENVALUE,
     Panel,
-    band_note,
-    decade_density,
     draw_density,
     draw_line,
     label_outer,
+    mark_eigenvalues,
     panel_of,
+    resolved_density,
     scale_of,
+    smoothing_note,
 )
 from .spectra import Spectra, Spectrum, block_diagonal
 from .style import KINDS, Look, eigenvalue_axis, matrix_name, spread, step_label, styled
@@ -63,7 +64,7 @@ def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Fig
             if panel is None:
                 place.set_axis_off()
                 continue
-            draw_density(place, panel, scale)
+            draw_density(place, panel, scale, width=0.95)
             if titles[j] != panel.title:
                 place.set_title(panel.title)
             titles[j] = panel.title
@@ -71,7 +72,7 @@ def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Fig
     label_outer(axes)
     figure.supxlabel(EIGENVALUE, fontsize=8)
     figure.supylabel(DENSITY, fontsize=8)
-    figure.suptitle(f"{matrix_name(spectra)}: spectrum of each block{note}{band_note(spectra.values())}")
+    figure.suptitle(f"{matrix_name(spectra)}: spectrum of each block{note}\n{smoothing_note(spectra.values())}")
     return figure
 
 
@@ -94,7 +95,7 @@ def _rows(spectra: Mapping[str, Spectrum], max_layers: int) -> tuple[list[Row], 
     ]
     outside = [panel_of(parts) for (layer, _), parts in cells.items() if layer is None]
     note = f" (layers {', '.join(map(str, chosen))} of {len(layers)})" if len(chosen) < len(layers) else ""
-    return rows + _wrapped("no layer", outside, len(kinds)), note
+    return rows + _wrapped("outside\nlayers", outside, len(kinds)), note
 
 
 def _wrapped(label: str, panels: Sequence[Panel], columns: int) -> list[Row]:
@@ -137,17 +138,18 @@ def esd_stages(
     scale = scale_of(parts.values())
     figure = Figure(figsize=(5.5, 0.85 * len(steps) + 0.9), layout="constrained")
     axes = figure.subplots(len(steps), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    first, _ = decade_density(parts[steps[0]], scale.grid, scale.linear)
+    first, _ = resolved_density(parts[steps[0]], scale.grid)
     for place, step, shade in zip(axes, steps, np.linspace(0.05, 0.8, len(steps)), strict=True):
-        draw_density(place, Panel("", parts[step], Look("", "", colormaps["viridis"](shade), "")), scale, ticks=9)
+        draw_density(place, Panel("", parts[step], Look("", "", colormaps["viridis"](shade), "")), scale, width=4.8)
         if step != steps[0]:
             place.plot(scale.grid, np.maximum(first, scale.floor / 10), color="0.35", linestyle=(0, (3, 2)), linewidth=0.6)
+        mark_eigenvalues(place, parts[step], colour="0.2")
         place.set_title(f"step {step_label(step)}", loc="right", y=0.72)
-    figure.supylabel(DENSITY, fontsize=8)
+    figure.supylabel("spectral density (no unit)" if normalised else DENSITY, fontsize=8)
     axes[-1].set_xlabel("eigenvalue / 10th largest eigenvalue (no unit)" if normalised else EIGENVALUE)
     note = f" ({len(steps)} of {len(spectra_by_step)} stages)" if len(steps) < len(spectra_by_step) else ""
     called = "full spectrum" if block == "model" else f"spectrum of {block}"
-    figure.suptitle(f"{matrix_name(parts)}: {called}{note}{band_note(parts.values())}")
+    figure.suptitle(f"{matrix_name(parts)}: {called}{note}; marks: converged eigenvalues\n{smoothing_note(parts.values())}")
     return figure
 
 
@@ -175,18 +177,18 @@ def _divided(spectrum: Spectrum, unit: float) -> Spectrum:
 def full_and_block_diagonal(spectra: Spectra, *, full: str = "model") -> Figure:
     """The spectrum of the full matrix, and over it the one that it would have if it were block diagonal."""
     whole, mixture = spectra[full], block_diagonal(spectra.select(exclude=full))
-    scale = scale_of([whole, mixture])
+    scale = scale_of([whole])
     figure = Figure(figsize=(5.5, 2.8), layout="constrained")
     axes = figure.subplots()
-    draw_density(axes, Panel("", whole, Look("", "", "#777777", "")), scale, ticks=9)
+    draw_density(axes, Panel("", whole, Look("", "", "#777777", "")), scale, width=4.8)
     axes.lines[0].set_label(f"full: {_ends(whole)}")
     label = f"block diagonal, {len(spectra) - 1} blocks: {_ends(mixture)}"
-    mean, error = decade_density(mixture, scale.grid, scale.linear)
+    mean, error = resolved_density(mixture, scale.grid, like=whole)
     draw_line(axes, scale, mean, error, colour="#AA3377", linestyle=(0, (4, 1.5)), label=label)
     axes.set_xlabel(EIGENVALUE)
     axes.set_ylabel(DENSITY)
     figure.legend(loc="outside lower center")
-    figure.suptitle(f"{matrix_name(spectra)}: full and block diagonal{band_note([whole, mixture])}")
+    figure.suptitle(f"{matrix_name(spectra)}: full, and block diagonal at the same resolution\n{smoothing_note([whole])}")
     return figure
 
 
@@ -258,4 +260,4 @@ def _edge_scale(axes: Axes, table: pd.DataFrame) -> None:
     linear = max(float(np.quantile(sizes[sizes > 0], 0.1)) if sizes.any() else 1.0, norm * 1e-8)
     ends = np.array([min(0.0, table["smallest"].min()), max(0.0, table["largest"].max())])
     low, high = linear * np.sinh(np.arcsinh(ends / linear) + np.array([-0.6, 0.6]))
-    eigenvalue_axis(axes, "x", low, high, linear, ticks=9)
+    eigenvalue_axis(axes, "x", low, high, linear, room=0.11)

@@ -1,16 +1,11 @@
-"""From the tridiagonal matrices of a block's probes, or from all of its eigenvalues, to its spectrum."""
+"""Gauss quadrature of a probe's spectral measure from its tridiagonal matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
 from scipy.linalg import eigh_tridiagonal
 
-from .blocks import Block
-from .lanczos import ROUNDING, Tridiagonal
-from .spectra import Spectrum
+from .lanczos import Tridiagonal
 
 
 def quadrature(tridiagonal: Tridiagonal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -20,34 +15,7 @@ def quadrature(tridiagonal: Tridiagonal) -> tuple[np.ndarray, np.ndarray, np.nda
     return nodes, vectors[0] ** 2, tridiagonal.betas[-1] * np.abs(vectors[-1])
 
 
-def lanczos_spectrum(
-    block: Block, tridiagonals: Sequence[Tridiagonal], *, num_steps: int, dtype: torch.dtype, **settings: object
-) -> Spectrum:
-    """The spectrum of one block from the tridiagonal matrices of its K probes, padded to ``num_steps``."""
-    scale = max(float((np.abs(t.alphas) + t.betas).max()) for t in tridiagonals)
-    ended = [_ended(t, ROUNDING[dtype] * scale) for t in tridiagonals]
-    noise = 32 * torch.finfo(dtype).eps * scale
-    rows = [quadrature(t) for t in ended]
-    return Spectrum(
-        block=block,
-        nodes=np.stack([np.pad(nodes, (0, num_steps - len(nodes)), mode="edge") for nodes, _, _ in rows]),
-        weights=np.stack([np.pad(weights, (0, num_steps - len(weights))) for _, weights, _ in rows]),
-        residuals=np.stack(
-            [
-                np.pad(np.hypot(residuals, max(noise, t.asymmetry)), (0, num_steps - len(residuals)), mode="edge")
-                for (_, _, residuals), t in zip(rows, ended, strict=True)
-            ]
-        ),
-        steps=np.array([len(t.alphas) for t in ended]),
-        breakdown=np.array([t.breakdown for t in ended]),
-        orthogonality=np.array([np.nan if t.orthogonality is None else t.orthogonality for t in ended]),
-        exact=False,
-        dtype=str(dtype).removeprefix("torch."),
-        **settings,  # type: ignore[arg-type]
-    )
-
-
-def _ended(tridiagonal: Tridiagonal, threshold: float) -> Tridiagonal:
+def cut(tridiagonal: Tridiagonal, threshold: float) -> Tridiagonal:
     """Cut at the first step whose remainder is rounding: what follows it are ghosts. The scale of the matrix is known
     better at the end than on the way."""
     small = np.flatnonzero(tridiagonal.betas <= threshold)
@@ -56,28 +24,3 @@ def _ended(tridiagonal: Tridiagonal, threshold: float) -> Tridiagonal:
     m = int(small[0]) + 1
     t = tridiagonal
     return Tridiagonal(t.alphas[:m], t.betas[:m], True, t.orthogonality, t.asymmetry)
-
-
-def exact_spectrum(
-    block: Block, eigenvalues: np.ndarray, *, num_probes: int, num_steps: int, dtype: torch.dtype, **settings: object
-) -> Spectrum:
-    """The spectrum of a block whose P eigenvalues are all known: weight 1/P each, the same row for each probe."""
-    size = len(eigenvalues)
-    assert size == block.numel <= num_steps
-    rounding_noise = 32 * torch.finfo(dtype).eps * float(np.abs(eigenvalues).max())
-
-    def rows(values: np.ndarray, mode: str) -> np.ndarray:
-        return np.tile(np.pad(values, (0, num_steps - size), mode=mode), (num_probes, 1))  # type: ignore[call-overload]
-
-    return Spectrum(
-        block=block,
-        nodes=rows(np.sort(eigenvalues), "edge"),
-        weights=rows(np.full(size, 1 / size), "constant"),
-        residuals=rows(np.full(size, rounding_noise), "edge"),
-        steps=np.full(num_probes, size),
-        breakdown=np.full(num_probes, True),
-        orthogonality=np.zeros(num_probes),
-        exact=True,
-        dtype=str(dtype).removeprefix("torch."),
-        **settings,  # type: ignore[arg-type]
-    )

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from .accuracy import CONFIDENCE, probe_error
 from .blocks import Block
 from .density import RELATIVE_WIDTH, smooth
 
@@ -52,6 +53,8 @@ class Spectrum:
     steps: (K,) Lanczos steps done.
     breakdown: (K,) True where the probe ended in an invariant subspace: its nodes are eigenvalues.
     orthogonality: (K,) max |Q'Q - I| of the Krylov basis; nan where it was not kept.
+    steps_error: (K,) how far each probe's quadrature is from the probe's spectral measure: Wasserstein-1 distance, in units of
+        an eigenvalue; see :func:`blockspec.accuracy.steps_error`.
     reorthogonalized: False: converged eigenvalues may appear several times; do not count them.
     exact: True: all P eigenvalues, weight 1/P each; nothing is estimated.
     curvature, dtype, distribution, seed: which matrix, in which precision, and how the probes were drawn.
@@ -64,6 +67,7 @@ class Spectrum:
     steps: np.ndarray
     breakdown: np.ndarray
     orthogonality: np.ndarray
+    steps_error: np.ndarray
     reorthogonalized: bool
     exact: bool
     curvature: str
@@ -101,6 +105,16 @@ class Spectrum:
     def norm(self) -> float:
         """Spectral norm, as far as it is known: the largest Ritz value in magnitude."""
         return float(np.abs(self.nodes).max())
+
+    @property
+    def error(self) -> float:
+        """The estimated spectrum is within this Wasserstein-1 distance of the true one, in units of an eigenvalue, with about
+        95 % confidence: the error of the steps and the expected error of the probes, times ``accuracy.CONFIDENCE``. Divide by
+        :attr:`norm` to compare with a tolerance. 0 for exact spectra."""
+        if self.exact:
+            return 0.0
+        probes = probe_error(self.nodes, self.weights, self.block.numel) / math.sqrt(self.num_probes)
+        return float(self.steps_error.mean()) + CONFIDENCE * probes
 
     def _ritz(self, place: np.intp) -> RitzValue:
         return RitzValue(float(self.nodes.flat[place]), float(self.residuals.flat[place]))
@@ -237,6 +251,7 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
         steps=np.full(len(nodes), sum(int(part.steps.max()) for part in parts)),
         breakdown=np.full(len(nodes), all(part.breakdown.all() for part in parts)),
         orthogonality=np.full(len(nodes), max(part.orthogonality.max() for part in parts)),
+        steps_error=np.full(len(nodes), sum(p.steps_error.mean() * p.block.numel for p in parts) / total),
         reorthogonalized=all(part.reorthogonalized for part in parts),
         exact=all(part.exact for part in parts),
     )
@@ -288,7 +303,7 @@ def spectra_of(table: pd.DataFrame) -> Spectra:
 
 
 PER_BLOCK = ("reorthogonalized", "exact", "curvature", "dtype", "distribution", "seed")
-PER_PROBE = ("steps", "breakdown", "orthogonality")
+PER_PROBE = ("steps", "breakdown", "orthogonality", "steps_error")
 PER_NODE = {"node": "nodes", "weight": "weights", "residual": "residuals"}
 COLUMNS = ("step", "block", "kind", "layer", "numel", "probe", "index", *PER_NODE, *PER_PROBE, *PER_BLOCK)
 
@@ -329,6 +344,8 @@ def _summary(spectrum: Spectrum) -> dict[str, object]:
         "residual": max(spectrum.largest.residual, spectrum.smallest.residual),
         "trace": trace.value,
         "trace_stderr": trace.stderr,
+        "error": spectrum.error,
+        "probes": spectrum.num_probes,
         "steps": int(spectrum.steps.max()),
         "exact": spectrum.exact,
     }

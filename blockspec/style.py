@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 from torch import nn
 
 from .architectures import layer_prefix, role
@@ -28,9 +28,13 @@ RC = {
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
     "legend.frameon": False,
-    "figure.titlesize": 9,
+    "figure.titlesize": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "xtick.minor.size": 1.5,
+    "ytick.minor.size": 1.5,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
@@ -155,26 +159,36 @@ def spread(items: Sequence, count: int) -> list:
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
 
 
-def eigenvalue_axis(axes: Axes, which: str, low: float, high: float, linear: float, *, ticks: int = 5) -> None:
-    """A scale that is linear around zero and logarithmic beyond ``linear`` on both sides; powers of ten, and 0, as ticks."""
+def eigenvalue_axis(axes: Axes, which: str, low: float, high: float, linear: float, *, room: float) -> None:
+    """A scale that is linear around zero and logarithmic beyond ``linear`` on both sides; ticks at powers of ten and 0.
+
+    room: what a tick label takes, as a share of the axis.
+    """
     axis: Axis = getattr(axes, f"{which}axis")
     getattr(axes, f"set_{which}scale")("asinh", linear_width=linear)
     getattr(axes, f"set_{which}lim")(low, high)
-    exponents = _exponents(low, high, linear, ticks)
-    values = [-(10.0**e) for e in reversed(exponents) if -(10.0**e) >= low] + [0.0]
-    values += [10.0**e for e in exponents if 10.0**e <= high]
+    gap = room * (np.arcsinh(high / linear) - np.arcsinh(low / linear))
+    positive = _powers(high / linear, linear, gap)
+    negative = _powers(-low / linear, linear, gap)
+    values = [*(-value for value in reversed(negative)), 0.0, *positive]
     axis.set_major_locator(FixedLocator(values))
     axis.set_major_formatter(FixedFormatter([power_of_ten(value) for value in values]))
-    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+    decades = 10.0 ** np.arange(math.ceil(math.log10(linear)), math.log10(max(-low, high)))
+    axis.set_minor_locator(FixedLocator([value for value in (*-decades, *decades) if low <= value <= high]))
 
 
-def _exponents(low: float, high: float, linear: float, ticks: int) -> list[int]:
-    """Exponents of the ticks on one side: at most ``ticks`` on both sides together, counted down from the largest."""
-    top = math.floor(math.log10(max(-low, high)) + 1e-9)
-    bottom = math.ceil(math.log10(linear) + 0.3)  # at least half a decade of the scale away from zero
-    span = np.arcsinh(high / linear) - np.arcsinh(low / linear)
-    stride = max(1, math.ceil(span / LN10 / ticks))
-    return sorted(range(top, bottom - 1, -stride))
+def _powers(end: float, linear: float, gap: float) -> list[float]:
+    """Powers of ten up to ``end`` (in units of ``linear``) that are ``gap`` apart on the scale, from each other and from 0."""
+    stride = max(1, math.ceil(gap / LN10))
+    exponent = math.floor(math.log10(max(end, 1e-300) * linear))
+    while np.arcsinh(end) - np.arcsinh(10.0**exponent / linear) < 0.2 * gap:  # its label would stand out of the axis
+        exponent -= 1
+    powers = []
+    while np.arcsinh(10.0**exponent / linear) >= gap:
+        powers.append(10.0**exponent)
+        exponent -= stride
+    return powers[::-1]
 
 
 def power_of_ten(value: float) -> str:
@@ -185,15 +199,18 @@ def power_of_ten(value: float) -> str:
 
 
 def step_axis(axes: Axes, steps: Sequence[int], *, width: float) -> None:
-    """A logarithmic axis of training steps with a place for step 0; ticks at the steps, as many as find room in ``width`` inches."""
+    """A logarithmic axis of training steps with a place for step 0; ticks at the steps that find room in ``width`` inches."""
     steps = sorted(steps)
     first = next((step for step in steps if step > 0), 1)
     axes.set_xscale("symlog", linthresh=first, linscale=0.5)
-    position = {step: float(axes.transData.transform((step, 0))[0]) for step in steps}
-    extent = max(position[steps[-1]] - position[steps[0]], 1e-9)
-    room = 0.42 / width * extent  # inches that "1,000" takes with a gap
+    place = axes.xaxis.get_transform()
+    position = dict(zip(steps, place.transform(np.array(steps, float)), strict=True))
+    margin = 0.06 * (position[steps[-1]] - position[steps[0]]) or 0.5
+    low, high = position[steps[0]] - margin, position[steps[-1]] + margin
+    axes.set_xlim(*place.inverted().transform(np.array([low, high])))
+    room = 0.4 / width * (high - low)  # what "1,000" takes, with a gap
     shown: list[int] = []
-    for step in [*steps[:1], *reversed(steps[1:])]:
+    for step in [steps[0], *reversed(steps[1:])]:
         if all(abs(position[step] - position[other]) >= room for other in shown):
             shown.append(step)
     axes.set_xticks(shown, [step_label(step) for step in shown])

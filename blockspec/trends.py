@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from .heatmaps import MEASURES
 from .heterogeneity import js0
-from .panels import DENSITY, EIGENVALUE, Scale, decade_density, density_axes, draw_line, label_outer, scale_of
+from .panels import DENSITY, EIGENVALUE, Scale, density_axes, draw_line, label_outer, resolved_density, scale_of
 from .spectra import Spectra, Spectrum, block_diagonal, spectra_of
 from .style import FULL, KINDS, RUN_MARKERS, RUNS, Look, eigenvalue_axis, look, spread, step_axis, step_label, styled
 
@@ -34,21 +35,18 @@ def heterogeneity_over_training(table: pd.DataFrame) -> Figure:
     for axes, definition in zip(figure.subplots(1, len(definitions), squeeze=False)[0], definitions, strict=True):
         part = rows[rows["definition"] == definition]
         _course(axes, part["step"], part["js0"], part["js0_stderr"], Look("", "", "#004488", "o"))
-        axes.set_ylabel(_wrap(f"mean {MEASURES[definition].label}"))
+        axes.set_ylabel(f"mean {MEASURES[definition].label}")
         axes.set_ylim(0, None)
         step_axis(axes, part["step"].tolist(), width=2.8)
     figure.suptitle("Heterogeneity: mean distance over all pairs of blocks")
     return figure
 
 
-def _wrap(label: str) -> str:
-    return label.replace(" (", "\n(")
-
-
-def _course(axes: Axes, steps: Sequence, values: Sequence, errors: Sequence, shown: Look, **line: object) -> None:
+def _course(axes: Axes, steps: Sequence, values: Sequence, errors: Sequence, shown: Look, **line: Any) -> None:
     """A line with error bars; an unknown error has none."""
     bars = np.nan_to_num(np.asarray(errors, float))
-    axes.errorbar(steps, values, yerr=bars if bars.any() else None, color=shown.colour, marker=shown.marker, elinewidth=0.8, **line)
+    axes.errorbar(steps, values, yerr=bars if bars.any() else None, fmt="none", ecolor=shown.colour, elinewidth=0.8)
+    axes.plot(steps, values, color=shown.colour, marker=shown.marker, **line)
 
 
 def kinds_over_training(table: pd.DataFrame, quantity: str = "mean") -> pd.DataFrame:
@@ -101,7 +99,7 @@ def _value_axis(axes: Axes, rows: pd.DataFrame) -> None:
     errors = rows["stderr"].fillna(0)
     ends = np.array([min(0.0, (rows["value"] - errors).min()), max(0.0, (rows["value"] + errors).max())])
     low, high = linear * np.sinh(np.arcsinh(ends / linear) + np.array([-0.4, 0.4]))
-    eigenvalue_axis(axes, "y", low, high, linear, ticks=9)
+    eigenvalue_axis(axes, "y", low, high, linear, room=0.08)
     axes.axhline(0, color="0.7", linewidth=0.5, zorder=0)
 
 
@@ -141,9 +139,9 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2, 2)), (0, (
 def _overlaid(axes: Axes, parts: Mapping[str, Spectrum], scale: Scale, looks: Mapping[str, Look]) -> None:
     order = list(looks)
     for name, spectrum in parts.items():
-        mean, error = decade_density(spectrum, scale.grid, scale.linear)
+        mean, error = resolved_density(spectrum, scale.grid)
         draw_line(axes, scale, mean, error, colour=looks[name].colour, linestyle=DASHES[order.index(name)])
-    density_axes(axes, scale, ticks=3)
+    density_axes(axes, scale, width=1.3)
 
 
 def _kinds_of_last_step(tables: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, Spectrum]]:

@@ -1,0 +1,103 @@
+"""How far an estimated spectrum is from the true one, as Wasserstein-1 distances in units of an eigenvalue.
+
+Two errors add up. A probe's quadrature after m steps differs from the probe's own spectral measure (more steps help), and
+that measure differs from the block's (more probes help).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .lanczos import Tridiagonal
+from .quadrature import quadrature
+
+CONFIDENCE = 1.5  # times the expected probe error is exceeded in fewer than 5 % of trials: see tests/test_accuracy.py
+NORM_KNOWN = 1e-2  # residual of the extreme Ritz value, relative: the tolerance is relative to the norm
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What is asked for; None leaves a number as it is set.
+
+    tolerance: Wasserstein-1 error, relative to the block's spectral norm.
+    num_steps, num_probes: fixed numbers, or None: as many as the tolerance needs, at most ``max_steps``, ``max_probes``.
+    """
+
+    num_steps: int | None
+    num_probes: int | None
+    tolerance: float
+    max_steps: int = 300
+    max_probes: int = 128
+
+    @property
+    def adaptive(self) -> bool:
+        return self.num_steps is None or self.num_probes is None
+
+
+def steps_error(tridiagonal: Tridiagonal) -> float:
+    """Distance between a probe's quadrature and its spectral measure: the smaller of two estimates.
+
+    One is a bound: by the Chebyshev-Markov-Stieltjes inequalities the true distribution function lies between the
+    partial sums of the weights (Szego, "Orthogonal Polynomials", section 3.41). The other is the distance to the quadrature of
+    half as many steps, which is an upper estimate where the error falls at least like 1 / m.
+    """
+    if tridiagonal.breakdown:
+        return 0.0
+    nodes, weights, residuals = quadrature(tridiagonal)
+    steps = len(nodes)
+    bound = float(np.diff(nodes) @ np.maximum(weights[:-1], weights[1:]) + weights[[0, -1]] @ residuals[[0, -1]])
+    if steps < 4:
+        return bound
+    half = steps // 2
+    coarse = Tridiagonal(tridiagonal.alphas[:half], tridiagonal.betas[:half], False, None, 0.0)
+    return min(bound, wasserstein((nodes, weights), quadrature(coarse)[:2]))
+
+
+def probe_error(nodes: np.ndarray, weights: np.ndarray, numel: int) -> float:
+    """Expected distance between the measures of one probe and of the block: at most
+    ``sqrt(2 / (P + 2)) * integral of sqrt(F (1 - F))`` with F the distribution function. The variance of F(x) over random
+    unit vectors is 2 F (1 - F) / (P + 2), and no larger for Rademacher ones. K probes divide it by sqrt(K).
+
+    nodes, weights: of all probes, of any shape; normalised here.
+    """
+    order = np.argsort(nodes, axis=None)
+    weights = weights.ravel()[order]
+    below = np.clip(np.cumsum(weights)[:-1] / weights.sum(), 0, 1)
+    spread = np.diff(nodes.ravel()[order]) @ np.sqrt(below * (1 - below))
+    return float(math.sqrt(2 / (numel + 2)) * spread)
+
+
+def wasserstein(p: tuple[np.ndarray, np.ndarray], q: tuple[np.ndarray, np.ndarray]) -> float:
+    """Wasserstein-1 distance between two discrete measures (nodes, weights), each of mass 1."""
+    nodes = np.concatenate([p[0], q[0]])
+    order = np.argsort(nodes)
+    difference = np.cumsum(np.concatenate([p[1], -q[1]])[order])[:-1]
+    return float(np.abs(difference) @ np.diff(nodes[order]))
+
+
+def stands_still(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> bool:
+    """Whether one probe has taken enough steps: the spectral norm is known, and their error fits into what the probe's own error
+    leaves of the tolerance, or into half of it."""
+    nodes, weights, residuals = quadrature(tridiagonal)
+    extreme = int(np.argmax(np.abs(nodes)))
+    if residuals[extreme] > NORM_KNOWN * abs(nodes[extreme]):
+        return False
+    allowed = accuracy.tolerance * float(np.abs(nodes).max())
+    noise = CONFIDENCE * probe_error(nodes, weights, numel)
+    return steps_error(tridiagonal) <= max(allowed - noise, allowed / 2)
+
+
+def probes_needed(tridiagonals: list[Tridiagonal], numel: int, accuracy: Accuracy) -> int:
+    """Number of probes that the tolerance needs, going by those that are done."""
+    rows = [quadrature(t)[:2] for t in tridiagonals]
+    nodes = np.concatenate([nodes for nodes, _ in rows])
+    weights = np.concatenate([weights for _, weights in rows])
+    allowed = accuracy.tolerance * float(np.abs(nodes).max())
+    steps = float(np.mean([steps_error(t) for t in tridiagonals]))
+    noise = CONFIDENCE * probe_error(nodes, weights, numel)
+    if noise == 0:
+        return 1
+    return max(1, math.ceil((noise / max(allowed - steps, allowed / 2)) ** 2))

@@ -1,0 +1,72 @@
+"""Spectra from what a block's processes have found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .accuracy import steps_error
+from .blocks import Block
+from .lanczos import Tridiagonal
+from .quadrature import cut, quadrature
+from .spectra import Spectrum
+
+
+def lanczos_spectrum(
+    block: Block, tridiagonals: Sequence[Tridiagonal], *, num_steps: int, dtype: torch.dtype, **settings: object
+) -> Spectrum:
+    """The spectrum of one block from the tridiagonal matrices of its K probes, padded to ``num_steps``."""
+    scale = max(float((np.abs(t.alphas) + t.betas).max()) for t in tridiagonals)
+    ended = [cut(t, 32 * torch.finfo(dtype).eps * scale) for t in tridiagonals]
+    noise = 32 * torch.finfo(dtype).eps * scale
+    rows = [quadrature(t) for t in ended]
+    return Spectrum(
+        block=block,
+        nodes=np.stack([np.pad(nodes, (0, num_steps - len(nodes)), mode="edge") for nodes, _, _ in rows]),
+        weights=np.stack([np.pad(weights, (0, num_steps - len(weights))) for _, weights, _ in rows]),
+        residuals=np.stack(
+            [
+                np.pad(np.hypot(residuals, max(noise, t.asymmetry)), (0, num_steps - len(residuals)), mode="edge")
+                for (_, _, residuals), t in zip(rows, ended, strict=True)
+            ]
+        ),
+        steps=np.array([len(t.alphas) for t in ended]),
+        breakdown=np.array([t.breakdown for t in ended]),
+        orthogonality=np.array([np.nan if t.orthogonality is None else t.orthogonality for t in ended]),
+        steps_error=np.array([steps_error(t) for t in ended]),
+        exact=False,
+        dtype=str(dtype).removeprefix("torch."),
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def exact_spectrum(
+    block: Block, eigenvalues: np.ndarray, *, shape: tuple[int, int], dtype: torch.dtype, **settings: object
+) -> Spectrum:
+    """The spectrum of a block whose P eigenvalues are all known: weight 1/P each, the same row for each probe.
+
+    shape: (K, M) of the result, M >= P.
+    """
+    num_probes, num_steps = shape
+    size = len(eigenvalues)
+    assert size == block.numel <= num_steps
+    rounding_noise = 32 * torch.finfo(dtype).eps * float(np.abs(eigenvalues).max())
+
+    def rows(values: np.ndarray, mode: str) -> np.ndarray:
+        return np.tile(np.pad(values, (0, num_steps - size), mode=mode), (num_probes, 1))  # type: ignore[call-overload]
+
+    return Spectrum(
+        block=block,
+        nodes=rows(np.sort(eigenvalues), "edge"),
+        weights=rows(np.full(size, 1 / size), "constant"),
+        residuals=rows(np.full(size, rounding_noise), "edge"),
+        steps=np.full(num_probes, size),
+        breakdown=np.full(num_probes, True),
+        orthogonality=np.zeros(num_probes),
+        steps_error=np.zeros(num_probes),
+        exact=True,
+        dtype=str(dtype).removeprefix("torch."),
+        **settings,  # type: ignore[arg-type]
+    )

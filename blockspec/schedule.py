@@ -1,0 +1,176 @@
+"""Which products are asked for next: one process per (block, probe), all of them through the same sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .accuracy import Accuracy, probes_needed, stands_still
+from .blocks import Block
+from .curvature import Products
+from .dense import Columns
+from .lanczos import Lanczos, Tridiagonal
+from .probes import draw_probe
+
+ALWAYS_EXACT = 64  # parameters: where numbers are chosen by tolerance, blocks this small would need more products otherwise
+TYPICAL_STEPS = 40  # of an adaptive process, to foresee its memory
+
+
+@dataclass(frozen=True)
+class Probing:
+    """How probes are drawn and kept."""
+
+    seed: int
+    distribution: str
+    reorthogonalize: bool
+    storage: tuple[torch.dtype, torch.device] | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """One process on one block: a probe's Lanczos, or all columns of a small block (probe -1)."""
+
+    block: Block
+    probe: int
+    process: Lanczos | Columns
+
+
+@dataclass(eq=False)
+class Task:
+    """What is done and to do for one block."""
+
+    block: Block
+    dtype: torch.dtype
+    device: torch.device
+    accuracy: Accuracy
+    probing: Probing
+    wanted: int = 0  # probes, as far as is known
+    started: int = 0
+    tridiagonals: dict[int, Tridiagonal] = field(default_factory=dict)
+    columns: Columns | None = None
+
+    def __post_init__(self) -> None:
+        self.wanted = self.accuracy.num_probes or 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether all eigenvalues are computed: they cost fewer products."""
+        return self.columns is not None or self.block.numel <= self._exact_limit()
+
+    def _exact_limit(self) -> int:
+        if not self.accuracy.adaptive:
+            assert self.accuracy.num_steps is not None
+            return self.accuracy.num_steps
+        if not self.tridiagonals:
+            return max(ALWAYS_EXACT, self.accuracy.num_steps or 0)
+        steps = max(len(t.alphas) for t in self.tridiagonals.values())
+        return steps * (self.wanted - self.started)
+
+    def pending(self) -> Iterator[Job]:
+        """Starts the jobs that are known to be needed and not started, one at each step of the iteration."""
+        if self.exact and self.columns is None:
+            self.columns = Columns(self.block.numel, dtype=self.dtype, device=self.device)
+            yield Job(self.block, -1, self.columns)
+        while self.columns is None and self.started < self.wanted:
+            job = self.lanczos(self.started)
+            self.started += 1
+            yield job
+
+    def lanczos(self, probe: int) -> Job:
+        """The job of one probe, at its beginning."""
+        p = self.probing
+        start = draw_probe(self.block.name, self.block.numel, seed=p.seed, probe=probe, distribution=p.distribution)
+        steps = self.accuracy.num_steps or self.accuracy.max_steps
+        start = start.to(self.device, self.dtype)
+        process = Lanczos(start, steps, reorthogonalize=p.reorthogonalize, storage=p.storage)
+        return Job(self.block, probe, process)
+
+    def is_done(self, job: Job) -> bool:
+        """Whether a job's process has come to its end, or stands still."""
+        process = job.process
+        if process.done or isinstance(process, Columns) or self.accuracy.num_steps is not None:
+            return process.done
+        return stands_still(process.tridiagonal(), self.block.numel, self.accuracy)
+
+    def collect(self, job: Job) -> None:
+        """Takes the result of a job that is done, and decides whether more probes are needed."""
+        if isinstance(job.process, Columns):
+            return
+        self.tridiagonals[job.probe] = job.process.finish()
+        if self.accuracy.num_probes is None and len(self.tridiagonals) == self.started:
+            needed = probes_needed(self.results(), self.block.numel, self.accuracy)
+            self.wanted = max(self.wanted, min(needed, self.accuracy.max_probes))
+
+    def results(self) -> list[Tridiagonal]:
+        """The tridiagonal matrices in the order of the probes."""
+        return [self.tridiagonals[probe] for probe in sorted(self.tridiagonals)]
+
+    def job_bytes(self) -> int:
+        """Memory that one more job takes: the kept vectors, and three that every process has."""
+        steps = self.accuracy.num_steps or TYPICAL_STEPS
+        size = self.block.numel * self.dtype.itemsize
+        kept = self.block.numel * (self.probing.storage[0] if self.probing.storage else self.dtype).itemsize
+        return 3 * size + (0 if self.exact or not self.probing.reorthogonalize else steps * kept)
+
+
+@dataclass(eq=False)
+class Schedule:
+    """All tasks and the jobs under way. ``budget`` (bytes) bounds what jobs under way take; None: all at once."""
+
+    tasks: Sequence[Task]
+    budget: int | None = None
+    active: list[Job] = field(default_factory=list)
+    products: int = 0
+
+    def __post_init__(self) -> None:
+        self._task = {task.block.name: task for task in self.tasks}
+
+    def run(self, products: Products, *, after_sweep: Callable[[Schedule], None]) -> None:
+        """Drives every task to its end."""
+        self._admit()
+        while self.active:
+            results = products.sweep([(job.block, job.process.vector) for job in self.active])
+            self.products += len(self.active)
+            for job, result in zip(self.active, results, strict=True):
+                job.process.advance(result)
+            del results
+            self._retire()
+            self._admit()
+            after_sweep(self)
+
+    @property
+    def remaining(self) -> int:
+        """Products still to come, as far as is known: adaptive jobs are counted at their typical length."""
+        return sum(self._left(job) for job in self.active) + sum(self._waiting(task) for task in self.tasks)
+
+    def _left(self, job: Job) -> int:
+        typical = TYPICAL_STEPS if self._task[job.block.name].accuracy.num_steps is None else job.process.remaining
+        return min(job.process.remaining, max(typical, 1))
+
+    def _waiting(self, task: Task) -> int:
+        if task.exact:
+            return 0 if task.columns else task.block.numel
+        return (task.wanted - task.started) * (task.accuracy.num_steps or TYPICAL_STEPS)
+
+    def _retire(self) -> None:
+        still = []
+        for job in self.active:
+            task = self._task[job.block.name]
+            if task.is_done(job):
+                task.collect(job)
+            else:
+                still.append(job)
+        self.active = still
+
+    def _admit(self) -> None:
+        used = sum(self._task[job.block.name].job_bytes() for job in self.active)
+        for task in self.tasks:
+            jobs = task.pending()
+            while self.budget is None or not self.active or used + task.job_bytes() <= self.budget:
+                job = next(jobs, None)
+                if job is None:
+                    break
+                used += task.job_bytes()
+                self.active.append(job)
