@@ -10,13 +10,17 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from .style import short_names, styled
 
 COLOURS = ListedColormap(colormaps["magma_r"](np.linspace(0, 0.88, 256)))  # lightness falls evenly: readable in grey
-CHARACTER = 0.62  # mean width of a character over the size of its font, generously
+CHARACTER = 0.66  # mean width of a character over the size of its font, generously
+
+
+BOUNDED_TICKS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ MEASURES = {
 }
 
 
-def distance_heatmap(distances: pd.DataFrame, definition: str = "jensen-shannon", *, top: float | None = None) -> Figure:
+def distance_heatmap(
+    distances: pd.DataFrame, definition: str = "jensen-shannon", *, top: float | None = None
+) -> Figure:
     """Distances between blocks, the lower triangle; see :func:`distance_heatmaps`."""
     return distance_heatmaps({"": distances}, definition, top=top)
 
@@ -70,7 +76,7 @@ def distance_heatmaps(
     beyond = top is not None and max(float(table.to_numpy().max()) for table in distances.values()) > top
     bar = figure.colorbar(image, ax=list(axes), extend="max" if beyond else "neither", shrink=0.8, aspect=20)
     if measure.bound and top is None:
-        bar.set_ticks([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, measure.bound], labels=["0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "ln 2"])
+        bar.set_ticks([*BOUNDED_TICKS, measure.bound], labels=[*map(str, BOUNDED_TICKS), "ln 2"])
     bar.set_label(measure.label)
     bar.outline.set_visible(False)
     return figure
@@ -86,11 +92,12 @@ def _norm(distances: Mapping[str, pd.DataFrame], measure: Measure, top: float | 
     return LogNorm(max(min(lowest, highest / 10), highest * 1e-6), highest)
 
 
-def _map(axes: Axes, table: pd.DataFrame, norm: Normalize, side: float, *, labelled: bool) -> object:
+def _map(axes: Axes, table: pd.DataFrame, norm: Normalize, side: float, *, labelled: bool) -> QuadMesh:
     size = len(table)
     upper = np.triu(np.ones((size, size), bool), 1)
-    values = np.ma.array(np.maximum(table.to_numpy(float), norm.vmin), mask=upper)
-    image = axes.pcolormesh(np.arange(size + 1), np.arange(size + 1), values, cmap=COLOURS, norm=norm)
+    values = np.ma.array(table.to_numpy(float), mask=upper)
+    edges = np.arange(size + 1)
+    image = axes.pcolormesh(edges, edges, np.maximum(values, norm.vmin or 0.0), cmap=COLOURS, norm=norm)
     axes.set_xlim(0, size)
     axes.set_ylim(size, 0)
     axes.set_aspect("equal")
@@ -109,8 +116,8 @@ def _map(axes: Axes, table: pd.DataFrame, norm: Normalize, side: float, *, label
 
 def _write_values(axes: Axes, values: np.ma.MaskedArray, norm: Normalize) -> None:
     for i, j in zip(*np.tril_indices(len(values), -1), strict=True):
-        dark = norm(values[i, j]) > 0.55
-        axes.text(j + 0.5, i + 0.5, f"{values[i, j]:.2g}", ha="center", va="center", fontsize=6, color="white" if dark else "black")
+        colour = "white" if norm(values[i, j]) > 0.55 else "black"
+        axes.text(j + 0.5, i + 0.5, f"{values[i, j]:.2g}", ha="center", va="center", fontsize=6, color=colour)
 
 
 def _label_inches(table: pd.DataFrame, side: float) -> float:

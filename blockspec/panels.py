@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -60,20 +61,23 @@ def resolution(spectrum: Spectrum) -> float:
     return max(known, RESOLUTION * spectrum.norm) or 1.0
 
 
-def resolved_density(spectrum: Spectrum, grid: np.ndarray, *, like: Spectrum | None = None) -> tuple[np.ndarray, np.ndarray]:
+def resolved_density(
+    spectrum: Spectrum, grid: np.ndarray, *, like: Spectrum | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean (G,) and standard error (G,) over probes of the density at the eigenvalues ``grid`` (G,), as it is drawn.
 
-    Each node is a Gaussian of ``WIDTH`` times its value, but as wide as its residual at least: where Lanczos has not converged,
-    the gaps between its nodes are no gaps of the spectrum. The density is per unit of eigenvalue, so that it does not depend
-    on the scale of the axis. The error is 0 where there is one probe.
+    Each node is a Gaussian of ``WIDTH`` times its value, but as wide as its residual at least: where Lanczos has not
+    converged, the gaps between its nodes are no gaps of the spectrum. The density is per unit of eigenvalue, so that it
+    does not depend on the scale of the axis. The error is 0 where there is one probe.
 
     like: a spectrum to compare with: the density is not drawn finer than that one is resolved.
     """
-    widths = np.maximum(spectrum.residuals, WIDTH * np.hypot(spectrum.nodes, RESOLUTION * spectrum.norm or 1.0))  # (K, M)
+    nodes, weights = spectrum.nodes, spectrum.weights
+    widths = np.maximum(spectrum.residuals, WIDTH * np.hypot(nodes, RESOLUTION * spectrum.norm or 1.0))  # (K, M)
     if like is not None:
         order = np.argsort(like.nodes, axis=None)
-        widths = np.maximum(widths, np.interp(spectrum.nodes, like.nodes.ravel()[order], like.residuals.ravel()[order]))
-    densities = np.stack([_gaussians(*probe, grid) for probe in zip(spectrum.nodes, spectrum.weights, widths, strict=True)])
+        widths = np.maximum(widths, np.interp(nodes, like.nodes.ravel()[order], like.residuals.ravel()[order]))
+    densities = np.stack([_gaussians(*probe, grid) for probe in zip(nodes, weights, widths, strict=True)])
     probes = len(densities)
     error = densities.std(0, ddof=1) / math.sqrt(probes) if probes > 1 else np.zeros(len(grid))
     return densities.mean(0), error
@@ -92,7 +96,8 @@ def scale_of(spectra: Iterable[Spectrum]) -> Scale:
     """Axes that show every spectrum from its bulk to its outliers, as far as ``DECADES`` and ``SPAN`` allow."""
     parts = list(spectra)
     norm = max(part.norm for part in parts) or 1.0
-    linear = max(float(np.quantile([resolution(part) for part in parts if not part.is_zero] or [1.0], 0.25)), norm / 10**DECADES)
+    resolutions = [resolution(part) for part in parts if not part.is_zero] or [1.0]
+    linear = max(float(np.quantile(resolutions, 0.25)), norm / 10**DECADES)
     ends = np.array([min(part.nodes.min() for part in parts), max(part.nodes.max() for part in parts)])
     low, high = linear * np.sinh(np.arcsinh(ends / linear) + np.array([-1.0, 1.0]))
     low, high = min(low, -linear), max(high, linear)
@@ -111,7 +116,7 @@ def draw_density(axes: Axes, panel: Panel, scale: Scale, *, width: float) -> Non
     density_axes(axes, scale, width=width)
 
 
-def draw_line(axes: Axes, scale: Scale, mean: np.ndarray, error: np.ndarray, *, colour: object, **line: object) -> None:
+def draw_line(axes: Axes, scale: Scale, mean: np.ndarray, error: np.ndarray, *, colour: Any, **line: Any) -> None:
     below = scale.floor / 10  # off the axis, and positive for its logarithm
     low, high = (np.maximum(mean + sign * error, below) for sign in (-1, 1))
     axes.fill_between(scale.grid, low, high, color=colour, alpha=0.35, linewidth=0)
@@ -126,10 +131,11 @@ def density_axes(axes: Axes, scale: Scale, *, width: float) -> None:
     eigenvalue_axis(axes, "x", scale.low, scale.high, scale.linear, room=0.32 / width)
 
 
-def mark_eigenvalues(axes: Axes, spectrum: Spectrum, *, colour: object) -> None:
-    """Short lines below the axis at the nodes that have converged."""
+def mark_eigenvalues(axes: Axes, spectrum: Spectrum, *, colour: Any) -> None:
+    """Short lines on the axis at the nodes that have converged."""
     nodes = spectrum.nodes[(spectrum.residuals < CONVERGED * np.abs(spectrum.nodes)) & (spectrum.weights > 0)]
-    axes.plot(nodes, np.full(nodes.shape, 0.03), "|", color=colour, transform=axes.get_xaxis_transform(), markersize=5, markeredgewidth=0.5)
+    height, along = np.full(nodes.shape, 0.03), axes.get_xaxis_transform()
+    axes.plot(nodes, height, "|", color=colour, transform=along, markersize=5, markeredgewidth=0.5)
 
 
 def panel_of(parts: Mapping[str, Spectrum], *, by_kind: bool = False) -> Panel:
@@ -147,7 +153,7 @@ def label_outer(axes: np.ndarray) -> None:
     for column in axes.T:
         [place for place in column if place.axison][-1].tick_params(labelbottom=True)
     for row in axes:
-        [place for place in row if place.axison][0].tick_params(labelleft=True)
+        next(place for place in row if place.axison).tick_params(labelleft=True)
 
 
 def smoothing_note(spectra: Iterable[Spectrum]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
@@ -48,26 +49,25 @@ class Row:
 def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Figure:
     """Spectral densities of the blocks side by side, on common axes.
 
-    Rows are layers (evenly spread ones where there are more than ``max_layers``), columns are kinds of block, and what lies
-    outside the layers comes last; models with fewer than three kinds of matrix in their layers get a panel per block. Several
-    blocks of one kind in one layer, such as norms, are drawn as their mixture by number of parameters. The band is one
-    standard error over probes.
+    Rows are layers (evenly spread ones where there are more than ``max_layers``), columns are kinds of block, and what
+    lies outside the layers comes last; models with fewer than three kinds of matrix in their layers get a panel a block.
+    Several blocks of one kind in one layer, such as norms, are drawn as their mixture by number of parameters. The band
+    is one standard error over probes. How curves are smoothed: see :func:`blockspec.panels.resolved_density`.
     """
     rows, note = _rows(spectra, max_layers)
     columns = max(len(row.panels) for row in rows)
     scale = scale_of(panel.spectrum for row in rows for panel in row.panels if panel)
     figure = Figure(figsize=(max(1.1 * columns + 0.6, 4.5), 1.15 * len(rows) + 0.9), layout="constrained")
     axes = figure.subplots(len(rows), columns, sharex=True, sharey=True, squeeze=False)
-    titles: list[str | None] = [None] * columns
+    above: dict[int, str] = {}
     for row, line in zip(rows, axes, strict=True):
-        for j, (place, panel) in enumerate(zip(line, [*row.panels, *[None] * (columns - len(row.panels))], strict=True)):
+        for j, (place, panel) in enumerate(zip_longest(line, row.panels)):
             if panel is None:
                 place.set_axis_off()
                 continue
             draw_density(place, panel, scale, width=0.95)
-            if titles[j] != panel.title:
-                place.set_title(panel.title)
-            titles[j] = panel.title
+            place.set_title(panel.title if above.get(j) != panel.title else "")
+            above[j] = panel.title
         next(place for place in line if place.axison).set_ylabel(row.label)
     label_outer(axes)
     figure.supxlabel(EIGENVALUE, fontsize=8)
@@ -89,10 +89,8 @@ def _rows(spectra: Mapping[str, Spectrum], max_layers: int) -> tuple[list[Row], 
         return _wrapped("", shown, WRAP), f" ({len(shown)} of {len(panels)} panels)" if len(shown) < len(panels) else ""
     cells = _cells(spectra, by_layer=True)
     chosen = spread(layers, max_layers)
-    rows = [
-        Row(f"layer {n}", tuple(panel_of(cells[n, kind], by_kind=True) if (n, kind) in cells else None for kind in kinds))
-        for n in chosen
-    ]
+    grid = {at: panel_of(parts, by_kind=True) for at, parts in cells.items() if at[0] in chosen}
+    rows = [Row(f"layer {layer}", tuple(grid.get((layer, kind)) for kind in kinds)) for layer in chosen]
     outside = [panel_of(parts) for (layer, _), parts in cells.items() if layer is None]
     note = f" (layers {', '.join(map(str, chosen))} of {len(layers)})" if len(chosen) < len(layers) else ""
     return rows + _wrapped("outside\nlayers", outside, len(kinds)), note
@@ -109,10 +107,8 @@ def _cells(spectra: Mapping[str, Spectrum], *, by_layer: bool) -> dict[tuple[int
     cells: dict[tuple[int | None, str], dict[str, Spectrum]] = {}
     for name, spectrum in spectra.items():
         layer, kind, matrix = layer_of[name], spectrum.block.kind, name.split("/")[0]
-        if layer is not None or kind in ("norm", "bias"):
-            key = kind
-        else:
-            key = matrix if counts[matrix] > 4 else name
+        together = layer is not None or kind in ("norm", "bias")
+        key = kind if together else matrix if counts[matrix] > 4 else name
         cells.setdefault((layer, key), {})[name] = spectrum
     return cells
 
@@ -142,19 +138,21 @@ def esd_stages(
     for place, step, shade in zip(axes, steps, np.linspace(0.05, 0.8, len(steps)), strict=True):
         draw_density(place, Panel("", parts[step], Look("", "", colormaps["viridis"](shade), "")), scale, width=4.8)
         if step != steps[0]:
-            place.plot(scale.grid, np.maximum(first, scale.floor / 10), color="0.35", linestyle=(0, (3, 2)), linewidth=0.6)
+            below = scale.floor / 10
+            place.plot(scale.grid, np.maximum(first, below), color="0.35", linestyle=(0, (3, 2)), linewidth=0.6)
         mark_eigenvalues(place, parts[step], colour="0.2")
         place.set_title(f"step {step_label(step)}", loc="right", y=0.72)
     figure.supylabel("spectral density (no unit)" if normalised else DENSITY, fontsize=8)
     axes[-1].set_xlabel("eigenvalue / 10th largest eigenvalue (no unit)" if normalised else EIGENVALUE)
     note = f" ({len(steps)} of {len(spectra_by_step)} stages)" if len(steps) < len(spectra_by_step) else ""
     called = "full spectrum" if block == "model" else f"spectrum of {block}"
-    figure.suptitle(f"{matrix_name(parts)}: {called}{note}; marks: converged eigenvalues\n{smoothing_note(parts.values())}")
+    marks = f"{matrix_name(parts)}: {called}{note}; marks: converged eigenvalues"
+    figure.suptitle(f"{marks}\n{smoothing_note(parts.values())}")
     return figure
 
 
 def tenth_largest(spectrum: Spectrum) -> float:
-    """The 10th largest Ritz value, the best (largest) of all probes: the 10th largest eigenvalue, once that has converged.
+    """The 10th largest Ritz value, the largest over probes: the 10th largest eigenvalue, once it has converged.
 
     Raises ValueError where it cannot be told: fewer than 10 values, eigenvalues that may be repeated, or a value <= 0.
     """
@@ -165,7 +163,7 @@ def tenth_largest(spectrum: Spectrum) -> float:
     if not values:
         raise ValueError(f"the 10th largest eigenvalue needs at least 10 Lanczos steps, got {max(map(len, rows))}")
     if max(values) <= 0:
-        raise ValueError(f"the 10th largest eigenvalue is {max(values):.3g}: spectra can only be divided by a positive one")
+        raise ValueError(f"the 10th largest eigenvalue is {max(values):.3g}: only a positive one can be divided by")
     return max(values)
 
 
@@ -188,7 +186,9 @@ def full_and_block_diagonal(spectra: Spectra, *, full: str = "model") -> Figure:
     axes.set_xlabel(EIGENVALUE)
     axes.set_ylabel(DENSITY)
     figure.legend(loc="outside lower center")
-    figure.suptitle(f"{matrix_name(spectra)}: full, and block diagonal at the same resolution\n{smoothing_note([whole])}")
+    figure.suptitle(
+        f"{matrix_name(spectra)}: full, and block diagonal at the same resolution\n{smoothing_note([whole])}"
+    )
     return figure
 
 
@@ -201,23 +201,21 @@ def _ends(spectrum: Spectrum) -> str:
 def edges_by_block(spectra: Mapping[str, Spectrum], *, max_blocks: int = 60) -> Figure:
     """Smallest, mean and largest eigenvalue of each block: how different the blocks are, at a glance.
 
-    Bars are residuals of the extreme Ritz values and the standard error of the mean. Of models with more than ``max_blocks``
-    blocks, the blocks of one kind in one layer share a line, and evenly spread layers are drawn.
+    Bars are residuals of the extreme Ritz values and the standard error of the mean. Of models with more than
+    ``max_blocks`` blocks, the blocks of one kind in one layer share a line, and evenly spread layers are drawn.
     """
     panels, note = _lines(spectra, max_blocks)
     table = edges(panels)
     figure = Figure(figsize=(5.5, 0.135 * len(panels) + 1.2), layout="constrained")
     axes = figure.subplots()
-    rows = np.arange(len(panels))
     colours = [panel.look.colour for panel in panels]
-    axes.hlines(rows, table["smallest"], table["largest"], colors=colours, linewidth=0.8, alpha=0.6)
-    for column, marker, label in (("smallest", "<", "smallest"), ("mean", "o", "mean (trace / parameters)"), ("largest", ">", "largest")):
-        fill = "white" if column == "mean" else None
-        axes.errorbar(table[column], rows, xerr=table[f"{column}_error"].fillna(0), fmt="none", ecolor="0.2", elinewidth=0.8)
-        for row, colour in zip(rows, colours, strict=True):
-            axes.plot(table[column][row], row, marker, color=colour, markerfacecolor=fill or colour, markersize=3.5)
-        axes.plot([], [], marker, color="0.2", markerfacecolor=fill or "0.2", markersize=3.5, label=label)
-    axes.set_yticks(rows, [panel.title for panel in panels], fontsize=6.5)
+    axes.hlines(range(len(panels)), table["smallest"], table["largest"], colors=colours, linewidth=0.8, alpha=0.6)
+    for column, (marker, filled, label) in EDGES.items():
+        _edge_markers(axes, table, column, colours, marker, filled)
+        axes.plot(
+            [], [], marker, color="0.2", markerfacecolor="0.2" if filled else "white", markersize=3.5, label=label
+        )
+    axes.set_yticks(range(len(panels)), [panel.title for panel in panels], fontsize=6.5)
     axes.set_ylim(len(panels) - 0.4, -0.6)
     axes.axvline(0, color="0.7", linewidth=0.5, zorder=0)
     axes.grid(axis="x", color="0.92", linewidth=0.5)
@@ -228,6 +226,23 @@ def edges_by_block(spectra: Mapping[str, Spectrum], *, max_blocks: int = 60) -> 
     figure.legend(loc="outside lower center", ncols=3)
     figure.suptitle(f"{matrix_name(spectra)}: eigenvalues of each block{note}")
     return figure
+
+
+EDGES = {
+    "smallest": ("<", True, "smallest"),
+    "mean": ("o", False, "mean (trace / parameters)"),
+    "largest": (">", True, "largest"),
+}
+"""Column of the table of edges -> marker, whether it is filled, and its name in the legend."""
+
+
+def _edge_markers(
+    axes: Axes, table: pd.DataFrame, column: str, colours: Sequence[str], marker: str, filled: bool
+) -> None:
+    rows, errors = range(len(table)), table[f"{column}_error"].fillna(0)
+    axes.errorbar(table[column], rows, xerr=errors, fmt="none", ecolor="0.2", elinewidth=0.8)
+    for row, value, colour in zip(rows, table[column], colours, strict=True):
+        axes.plot(value, row, marker, color=colour, markerfacecolor=colour if filled else "white", markersize=3.5)
 
 
 def edges(panels: Sequence[Panel]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,7 +21,7 @@ from torch import nn
 
 from .architectures import layer_prefix, role
 
-RC = {
+RC: Any = {
     "font.size": 8,  # of figures 7 to 9 inches wide, so that they are legible across a paper's two columns
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -59,7 +60,7 @@ class Look:
     marker: str
 
 
-# Paul Tol's muted scheme, safe for colour blindness; pale ones darkened. Kinds of like lightness differ in their markers.
+# Paul Tol's muted scheme, safe for colour blindness, its pale ones darkened. Kinds of like lightness differ in markers.
 KINDS: dict[str, Look] = {
     "query": Look("query", "query", "#332288", "o"),
     "key": Look("key", "key", "#3A9BD0", "s"),
@@ -71,13 +72,16 @@ KINDS: dict[str, Look] = {
     "mlp_out": Look("MLP out", "mlp_out", "#882255", "X"),
     "conv": Look("convolution", "conv", "#332288", "h"),
     "norm": Look("norm", "norm", "#AA4499", "d"),
-    "bias": Look("bias", "bias", "#777777", "_"),
+    "bias": Look("bias", "bias", "#777777", "x"),
     "embedding": Look("embedding", "embedding", "#117733", "*"),
     "position": Look("position", "position", "#999933", "<"),
     "head": Look("head", "head", "#661100", ">"),
     "other": Look("other", "other", "#444444", "."),
 }
 """In the order in which kinds stand in figures."""
+
+MATRIX_KINDS = ("query", "key", "value", "qkv", "attention_output", "mlp_in", "mlp_gate", "mlp_out")
+"""What short names call a layer's matrices by."""
 
 FULL = Look("full", "full", "#000000", "o")
 RUNS = ("#004488", "#BB5566", "#DDAA33", "#228833", "#66CCEE", "#AA3377")  # Tol's high contrast, then bright
@@ -126,7 +130,7 @@ def short_name(name: str) -> str:
     kind = role(path, nn.Identity()).matrix
     if parts and kind == "qkv":
         middle = [parts.pop(0)]
-    elif layer_prefix(path) and kind in ("qkv", "query", "key", "value", "attention_output", "mlp_in", "mlp_gate", "mlp_out"):
+    elif layer_prefix(path) and kind in MATRIX_KINDS:
         middle = [KINDS[kind].short]
     else:
         middle = [(module if last in ("weight", "bias") else path).rpartition(".")[2]]
@@ -160,7 +164,7 @@ def spread(items: Sequence, count: int) -> list:
 
 
 def eigenvalue_axis(axes: Axes, which: str, low: float, high: float, linear: float, *, room: float) -> None:
-    """A scale that is linear around zero and logarithmic beyond ``linear`` on both sides; ticks at powers of ten and 0.
+    """A scale that is linear around zero and logarithmic beyond ``linear``; ticks at powers of ten and 0.
 
     room: what a tick label takes, as a share of the axis.
     """
@@ -179,7 +183,7 @@ def eigenvalue_axis(axes: Axes, which: str, low: float, high: float, linear: flo
 
 
 def _powers(end: float, linear: float, gap: float) -> list[float]:
-    """Powers of ten up to ``end`` (in units of ``linear``) that are ``gap`` apart on the scale, from each other and from 0."""
+    """Powers of ten up to ``end`` (in units of ``linear``) that are ``gap`` apart on the scale, also from 0."""
     stride = max(1, math.ceil(gap / LN10))
     exponent = math.floor(math.log10(max(end, 1e-300) * linear))
     while np.arcsinh(end) - np.arcsinh(10.0**exponent / linear) < 0.2 * gap:  # its label would stand out of the axis
@@ -199,7 +203,7 @@ def power_of_ten(value: float) -> str:
 
 
 def step_axis(axes: Axes, steps: Sequence[int], *, width: float) -> None:
-    """A logarithmic axis of training steps with a place for step 0; ticks at the steps that find room in ``width`` inches."""
+    """A logarithmic axis of steps with a place for step 0; ticks at the steps that find room in ``width`` inches."""
     steps = sorted(steps)
     first = next((step for step in steps if step > 0), 1)
     axes.set_xscale("symlog", linthresh=first, linscale=0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from .heatmaps import MEASURES
 from .heterogeneity import js0
 from .panels import DENSITY, EIGENVALUE, Scale, density_axes, draw_line, label_outer, resolved_density, scale_of
-from .spectra import Spectra, Spectrum, block_diagonal, spectra_of
-from .style import FULL, KINDS, RUN_MARKERS, RUNS, Look, eigenvalue_axis, look, spread, step_axis, step_label, styled
+from .spectra import Spectrum, block_diagonal, spectra_of
+from .style import FULL, KINDS, RUN_MARKERS, RUNS, Look, eigenvalue_axis, step_axis, styled
 
 QUANTITIES = {"mean": "mean eigenvalue (loss / parameter²)", "trace": "trace (loss / parameter²)"}
 
@@ -42,7 +42,7 @@ def heterogeneity_over_training(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _course(axes: Axes, steps: Sequence, values: Sequence, errors: Sequence, shown: Look, **line: Any) -> None:
+def _course(axes: Axes, steps: Any, values: Any, errors: Any, shown: Look, **line: Any) -> None:
     """A line with error bars; an unknown error has none."""
     bars = np.nan_to_num(np.asarray(errors, float))
     axes.errorbar(steps, values, yerr=bars if bars.any() else None, fmt="none", ecolor=shown.colour, elinewidth=0.8)
@@ -59,13 +59,14 @@ def kinds_over_training(table: pd.DataFrame, quantity: str = "mean") -> pd.DataF
         raise ValueError(f"quantity is one of {tuple(QUANTITIES)}, got {quantity!r}")
     moments = table.assign(moment=table["node"] * table["weight"] * table["numel"])
     keys = ["step", "block", "kind", "numel", "exact"]
-    traces = moments.groupby([*keys, "probe"], sort=False)["moment"].sum().groupby(keys, sort=False).agg(["mean", "sem"]).reset_index()
+    probes = moments.groupby([*keys, "probe"], sort=False)["moment"].sum()
+    traces = probes.groupby(keys, sort=False).agg(["mean", "sem"]).reset_index()
     traces["kind"] = traces["kind"].where(traces["block"] != "model", "full")
     traces["variance"] = (traces["sem"] ** 2).where(~traces["exact"], 0.0)
     groups = traces.groupby(["step", "kind"], sort=False)
     unit = groups["numel"].sum() if quantity == "mean" else 1
-    value, error = groups["mean"].sum() / unit, groups["variance"].apply(lambda v: math.sqrt(v.sum(skipna=False))) / unit
-    return pd.DataFrame({"value": value, "stderr": error}).reset_index()
+    error = groups["variance"].apply(lambda variances: math.sqrt(variances.sum(skipna=False)))
+    return pd.DataFrame({"value": groups["mean"].sum() / unit, "stderr": error / unit}).reset_index()
 
 
 @styled
@@ -73,7 +74,7 @@ def trace_by_kind_over_training(table: pd.DataFrame, quantity: str = "mean") -> 
     """Curvature of each kind of block over training; bars are one standard error.
 
     table: the tidy table of spectra at several steps.
-    quantity: ``"mean"``, the mean eigenvalue (trace / parameters): kinds of different size can be compared; or ``"trace"``.
+    quantity: ``"mean"``, the mean eigenvalue (trace / parameters), which compares kinds of any size; or ``"trace"``.
     """
     rows = kinds_over_training(table, quantity)
     steps = sorted(rows["step"].unique().tolist())
@@ -105,8 +106,8 @@ def _value_axis(axes: Axes, rows: pd.DataFrame) -> None:
 
 @styled
 def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Runs beside each other: heterogeneity (mean Jensen-Shannon divergence over all pairs of blocks) with its standard error, and
-    the spectra of the last step, full and by kind of block, runs drawn over each other.
+    """Runs beside each other: heterogeneity (mean Jensen-Shannon divergence over all pairs of blocks) with its standard
+    error, and the spectra of the last step, full and by kind of block, the runs drawn over each other.
 
     tables: run name -> tidy table of spectra.
     """
@@ -117,7 +118,7 @@ def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
     columns = min(5, max(3, len(kinds)))
     rows = math.ceil(len(kinds) / columns)
     figure = Figure(figsize=(1.55 * columns + 0.6, 2.4 + 1.25 * rows + 0.6), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[2.2, 1.25 * rows + 0.5])
+    upper, lower = figure.subfigures(2, 1, height_ratios=[2.2, 1.25 * rows + 0.5], squeeze=False)[:, 0]
     _heterogeneity_of_runs(upper.subplots(), tables, looks)
     upper.legend(loc="outside right upper", title="run")
     scale = scale_of(part for parts in kinds.values() for part in parts.values())
@@ -150,7 +151,11 @@ def _kinds_of_last_step(tables: Mapping[str, pd.DataFrame]) -> dict[str, dict[st
     for run, table in tables.items():
         spectra = spectra_of(table[table["step"] == table["step"].max()])
         for kind in ("full", *KINDS):
-            parts = {n: s for n, s in spectra.items() if (n == "model") == (kind == "full") and kind in ("full", s.block.kind)}
+            parts = {
+                n: s
+                for n, s in spectra.items()
+                if (n == "model") == (kind == "full") and kind in ("full", s.block.kind)
+            }
             if parts:
                 found.setdefault(kind, {})[run] = block_diagonal(parts)
     return {kind: found[kind] for kind in ("full", *KINDS) if kind in found}
@@ -159,7 +164,10 @@ def _kinds_of_last_step(tables: Mapping[str, pd.DataFrame]) -> dict[str, dict[st
 def _heterogeneity_of_runs(axes: Axes, tables: Mapping[str, pd.DataFrame], looks: Mapping[str, Look]) -> None:
     steps: set[int] = set()
     for name, table in tables.items():
-        course = {int(step): js0(spectra_of(rows[rows["block"] != "model"])) for step, rows in table.groupby("step")}
+        parts = table[table["block"] != "model"]
+        course = {
+            step: js0(spectra_of(parts[parts["step"] == step])) for step in sorted(parts["step"].unique().tolist())
+        }
         steps |= set(course)
         errors = [math.nan if estimate.stderr is None else estimate.stderr for estimate in course.values()]
         _course(axes, list(course), [estimate.value for estimate in course.values()], errors, looks[name], label=name)
