@@ -107,6 +107,7 @@ def train(
     model: ModelSettings = ModelSettings(),  # noqa: B008 - frozen
     data: DataSettings = DataSettings(),
     training: TrainingSettings = TrainingSettings(),  # noqa: B008
+    progress: bool = True,
 ) -> Path:
     """Trains a language model and writes checkpoints that Hugging Face's from_pretrained loads.
 
@@ -115,6 +116,7 @@ def train(
         model: The model.
         data: The data.
         training: The training.
+        progress: Whether to show a progress bar.
     """
     task = make_task(model, data, seed=training.seed)
     held_out = task.held_out()
@@ -127,6 +129,7 @@ def train(
         save=save_with_tokenizer(data.source),
         measure=lambda network: {"held_out_loss": mean_loss(network, held_out, task.loss)},
         record={"model": dataclasses.asdict(model), "data": dataclasses.asdict(data)},
+        progress=progress,
     )
 
 

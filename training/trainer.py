@@ -75,6 +75,7 @@ def train(
     save: Save = save_weights,
     measure: Measure = lambda model: {},
     record: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> Path:
     """Trains a model, and goes on from where an earlier call with the same ``out`` and settings was stopped.
 
@@ -89,6 +90,7 @@ def train(
         save: ``save(model, folder)`` writes the weights of a checkpoint.
         measure: Named numbers of the model (held-out loss, accuracy) at checkpoints and every ``measure_every`` steps.
         record: What else goes into each ``checkpoint.json`` (model and data settings).
+        progress: Whether to show a progress bar.
 
     Returns:
         The folder of the last checkpoint, or ``out`` if there is none.
@@ -114,7 +116,7 @@ def train(
         loop = _Loop(
             accelerator, model, optimizer, batch_at, loss, settings, out, save, measure, content, second_order, probe
         )
-        loop.run(latest_state(out, accelerator))
+        loop.run(latest_state(out, accelerator), progress=progress and accelerator.is_main_process)
         finish(out, accelerator)
     return last_checkpoint(out) or out
 
@@ -179,14 +181,11 @@ class _Loop:
     second_order: Callable[[nn.Module], AbstractContextManager]
     probe: Callable[[Tensor], Tensor]
 
-    def run(self, first: int) -> None:
+    def run(self, first: int, *, progress: bool) -> None:
         """Trains from step ``first`` to the end. A step is the number of updates that were made."""
         settings, accelerator = self.settings, self.accelerator
         due = due_steps(settings.checkpoints, settings.num_steps)
-        with (
-            Log(self.out, first, settings.log_every, accelerator) as log,
-            _progress(shown=accelerator.is_main_process) as bar,
-        ):
+        with Log(self.out, first, settings.log_every, accelerator) as log, _progress(shown=progress) as bar:
             task = bar.add_task("", total=settings.num_steps, completed=first, loss="")
             for step in range(first, settings.num_steps + 1):
                 if step in due or (settings.measure_every and step % settings.measure_every == 0):

@@ -1,0 +1,50 @@
+"""Figures of trainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from blockspec.style import RUN_MARKERS, RUNS, save, styled
+
+
+def draw(trials: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> Path:
+    """Writes ``optimizers.png`` and ``optimizers.pdf``: see ``plot_optimizers``."""
+    figure = plot_optimizers(trials, curves)
+    path = save(figure, folder, "optimizers")
+    plt.close(figure)
+    return path
+
+
+@styled
+def plot_optimizers(trials: pd.DataFrame, curves: pd.DataFrame) -> Figure:
+    """Left: final loss by learning rate (hollow: infinite). Right: loss over training, mean and range over seeds."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(7.0, 2.6), layout="constrained", width_ratios=(1, 1.4), sharey=True
+    )
+    names = list(trials["optimizer"].unique())
+    looks = {"hue_order": names, "palette": list(RUNS[: len(names)])}
+    _draw_rates(left, trials[trials["tuning"]], names)
+    measured = curves.dropna(subset="held_out_loss")
+    sns.lineplot(measured, x="step", y="held_out_loss", hue="optimizer", errorbar=("pi", 100), ax=right, **looks)
+    right.set(xlabel="training step")
+    right.get_legend().set_title(f"mean and range of {curves['seed'].nunique()} seeds")
+    return figure
+
+
+def _draw_rates(axes: Axes, tuning: pd.DataFrame, names: list[str]) -> None:
+    finite = tuning["final_loss"][np.isfinite(tuning["final_loss"])]
+    top = finite.max() + 0.05 * (finite.max() - finite.min() + 1e-9)  # where runs that diverged are drawn
+    for name, colour, marker in zip(names, RUNS, RUN_MARKERS, strict=False):
+        own = tuning[tuning["optimizer"] == name].sort_values("lr")
+        lost = ~np.isfinite(own["final_loss"])
+        axes.plot(own["lr"][~lost], own["final_loss"][~lost], color=colour, marker=marker, label=name)
+        axes.plot(own["lr"][lost], [top] * lost.sum(), color=colour, marker=marker, fillstyle="none", linestyle="none")
+    axes.set(xscale="log", xlabel="learning rate (one seed)", ylabel="held-out loss")
+    axes.legend()
