@@ -1,12 +1,13 @@
-"""The objective: a model, a fixed list of batches and a loss; the scalar function of the parameters whose curvature is asked for."""
+"""The objective: a model, a fixed list of batches and a loss; the function of the parameters whose curvature is asked for."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,15 +27,15 @@ class Objective:
         are moved to the model's device one at a time.
     loss: ``loss(model, batch) -> (sum of the loss terms, number of terms)``, see :mod:`blockspec.losses`. For the
         curvatures ``ggn`` and ``fisher`` it has to be a :class:`blockspec.losses.Loss`, which says where to split.
+    micro_batch: examples that go through the model at once; None: a batch as it comes. Changes memory, not the numbers (but
+        for rounding). Tensors of a batch are cut along their first dimension.
     batch_norm: ``"eval"`` (running statistics, as at inference) or ``"train"`` (statistics of the batch, differentiated
         through; then the objective depends on how the data is cut into batches). Running statistics are untouched.
 
     Raises ValueError for no batches and for another ``batch_norm``, TypeError for a model or loss that is none.
     """
 
-    def __init__(
-        self, model: nn.Module, batches: Iterable[Any], loss: Any, *, batch_norm: str = "eval"
-    ) -> None:
+    def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Any, *, batch_norm: str = "eval") -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a torch.nn.Module; got a {type(model).__name__}")
         if not callable(loss):
@@ -43,12 +44,17 @@ class Objective:
             raise TypeError(f"batches is a list of batches; got a single {type(batches).__name__}: put it in a list")
         if batch_norm not in BATCH_NORMS:
             raise ValueError(f"batch_norm is one of {BATCH_NORMS}, got {batch_norm!r}")
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch is a whole number >= 1 or None, got {micro_batch}")
         if isinstance(batches, Iterator):
             batches = list(batches)
         if isinstance(batches, Sized) and len(batches) == 0:
-            raise ValueError("no batches: the list is empty, or the iterator had ended; pass a list of at least one batch")
+            raise ValueError(
+                "no batches: the list is empty, or the iterator had ended; pass a list of at least one batch"
+            )
         self.model = model
         self.loss = loss
+        self.micro_batch = micro_batch
         self.batch_norm = batch_norm
         self._batches = batches
 
@@ -58,10 +64,13 @@ class Objective:
         return next(self.model.parameters()).device
 
     def batches(self) -> Iterator[Any]:
-        """The batches, each moved to the model's device when its turn comes."""
+        """The batches, or the parts of ``micro_batch`` examples that they are cut into, each moved to the model's device when
+        its turn comes."""
         batch = None
         for batch in self._batches:
-            yield to_device(batch, self.device)
+            whole = self.micro_batch is None or self.batch_norm == "train"  # statistics of a batch need all of it
+            for part in [batch] if whole else cut(batch, self.micro_batch or 1):
+                yield to_device(part, self.device)
         if batch is None:
             raise ValueError("no batches: the iterable of batches ended at once; pass a list of at least one batch")
 
@@ -84,7 +93,7 @@ class Objective:
         try:
             total, count = self.loss(self.model, batch)
         except (TypeError, ValueError) as error:
-            if "unpack" in str(error) or "iterable" in str(error) and "loss" in str(error):
+            if "unpack" in str(error) or ("iterable" in str(error) and "loss" in str(error)):
                 raise TypeError(
                     "the loss gave one value; it must give two: (sum of the loss terms, number of terms); "
                     "see blockspec.losses.Loss"
@@ -98,7 +107,7 @@ class Objective:
         with self.prepared(), torch.no_grad():
             for batch in self.batches():
                 total, count = self.loss_sum(batch)
-                sums, counts = sums + float(total), counts + count
+                sums, counts = sums + total.item(), counts + count
         return sums / counts
 
     def gradient(self) -> dict[str, Tensor]:
@@ -122,32 +131,59 @@ class Objective:
         Raises ValueError for a loss without terms or without a graph, for a loss that is NaN or infinite, and for an
         objective that does not give the same value twice (dropout left on, shuffled data, random numbers in the loss).
         """
+        if not isinstance(self._batches, (list, tuple)):  # those give the same objects again
+            _check_repeatable(self._batches)
         with self.prepared():
-            first, again = _head(self._batches), _head(self._batches)
-            if fingerprint(first) != fingerprint(again):
-                raise ValueError(
-                    "the batches are not the same the second time: the data is shuffled or drawn anew. Pass a list, or "
-                    "a DataLoader with shuffle=False and without random augmentation"
-                )
-            batch = to_device(first, self.device)
-            total, count = self.loss_sum(batch)
+            for batch in self.batches():
+                total, count = self.loss_sum(batch)
+                if count > 0:
+                    break
             _check_loss(total, count)
             repeated, _ = self.loss_sum(batch)
             if not torch.equal(total.detach(), repeated.detach()):
-                raise ValueError(_nondeterminism(self.model, float(total), float(repeated)))
+                raise ValueError(_nondeterminism(self.model, total.item(), repeated.item()))
+
+
+def examples(batch: Any) -> int | None:
+    """Length of a batch's tensors along their first dimension; None where they differ or there are none."""
+    sizes = {len(tensor) if tensor.dim() else None for tensor in _tensors(batch)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def cut(batch: Any, size: int) -> Iterator[Any]:
+    """The batch in parts of at most ``size`` examples; whole where its tensors have no common first dimension."""
+    length = examples(batch)
+    if length is None or length <= size:
+        yield batch
+        return
+    for start in range(0, length, size):
+        yield _map(batch, lambda tensor, start=start: tensor[start : start + size])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The same batch with its tensors on ``device``."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
+    return _map(batch, lambda tensor: tensor.to(device))
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest of mappings, tuples and lists with another tensor in each tensor's place."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {name: _map(item, function) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(item, function) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(item, function) for item in value)
+    return value
 
 
 def fingerprint(batch: Any) -> str:
@@ -168,34 +204,48 @@ def _digest(value: Any, digest: Any) -> None:
     elif isinstance(value, (tuple, list)):
         for item in value:
             _digest(item, digest)
+    elif isinstance(value, np.ndarray):
+        _digest(torch.from_numpy(np.ascontiguousarray(value)), digest)
+    elif hasattr(value, "__dict__"):  # its repr may be its address
+        _digest({"": type(value).__name__} | vars(value), digest)
     else:
         digest.update(repr(value).encode())
 
 
-def _head(batches: Iterable[Any]) -> Any:
-    for batch in batches:
-        return batch
-    raise ValueError("no batches: the iterable of batches ended at once; pass a list of at least one batch")
+def _check_repeatable(batches: Iterable[Any]) -> None:
+    first, again = ([fingerprint(batch) for batch in batches] for _ in range(2))
+    if first != again:
+        number = next(
+            (i for i, (a, b) in enumerate(zip(first, again, strict=False)) if a != b), min(len(first), len(again))
+        )
+        raise ValueError(
+            f"the batches are not the same the second time (batch {number} differs): the data is shuffled or drawn "
+            "anew. Pass a list, or a DataLoader with shuffle=False and without random augmentation"
+        )
 
 
 def _check_loss(total: Tensor, count: float) -> None:
     if not isinstance(total, Tensor) or total.numel() != 1:
         raise TypeError(f"the loss must give a scalar tensor and a count; it gave {total!r}")
     if count <= 0:
-        raise ValueError(f"the loss has {count:g} terms on the first batch; a batch needs at least one (all labels -100?)")
+        raise ValueError(
+            f"the loss has {count:g} terms on all of the batches; it needs at least one (all labels -100?)"
+        )
     if not total.requires_grad:
         raise ValueError(
             "the loss has no graph: it does not depend on a parameter that requires gradients (a frozen model, "
             "torch.no_grad, .detach() or .item() in the loss); call model.requires_grad_(True) or mend the loss"
         )
     if not torch.isfinite(total):
-        raise ValueError(f"the loss is {float(total)} on the first batch; curvature needs a finite one: check the checkpoint")
+        raise ValueError(
+            f"the loss is {total.item()} on the first batch; curvature needs a finite one: check the checkpoint"
+        )
 
 
 def _nondeterminism(model: nn.Module, first: float, second: float) -> str:
     return (
-        f"the objective is not deterministic: the same batch gave {first!r} and then {second!r}, with {type(model).__name__} "
-        "in eval mode. Something still draws random numbers: dropout that ignores eval mode (F.dropout without "
+        f"the objective is not deterministic: the same batch gave {first!r} and then {second!r}, with "
+        f"{type(model).__name__} in eval mode. Something still draws random numbers: dropout that ignores eval mode (F.dropout without "
         "training=self.training, a module that overrides train()), or a loss or augmentation with random numbers"
     )
 
