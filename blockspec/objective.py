@@ -35,7 +35,15 @@ class Objective:
     Raises ValueError for no batches and for another ``batch_norm``, TypeError for a model or loss that is none.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Any, *, batch_norm: str = "eval") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Any,
+        *,
+        micro_batch: int | None = None,
+        batch_norm: str = "eval",
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a torch.nn.Module; got a {type(model).__name__}")
         if not callable(loss):
