@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ranks import Ranks
+
 ROWS = 16  # vectors that are allocated at once, unless they are large
 LARGE = 2**20  # entries
 
@@ -14,10 +16,16 @@ class Basis:
 
     dtype, device: of the storage; None takes those of the vectors. bfloat16 halves the memory of float32 at the price of an
         orthogonality of about 2^-9 / sqrt(P) between vectors (see LOG.md); arithmetic is in the vectors' own dtype.
+    ranks: processes that share the vectors, each keeping a part of every one.
     """
 
-    def __init__(self, numel: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.numel = numel
+    def __init__(
+        self, numel: int, *, dtype: torch.dtype, device: torch.device | str, ranks: Ranks | None = None
+    ) -> None:
+        self._ranks = ranks or Ranks()
+        self._part = self._ranks.share(numel)
+        self.numel = self._part.stop - self._part.start
+        """Entries of each vector that are kept here."""
         self._dtype, self._device = dtype, torch.device(device)
         self._chunks: list[Tensor] = []  # (rows, P), all full but the last
         self._length = 0
@@ -27,21 +35,31 @@ class Basis:
 
     def append(self, vector: Tensor) -> None:
         """Stores a copy of ``vector`` (P,)."""
-        rows = ROWS if self.numel < LARGE else 1
+        rows = self._rows_at_once()
         place = self._length % rows
         if place == 0:
             self._chunks.append(torch.empty(rows, self.numel, dtype=self._dtype, device=self._device))
-        self._chunks[-1][place].copy_(vector)
+        self._chunks[-1][place].copy_(vector[self._part])
         self._length += 1
 
     def project_out(self, vector: Tensor) -> Tensor:
-        """Subtracts from ``vector`` (P,), in place, its part in the span; returns its coefficients (m,)."""
-        coefficients = torch.cat([rows.to(vector) @ vector for rows in self._rows()])
+        """Subtracts from ``vector`` (P,), in place, its part in the span, twice (the second time removes what rounding left);
+        returns its coefficients (m,) in float64."""
+        part = vector[self._part]
+        coefficients = self._project_out(part) + self._project_out(part)
+        if self._ranks.rows > 1:
+            vector[: self._part.start] = 0
+            vector[self._part.stop :] = 0
+            self._ranks.sum(vector)
+        return coefficients
+
+    def _project_out(self, part: Tensor) -> Tensor:
+        coefficients = self._ranks.sum(torch.cat([rows.to(part) @ part for rows in self._rows()]))
         start = 0
         for rows in self._rows():
-            vector.addmv_(rows.to(vector).T, coefficients[start : start + len(rows)], alpha=-1)
+            part.addmv_(rows.to(part).T, coefficients[start : start + len(rows)], alpha=-1)
             start += len(rows)
-        return coefficients
+        return coefficients.double()
 
     def orthogonality(self) -> float:
         """max |Q'Q - I|, of the vectors as they are stored."""
@@ -49,15 +67,30 @@ class Basis:
         worst = 0.0
         for i, rows in enumerate(self._rows()):
             for j, others in enumerate(self._rows()[: i + 1]):
-                gram = rows.to(wide) @ others.to(wide).T
+                gram = self._ranks.sum(rows.to(wide) @ others.to(wide).T)
                 if i == j:
                     gram.diagonal().sub_(1)
                 worst = max(worst, float(gram.abs().max()))
         return worst
 
     def matrix(self) -> Tensor:
-        """(m, P) a copy of all of them."""
-        return torch.cat(list(self._rows())) if self._length else torch.empty(0, self.numel, dtype=self._dtype)
+        """(m, P) what is kept here of all of them, a copy."""
+        return torch.cat([torch.empty(0, self.numel, dtype=self._dtype, device=self._device), *self._rows()])
+
+    def restore(self, matrix: Tensor) -> None:
+        """Takes up what :meth:`matrix` gave."""
+        assert self._length == 0
+        assert matrix.shape[1] == self.numel
+        rows = self._rows_at_once()
+        for start in range(0, len(matrix), rows):
+            chunk = torch.empty(rows, self.numel, dtype=self._dtype, device=self._device)
+            kept = matrix[start : start + rows]
+            chunk[: len(kept)].copy_(kept)
+            self._chunks.append(chunk)
+        self._length = len(matrix)
+
+    def _rows_at_once(self) -> int:
+        return ROWS if self.numel < LARGE else 1
 
     def _rows(self) -> list[Tensor]:
         left = self._length

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser, CLI
+from jsonargparse import CLI, ArgumentError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        CLI([run, plot, compare, show], args=arguments, prog="blockspec", exit_on_error=False)
+        CLI([run, plot, compare, show], args=arguments, prog="blockspec", as_positional=False, exit_on_error=False)
     except KeyboardInterrupt:
         console.print("blockspec: stopped; the same command goes on from the last complete step", highlight=False)
         sys.exit(130)

@@ -7,6 +7,7 @@ The full matrix is the same code with one block that holds every parameter.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import memory
 from .blocks import Block, gather, scatter
 from .losses import Loss
-from .objective import Objective
+from .objective import Objective, examples
+from .ranks import Ranks
 
 Tensors = Mapping[str, Tensor]
+Request = tuple[Block, Tensor, Sequence[Block]]
 Apply = Callable[[Tensors, Sequence[str]], dict[str, Tensor]]
 """``apply(direction, targets)``: product with a direction (parameter name -> tensor; zero elsewhere), restricted to the
 parameters named in ``targets``; summed over the loss terms of the batch it was made from. Absent names are zeros."""
@@ -31,11 +35,15 @@ class Products:
         ``outputs`` (Schraudolph 2002); ``"fisher"``, the empirical Fisher matrix: mean over loss terms of g g' with g the
         gradient of the term.
 
+    ranks: processes that split the batches; every one of them must ask for the same products.
+
+    When memory runs out on the way, the objective's micro-batch is halved, a warning says so, and the sweep begins anew.
+
     ``gradients`` counts shared forward-and-backward passes over one batch, ``products`` products of one vector with
     one batch.
     """
 
-    def __init__(self, objective: Objective, curvature: str = "hessian") -> None:
+    def __init__(self, objective: Objective, curvature: str = "hessian", *, ranks: Ranks | None = None) -> None:
         if curvature not in LINEARISATIONS:
             raise ValueError(f"curvature is one of {tuple(LINEARISATIONS)}, got {curvature!r}")
         if curvature != "hessian" and not isinstance(objective.loss, Loss):
@@ -45,6 +53,7 @@ class Products:
             )
         self.objective = objective
         self.curvature = curvature
+        self.ranks = ranks or Ranks()
         self.gradients = 0
         self.products = 0
         self._parameters = objective.parameters()
@@ -57,18 +66,27 @@ class Products:
         """For each (block b, v (P_b,)): H_cb v (P_c,) of every block c in ``targets``; one pass over the batches."""
         return self._pass([(block, vector, targets) for block, vector in requests])
 
-    def _pass(self, requests: Sequence[tuple[Block, Tensor, Sequence[Block]]]) -> list[list[Tensor]]:
+    def _pass(self, requests: Sequence[Request]) -> list[list[Tensor]]:
+        while True:
+            try:
+                return self._try_pass(requests)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_exhausted(error) or not self._halve_micro_batch():
+                    raise
+
+    def _try_pass(self, requests: Sequence[Request]) -> list[list[Tensor]]:
         totals = [[vector.new_zeros(target.numel) for target in targets] for _, vector, targets in requests]
         blocks = [block for source, _, targets in requests for block in (source, *targets)]
         names = dict.fromkeys(name for block in blocks for name in block.parameters)
-        terms = 0.0
+        terms = torch.zeros(1, dtype=torch.float64)
         for apply, count in self._linearised({name: self._parameters[name] for name in names}):
             terms += count
             for total, (block, vector, targets) in zip(totals, requests, strict=True):
                 self._add_product(total, apply, block, vector, targets)
+        self._sum_over_ranks([part for total in totals for part in total], terms)
         for total, (block, _, _) in zip(totals, requests, strict=True):
             for part in total:
-                part /= terms
+                part /= terms.item()
                 if not torch.isfinite(part).all():
                     raise ValueError(
                         f"a product with block {block.name!r} holds NaN or infinite values; check the checkpoint and the "
@@ -76,13 +94,33 @@ class Products:
                     )
         return totals
 
+    def _sum_over_ranks(self, totals: Sequence[Tensor], terms: Tensor) -> None:
+        if self.ranks.rows == 1:
+            return
+        self.ranks.sum(terms)
+        for dtype in {total.dtype for total in totals}:  # one message per sweep: all products end to end
+            same = [total for total in totals if total.dtype == dtype]
+            flat = self.ranks.sum(torch.cat(same))
+            for total, part in zip(same, flat.split([len(total) for total in same]), strict=True):
+                total.copy_(part)
+
     def _linearised(self, parameters: dict[str, Tensor]) -> Iterator[tuple[Apply, float]]:
         with self.objective.prepared(), _explained():
-            for batch in self.objective.batches():
-                apply, count = LINEARISATIONS[self.curvature](self.objective, batch, parameters)
-                self.gradients += 1
-                yield apply, count
-                del apply  # the graph is freed before the next batch makes its own
+            for index, batch in enumerate(self.objective.batches()):
+                if index % self.ranks.rows == self.ranks.row:
+                    apply, count = LINEARISATIONS[self.curvature](self.objective, batch, parameters)
+                    self.gradients += 1
+                    yield apply, count
+                    del apply  # the graph is freed before the next batch makes its own
+
+    def _halve_micro_batch(self) -> bool:
+        objective = self.objective
+        size = objective.micro_batch or max((examples(batch) or 1 for batch in objective.batches()), default=1)
+        if size <= 1 or objective.batch_norm == "train":
+            return False
+        objective.micro_batch = size // 2
+        warnings.warn(f"out of memory: going on with a micro-batch of {size // 2} instead of {size}", stacklevel=2)
+        return True
 
     def _add_product(
         self, totals: list[Tensor], apply: Apply, block: Block, vector: Tensor, targets: Sequence[Block]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,6 +35,13 @@ class Columns:
 
     def advance(self, product: Tensor) -> None:
         self._columns.append(product.cpu())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What :meth:`restore` needs to go on."""
+        return {"columns": torch.stack(self._columns) if self._columns else torch.empty(0, self._numel)}, {}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        self._columns = list(tensors["columns"])
 
     def matrix(self) -> np.ndarray:
         """(P, P) the symmetrised matrix, float64."""

@@ -66,8 +66,8 @@ def distance_heatmaps(
     side = min(max(0.11 * size, 1.7), 5.5 if len(distances) == 1 else 4.2)  # inches
     same = len({tuple(table.index) for table in distances.values()}) == 1
     beside = max(_label_inches(table, side) for table in distances.values())
-    width = (side + 0.15) * len(distances) + beside * (1 if same else len(distances)) + 1.2
-    figure = Figure(figsize=(width, side + beside + 0.4), layout="constrained")
+    width = (side + 0.15) * len(distances) + beside * (1 if same else len(distances)) + 1.3
+    figure = Figure(figsize=(width, side + beside + 0.4), layout="compressed")
     axes = figure.subplots(1, len(distances), squeeze=False)[0]
     norm = _norm(distances, measure, top)
     for i, (place, (title, table)) in enumerate(zip(axes, distances.items(), strict=True)):

@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .basis import Basis
+from .ranks import Ranks
 
 CHUNK = 2**20  # entries whose float64 copy is small; see _dot
 
@@ -53,6 +55,7 @@ class Lanczos:
     reorthogonalize: False keeps two vectors instead of ``num_steps``, at the price of repeated copies of converged
         eigenvalues: densities are not hurt, but counts of eigenvalues must not be read from the result.
     storage: dtype and device of the kept vectors; None takes those of ``start``.
+    ranks: processes that run this process together, with equal products, and share the kept vectors.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Lanczos:
         *,
         reorthogonalize: bool = True,
         storage: tuple[torch.dtype, torch.device] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         norm = math.sqrt(_dot(start, start))
         if not 0 < norm < math.inf:
@@ -75,7 +79,7 @@ class Lanczos:
         """(P,) the vector whose product is wanted next."""
         self._previous: Tensor | None = None
         dtype, device = storage or (start.dtype, start.device)
-        self._basis = Basis(start.numel(), dtype=dtype, device=device) if reorthogonalize else None
+        self._basis = Basis(start.numel(), dtype=dtype, device=device, ranks=ranks) if reorthogonalize else None
 
     @property
     def done(self) -> bool:
@@ -99,7 +103,8 @@ class Lanczos:
         self.betas.append(beta)
         self.breakdown = beta <= ROUNDING[product.dtype] * self.scale
         if not self.breakdown:
-            self._previous, self.vector = self.vector, product.mul_(1 / beta)
+            self._previous = self.vector if self._basis is None else None
+            self.vector = product.mul_(1 / beta)
 
     def tridiagonal(self, steps: int | None = None) -> Tridiagonal:
         """What has been found so far, or after the first ``steps`` steps."""
@@ -120,10 +125,27 @@ class Lanczos:
         self.vector = self.vector[:0]
         return replace(self.tridiagonal(), orthogonality=orthogonality)
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What :meth:`restore` needs to go on, bit by bit the same: tensors and plain numbers."""
+        tensors = {"vector": self.vector}
+        if self._previous is not None:
+            tensors["previous"] = self._previous
+        if self._basis is not None:
+            tensors["basis"] = self._basis.matrix()
+        return tensors, {"alphas": self.alphas, "betas": self.betas, "asymmetry": self.asymmetry}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Goes on from a state of the same start vector."""
+        self.alphas, self.betas, self.asymmetry = list(numbers["alphas"]), list(numbers["betas"]), numbers["asymmetry"]
+        self.vector = tensors["vector"].to(self.vector)
+        self._previous = tensors["previous"].to(self.vector) if "previous" in tensors else None
+        if self._basis is not None:
+            self._basis.restore(tensors["basis"])
+
     def _project(self, product: Tensor, basis: Basis) -> float:
         """Removes the basis from ``product`` in two passes; returns alpha."""
         basis.append(self.vector)
-        coefficients = (basis.project_out(product).double() + basis.project_out(product).double()).tolist()
+        coefficients = basis.project_out(product).tolist()
         self.asymmetry = max(self.asymmetry, math.hypot(*coefficients[:-2]))
         return coefficients[-1]
 

@@ -267,11 +267,11 @@ class AdaHessian(torch.optim.Optimizer):
 
 
 def _keep_freed_memory() -> None:
-    """glibc keeps up to twice the largest mapping that was freed (at most 64 MB), and gives the rest back to the kernel.
+    """Lets glibc keep 64 MB of freed memory: twice the largest mapping freed so far, of which 32 MB count.
 
-    The graphs of a small model are given back and faulted in again on every step, a fifth of its time.
+    Otherwise the graph of a small model is given back and faulted in anew on every step, a fifth of its time.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # just below the largest size that glibc takes into account
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 class _Measured(torch.autograd.Function):

@@ -143,7 +143,12 @@ def panel_of(parts: Mapping[str, Spectrum], *, by_kind: bool = False) -> Panel:
     first = next(iter(parts))
     shown = look(first, parts[first].block.kind)
     if len(parts) > 1:
-        layer = "" if by_kind or parts[first].block.layer is None else short_name(first).split(".")[0] + " "
+        layers = {part.block.layer for part in parts.values()}
+        layer = (
+            short_name(first).split(".")[0] + " "
+            if not by_kind and layers.isdisjoint({None}) and len(layers) == 1
+            else ""
+        )
         return Panel(f"{layer}{shown.label} ({len(parts)} blocks)", block_diagonal(parts), shown)
     return Panel(shown.label if by_kind or first == "model" else short_name(first), parts[first], shown)
 

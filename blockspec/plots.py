@@ -50,14 +50,14 @@ def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Fig
     """Spectral densities of the blocks side by side, on common axes.
 
     Rows are layers (evenly spread ones where there are more than ``max_layers``), columns are kinds of block, and what
-    lies outside the layers comes last; models with fewer than three kinds of matrix in their layers get a panel a block.
+    lies outside the layers comes last; models with fewer than three kinds of matrix in a layer get a panel a block.
     Several blocks of one kind in one layer, such as norms, are drawn as their mixture by number of parameters. The band
     is one standard error over probes. How curves are smoothed: see :func:`blockspec.panels.resolved_density`.
     """
     rows, note = _rows(spectra, max_layers)
     columns = max(len(row.panels) for row in rows)
     scale = scale_of(panel.spectrum for row in rows for panel in row.panels if panel)
-    figure = Figure(figsize=(max(1.1 * columns + 0.6, 4.5), 1.15 * len(rows) + 0.9), layout="constrained")
+    figure = Figure(figsize=(max(1.1 * columns + 0.6, 5.2), max(1.15 * len(rows) + 0.9, 3.0)), layout="constrained")
     axes = figure.subplots(len(rows), columns, sharex=True, sharey=True, squeeze=False)
     above: dict[int, str] = {}
     for row, line in zip(rows, axes, strict=True):
@@ -163,7 +163,7 @@ def tenth_largest(spectrum: Spectrum) -> float:
     if not values:
         raise ValueError(f"the 10th largest eigenvalue needs at least 10 Lanczos steps, got {max(map(len, rows))}")
     if max(values) <= 0:
-        raise ValueError(f"the 10th largest eigenvalue is {max(values):.3g}: only a positive one can be divided by")
+        raise ValueError(f"the 10th largest Ritz value is {max(values):.3g}, not positive: take more Lanczos steps")
     return max(values)
 
 

@@ -115,8 +115,8 @@ def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
         raise ValueError(f"between 1 and {len(RUNS)} runs can be told apart in one figure, got {len(tables)}")
     looks = {name: Look(name, name, RUNS[i], RUN_MARKERS[i]) for i, name in enumerate(tables)}
     kinds = _kinds_of_last_step(tables)
-    columns = min(5, max(3, len(kinds)))
-    rows = math.ceil(len(kinds) / columns)
+    rows = math.ceil(len(kinds) / 6)
+    columns = max(3, math.ceil(len(kinds) / rows))
     figure = Figure(figsize=(1.55 * columns + 0.6, 2.4 + 1.25 * rows + 0.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[2.2, 1.25 * rows + 0.5], squeeze=False)[:, 0]
     _heterogeneity_of_runs(upper.subplots(), tables, looks)
@@ -129,6 +129,8 @@ def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
         _overlaid(place, parts, scale, looks)
         place.set_title({**KINDS, "full": FULL}[kind].label)
     label_outer(axes)
+    upper.suptitle("Heterogeneity")
+    lower.suptitle("Spectra at the last step of each run, mixed over the blocks of a kind")
     lower.supxlabel(EIGENVALUE, fontsize=8)
     lower.supylabel(DENSITY, fontsize=8)
     return figure

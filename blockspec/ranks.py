@@ -1,0 +1,104 @@
+"""Many processes: which of them hold which blocks and which batches.
+
+Processes form a grid. Those of one column share the same blocks and split the batches: their products are summed once per sweep,
+and each keeps a part of the Krylov vectors. Columns hold different blocks and do not talk until the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .blocks import Block
+
+T = TypeVar("T")
+MANY = 4  # blocks per process from which splitting the blocks alone is balanced
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: ``column`` of ``columns`` (blocks), ``row`` of ``rows`` (batches)."""
+
+    column: int = 0
+    columns: int = 1
+    row: int = 0
+    rows: int = 1
+    group: Any = None  # of the processes of this column
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sums over the processes of the column, in place."""
+        if self.rows > 1:
+            with _explained():
+                dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def share(self, numel: int) -> slice:
+        """The part of a vector that this process keeps."""
+        return slice(self.row * numel // self.rows, (self.row + 1) * numel // self.rows)
+
+    def all_of(self, item: T) -> list[T]:
+        """Every process's item, in the order of the ranks."""
+        if self.columns * self.rows == 1:
+            return [item]
+        items: list[Any] = [None] * (self.columns * self.rows)
+        with _explained():
+            dist.all_gather_object(items, item)
+        return items
+
+    def first_of_column(self, flag: bool) -> bool:
+        """The flag of the column's first process, known to all of the column: a decision by the clock."""
+        if self.rows == 1:
+            return flag
+        return bool(self.sum(torch.tensor([float(flag and self.row == 0)])).item())
+
+
+def arrange(num_blocks: int, *, columns: int | None = None) -> Ranks:
+    """The grid of the processes that ``torch.distributed`` knows; a single one where it was not started.
+
+    columns: how many ways to split the blocks; None: all ways where there are many blocks, else none.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Ranks()
+    world = dist.get_world_size()
+    columns = columns or (world if num_blocks >= MANY * world else 1)
+    if world % columns or columns > num_blocks:
+        raise ValueError(f"{world} processes cannot split {num_blocks} blocks {columns} ways: give a divisor of {world}")
+    rows = world // columns
+    column, row = divmod(dist.get_rank(), rows)
+    groups = [dist.new_group(list(range(c * rows, (c + 1) * rows))) for c in range(columns)]
+    return Ranks(column, columns, row, rows, groups[column])
+
+
+def deal(blocks: Sequence[Block], parameters: Sequence[str], columns: int) -> list[list[Block]]:
+    """Blocks for each column, balanced by what a product costs: it runs through the network above the block's first
+    parameter, and once more for each parameter that it ends at."""
+    depth = {name: i / len(parameters) for i, name in enumerate(parameters)}
+
+    def cost(block: Block) -> float:
+        return 1.1 - min(depth[name] for name in block.parameters) + len(block.parameters) / len(parameters)
+
+    hands: list[list[Block]] = [[] for _ in range(columns)]
+    loads = [0.0] * columns
+    for block in sorted(blocks, key=cost, reverse=True):
+        lightest = loads.index(min(loads))
+        hands[lightest].append(block)
+        loads[lightest] += cost(block)
+    return hands
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Says what a broken connection means."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"another process of this run has died or does not answer ({error}); its own message says why. "
+            "The same command goes on from the last saved state"
+        ) from error
