@@ -26,9 +26,7 @@ def averaging(spatial: SpatialAveraging, named: Mapping[str, Tensor]) -> Average
         return lambda diagonals: list(diagonals.values())
     if isinstance(spatial, str):
         if spatial not in FEWEST_AXES:
-            raise ValueError(
-                f"spatial_averaging is {spatial!r}; by name there are {' and '.join(map(repr, FEWEST_AXES))}"
-            )
+            raise ValueError(f"spatial_averaging is {spatial!r}; by name there are {' and '.join(map(repr, FEWEST_AXES))}")
         return lambda diagonals: [_over_kernels(d, FEWEST_AXES[spatial]) for d in diagonals.values()]
     if isinstance(spatial, int):
         if spatial < 1:
@@ -63,9 +61,7 @@ class _Rows:
 
 def _rows_of_blocks(blocks: Sequence[Block], named: Mapping[str, Tensor]) -> dict[Tensor, _Rows]:
     if not named:
-        raise ValueError(
-            "spatial_averaging over blocks needs the parameters' names: AdaHessian(model.named_parameters(), ...)"
-        )
+        raise ValueError("spatial_averaging over blocks needs the parameters' names: AdaHessian(model.named_parameters(), ...)")
     rows: dict[Tensor, _Rows] = {}
     for number, block in enumerate(blocks):
         for piece in block.pieces:
@@ -75,9 +71,7 @@ def _rows_of_blocks(blocks: Sequence[Block], named: Mapping[str, Tensor]) -> dic
             size = 1 if piece.axis is None else parameter.shape[piece.axis]
             known = rows.setdefault(parameter, _Rows(piece.axis, torch.full((size,), len(blocks))))
             if known.axis != piece.axis:
-                raise ValueError(
-                    f"the blocks cut {piece.parameter} along more than one axis: {known.axis} and {piece.axis}"
-                )
+                raise ValueError(f"the blocks cut {piece.parameter} along more than one axis: {known.axis} and {piece.axis}")
             known.block[_positions(piece)] = number
     if not rows:
         raise ValueError(

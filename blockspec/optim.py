@@ -192,9 +192,7 @@ class AdaHessian(torch.optim.Optimizer):
             self._set_diagonals(used)
         for parameter in used:
             if parameter.grad.requires_grad:
-                parameter.grad = (
-                    parameter.grad.detach()
-                )  # it holds the graph, the graph the parameter: never freed otherwise
+                parameter.grad = parameter.grad.detach()  # it holds the graph, the graph the parameter: never freed otherwise
         for group in self.param_groups:
             known = [p for p in group["params"] if p.grad is not None and "hessian_diagonal" in self.state[p]]
             if known:
@@ -278,9 +276,7 @@ class _Measured(torch.autograd.Function):
     """A loss whose gradients are known already; its backward pass tells by what factor they are wanted."""
 
     @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, gradients: list[Tensor], gather: Callable[[Tensor], None], *leaves: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], gather: Callable[[Tensor], None], *leaves: Tensor) -> Tensor:
         ctx.gradients, ctx.gather = gradients, gather
         return value.clone()
 
@@ -364,8 +360,6 @@ def _update(group: Mapping[str, Any], parameters: list[Tensor], states: list[dic
 def _check_group(group: Mapping[str, Any]) -> None:
     for name, limit in LIMITS.items():
         if not 0 <= group[name] <= limit:
-            raise ValueError(
-                f"{name} is {group[name]}; it must be at least 0" + (f" and at most {limit}" * (limit < math.inf))
-            )
+            raise ValueError(f"{name} is {group[name]}; it must be at least 0" + (f" and at most {limit}" * (limit < math.inf)))
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas is {group['betas']}; it must be two numbers from 0 to below 1")
