@@ -186,9 +186,7 @@ def full_and_block_diagonal(spectra: Spectra, *, full: str = "model") -> Figure:
     axes.set_xlabel(EIGENVALUE)
     axes.set_ylabel(DENSITY)
     figure.legend(loc="outside lower center")
-    figure.suptitle(
-        f"{matrix_name(spectra)}: full, and block diagonal at the same resolution\n{smoothing_note([whole])}"
-    )
+    figure.suptitle(f"{matrix_name(spectra)}: full, and block diagonal at the same resolution\n{smoothing_note([whole])}")
     return figure
 
 
@@ -212,9 +210,7 @@ def edges_by_block(spectra: Mapping[str, Spectrum], *, max_blocks: int = 60) -> 
     axes.hlines(range(len(panels)), table["smallest"], table["largest"], colors=colours, linewidth=0.8, alpha=0.6)
     for column, (marker, filled, label) in EDGES.items():
         _edge_markers(axes, table, column, colours, marker, filled)
-        axes.plot(
-            [], [], marker, color="0.2", markerfacecolor="0.2" if filled else "white", markersize=3.5, label=label
-        )
+        axes.plot([], [], marker, color="0.2", markerfacecolor="0.2" if filled else "white", markersize=3.5, label=label)
     axes.set_yticks(range(len(panels)), [panel.title for panel in panels], fontsize=6.5)
     axes.set_ylim(len(panels) - 0.4, -0.6)
     axes.axvline(0, color="0.7", linewidth=0.5, zorder=0)
@@ -236,9 +232,7 @@ EDGES = {
 """Column of the table of edges -> marker, whether it is filled, and its name in the legend."""
 
 
-def _edge_markers(
-    axes: Axes, table: pd.DataFrame, column: str, colours: Sequence[str], marker: str, filled: bool
-) -> None:
+def _edge_markers(axes: Axes, table: pd.DataFrame, column: str, colours: Sequence[str], marker: str, filled: bool) -> None:
     rows, errors = range(len(table)), table[f"{column}_error"].fillna(0)
     axes.errorbar(table[column], rows, xerr=errors, fmt="none", ecolor="0.2", elinewidth=0.8)
     for row, value, colour in zip(rows, table[column], colours, strict=True):
