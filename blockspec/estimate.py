@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from .accuracy import Accuracy
 from .blocks import Block
 from .curvature import Products
+from .memory import parse
 from .objective import Objective
+from .plan import fit
 from .probes import DISTRIBUTIONS
+from .ranks import arrange, deal
 from .results import exact_spectrum, lanczos_spectrum
 from .schedule import Probing, Schedule, Task
 from .spectra import Cost, Spectra, Spectrum
+from .state import Keeper, identity_of
 
 Auto = str  # the word "auto"
+STORED = (torch.bfloat16, torch.float32, torch.float64)
 TOLERANCE = 2e-3  # below it, a density drawn over the whole range of eigenvalues does not change visibly
 
 
@@ -31,6 +39,12 @@ def estimate_spectra(
     seed: int = 0,
     distribution: str = "rademacher",
     reorthogonalize: bool = True,
+    basis_dtype: str | None = None,
+    basis_device: str | None = None,
+    memory: int | float | str | None = None,
+    state: str | os.PathLike[str] | None = None,
+    state_every: float = 300.0,
+    columns: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Spectra:
     """Spectra of blocks of a curvature matrix by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017).
@@ -46,6 +60,13 @@ def estimate_spectra(
     seed, distribution: of the probes, see :func:`blockspec.probes.draw_probe`. A block's probes do not depend on which
         other blocks are estimated beside it.
     reorthogonalize: see :class:`blockspec.lanczos.Lanczos`.
+    basis_dtype, basis_device: where the Krylov vectors are kept, e.g. ``"bfloat16"``, ``"cpu"``; None: as the parameters.
+    memory: what the estimate may take: bytes, a share of the device (0.8) or a size (``"20GiB"``). Micro-batch and the number of
+        processes under way at once are chosen to fit, see :mod:`blockspec.plan`. None: no bound is kept.
+    state: a folder for what a killed estimate goes on from; the same call then gives the same numbers, bit by bit on the same
+        machine. Saved every ``state_every`` seconds, removed at the end.
+    columns: with several processes (``torch.distributed``), how many ways the blocks are split; the batches are split the
+        remaining ways. None: blocks where there are many, else batches.
     progress: called with (products done, products in all as far as known) after each sweep.
 
     Raises ValueError or TypeError for settings out of range and for an objective that cannot be differentiated or is not
@@ -55,18 +76,42 @@ def estimate_spectra(
     accuracy = Accuracy(_count("num_steps", num_steps), _count("num_probes", num_probes), _positive(tolerance))
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution is one of {DISTRIBUTIONS}, got {distribution!r}")
-    products = Products(objective, curvature)
+    ranks = arrange(len(blocks), columns=columns)
+    products = Products(objective, curvature, ranks=ranks)
     objective.check()
-    probing = Probing(seed, distribution, reorthogonalize)
-    tasks = [Task(block, block_dtype(objective, block), objective.device, accuracy, probing) for block in blocks]
+    storage = _storage(objective, basis_dtype, basis_device)
+    probing = Probing(seed, distribution, reorthogonalize, storage, ranks)
+    own = deal(blocks, list(objective.parameters()), ranks.columns)[ranks.column] if ranks.columns > 1 else blocks
+    tasks = [Task(block, block_dtype(objective, block), objective.device, accuracy, probing) for block in own]
+    schedule = Schedule(tasks)
+    if memory is not None:
+        schedule.budget = fit(objective, schedule, products, parse(memory, objective.device))
+    settings = asdict(accuracy) | {"curvature": curvature, "seed": seed, "distribution": distribution}
+    settings |= {"reorthogonalize": reorthogonalize, "storage": str(storage), "blocks": [block.name for block in own]}
+    identity = identity_of(objective, settings) if state is not None else {}
+    keeper = Keeper(None if state is None else Path(state), state_every, identity, ranks)
+    keeper.restore(schedule)
 
     def after_sweep(schedule: Schedule) -> None:
+        keeper.after_sweep(schedule)
         if progress is not None:
             progress(schedule.products, schedule.products + schedule.remaining)
 
-    Schedule(tasks).run(products, after_sweep=after_sweep)
+    schedule.run(products, after_sweep=after_sweep)
+    found = ranks.all_of([_spectrum(task, curvature) for task in tasks])
+    keeper.clear()
+    by_name = {spectrum.block.name: spectrum for part in found for spectrum in part}
     cost = Cost(gradients=products.gradients, products=products.products)
-    return Spectra((_spectrum(task, curvature) for task in tasks), cost=cost)
+    return Spectra((by_name[block.name] for block in blocks), cost=cost)
+
+
+def _storage(objective: Objective, dtype: str | None, device: str | None) -> tuple[torch.dtype, torch.device] | None:
+    if dtype is None and device is None:
+        return None
+    kept = torch.float32 if dtype is None else getattr(torch, dtype, None)
+    if kept not in STORED:
+        raise ValueError(f"basis_dtype is one of {[str(d).removeprefix('torch.') for d in STORED]}, got {dtype!r}")
+    return kept, torch.device(device or objective.device)
 
 
 def _spectrum(task: Task, curvature: str) -> Spectrum:

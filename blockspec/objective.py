@@ -74,11 +74,16 @@ class Objective:
     def batches(self) -> Iterator[Any]:
         """The batches, or the parts of ``micro_batch`` examples that they are cut into, each moved to the model's device when
         its turn comes."""
-        batch = None
-        for batch in self._batches:
+        for batch in self.whole_batches():
             whole = self.micro_batch is None or self.batch_norm == "train"  # statistics of a batch need all of it
             for part in [batch] if whole else cut(batch, self.micro_batch or 1):
                 yield to_device(part, self.device)
+
+    def whole_batches(self) -> Iterator[Any]:
+        """The batches as they were given."""
+        batch = None
+        for batch in self._batches:
+            yield batch
         if batch is None:
             raise ValueError("no batches: the iterable of batches ended at once; pass a list of at least one batch")
 

@@ -235,9 +235,13 @@ class AdaHessian(torch.optim.Optimizer):
                     materialize_grads=True,
                 )
             terms = torch._foreach_mul(products, chosen)
-            totals = list(torch._foreach_add(totals, terms) if totals else terms)
-        averages = torch._foreach_div(totals, self.num_probes) if curved else ()
-        return diagonal | dict(zip(curved, averages, strict=True))
+            if probe == 0:
+                totals.extend(terms)
+            else:
+                torch._foreach_add_(totals, terms)
+        if totals:
+            torch._foreach_div_(totals, self.num_probes)
+        return diagonal | dict(zip(curved, totals, strict=True))
 
     def _gather(self, diagonal: Mapping[Tensor, Tensor], factor: Tensor | float = 1.0) -> None:
         for parameter, values in diagonal.items():

@@ -13,6 +13,7 @@ from .curvature import Products
 from .dense import Columns
 from .lanczos import Lanczos, Tridiagonal
 from .probes import draw_probe
+from .ranks import Ranks
 
 ALWAYS_EXACT = 64  # parameters: where numbers are chosen by tolerance, blocks this small would need more products otherwise
 TYPICAL_STEPS = 40  # of an adaptive process, to foresee its memory
@@ -26,6 +27,7 @@ class Probing:
     distribution: str
     reorthogonalize: bool
     storage: tuple[torch.dtype, torch.device] | None = None
+    ranks: Ranks = Ranks()
 
 
 @dataclass(eq=False)
@@ -71,12 +73,16 @@ class Task:
     def pending(self) -> Iterator[Job]:
         """Starts the jobs that are known to be needed and not started, one at each step of the iteration."""
         if self.exact and self.columns is None:
-            self.columns = Columns(self.block.numel, dtype=self.dtype, device=self.device)
-            yield Job(self.block, -1, self.columns)
+            yield self.begin_columns()
         while self.columns is None and self.started < self.wanted:
             job = self.lanczos(self.started)
             self.started += 1
             yield job
+
+    def begin_columns(self) -> Job:
+        """The job of all columns, at its beginning."""
+        self.columns = Columns(self.block.numel, dtype=self.dtype, device=self.device)
+        return Job(self.block, -1, self.columns)
 
     def lanczos(self, probe: int) -> Job:
         """The job of one probe, at its beginning."""
@@ -84,7 +90,7 @@ class Task:
         start = draw_probe(self.block.name, self.block.numel, seed=p.seed, probe=probe, distribution=p.distribution)
         steps = self.accuracy.num_steps or self.accuracy.max_steps
         start = start.to(self.device, self.dtype)
-        process = Lanczos(start, steps, reorthogonalize=p.reorthogonalize, storage=p.storage)
+        process = Lanczos(start, steps, reorthogonalize=p.reorthogonalize, storage=p.storage, ranks=p.ranks)
         return Job(self.block, probe, process)
 
     def is_done(self, job: Job) -> bool:
@@ -112,6 +118,7 @@ class Task:
         steps = self.accuracy.num_steps or TYPICAL_STEPS
         size = self.block.numel * self.dtype.itemsize
         kept = self.block.numel * (self.probing.storage[0] if self.probing.storage else self.dtype).itemsize
+        kept //= self.probing.ranks.rows
         return 3 * size + (0 if self.exact or not self.probing.reorthogonalize else steps * kept)
 
 
@@ -143,13 +150,14 @@ class Schedule:
     @property
     def remaining(self) -> int:
         """Products still to come, as far as is known: adaptive jobs are counted at their typical length."""
-        return sum(self._left(job) for job in self.active) + sum(self._waiting(task) for task in self.tasks)
+        return sum(self._left(job) for job in self.active) + sum(self.waiting(task) for task in self.tasks)
 
     def _left(self, job: Job) -> int:
         typical = TYPICAL_STEPS if self._task[job.block.name].accuracy.num_steps is None else job.process.remaining
         return min(job.process.remaining, max(typical, 1))
 
-    def _waiting(self, task: Task) -> int:
+    def waiting(self, task: Task) -> int:
+        """Products of jobs that have not been started."""
         if task.exact:
             return 0 if task.columns else task.block.numel
         return (task.wanted - task.started) * (task.accuracy.num_steps or TYPICAL_STEPS)
