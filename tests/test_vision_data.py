@@ -1,5 +1,7 @@
 """Image data: order, decoding, normalisation, broken files, batches to measure and to train on."""
 
+import dataclasses
+import io
 import itertools
 import os
 import time
@@ -11,7 +13,7 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-from vision_models import factories
+from vision_models import data, factories
 from vision_models.augment import AUGMENT
 from vision_models.data import Batches, ShuffledBatches, fixed_batches, shuffled_keys
 from vision_models.digits import digits
@@ -94,10 +96,14 @@ def test_preprocessing_is_resize_256_and_the_middle_224(width, height):
     assert (array == array[:1]).all()
 
 
-def encoded(image):
-    from io import BytesIO
+def test_resizing_averages_what_is_finer_than_a_pixel():
+    columns = np.tile(np.uint8([[0, 255]]), (1000, 500))
+    array = pixels(encoded(Image.fromarray(columns)), IMAGENET)
+    assert np.abs(array.astype(int) - 127).max() < 15
 
-    buffer = BytesIO()
+
+def encoded(image):
+    buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
@@ -203,6 +209,32 @@ def test_a_batch_to_train_on_depends_on_its_number_alone(workers, stride):
         assert torch.equal(x, expected[0])
         assert torch.equal(y, expected[1])
     assert not torch.equal(train_batches(seed=6)(2)[0], train_batches()(2)[0])
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_one_loader_decodes_ahead_in_steps(stride, monkeypatch):
+    """A new one for every batch would be right but slow."""
+    made = []
+    original = data._loader
+    monkeypatch.setattr(data, "_loader", lambda *arguments: made.append(1) or original(*arguments))
+    batches = train_batches(stride=stride)
+    for index in range(1, 1 + 5 * stride, stride):
+        batches(index)
+    assert len(made) == 1
+
+
+def test_augmentation_of_an_image_differs_between_epochs_and_seeds():
+    ten = dataclasses.replace(digits(), arrays=digits().arrays[:10], labels=digits().labels[:10])
+
+    def augmented(seed, epoch):
+        batches = ShuffledBatches(ten, 10, seed=seed, augment=AUGMENT["shift"])
+        x, _ = batches(epoch)
+        order = [i for _, i in shuffled_keys(epoch, images=10, batch_size=10, seed=seed)]
+        return x[np.argsort(order)]
+
+    assert not torch.equal(augmented(0, 0), augmented(0, 1))
+    assert not torch.equal(augmented(0, 0), augmented(1, 0))
+    assert torch.equal(augmented(0, 1), augmented(0, 1))
 
 
 def test_broken_images_in_training(broken):

@@ -113,11 +113,18 @@ def test_a_stopped_training_goes_on_to_the_same_weights(model, workers, tmp_path
 
 
 def test_micro_batches_see_every_image_once(tmp_path, monkeypatch):
-    asked = []
+    asked, strides = [], set()
     original = ShuffledBatches.__call__
-    monkeypatch.setattr(ShuffledBatches, "__call__", lambda self, index: asked.append(index) or original(self, index))
+
+    def noting(self, index):
+        asked.append(index)
+        strides.add(self.stride)
+        return original(self, index)
+
+    monkeypatch.setattr(ShuffledBatches, "__call__", noting)
     train(out=tmp_path, model=RESNET, training=settings(num_steps=2, micro_batches=3, checkpoints=()))
     assert asked == list(range(6))
+    assert strides == {1}  # as asked: else nothing is decoded ahead
 
 
 def test_the_checkpoint_is_rebuilt_and_measured(tmp_path):
