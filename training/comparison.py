@@ -97,18 +97,15 @@ def compare(train_one: TrainOne, comparison: ComparisonSettings, *, out: Path | 
     """
     _check(comparison)
     out = Path(out)
-    trials = [
-        _run(out, name, lr, comparison.tuning_seed, tuning=True)
-        for name, rates in comparison.rates.items()
-        for lr in rates
-    ]
-    _train_all(train_one, trials, comparison, title="learning rates")
-    best = {
-        name: min((t for t in trials if t.optimizer == name), key=lambda t: t.final_loss).lr
-        for name in comparison.rates
-    }
-    compared = [_run(out, name, lr, seed, tuning=False) for name, lr in best.items() for seed in comparison.seeds]
-    _train_all(train_one, compared, comparison, title="seeds")
+    rates = comparison.rates.items()
+    trials = [_run(out, name, lr, comparison.tuning_seed, tuning=True) for name, lrs in rates for lr in lrs]
+    with _pool(comparison) as pool:
+        _train_all(pool, train_one, trials, comparison, title="learning rates")
+        best = {
+            name: min((t for t in trials if t.optimizer == name), key=lambda t: t.final_loss).lr for name, _ in rates
+        }
+        compared = [_run(out, name, lr, seed, tuning=False) for name, lr in best.items() for seed in comparison.seeds]
+        _train_all(pool, train_one, compared, comparison, title="seeds")
     tried, table, curves = _trials(trials + compared), _table(compared, comparison), _curves(compared)
     for name, frame in {"trials": tried, "optimizers": table, "curves": curves}.items():
         frame.to_parquet(out / f"{name}.parquet")
@@ -154,17 +151,18 @@ def _train(train_one: TrainOne, run: Run, comparison: ComparisonSettings) -> Non
         write_json(run.folder / DIVERGED, {"error": str(error)})
 
 
-def _train_all(train_one: TrainOne, runs: Sequence[Run], comparison: ComparisonSettings, *, title: str) -> None:
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+def _pool(comparison: ComparisonSettings) -> ProcessPoolExecutor:
     # spawned, for a forked process cannot use a GPU, nor threads that its parent has started
     context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(
-            comparison.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool,
-        Progress(*columns) as bar,
-    ):
-        jobs = [pool.submit(_train, train_one, run, comparison) for run in runs]
+    return ProcessPoolExecutor(comparison.workers, context, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _train_all(
+    pool: ProcessPoolExecutor, train_one: TrainOne, runs: Sequence[Run], comparison: ComparisonSettings, *, title: str
+) -> None:
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    jobs = [pool.submit(_train, train_one, run, comparison) for run in runs]
+    with Progress(*columns) as bar:
         for job in bar.track(as_completed(jobs), total=len(jobs)):
             job.result()
 

@@ -24,7 +24,7 @@ def draw(trials: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> Path:
 
 @styled
 def plot_optimizers(trials: pd.DataFrame, curves: pd.DataFrame) -> Figure:
-    """Left: final loss by learning rate (hollow: infinite). Right: loss over training, mean and range over seeds."""
+    """Left: final loss by learning rate, infinite ones hollow at the top. Right: loss by step, mean and range."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(7.0, 2.6), layout="constrained", width_ratios=(1, 1.4), sharey=True
     )
@@ -39,12 +39,11 @@ def plot_optimizers(trials: pd.DataFrame, curves: pd.DataFrame) -> Figure:
 
 
 def _draw_rates(axes: Axes, tuning: pd.DataFrame, names: list[str]) -> None:
-    finite = tuning["final_loss"][np.isfinite(tuning["final_loss"])]
-    top = finite.max() + 0.05 * (finite.max() - finite.min() + 1e-9)  # where runs that diverged are drawn
     for name, colour, marker in zip(names, RUNS, RUN_MARKERS, strict=False):
         own = tuning[tuning["optimizer"] == name].sort_values("lr")
         lost = ~np.isfinite(own["final_loss"])
         axes.plot(own["lr"][~lost], own["final_loss"][~lost], color=colour, marker=marker, label=name)
-        axes.plot(own["lr"][lost], [top] * lost.sum(), color=colour, marker=marker, fillstyle="none", linestyle="none")
+        at_top = {"transform": axes.get_xaxis_transform(), "clip_on": False}  # runs that diverged: above the axis
+        axes.plot(own["lr"][lost], [1.0] * lost.sum(), marker, color=colour, fillstyle="none", **at_top)
     axes.set(xscale="log", xlabel="learning rate (one seed)", ylabel="held-out loss")
     axes.legend()
