@@ -44,7 +44,7 @@ class AdaHessian(torch.optim.Optimizer):
     What calls ``backward`` for you takes a loss that measures: ``accelerator.backward(optimizer.probe(loss))``, where
     ``optimizer`` is this one (accelerate's wrapper, which is for ``step``, has it as ``.optimizer``). Hugging Face's
     ``Trainer`` gets it by its arguments, without a subclass, if the model was loaded with
-    ``attn_implementation="eager"``::
+    ``attn_implementation="eager"`` (or trains within :func:`blockspec.attention.twice_differentiable`)::
 
         def measured_loss(outputs, labels, num_items_in_batch=None):
             loss = model.loss_function(
@@ -89,7 +89,8 @@ class AdaHessian(torch.optim.Optimizer):
             second derivative.
 
     Not for float16 with a ``GradScaler`` (it would unscale g alone: use bfloat16), for parameters that are sharded over
-    processes, or for compiled models, which PyTorch cannot differentiate twice.
+    processes, or for compiled models, which PyTorch cannot differentiate twice. Under ``DistributedDataParallel`` only
+    :meth:`backward` and :meth:`probe` work, not ``create_graph=True``. Hooks on parameters see g twice where it is measured.
 
     Source: arXiv 2006.00719, algorithm 1, and the authors' code, which takes the absolute value before it averages.
     That the last D serves in between measurements is from davda54/ada-hessian.
@@ -140,6 +141,9 @@ class AdaHessian(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As every optimizer's; the group's settings are checked."""
+        own = {"update_each", "num_probes", "spatial_averaging"} & set(param_group)
+        if own:
+            raise ValueError(f"{min(own)} is one setting for all parameters; give it to AdaHessian, not to a group")
         _check_group(self.defaults | param_group)
         super().add_param_group(param_group)
         for name in ("seed", "num_steps"):
