@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
+import blockspec
 from vision_models import data, factories
 from vision_models.augment import AUGMENT
 from vision_models.data import Batches, ShuffledBatches, fixed_batches, shuffled_keys
@@ -362,13 +363,15 @@ def test_wrong_settings_say_what_is_right(folder, call, message):
         call(folder)
 
 
+SMALL_MIXER = {"width": 8, "depth": 1, "classes": 3, "token_hidden": 4, "channel_hidden": 4, "patch_size": 56}
+
+
 @pytest.mark.parametrize("memory_gib", [4.0, 0.001])
 def test_the_factory_of_image_folders(folder, memory_gib):
-    settings = {"width": 8, "depth": 1, "classes": 3, "token_hidden": 4, "channel_hidden": 4, "patch_size": 56}
     model, batches, loss = factories.image_folder(
         root=str(folder),
         model="mixer",
-        settings=settings,
+        settings=SMALL_MIXER,
         count=6,
         batch_size=4,
         workers=0,
@@ -379,6 +382,17 @@ def test_the_factory_of_image_folders(folder, memory_gib):
     assert terms == (4, 2)
     assert all(total.dtype == torch.float64 and total > 0 for total in sums)
     assert list(itertools.chain.from_iterable(y.tolist() for _, y in batches)) == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_objective_takes_batches_that_are_decoded_in_every_pass(folder, workers):
+    settings = {"root": str(folder), "model": "mixer", "settings": SMALL_MIXER, "count": 6, "batch_size": 4}
+    values = []
+    for memory_gib in (4.0, 0.001):
+        objective = blockspec.Objective(*factories.image_folder(**settings, workers=workers, memory_gib=memory_gib))
+        objective.check()
+        values.append(objective.value())
+    assert values[0] == values[1]
 
 
 def test_the_factory_of_data_sets(saved):

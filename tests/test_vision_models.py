@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
+import blockspec
 from vision_models.hf import pretrained
 from vision_models.mixer import Mixer
 from vision_models.mlp import ScaledMLP
@@ -187,6 +188,22 @@ def test_models_for_digits_run_and_depend_on_the_seed_alone(name):
     assert first.shape == (2, 10)
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("digits_vit", "embedding position query key value attention_output mlp_in mlp_out norm head bias"),
+        ("digits_resnet", "conv norm head bias"),
+        ("digits_vgg", "conv head bias"),
+        ("digits_mixer", "embedding mlp_in mlp_out norm head bias"),
+    ],
+)
+def test_the_partition_knows_every_part(name, kinds):
+    model = make(name)
+    blocks = blockspec.partition(model, by="matrix")
+    assert {block.kind for block in blocks} == set(kinds.split())
+    assert sum(block.numel for block in blocks) == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

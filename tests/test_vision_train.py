@@ -136,6 +136,8 @@ def test_the_checkpoint_is_rebuilt_and_measured(tmp_path):
     model, batches, loss = factories.checkpoint(checkpoint=str(last), split="test", count=None, dtype="float64")
     value = blockspec.Objective(model, batches, loss).value()
     assert value == pytest.approx(read_record(last)["held_out_loss"], rel=1e-5)
+    other, _, _ = factories.digits(checkpoint=str(last), model="digits_vgg", count=20)
+    torch.testing.assert_close(other.state_dict(), models.load(last).state_dict(), rtol=0, atol=0)
     _, batches, _ = factories.checkpoint(checkpoint=str(last), count=20)
     torch.testing.assert_close(batches[0], fixed_batches(digits("train"), count=20)[0], rtol=0, atol=0)
 
@@ -155,7 +157,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     record = json.loads((other / "checkpoint.json").read_text())
     record["model"]["settings"]["depth"] = 14
     (other / "checkpoint.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"weights of .*other do not fit its model .*'depth': 14"):
+    with pytest.raises(ValueError, match=r"weights of .*other do not fit its model .*digits_resnet.*'depth': 14"):
         models.load(other)
     record["model"]["name"] = "os.system"
     (other / "checkpoint.json").write_text(json.dumps(record))

@@ -27,6 +27,7 @@ def digits(
     *,
     model: str = "digits_vit",
     settings: dict[str, Any] | None = None,
+    checkpoint: str | None = None,
     split: str = "train",
     count: int | None = None,
     batch_size: int = 256,
@@ -39,6 +40,7 @@ def digits(
     Args:
         model: Name of the model: digits_vit, digits_resnet, digits_vgg, digits_mixer, digits_mlp or any of ``MODELS``.
         settings: What the model's function takes.
+        checkpoint: Folder of a checkpoint of ``vision_models.train``, in place of ``model`` and ``settings``.
         split: train (1,442 images), test (355) or all.
         count: The first so many images. None: all of the split.
         batch_size: Images in a batch.
@@ -46,7 +48,7 @@ def digits(
         dtype: float32, float64 or bfloat16.
         device: cpu, cuda, cuda:1 …
     """
-    network = models.build(ModelSettings(model, settings or {}), seed=seed)
+    _, network = _chosen(model, settings, checkpoint, seed)
     return _measurable(open_digits(split), network, count=count, batch_size=batch_size, dtype=dtype, device=device)
 
 
@@ -55,6 +57,7 @@ def image_folder(
     root: str,
     model: str = "vit",
     settings: dict[str, Any] | None = None,
+    checkpoint: str | None = None,
     classes: int | Sequence[str] | None = None,
     per_class: int | None = None,
     count: int | None = 256,
@@ -72,6 +75,7 @@ def image_folder(
         root: The folder.
         model: Name of the model: vit, resnet18, vgg16, pretrained, … (see ``MODELS``).
         settings: What the model's function takes.
+        checkpoint: Folder of a checkpoint of ``vision_models.train``, in place of ``model`` and ``settings``.
         classes: Only the first so many classes in sorted order, or those named. None: all.
         per_class: Only so many images of each class. None: all.
         count: The first so many images, which are spread over the classes. None: all.
@@ -84,10 +88,10 @@ def image_folder(
         device: cpu, cuda, cuda:1 …
     """
     images = folders.image_folder(root, classes=classes, per_class=per_class)
-    chosen = ModelSettings(model, settings or {})
+    chosen, network = _chosen(model, settings, checkpoint, seed)
     return _measurable(
         sources.as_expected(images, chosen),
-        models.build(chosen, seed=seed),
+        network,
         count=count,
         batch_size=batch_size,
         workers=workers,
@@ -105,6 +109,7 @@ def hub(
     label: str | None = None,
     model: str = "cifar_resnet",
     settings: dict[str, Any] | None = None,
+    checkpoint: str | None = None,
     count: int | None = 512,
     batch_size: int = 256,
     workers: int = 0,
@@ -122,6 +127,7 @@ def hub(
         label: The label's column. None: the first column of class labels.
         model: Name of the model: cifar_resnet, vit, vgg, pretrained, … (see ``MODELS``).
         settings: What the model's function takes.
+        checkpoint: Folder of a checkpoint of ``vision_models.train``, in place of ``model`` and ``settings``.
         count: The first so many images; the others are not downloaded. None: all.
         batch_size: Images in a batch.
         workers: Processes that decode.
@@ -131,11 +137,11 @@ def hub(
         dtype: float32, float64 or bfloat16.
         device: cpu, cuda, cuda:1 …
     """
-    chosen = ModelSettings(model, settings or {})
+    chosen, network = _chosen(model, settings, checkpoint, seed)
     images = hub_images.hub(name, split=split, label=label, count=count)
     return _measurable(
         sources.as_expected(images, chosen),
-        models.build(chosen, seed=seed),
+        network,
         count=count,
         batch_size=batch_size,
         workers=workers,
@@ -169,11 +175,11 @@ def checkpoint(
         dtype: float32, float64 or bfloat16.
         device: cpu, cuda, cuda:1 …
     """
-    record = read_record(Path(checkpoint))
-    data = sources.DataSettings(**record["data"])
+    data = sources.DataSettings(**read_record(Path(checkpoint))["data"])
+    trained, network = models.settings_of(checkpoint), models.load(checkpoint)
     return _measurable(
-        sources.open_images(data, split or data.train_split, ModelSettings(**record["model"])),
-        models.load(checkpoint),
+        sources.open_images(data, split or data.train_split, trained),
+        network,
         count=count,
         batch_size=batch_size,
         workers=workers,
@@ -182,6 +188,15 @@ def checkpoint(
         dtype=dtype,
         device=device,
     )
+
+
+def _chosen(
+    model: str, settings: dict[str, Any] | None, checkpoint: str | None, seed: int
+) -> tuple[ModelSettings, nn.Module]:
+    if checkpoint is not None:
+        return models.settings_of(checkpoint), models.load(checkpoint)
+    chosen = ModelSettings(model, settings or {})
+    return chosen, models.build(chosen, seed=seed)
 
 
 def _measurable(images: Images, network: nn.Module, *, dtype: str, device: str, **batching: Any) -> Measurable:

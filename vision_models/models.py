@@ -105,6 +105,11 @@ def save(model: nn.Module, folder: Path) -> None:
         save_weights(model, folder)
 
 
+def settings_of(checkpoint: str | Path) -> ModelSettings:
+    """Which model a checkpoint holds."""
+    return ModelSettings(**read_record(Path(checkpoint))["model"])
+
+
 def load(checkpoint: str | Path) -> nn.Module:
     """The model of a checkpoint, built from the settings in its record; nothing of it is executed.
 
@@ -113,12 +118,12 @@ def load(checkpoint: str | Path) -> nn.Module:
         FileNotFoundError: The folder is no checkpoint.
     """
     folder = Path(checkpoint)
-    record = read_record(folder)
+    settings = settings_of(folder)
     if (folder / "config.json").is_file():
         return pretrained(str(folder))
-    model = build(ModelSettings(**record["model"]))
+    model = build(settings)
     try:
         load_model(model, str(folder / "model.safetensors"))
     except RuntimeError as error:
-        raise ValueError(f"the weights of {folder} do not fit its model {record['model']}: {error}") from error
+        raise ValueError(f"the weights of {folder} do not fit its model {settings}: {error}") from error
     return model

@@ -81,5 +81,5 @@ def as_array(image: Image.Image) -> np.ndarray:
 
 def normalise(array: np.ndarray, how: Preprocess) -> np.ndarray:
     """uint8 (H, W, C) to float32 (C, H, W) with mean 0 and deviation 1 over the data set."""
-    mean, std = np.float32(how.mean), np.float32(how.std)
+    mean, std = np.asarray(how.mean, np.float32), np.asarray(how.std, np.float32)
     return ((array / np.float32(how.peak) - mean) / std).transpose(2, 0, 1).copy()
