@@ -122,7 +122,7 @@ def largest_eigenvalue(model, batches, terms, index=None):
     with _eval_with_math_attention(model):
         operator = LinearOperator((len(index), len(index)), matvec=product, dtype=np.float64)
         start = np.random.default_rng(0).normal(size=len(index))
-        return float(eigsh(operator, k=1, which="LA", return_eigenvectors=False, tol=1e-7, v0=start)[0])
+        return float(eigsh(operator, k=1, which="LA", return_eigenvectors=False, tol=1e-6, v0=start)[0])
 
 
 def jacobian(model, batches, outputs):
