@@ -19,9 +19,7 @@ class Basis:
     ranks: processes that share the vectors, each keeping a part of every one.
     """
 
-    def __init__(
-        self, numel: int, *, dtype: torch.dtype, device: torch.device | str, ranks: Ranks | None = None
-    ) -> None:
+    def __init__(self, numel: int, *, dtype: torch.dtype, device: torch.device | str, ranks: Ranks | None = None) -> None:
         self._ranks = ranks or Ranks()
         self._part = self._ranks.share(numel)
         self.numel = self._part.stop - self._part.start

@@ -1,99 +1,62 @@
-"""The command line: ``blockspec run|plot|compare|show``."""
+"""The command line: ``blockspec run|plan|plot|compare|show``."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import CLI, ArgumentError
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import report
+from .estimate import plan_spectra
 from .factories import find_factory
-from .run import BlockSettings, EstimateSettings, RunSettings, measure
+from .run import BlockSettings, EstimateSettings, Resources, RunSettings, measure, prepare, stages
 
 console = Console(stderr=True)
 
 
-def run(
-    model: str,
-    out: Path,
-    model_args: dict[str, Any] = {},  # noqa: B006
-    checkpoints: list[str] = [],  # noqa: B006
-    blocks: BlockSettings = BlockSettings(),
-    estimate: EstimateSettings = EstimateSettings(),
-    batch_norm: str = "eval",
-    dtype: str | None = None,
-    device: str = "auto",
-    plots: bool = True,
-) -> None:
-    """Estimate spectra and leave a run folder: run.json, spectra.parquet, heterogeneity.parquet, figures/.
-
-    A second call with the same settings does what is not done yet.
-
-    Args:
-        model: A factory module:function that returns (model, batches, loss), or a Hugging Face name or folder.
-        out: The run's folder.
-        model_args: Keyword arguments of the factory.
-        checkpoints: Folders or files of checkpoints (globs allowed); each is given to the factory as checkpoint=.
-        blocks: Which blocks.
-        estimate: How well.
-        batch_norm: eval (running statistics) or train (statistics of each batch).
-        dtype: Convert the model to this dtype first, e.g. float64; as loaded if left out.
-        device: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.
-        plots: Draw the figures at the end.
-    """
-    settings = RunSettings(model, model_args, checkpoints, blocks, estimate, batch_norm, dtype)
-    with _progress() as progress:
-        measure(settings, find_factory(model), out, device=_device(device), progress=progress)
-    if plots:
-        report.draw(out)
-    report.show(out)
+def run(settings: RunSettings, resources: Resources, out: Path, *, plots: bool) -> None:
+    """Estimates spectra and leaves a run folder."""
+    first = _join_processes()
+    with _progress(shown=first) as progress:
+        measure(settings, find_factory(settings.model), out, resources=resources, progress=progress)
+    if first:
+        if plots:
+            report.draw(out)
+        report.show(out)
 
 
-def plot(run: Path) -> None:
-    """Draw the figures of a run anew from its tables; needs no model.
+def plan(settings: RunSettings, resources: Resources) -> None:
+    """Prints what a run would cost, going by its first stage."""
+    todo = stages(settings)
+    objective, blocks = prepare(settings, todo[0], find_factory(settings.model), resources.device)
+    cost = plan_spectra(objective, blocks, **asdict(settings.estimate), memory=resources.memory)
+    report.show_plan(cost, stages=len(todo))
 
-    Args:
-        run: A run's folder.
-    """
-    for path in report.draw(run):
+
+def plot(folder: Path) -> None:
+    """Draws the figures of a run anew from its tables."""
+    for path in report.draw(folder):
         print(path)
-
-
-def compare(runs: list[Path], out: Path) -> None:
-    """Set several runs side by side: heterogeneity and spectra.
-
-    Args:
-        runs: Folders of runs.
-        out: Folder for the table and the figures.
-    """
-    report.compare(runs, out)
-
-
-def show(run: Path) -> None:
-    """Print what a run found.
-
-    Args:
-        run: A run's folder.
-    """
-    report.show(run)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit code 0, or 1 with one line; a traceback only with --debug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        CLI([run, plot, compare, show], args=arguments, prog="blockspec", as_positional=False, exit_on_error=False)
+        parsed = _parser().parse_args([argument for argument in arguments if argument != "--debug"])
+        _dispatch(parsed.subcommand, parsed[parsed.subcommand])
     except KeyboardInterrupt:
-        console.print("blockspec: stopped; the same command goes on from the last complete step", highlight=False)
+        console.print("blockspec: stopped; the same command goes on from the last saved state", highlight=False)
         sys.exit(130)
     except Exception as error:
         if debug:
@@ -102,27 +65,71 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="blockspec", description="Blockwise Hessian spectra of transformers.", exit_on_error=False)
+    commands = parser.add_subcommands(required=True)
+    for name, help in (
+        ("run", "estimate spectra and leave a run folder; a second call does what is not done yet"),
+        ("plan", "print what a run would cost: products, gradients, operations, time, peak memory"),
+    ):
+        command = ArgumentParser(description=help, exit_on_error=False)
+        command.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; later arguments override it")
+        command.add_class_arguments(RunSettings)
+        command.add_class_arguments(Resources)
+        command.add_argument("--out", type=Path, required=name == "run", help="the run's folder")
+        command.add_argument("--plots", type=bool, default=True, help="draw the figures at the end")
+        commands.add_subcommand(name, command, help=help)
+    for name, help in (("plot", "draw the figures of a run anew; needs no model"), ("show", "print what a run found")):
+        command = ArgumentParser(description=help, exit_on_error=False)
+        command.add_argument("folder", type=Path, help="a run's folder")
+        commands.add_subcommand(name, command, help=help)
+    command = ArgumentParser(description="set runs side by side: heterogeneity and spectra", exit_on_error=False)
+    command.add_argument("folders", type=Path, nargs="+", help="folders of runs")
+    command.add_argument("--out", type=Path, required=True, help="folder for the table and the figure")
+    commands.add_subcommand("compare", command, help="set runs side by side: heterogeneity and spectra")
+    return parser
+
+
+def _dispatch(command: str, given: Namespace) -> None:
+    if command in ("run", "plan"):
+        settings, resources = (_build(kind, given) for kind in (RunSettings, Resources))
+        if command == "run":
+            run(settings, resources, given.out, plots=given.plots)
+        else:
+            plan(settings, resources)
+    elif command == "compare":
+        report.compare(given.folders, given.out)
+    else:
+        {"plot": plot, "show": report.show}[command](given.folder)
+
+
+def _build(kind: Any, given: Namespace) -> Any:
+    """The dataclass from its flat arguments; nested dataclasses are namespaces."""
+    values = {field.name: given[field.name] for field in fields(kind)}
+    nested = {"blocks": BlockSettings, "estimate": EstimateSettings}
+    return kind(**{name: nested[name](**vars(value)) if name in nested else value for name, value in values.items()})
+
+
+def _join_processes() -> bool:
+    """Joins the other processes where a launcher started several; whether this one is the first."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     known = (ValueError, TypeError, OSError, ArgumentError, KeyError)
     return text if isinstance(error, known) and text else f"{type(error).__name__}: {text} (--debug shows where)"
 
 
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used ({error}); devices here: cpu, or auto") from None
-    return name
-
-
 @contextmanager
-def _progress() -> Iterator[Any]:
+def _progress(*, shown: bool) -> Iterator[Any]:
     """A bar with time left, one line per stage."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} products"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not shown) as bar:
         tasks: dict[str, Any] = {}
 
         def update(label: str, done: int, total: int) -> None:

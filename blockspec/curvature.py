@@ -122,9 +122,7 @@ class Products:
         warnings.warn(f"out of memory: going on with a micro-batch of {size // 2} instead of {size}", stacklevel=2)
         return True
 
-    def _add_product(
-        self, totals: list[Tensor], apply: Apply, block: Block, vector: Tensor, targets: Sequence[Block]
-    ) -> None:
+    def _add_product(self, totals: list[Tensor], apply: Apply, block: Block, vector: Tensor, targets: Sequence[Block]) -> None:
         self.products += 1
         names = list(dict.fromkeys(name for target in targets for name in target.parameters))
         product = apply(scatter(block, vector, self._parameters), names)

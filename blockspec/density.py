@@ -9,9 +9,7 @@ import numpy as np
 RELATIVE_WIDTH = 0.2  # of the default smoothing: 40 Ritz values over six decades are about this far apart
 
 
-def smooth(
-    nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray, width: float | None, linear: float
-) -> np.ndarray:
+def smooth(nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray, width: float | None, linear: float) -> np.ndarray:
     """(G,) Gaussian smoothing of a discrete measure, on the axis itself (``width``) or on the scale asinh(x / linear)."""
     if width is None:
         slope = 1 / np.hypot(grid, linear)
@@ -21,9 +19,7 @@ def smooth(
     return gaussians(nodes, weights, grid, width)
 
 
-def gaussians(
-    nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray, width: float, *, reach: float = 8.5
-) -> np.ndarray:
+def gaussians(nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray, width: float, *, reach: float = 8.5) -> np.ndarray:
     """(G,) sum of weighted normal densities at ``grid``, each evaluated within ``reach`` widths: beyond 8.5 it is below
     1e-15 of its peak."""
     order = np.argsort(grid, kind="stable")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ from .blocks import Block
 from .curvature import Products
 from .memory import parse
 from .objective import Objective
-from .plan import fit
+from .plan import Plan, fit, plan
 from .probes import DISTRIBUTIONS
 from .ranks import arrange, deal
 from .results import exact_spectrum, lanczos_spectrum
@@ -74,21 +76,15 @@ def estimate_spectra(
     """
     blocks = _checked_blocks(objective, blocks)
     accuracy = Accuracy(_count("num_steps", num_steps), _count("num_probes", num_probes), _positive(tolerance))
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution is one of {DISTRIBUTIONS}, got {distribution!r}")
     ranks = arrange(len(blocks), columns=columns)
+    probing = Probing(seed, distribution, reorthogonalize, _storage(objective, basis_dtype, basis_device), ranks)
     products = Products(objective, curvature, ranks=ranks)
     objective.check()
-    storage = _storage(objective, basis_dtype, basis_device)
-    probing = Probing(seed, distribution, reorthogonalize, storage, ranks)
     own = deal(blocks, list(objective.parameters()), ranks.columns)[ranks.column] if ranks.columns > 1 else blocks
-    tasks = [Task(block, block_dtype(objective, block), objective.device, accuracy, probing) for block in own]
-    schedule = Schedule(tasks)
+    schedule = _schedule(objective, own, accuracy, probing)
     if memory is not None:
         schedule.budget = fit(objective, schedule, products, parse(memory, objective.device))
-    settings = asdict(accuracy) | {"curvature": curvature, "seed": seed, "distribution": distribution}
-    settings |= {"reorthogonalize": reorthogonalize, "storage": str(storage), "blocks": [block.name for block in own]}
-    identity = identity_of(objective, settings) if state is not None else {}
+    identity = _identity(objective, own, accuracy, probing, curvature) if state is not None else {}
     keeper = Keeper(None if state is None else Path(state), state_every, identity, ranks)
     keeper.restore(schedule)
 
@@ -98,11 +94,55 @@ def estimate_spectra(
             progress(schedule.products, schedule.products + schedule.remaining)
 
     schedule.run(products, after_sweep=after_sweep)
-    found = ranks.all_of([_spectrum(task, curvature) for task in tasks])
+    found = ranks.all_of([_spectrum(task, curvature) for task in schedule.tasks])
     keeper.clear()
     by_name = {spectrum.block.name: spectrum for part in found for spectrum in part}
     cost = Cost(gradients=products.gradients, products=products.products)
     return Spectra((by_name[block.name] for block in blocks), cost=cost)
+
+
+def plan_spectra(
+    objective: Objective,
+    blocks: Sequence[Block] | Block,
+    num_probes: int | Auto = 4,
+    num_steps: int | Auto = 40,
+    *,
+    tolerance: float = TOLERANCE,
+    curvature: str = "hessian",
+    seed: int = 0,
+    distribution: str = "rademacher",
+    reorthogonalize: bool = True,
+    basis_dtype: str | None = None,
+    basis_device: str | None = None,
+    memory: int | float | str | None = None,
+) -> Plan:
+    """What :func:`estimate_spectra` with the same arguments would cost on one process; takes a gradient and one product of
+    each block on one micro-batch.
+
+    Raises what :func:`estimate_spectra` raises before its expensive part; ValueError where it would not fit into ``memory``.
+    """
+    blocks = _checked_blocks(objective, blocks)
+    accuracy = Accuracy(_count("num_steps", num_steps), _count("num_probes", num_probes), _positive(tolerance))
+    probing = Probing(seed, distribution, reorthogonalize, _storage(objective, basis_dtype, basis_device))
+    products = Products(objective, curvature)
+    objective.check()
+    limit = None if memory is None else parse(memory, objective.device)
+    return plan(_schedule(objective, blocks, accuracy, probing), products, limit=limit)
+
+
+def _schedule(objective: Objective, blocks: Sequence[Block], accuracy: Accuracy, probing: Probing) -> Schedule:
+    if probing.distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution is one of {DISTRIBUTIONS}, got {probing.distribution!r}")
+    return Schedule([Task(b, block_dtype(objective, b), objective.device, accuracy, probing) for b in blocks])
+
+
+def _identity(
+    objective: Objective, blocks: Sequence[Block], accuracy: Accuracy, probing: Probing, curvature: str
+) -> dict[str, object]:
+    """What a state has to be of, to go on from it."""
+    settings = {name: str(value) for name, value in vars(probing).items() if name != "ranks"}
+    names = hashlib.sha256("\n".join(block.name for block in blocks).encode()).hexdigest()[:16]
+    return identity_of(objective, asdict(accuracy) | settings | {"curvature": curvature, "blocks": names})
 
 
 def _storage(objective: Objective, dtype: str | None, device: str | None) -> tuple[torch.dtype, torch.device] | None:
@@ -115,7 +155,7 @@ def _storage(objective: Objective, dtype: str | None, device: str | None) -> tup
 
 
 def _spectrum(task: Task, curvature: str) -> Spectrum:
-    settings = {
+    settings: dict[str, Any] = {
         "dtype": task.dtype,
         "curvature": curvature,
         "reorthogonalized": task.probing.reorthogonalize,

@@ -70,9 +70,7 @@ def js0(spectra: Mapping[str, Spectrum], definition: str = "jensen-shannon", **s
     probes = min(part.num_probes for part in parts if not part.exact)
     if probes < 2:
         return Estimate(value, None)
-    left_out = np.array(
-        [_mean_over_pairs(_distances(parts, definition, options, leave_out=probe)) for probe in range(probes)]
-    )
+    left_out = np.array([_mean_over_pairs(_distances(parts, definition, options, leave_out=probe)) for probe in range(probes)])
     return Estimate(value, math.sqrt((probes - 1) / probes * ((left_out - left_out.mean()) ** 2).sum()))
 
 
@@ -116,7 +114,8 @@ def _masses(rows: Rows, *, width: float, points: int, floor: float) -> np.ndarra
     low = min(nodes.min() for nodes, _ in rows) - 5 * width
     high = max(nodes.max() for nodes, _ in rows) + 5 * width
     grid = np.linspace(low, high, points)
-    reach = 8.5 if floor == 0 else math.sqrt(-2 * math.log(floor))  # to where a Gaussian falls below the floor
+    # to where a Gaussian falls below the floor
+    reach = 8.5 if floor == 0 else math.sqrt(-2 * math.log(min(floor * width * math.sqrt(2 * math.pi), 1.0)))
     masses = np.stack([gaussians(nodes, weights, grid, width, reach=reach) for nodes, weights in rows])
     masses = np.maximum(masses, floor)
     return masses / masses.sum(1, keepdims=True)
@@ -136,7 +135,7 @@ def _symmetrised_kl(p: np.ndarray) -> np.ndarray:
     """sum (p - q)(log p - log q) / 2."""
     cross = p @ np.log(p).T
     own = np.diag(cross)
-    distances = np.maximum((own[:, None] + own[None, :] - cross - cross.T) / 2, 0)
+    distances = np.maximum((own[:, None] + own[None, :] - (cross + cross.T)) / 2, 0)
     np.fill_diagonal(distances, 0)
     return distances
 

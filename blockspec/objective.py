@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -57,9 +58,7 @@ class Objective:
         if isinstance(batches, Iterator):
             batches = list(batches)
         if isinstance(batches, Sized) and len(batches) == 0:
-            raise ValueError(
-                "no batches: the list is empty, or the iterator had ended; pass a list of at least one batch"
-            )
+            raise ValueError("no batches: the list is empty, or the iterator had ended; pass a list of at least one batch")
         self.model = model
         self.loss = loss
         self.micro_batch = micro_batch
@@ -170,7 +169,8 @@ def cut(batch: Any, size: int) -> Iterator[Any]:
         yield batch
         return
     for start in range(0, length, size):
-        yield _map(batch, lambda tensor, start=start: tensor[start : start + size])
+        part = slice(start, start + size)
+        yield _map(batch, operator.itemgetter(part))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -228,9 +228,7 @@ def _digest(value: Any, digest: Any) -> None:
 def _check_repeatable(batches: Iterable[Any]) -> None:
     first, again = ([fingerprint(batch) for batch in batches] for _ in range(2))
     if first != again:
-        number = next(
-            (i for i, (a, b) in enumerate(zip(first, again, strict=False)) if a != b), min(len(first), len(again))
-        )
+        number = next((i for i, (a, b) in enumerate(zip(first, again, strict=False)) if a != b), min(len(first), len(again)))
         raise ValueError(
             f"the batches are not the same the second time (batch {number} differs): the data is shuffled or drawn "
             "anew. Pass a list, or a DataLoader with shuffle=False and without random augmentation"
@@ -241,18 +239,14 @@ def _check_loss(total: Tensor, count: float) -> None:
     if not isinstance(total, Tensor) or total.numel() != 1:
         raise TypeError(f"the loss must give a scalar tensor and a count; it gave {total!r}")
     if count <= 0:
-        raise ValueError(
-            f"the loss has {count:g} terms on all of the batches; it needs at least one (all labels -100?)"
-        )
+        raise ValueError(f"the loss has {count:g} terms on all of the batches; it needs at least one (all labels -100?)")
     if not total.requires_grad:
         raise ValueError(
             "the loss has no graph: it does not depend on a parameter that requires gradients (a frozen model, "
             "torch.no_grad, .detach() or .item() in the loss); call model.requires_grad_(True) or mend the loss"
         )
     if not torch.isfinite(total):
-        raise ValueError(
-            f"the loss is {total.item()} on the first batch; curvature needs a finite one: check the checkpoint"
-        )
+        raise ValueError(f"the loss is {total.item()} on the first batch; curvature needs a finite one: check the checkpoint")
 
 
 def _nondeterminism(model: nn.Module, first: float, second: float) -> str:

@@ -10,9 +10,7 @@ from torch import Tensor
 DISTRIBUTIONS = ("rademacher", "gaussian")
 
 
-def draw_probe(
-    name: str, numel: int, *, seed: int = 0, probe: int = 0, distribution: str = "rademacher"
-) -> Tensor:
+def draw_probe(name: str, numel: int, *, seed: int = 0, probe: int = 0, distribution: str = "rademacher") -> Tensor:
     """(numel,) float32 on the CPU: depends on the block's name, the seed and the probe's number alone.
 
     ``"rademacher"`` (entries +1 or -1; the default): the variance of ``v' f(A) v`` is ``2 sum_{i != j} f(A)_ij^2``, never

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
 from . import plots
+from .memory import readable
+from .plan import Plan
 from .run import read_json
 from .spectra import Spectra, read_table, spectra_of, write_parquet
+
+SHOWN = 30  # blocks in the printed plan
 
 
 def draw(run: Path) -> list[Path]:
     """Draws every figure that the run's tables have the data for; returns the paths of the png files."""
     table = read_table(run / "spectra.parquet")
-    by_step = {int(step): spectra_of(rows) for step, rows in table.groupby("step")}
+    by_step = {step: spectra_of(table[table["step"] == step]) for step in sorted(table["step"].unique().tolist())}
     last = max(by_step)
     parts = by_step[last].select(exclude="model")
     figures = {"esd_by_block": plots.esd_by_block(parts), "edges_by_block": plots.edges_by_block(parts)}
@@ -68,12 +73,42 @@ def show(run: Path) -> None:
     record = read_json(run / "run.json")
     table = read_table(run / "spectra.parquet")
     stages = {stage["step"]: stage for stage in record["stages"]}
-    for step, rows in table.groupby("step"):
-        stage = stages.get(int(step), {})
+    for step in sorted(table["step"].unique().tolist()):
+        rows = table[table["step"] == step]
+        stage = stages.get(step, {})
         title = f"step {step}: loss {stage.get('loss', float('nan')):.4f}, {stage.get('seconds')} s"
         console.print(_rich(summary(spectra_of(rows)), title))
     _show_heterogeneity(run, console)
     console.print(f"run folder: {run}  (run.json, spectra.parquet, heterogeneity.parquet, figures/)", highlight=False)
+
+
+def show_plan(plan: Plan, *, stages: int = 1) -> None:
+    """Prints the cost of an estimate: the dearest blocks, and the total."""
+    console = Console()
+    table = Table(title=f"{len(plan.table)} blocks; one gradient of the objective takes {plan.gradient_seconds:.3g} s")
+    for column in ("block", "parameters", "products", "gradients", "operations", "time"):
+        table.add_column(column, justify="left" if column == "block" else "right", overflow="fold")
+    dearest = plan.table.sort_values("seconds", ascending=False)
+    shown = [(str(name), row) for name, row in dearest.head(SHOWN).iterrows()]
+    if len(dearest) > SHOWN:
+        shown.append((f"{len(dearest) - SHOWN} more", dearest.iloc[SHOWN:].sum(numeric_only=True)))
+    for name, row in [*shown, ("all", plan.table.sum(numeric_only=True))]:
+        counts = (f"{int(row['parameters']):,}", f"{int(row['products']):,}", f"{row['gradients']:.4g}")
+        table.add_row(name, *counts, f"{row['flops']:.3g}", duration(row["seconds"]))
+    console.print(table)
+    micro_batch = "batches as they come" if plan.micro_batch is None else f"micro-batches of {plan.micro_batch}"
+    bound = "" if plan.limit is None else f" of {readable(plan.limit)}"
+    console.print(f"time {duration(plan.seconds)} a model, {duration(plan.seconds * stages)} for {stages}", highlight=False)
+    console.print(
+        f"peak memory {readable(plan.peak)}{bound}, {micro_batch}, {plan.passes} group(s) of processes", highlight=False
+    )
+
+
+def duration(seconds: float) -> str:
+    """``2 h 05 min``, ``3 min 20 s``, ``4.2 s``"""
+    if seconds >= 3600:
+        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" if seconds >= 60 else f"{seconds:.2g} s"
 
 
 def _show_heterogeneity(run: Path, console: Console) -> None:
@@ -100,7 +135,7 @@ def _rich(frame: pd.DataFrame, title: str) -> Table:
     return table
 
 
-def _number(value: float) -> str:
+def _number(value: Any) -> str:
     return "unknown" if pd.isna(value) else f"{value:.3g}"
 
 
@@ -127,5 +162,3 @@ def _names(runs: list[Path]) -> list[str]:
     """The folders' names, or their paths where names repeat."""
     names = [run.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
-
-

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,18 +17,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from .blocks import partition
-from .estimate import estimate_spectra
+from .blocks import Block, partition
+from .estimate import TOLERANCE, estimate_spectra
 from .factories import Factory
 from .heterogeneity import DEFINITIONS, js0, js_distances
 from .objective import Objective, fingerprint
-from .spectra import Spectra, read_table, write_parquet
+from .spectra import Spectra, write_parquet
 
 VERSIONED = ("blockspec", "torch", "transformers", "numpy", "scipy", "pandas")
 Progress = Callable[[str, int, int], None]
@@ -55,32 +57,65 @@ class EstimateSettings:
     """How well.
 
     Args:
-        num_probes: Random start vectors a block; the error of a mean falls with its square root.
-        num_steps: Lanczos steps a probe; blocks with at most as many parameters are done exactly.
+        num_probes: Random start vectors a block, or auto; the error of a mean falls with its square root.
+        num_steps: Lanczos steps a probe, or auto; blocks with at most as many parameters are done exactly.
+        tolerance: Of auto: Wasserstein-1 error relative to the block's spectral norm.
         curvature: hessian, ggn or fisher.
         seed: Of the probes.
         distribution: Of the probes' entries: rademacher or gaussian.
         reorthogonalize: False saves memory; counts of eigenvalues must then not be read from the result.
+        basis_dtype: Of the kept Krylov vectors: float32, bfloat16 or float64; as the parameters if left out.
+        basis_device: Where they are kept, e.g. cpu; as the parameters if left out.
     """
 
-    num_probes: int = 4
-    num_steps: int = 40
-    curvature: str = "hessian"
+    num_probes: int | Literal["auto"] = 4
+    num_steps: int | Literal["auto"] = 40
+    tolerance: float = TOLERANCE
+    curvature: Literal["hessian", "ggn", "fisher"] = "hessian"
     seed: int = 0
-    distribution: str = "rademacher"
+    distribution: Literal["rademacher", "gaussian"] = "rademacher"
     reorthogonalize: bool = True
+    basis_dtype: str | None = None
+    basis_device: str | None = None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run may take: the numbers depend on it by rounding alone.
+
+    Args:
+        device: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.
+        memory: Bytes, a share of the device (0.8) or a size (20GiB); no bound is kept if left out.
+        columns: With several processes: how many ways the blocks are split; the batches are split the remaining ways.
+        state_every: Seconds between states that a killed run goes on from.
+    """
+
+    device: str = "auto"
+    memory: int | float | str | None = None
+    columns: int | None = None
+    state_every: float = 300.0
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """All that a run's numbers depend on."""
+    """All that a run's numbers depend on.
+
+    Args:
+        model: A factory module:function that returns (model, batches, loss), or a Hugging Face name or folder.
+        model_args: Keyword arguments of the factory.
+        checkpoints: Folders or files of checkpoints (globs allowed); each is given to the factory as checkpoint=.
+        blocks: Which blocks.
+        estimate: How well.
+        batch_norm: eval (running statistics) or train (statistics of each batch).
+        dtype: Convert the model to this dtype first, e.g. float64; as loaded if left out.
+    """
 
     model: str
     model_args: dict[str, Any] = field(default_factory=dict)
     checkpoints: list[str] = field(default_factory=list)
     blocks: BlockSettings = field(default_factory=BlockSettings)
     estimate: EstimateSettings = field(default_factory=EstimateSettings)
-    batch_norm: str = "eval"
+    batch_norm: Literal["eval", "train"] = "eval"
     dtype: str | None = None
 
 
@@ -93,23 +128,58 @@ class Stage:
 
 
 def measure(
-    settings: RunSettings, factory: Factory, out: str | os.PathLike[str], *, device: str, progress: Progress
-) -> pd.DataFrame:
-    """Does what is not done yet of a run, and returns its table; a stage is written when it is complete.
+    settings: RunSettings,
+    factory: Factory,
+    out: str | os.PathLike[str],
+    *,
+    resources: Resources = Resources(),
+    progress: Progress = lambda label, done, total: None,
+) -> None:
+    """Does what is not done yet of a run; a stage is written when it is complete, and one under way goes on where it was killed.
+
+    With several processes every one of them calls this, and the first writes.
 
     Raises ValueError for a folder that holds a run of other settings.
     """
     out = Path(out)
-    record = _open_record(settings, out)
+    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    record = _open_record(settings, out, write=first)
+    done = {entry["step"] for entry in record["stages"]}
     for stage in stages(settings):
-        done = {entry["step"] for entry in record["stages"]}
         if stage.step not in done:
-            spectra, entry = _measure_stage(settings, stage, factory, device=device, progress=progress)
-            _append(out, stage.step, spectra)
-            record["stages"].append(entry)
-            record["finished"] = _now()
-            write_json(record, out / "run.json")
-    return read_table(out / "spectra.parquet")
+            objective, blocks = prepare(settings, stage, factory, resources.device)
+            spectra, entry = _measure_stage(settings, stage, objective, blocks, out, resources=resources, progress=progress)
+            if first:
+                _append(out, stage.step, spectra)
+                record["stages"].append(entry)
+                record["finished"] = _now()
+                write_json(record, out / "run.json")
+                shutil.rmtree(out / "state", ignore_errors=True)
+
+
+def prepare(settings: RunSettings, stage: Stage, factory: Factory, device: str) -> tuple[Objective, tuple[Block, ...]]:
+    """The objective of one stage and its blocks, the full matrix among them if it is wanted."""
+    model, batches, loss = factory(**stage.arguments)
+    if not hasattr(model, "hf_device_map"):  # a model that is spread over devices stays where it is
+        model = model.to(find_device(device))
+    if settings.dtype is not None:
+        model = model.to(getattr(torch, settings.dtype))
+    objective = Objective(model, batches, loss, batch_norm=settings.batch_norm)
+    blocks = partition(model, settings.blocks.by, settings.blocks.include, settings.blocks.exclude)
+    if settings.blocks.full and settings.blocks.by != "model":
+        blocks += partition(model, "model")
+    return objective, blocks
+
+
+def find_device(name: str) -> str:
+    """``auto`` is a GPU if there is one: that of this process, where there are several."""
+    if name == "auto":
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used ({error}); devices here: cpu, or auto") from None
+    return name
 
 
 def stages(settings: RunSettings) -> list[Stage]:
@@ -133,27 +203,32 @@ def step_of(path: str) -> int | None:
 
 
 def _measure_stage(
-    settings: RunSettings, stage: Stage, factory: Factory, *, device: str, progress: Progress
+    settings: RunSettings,
+    stage: Stage,
+    objective: Objective,
+    blocks: tuple[Block, ...],
+    out: Path,
+    *,
+    resources: Resources,
+    progress: Progress,
 ) -> tuple[Spectra, dict[str, Any]]:
     started = time.perf_counter()
-    model, batches, loss = factory(**stage.arguments)
-    model = model.to(device, None if settings.dtype is None else getattr(torch, settings.dtype))
-    objective = Objective(model, batches, loss, batch_norm=settings.batch_norm)
-    blocks = partition(model, settings.blocks.by, settings.blocks.include, settings.blocks.exclude)
-    if settings.blocks.full and settings.blocks.by != "model":
-        blocks += partition(model, "model")
     value = objective.value()
     spectra = estimate_spectra(
         objective,
         blocks,
         **dataclasses.asdict(settings.estimate),
+        memory=resources.memory,
+        columns=resources.columns,
+        state=out / "state" / f"step_{stage.step}",
+        state_every=resources.state_every,
         progress=lambda done, total: progress(f"step {stage.step}", done, total),
     )
     entry = {
         "step": stage.step,
         "checkpoint": stage.arguments.get("checkpoint"),
-        "model": _describe(model),
-        "data": [fingerprint(batch) for batch in objective.batches()],
+        "model": _describe(objective.model),
+        "data": [fingerprint(batch) for batch in objective.whole_batches()],
         "loss": value,
         "cost": dataclasses.asdict(spectra.cost) if spectra.cost else None,
         "seconds": round(time.perf_counter() - started, 2),
@@ -177,7 +252,7 @@ def heterogeneity_table(spectra: Spectra, definition: str, *, step: int) -> pd.D
     """Distances of all pairs of blocks as a tidy table, with their mean and its standard error in every row."""
     distances = js_distances(spectra, definition)
     mean = js0(spectra, definition)
-    pairs = distances.stack().rename_axis(["block", "other"]).rename("distance").reset_index()
+    pairs = distances.rename_axis("block").reset_index().melt("block", var_name="other", value_name="distance")
     return pairs.assign(step=step, definition=definition, js0=mean.value, js0_stderr=mean.stderr)
 
 
@@ -189,7 +264,7 @@ def _join(table: pd.DataFrame, path: Path) -> None:
     write_parquet(table, path)
 
 
-def _open_record(settings: RunSettings, out: Path) -> dict[str, Any]:
+def _open_record(settings: RunSettings, out: Path, *, write: bool) -> dict[str, Any]:
     """The content of run.json: read where the same run was begun before, else made."""
     wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
     path = out / "run.json"
@@ -208,7 +283,8 @@ def _open_record(settings: RunSettings, out: Path) -> dict[str, Any]:
         "started": _now(),
         "stages": [],
     }
-    write_json(record, path)
+    if write:
+        write_json(record, path)
     return record
 
 

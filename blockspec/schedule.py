@@ -27,7 +27,7 @@ class Probing:
     distribution: str
     reorthogonalize: bool
     storage: tuple[torch.dtype, torch.device] | None = None
-    ranks: Ranks = Ranks()
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass(eq=False)

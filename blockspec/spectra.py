@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -151,9 +151,7 @@ class Spectrum:
 
     def densities(self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None) -> np.ndarray:
         """(K, G) the density of each probe; see :meth:`density`. Their spread over probes is its error bar."""
-        return np.stack(
-            [smooth(n, w, grid, width, linear or self.linear) for n, w in zip(self.nodes, self.weights, strict=True)]
-        )
+        return np.stack([smooth(n, w, grid, width, linear or self.linear) for n, w in zip(self.nodes, self.weights, strict=True)])
 
     def density(self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None) -> np.ndarray:
         """(G,) spectral density at the eigenvalues ``grid`` (G,), mean over probes; integrates to 1 over all eigenvalues.
@@ -324,12 +322,11 @@ def _spectrum(rows: pd.DataFrame) -> Spectrum:
     first = rows.iloc[0]
     probes = int(rows["probe"].nunique())
     layer = None if pd.isna(first["layer"]) else int(first["layer"])
-    return Spectrum(
-        block=Block(name=first["block"], kind=first["kind"], layer=layer, numel=int(first["numel"])),
-        **{name: rows[column].to_numpy().reshape(probes, -1) for column, name in PER_NODE.items()},
-        **{name: rows[name].to_numpy().reshape(probes, -1)[:, 0] for name in PER_PROBE},
-        **{name: first[name].item() if hasattr(first[name], "item") else first[name] for name in PER_BLOCK},
-    )
+    arrays: dict[str, Any] = {name: rows[column].to_numpy().reshape(probes, -1) for column, name in PER_NODE.items()}
+    arrays |= {name: rows[name].to_numpy().reshape(probes, -1)[:, 0] for name in PER_PROBE}
+    arrays |= {name: first[name].item() if hasattr(first[name], "item") else first[name] for name in PER_BLOCK}
+    block = Block(name=first["block"], kind=first["kind"], layer=layer, numel=int(first["numel"]))
+    return Spectrum(block=block, **arrays)
 
 
 def _summary(spectrum: Spectrum) -> dict[str, object]:

@@ -75,7 +75,7 @@ class Keeper:
         tensors, record = _read(self.folder / f"{self._prefix}{self._sweep:08d}.safetensors")
         if different := _differences(record["identity"], json.loads(json.dumps(dict(self.identity)))):
             raise ValueError(
-                f"the state in {self.folder} is of another estimate ({'; '.join(different)}): delete the folder, or go back to those"
+                f"the state in {self.folder} is of another estimate ({'; '.join(different)}): delete it, or go back to those"
             )
         _restore(schedule, tensors, record)
         return True
@@ -155,4 +155,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    return [f"{k} is {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    return [
+        f"{k} is {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
+    ]

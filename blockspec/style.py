@@ -172,9 +172,8 @@ def eigenvalue_axis(axes: Axes, which: str, low: float, high: float, linear: flo
     getattr(axes, f"set_{which}scale")("asinh", linear_width=linear)
     getattr(axes, f"set_{which}lim")(low, high)
     gap = room * (np.arcsinh(high / linear) - np.arcsinh(low / linear))
-    positive = _powers(high / linear, linear, gap)
-    negative = _powers(-low / linear, linear, gap)
-    values = [*(-value for value in reversed(negative)), 0.0, *positive]
+    powers = _powers(high / linear, -low / linear, linear, gap)
+    values = [*(-value for value in reversed(powers[1])), 0.0, *powers[0]]
     axis.set_major_locator(FixedLocator(values))
     axis.set_major_formatter(FixedFormatter([power_of_ten(value) for value in values]))
     axis.set_minor_formatter(NullFormatter())
@@ -182,17 +181,18 @@ def eigenvalue_axis(axes: Axes, which: str, low: float, high: float, linear: flo
     axis.set_minor_locator(FixedLocator([value for value in (*-decades, *decades) if low <= value <= high]))
 
 
-def _powers(end: float, linear: float, gap: float) -> list[float]:
-    """Powers of ten up to ``end`` (in units of ``linear``) that are ``gap`` apart on the scale, also from 0."""
+def _powers(high: float, low: float, linear: float, gap: float) -> list[list[float]]:
+    """Powers of ten up to each of two ends (in units of ``linear``), ``gap`` apart on the scale from each other and from 0.
+
+    Both sides have the same ones, counted from the largest that the shorter side has room for.
+    """
+    exponents = range(math.floor(math.log10(linear)), math.ceil(math.log10(max(high, low) * linear)) + 1)
+    position = {e: np.arcsinh(10.0**e / linear) for e in exponents}
+    furthest = [np.arcsinh(end) - 0.2 * gap for end in (high, low)]  # a label centred beyond would stand out of the axis
+    fitting = [[e for e in exponents if gap <= position[e] <= far] for far in furthest]
+    anchor = min((side[-1] for side in fitting if side), default=0)
     stride = max(1, math.ceil(gap / LN10))
-    exponent = math.floor(math.log10(max(end, 1e-300) * linear))
-    while np.arcsinh(end) - np.arcsinh(10.0**exponent / linear) < 0.2 * gap:  # its label would stand out of the axis
-        exponent -= 1
-    powers = []
-    while np.arcsinh(10.0**exponent / linear) >= gap:
-        powers.append(10.0**exponent)
-        exponent -= stride
-    return powers[::-1]
+    return [[10.0**e for e in side if (e - anchor) % stride == 0] for side in fitting]
 
 
 def power_of_ten(value: float) -> str:
