@@ -82,7 +82,7 @@ def test_densities_of_probes_average_to_the_density():
 def test_the_default_width_keeps_the_mass_near_zero_that_a_linear_one_hides():
     """45 % of the eigenvalues within 0.05 of zero, outliers at 20."""
     generator = np.random.default_rng(0)
-    near, far = generator.uniform(-0.05, 0.05, 180), generator.uniform(0.2, 3, 216)
+    near, far = generator.uniform(-0.05, 0.05, 180), 0.05 * 60 ** generator.uniform(0, 1, 216)
     spectrum = one(np.concatenate([near, far, [-5, 12, 17, 20]]), num_probes=8, num_steps=60)
     grid = np.linspace(-0.05, 0.05, 2001)
     assert np.diff(spectrum.cdf(np.array([-0.05, 0.05]))).item() == pytest.approx(0.45, abs=0.05)
