@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from . import memory
 from .blocks import Block, gather, scatter
+from .differentiability import explained
 from .losses import Loss
 from .objective import Objective, examples
 from .ranks import Ranks
@@ -33,7 +33,8 @@ class Products:
 
     curvature: ``"hessian"``; ``"ggn"``, the generalised Gauss-Newton matrix J' H_L J with J the Jacobian of the loss's
         ``outputs`` (Schraudolph 2002); ``"fisher"``, the empirical Fisher matrix: mean over loss terms of g g' with g the
-        gradient of the term.
+        gradient of the term; ``"residual"``, what the Hessian has beyond the ``ggn``: sum over outputs of the loss's slope
+        times the output's own Hessian.
 
     ranks: processes that split the batches; every one of them must ask for the same products.
 
@@ -79,10 +80,11 @@ class Products:
         blocks = [block for source, _, targets in requests for block in (source, *targets)]
         names = dict.fromkeys(name for block in blocks for name in block.parameters)
         terms = torch.zeros(1, dtype=torch.float64)
-        for apply, count in self._linearised({name: self._parameters[name] for name in names}):
-            terms += count
-            for total, (block, vector, targets) in zip(totals, requests, strict=True):
-                self._add_product(total, apply, block, vector, targets)
+        with self.objective.prepared(), explained():
+            for apply, count in self._linearised({name: self._parameters[name] for name in names}):
+                terms += count
+                for total, (block, vector, targets) in zip(totals, requests, strict=True):
+                    self._add_product(total, apply, block, vector, targets)
         self._sum_over_ranks([part for total in totals for part in total], terms)
         for total, (block, _, _) in zip(totals, requests, strict=True):
             for part in total:
@@ -105,13 +107,12 @@ class Products:
                 total.copy_(part)
 
     def _linearised(self, parameters: dict[str, Tensor]) -> Iterator[tuple[Apply, float]]:
-        with self.objective.prepared(), _explained():
-            for index, batch in enumerate(self.objective.batches()):
-                if index % self.ranks.rows == self.ranks.row:
-                    apply, count = LINEARISATIONS[self.curvature](self.objective, batch, parameters)
-                    self.gradients += 1
-                    yield apply, count
-                    del apply  # the graph is freed before the next batch makes its own
+        for index, batch in enumerate(self.objective.batches()):
+            if index % self.ranks.rows == self.ranks.row:
+                apply, count = LINEARISATIONS[self.curvature](self.objective, batch, parameters)
+                self.gradients += 1
+                yield apply, count
+                del apply  # the graph is freed before the next batch makes its own
 
     def _halve_micro_batch(self) -> bool:
         objective = self.objective
@@ -133,7 +134,20 @@ class Products:
 
 def _hessian(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
     total, count = objective.loss_sum(batch)
-    gradients = _grad([total], parameters, create_graph=True)
+    return _slopes(_grad([total], parameters, create_graph=True), parameters), count
+
+
+def _residual(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+    outputs = objective.loss.outputs(objective.model, batch)
+    leaf = outputs.detach().requires_grad_()
+    terms = objective.loss.terms(leaf, batch)
+    (slope,) = torch.autograd.grad(terms.sum(), leaf)  # held fixed: the outputs' own curvature is left
+    gradients = _grad([outputs], parameters, grad_outputs=[slope], create_graph=True)
+    return _slopes(gradients, parameters), float(terms.numel())
+
+
+def _slopes(gradients: Tensors, parameters: Tensors) -> Apply:
+    """Products with the derivative of gradients that have a graph."""
 
     def apply(direction: Tensors, targets: Sequence[str]) -> dict[str, Tensor]:
         sources = [name for name in direction if name in gradients and gradients[name].requires_grad]
@@ -144,7 +158,7 @@ def _hessian(objective: Objective, batch: Any, parameters: Tensors) -> tuple[App
             retain_graph=True,
         )
 
-    return apply, count
+    return apply
 
 
 def _ggn(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
@@ -187,7 +201,7 @@ def _gauss_newton(outputs: Tensor, parameters: Tensors, middle: Callable[[Tensor
     return apply
 
 
-LINEARISATIONS = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher}
+LINEARISATIONS = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher, "residual": _residual}
 
 
 def _grad(outputs: Sequence[Tensor], inputs: Tensors, **settings: Any) -> dict[str, Tensor]:
@@ -196,17 +210,3 @@ def _grad(outputs: Sequence[Tensor], inputs: Tensors, **settings: Any) -> dict[s
         return {}
     gradients = torch.autograd.grad(outputs, list(inputs.values()), allow_unused=True, **settings)
     return {name: gradient for name, gradient in zip(inputs, gradients, strict=True) if gradient is not None}
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Says what to do about a kernel without a second derivative."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "is not implemented" in str(error) and "derivative" in str(error):
-            raise ValueError(
-                f"the model uses a kernel that cannot be differentiated twice and could not be replaced ({error}); "
-                "switch it off in the model (fused or flash attention, fused norms), e.g. attn_implementation='eager'"
-            ) from error
-        raise
