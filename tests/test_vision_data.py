@@ -355,6 +355,7 @@ def test_without_a_network_there_is_one_clear_error_within_seconds(monkeypatch, 
         (lambda folder: fixed_batches(digits(), batch_size=0), "batch_size = 0: give 1 or more"),
         (lambda folder: fixed_batches(digits(), on_broken="ignore"), "on_broken = 'ignore': give 'error' or 'skip'"),
         (lambda folder: ShuffledBatches(digits(), 1443), "batch_size 1443 for 1442 images"),
+        (lambda folder: train_batches(augment=AUGMENT["imagenet"]), "'imagenet' is for images that are cropped"),
         (lambda folder: factories.digits(dtype="double"), "dtype is double; choose one of float32"),
     ],
 )

@@ -4,9 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -140,6 +143,42 @@ def test_the_checkpoint_is_rebuilt_and_measured(tmp_path):
     torch.testing.assert_close(other.state_dict(), models.load(last).state_dict(), rtol=0, atol=0)
     _, batches, _ = factories.checkpoint(checkpoint=str(last), count=20)
     torch.testing.assert_close(batches[0], fixed_batches(digits("train"), count=20)[0], rtol=0, atol=0)
+
+
+def write_image_folder(root):
+    for split, count in (("train", 6), ("val", 2)):
+        for label, name in enumerate(("ant", "bee", "cat")):
+            (root / split / name).mkdir(parents=True)
+            for rank in range(count):
+                pixels = np.random.default_rng((label, rank)).integers(
+                    0, 80 * label + 90, (240, 300, 3), dtype=np.uint8
+                )
+                Image.fromarray(pixels).save(root / split / name / f"{rank}.JPEG")
+    return DataSettings(
+        "image_folder", str(root), test_split="val", classes=2, augment="imagenet", batch_size=4, workers=1
+    )
+
+
+def write_saved_set(root):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    generator = np.random.default_rng(0)
+    pixels = [Image.fromarray(generator.integers(0, 256, (260, 250, 3), dtype=np.uint8)) for _ in range(8)]
+    rows = datasets.Dataset.from_dict({"image": pixels, "label": [0, 1] * 4}, features=features)
+    datasets.DatasetDict({"train": rows, "test": rows.take(3)}).save_to_disk(root / "saved")
+    return DataSettings("hub", str(root / "saved"), augment="cifar", batch_size=4)
+
+
+@pytest.mark.parametrize(("write", "held_out", "trained"), [(write_image_folder, 4, 12), (write_saved_set, 3, 8)])
+def test_other_sources_are_trained_on_and_found_again(write, held_out, trained, tmp_path):
+    mixer = {"width": 8, "depth": 1, "classes": 2, "token_hidden": 4, "channel_hidden": 4, "patch_size": 56}
+    data = write(tmp_path)
+    last = train(out=tmp_path / "run", model=ModelSettings("mixer", mixer), data=data, training=settings(num_steps=3))
+    model, batches, loss = factories.checkpoint(checkpoint=str(last), split=data.test_split, count=None)
+    assert sum(loss(model, batch)[1] for batch in batches) == held_out
+    value = blockspec.Objective(model, batches, loss).value()
+    assert value == pytest.approx(read_record(last)["held_out_loss"], rel=1e-5)
+    _, batches, _ = factories.checkpoint(checkpoint=str(last), count=None)
+    assert sum(len(y) for _, y in batches) == trained
 
 
 def test_a_vit_is_saved_so_that_transformers_loads_it(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vision_models.augment import Augment
+from vision_models.augment import AUGMENT, Augment
 from vision_models.preprocess import BROKEN, Preprocess, normalise, pixels
 
 Batch = tuple[Tensor, Tensor]  # x (B, C, H, W) float32, y (B,) int64
@@ -151,13 +151,17 @@ class ShuffledBatches:
     workers: int = 0
     stride: int = 1
     on_broken: OnBroken = "error"
-    _ahead: Iterator[Batch] = field(default_factory=lambda: iter(()), init=False, repr=False)
+    _ahead: Iterator[Collated] = field(default_factory=lambda: iter(()), init=False, repr=False)
     _next: int = field(default=-1, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= len(self.images):
             raise ValueError(
                 f"batch_size {self.batch_size} for {len(self.images)} images: give 1 to {len(self.images)}"
+            )
+        if self.augment is AUGMENT["imagenet"] and self.images.preprocess.crop is None:
+            raise ValueError(
+                "augmentation 'imagenet' is for images that are cropped to one size: use 'cifar' or 'shift'"
             )
 
     def __call__(self, index: int) -> Batch:
