@@ -15,6 +15,7 @@ import torch
 from .accuracy import Accuracy
 from .blocks import Block
 from .curvature import Products
+from .differentiability import check_twice_differentiable
 from .memory import parse
 from .objective import Objective
 from .plan import Plan, fit, plan
@@ -80,6 +81,7 @@ def estimate_spectra(
     probing = Probing(seed, distribution, reorthogonalize, _storage(objective, basis_dtype, basis_device), ranks)
     products = Products(objective, curvature, ranks=ranks)
     objective.check()
+    check_twice_differentiable(objective)
     own = deal(blocks, list(objective.parameters()), ranks.columns)[ranks.column] if ranks.columns > 1 else blocks
     schedule = _schedule(objective, own, accuracy, probing)
     if memory is not None:
@@ -126,6 +128,7 @@ def plan_spectra(
     probing = Probing(seed, distribution, reorthogonalize, _storage(objective, basis_dtype, basis_device))
     products = Products(objective, curvature)
     objective.check()
+    check_twice_differentiable(objective)
     limit = None if memory is None else parse(memory, objective.device)
     return plan(_schedule(objective, blocks, accuracy, probing), products, limit=limit)
 

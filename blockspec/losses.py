@@ -85,7 +85,8 @@ def _causal_logits(model: nn.Module, batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
         return _forward(model, batch)
     tokens, targets = _pair(batch)
-    return _first_tensor(model(tokens, targets))  # nanoGPT gives logits of every position only when it gets targets
+    # nanoGPT gives logits of every position only when it gets targets, and leaves out -1 alone
+    return _first_tensor(model(tokens, targets.masked_fill(targets == IGNORED, -1)))
 
 
 def _next_token_terms(logits: Tensor, batch: Any) -> Tensor:

@@ -80,10 +80,11 @@ class Objective:
 
     def whole_batches(self) -> Iterator[Any]:
         """The batches as they were given."""
-        batch = None
+        empty = True
         for batch in self._batches:
+            empty = False
             yield batch
-        if batch is None:
+        if empty:
             raise ValueError("no batches: the iterable of batches ended at once; pass a list of at least one batch")
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -252,8 +253,9 @@ def _check_loss(total: Tensor, count: float) -> None:
 def _nondeterminism(model: nn.Module, first: float, second: float) -> str:
     return (
         f"the objective is not deterministic: the same batch gave {first!r} and then {second!r}, with "
-        f"{type(model).__name__} in eval mode. Something still draws random numbers: dropout that ignores eval mode (F.dropout without "
-        "training=self.training, a module that overrides train()), or a loss or augmentation with random numbers"
+        f"{type(model).__name__} in eval mode. Something still draws random numbers: dropout that ignores eval mode "
+        "(F.dropout without training=self.training, a module that overrides train()), or a loss or augmentation with random "
+        "numbers"
     )
 
 

@@ -62,7 +62,7 @@ def resolution(spectrum: Spectrum) -> float:
 
 
 def resolved_density(
-    spectrum: Spectrum, grid: np.ndarray, *, like: Spectrum | None = None
+    spectrum: Spectrum, grid: np.ndarray, linear: float, *, like: Spectrum | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean (G,) and standard error (G,) over probes of the density at the eigenvalues ``grid`` (G,), as it is drawn.
 
@@ -70,10 +70,11 @@ def resolved_density(
     converged, the gaps between its nodes are no gaps of the spectrum. The density is per unit of eigenvalue, so that it
     does not depend on the scale of the axis. The error is 0 where there is one probe.
 
+    linear: of the axis: around zero, no node is narrower than ``WIDTH`` times this, which the axis could not show.
     like: a spectrum to compare with: the density is not drawn finer than that one is resolved.
     """
     nodes, weights = spectrum.nodes, spectrum.weights
-    widths = np.maximum(spectrum.residuals, WIDTH * np.hypot(nodes, RESOLUTION * spectrum.norm or 1.0))  # (K, M)
+    widths = np.maximum(spectrum.residuals, WIDTH * np.hypot(nodes, linear))  # (K, M)
     if like is not None:
         order = np.argsort(like.nodes, axis=None)
         widths = np.maximum(widths, np.interp(nodes, like.nodes.ravel()[order], like.residuals.ravel()[order]))
@@ -102,14 +103,14 @@ def scale_of(spectra: Iterable[Spectrum]) -> Scale:
     low, high = linear * np.sinh(np.arcsinh(ends / linear) + np.array([-1.0, 1.0]))
     low, high = min(low, -linear), max(high, linear)
     grid = even_grid(low, high, linear)
-    top = 3 * max(float(resolved_density(part, grid)[0].max()) for part in parts)
+    top = 3 * max(float(resolved_density(part, grid, linear)[0].max()) for part in parts)
     single = 1 / (norm * max(part.block.numel for part in parts))  # about the density of one eigenvalue at the edge
     return Scale(low, high, linear, max(single, top / SPAN), top)
 
 
 def draw_density(axes: Axes, panel: Panel, scale: Scale, *, width: float) -> None:
     """The density with its error band, filled; ``width`` is that of the axes in inches."""
-    mean, error = resolved_density(panel.spectrum, scale.grid)
+    mean, error = resolved_density(panel.spectrum, scale.grid, scale.linear)
     shown = np.maximum(mean, scale.floor)
     axes.fill_between(scale.grid, scale.floor, shown, color=panel.look.colour, alpha=0.15, linewidth=0)
     draw_line(axes, scale, mean, error, colour=panel.look.colour)
@@ -144,11 +145,7 @@ def panel_of(parts: Mapping[str, Spectrum], *, by_kind: bool = False) -> Panel:
     shown = look(first, parts[first].block.kind)
     if len(parts) > 1:
         layers = {part.block.layer for part in parts.values()}
-        layer = (
-            short_name(first).split(".")[0] + " "
-            if not by_kind and layers.isdisjoint({None}) and len(layers) == 1
-            else ""
-        )
+        layer = short_name(first).split(".")[0] + " " if not by_kind and layers.isdisjoint({None}) and len(layers) == 1 else ""
         return Panel(f"{layer}{shown.label} ({len(parts)} blocks)", block_diagonal(parts), shown)
     return Panel(shown.label if by_kind or first == "model" else short_name(first), parts[first], shown)
 

@@ -134,7 +134,7 @@ def esd_stages(
     scale = scale_of(parts.values())
     figure = Figure(figsize=(5.5, 0.85 * len(steps) + 0.9), layout="constrained")
     axes = figure.subplots(len(steps), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    first, _ = resolved_density(parts[steps[0]], scale.grid)
+    first, _ = resolved_density(parts[steps[0]], scale.grid, scale.linear)
     for place, step, shade in zip(axes, steps, np.linspace(0.05, 0.8, len(steps)), strict=True):
         draw_density(place, Panel("", parts[step], Look("", "", colormaps["viridis"](shade), "")), scale, width=4.8)
         if step != steps[0]:
@@ -181,7 +181,7 @@ def full_and_block_diagonal(spectra: Spectra, *, full: str = "model") -> Figure:
     draw_density(axes, Panel("", whole, Look("", "", "#777777", "")), scale, width=4.8)
     axes.lines[0].set_label(f"full: {_ends(whole)}")
     label = f"block diagonal, {len(spectra) - 1} blocks: {_ends(mixture)}"
-    mean, error = resolved_density(mixture, scale.grid, like=whole)
+    mean, error = resolved_density(mixture, scale.grid, scale.linear, like=whole)
     draw_line(axes, scale, mean, error, colour="#AA3377", linestyle=(0, (4, 1.5)), label=label)
     axes.set_xlabel(EIGENVALUE)
     axes.set_ylabel(DENSITY)

@@ -149,7 +149,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             record = json.loads(file.metadata()["record"])
-            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118: no mapping
+            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the state {path} is damaged ({error}): delete it; an older one beside it is then taken") from error
 

@@ -142,7 +142,7 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2, 2)), (0, (
 def _overlaid(axes: Axes, parts: Mapping[str, Spectrum], scale: Scale, looks: Mapping[str, Look]) -> None:
     order = list(looks)
     for name, spectrum in parts.items():
-        mean, error = resolved_density(spectrum, scale.grid)
+        mean, error = resolved_density(spectrum, scale.grid, scale.linear)
         draw_line(axes, scale, mean, error, colour=looks[name].colour, linestyle=DASHES[order.index(name)])
     density_axes(axes, scale, width=1.3)
 
