@@ -305,9 +305,7 @@ def test_a_saved_data_set(saved, workers):
     assert images.classes == ("apple", "bear", "cup")
     x, y = fixed_batches(images, workers=workers)[0]
     assert y.tolist() == [0, 1, 2, 0, 1, 2, 2]
-    restored = (x * torch.tensor(images.preprocess.std)[:, None, None]) + torch.tensor(images.preprocess.mean)[
-        :, None, None
-    ]
+    restored = (x * torch.tensor(images.preprocess.std)[:, None, None]) + torch.tensor(images.preprocess.mean)[:, None, None]
     expected = np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)
     np.testing.assert_array_equal((restored * 255).round().numpy(), expected)
 
@@ -334,9 +332,7 @@ def test_without_a_network_there_is_one_clear_error_within_seconds(monkeypatch, 
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # refuses connections
     start = time.monotonic()
-    with pytest.raises(
-        ValueError, match=r"cannot load 'uoft-cs/cifar10'.*save_to_disk wrote, or use the embedded digits"
-    ):
+    with pytest.raises(ValueError, match=r"cannot load 'uoft-cs/cifar10'.*save_to_disk wrote, or use the embedded digits"):
         hub("cifar10", count=count)
     with pytest.raises(ValueError, match=r"no image classifier .*cannot be reached and this machine has no copy"):
         pretrained("google/vit-base-patch16-224")

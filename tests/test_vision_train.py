@@ -150,13 +150,9 @@ def write_image_folder(root):
         for label, name in enumerate(("ant", "bee", "cat")):
             (root / split / name).mkdir(parents=True)
             for rank in range(count):
-                pixels = np.random.default_rng((label, rank)).integers(
-                    0, 80 * label + 90, (240, 300, 3), dtype=np.uint8
-                )
+                pixels = np.random.default_rng((label, rank)).integers(0, 80 * label + 90, (240, 300, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{rank}.JPEG")
-    return DataSettings(
-        "image_folder", str(root), test_split="val", classes=2, augment="imagenet", batch_size=4, workers=1
-    )
+    return DataSettings("image_folder", str(root), test_split="val", classes=2, augment="imagenet", batch_size=4, workers=1)
 
 
 def write_saved_set(root):

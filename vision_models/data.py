@@ -156,13 +156,9 @@ class ShuffledBatches:
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= len(self.images):
-            raise ValueError(
-                f"batch_size {self.batch_size} for {len(self.images)} images: give 1 to {len(self.images)}"
-            )
+            raise ValueError(f"batch_size {self.batch_size} for {len(self.images)} images: give 1 to {len(self.images)}")
         if self.augment is AUGMENT["imagenet"] and self.images.preprocess.crop is None:
-            raise ValueError(
-                "augmentation 'imagenet' is for images that are cropped to one size: use 'cifar' or 'shift'"
-            )
+            raise ValueError("augmentation 'imagenet' is for images that are cropped to one size: use 'cifar' or 'shift'")
 
     def __call__(self, index: int) -> Batch:
         if index != self._next:
@@ -268,9 +264,7 @@ def _sound(images: Images, indices: list[int], batch_size: int, workers: int) ->
         raise ValueError(f"none of {len(indices)} images can be decoded; {broken[0].name}: {broken[0].reason}")
     if broken:
         names = ", ".join(item.name for item in broken[:5]) + (", …" if len(broken) > 5 else "")
-        warnings.warn(
-            f"{len(broken)} of {len(indices)} images cannot be decoded and are left out: {names}", stacklevel=3
-        )
+        warnings.warn(f"{len(broken)} of {len(indices)} images cannot be decoded and are left out: {names}", stacklevel=3)
     return [i for i, item in zip(indices, checked, strict=True) if item is None]
 
 

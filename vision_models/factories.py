@@ -190,9 +190,7 @@ def checkpoint(
     )
 
 
-def _chosen(
-    model: str, settings: dict[str, Any] | None, checkpoint: str | None, seed: int
-) -> tuple[ModelSettings, nn.Module]:
+def _chosen(model: str, settings: dict[str, Any] | None, checkpoint: str | None, seed: int) -> tuple[ModelSettings, nn.Module]:
     if checkpoint is not None:
         return models.settings_of(checkpoint), models.load(checkpoint)
     chosen = ModelSettings(model, settings or {})

@@ -17,6 +17,8 @@ from transformers.utils import cached_file
 
 from language_models.hub import hub_or_cache
 
+VIT_BASE = "google/vit-base-patch16-224"
+
 
 def vit(*, classes: int = 1000, **config: Any) -> ViTForImageClassification:
     """A fresh ViT: by default ViT-base/16 at 224 pixels, 86,567,656 parameters.
@@ -38,7 +40,7 @@ def resnet(*, classes: int = 1000, **config: Any) -> ResNetForImageClassificatio
     return ResNetForImageClassification(_config(ResNetConfig, classes, config))
 
 
-def pretrained(name: str = "google/vit-base-patch16-224", *, classes: int | None = None) -> PreTrainedModel:
+def pretrained(name: str = VIT_BASE, *, classes: int | None = None) -> PreTrainedModel:
     """A pretrained image classifier by HF name, or from a folder that ``save_pretrained`` wrote.
 
     Args:

@@ -126,9 +126,7 @@ def _switches(value: Switch, stages: int) -> list[bool]:
     if isinstance(value, bool):
         return [value] * stages
     if len(value) != stages:
-        raise ValueError(
-            f"{len(value)} switches {list(value)} for {stages} stages: give one switch, or one for each stage"
-        )
+        raise ValueError(f"{len(value)} switches {list(value)} for {stages} stages: give one switch, or one for each stage")
     return list(value)
 
 

@@ -69,9 +69,9 @@ def open_images(data: DataSettings, split: str, model: ModelSettings) -> Images:
 
 def as_expected(images: Images, model: ModelSettings) -> Images:
     """The images, normalised as a pretrained model says that it expects them."""
-    expected = (
-        hf.normalisation(model.settings["name"]) if model.name == "pretrained" and "name" in model.settings else None
-    )
+    if model.name != "pretrained":
+        return images
+    expected = hf.normalisation(model.settings.get("name", hf.VIT_BASE))
     if expected is None:
         return images
     mean, std = expected

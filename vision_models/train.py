@@ -26,9 +26,9 @@ from vision_models.sources import DataSettings, open_images
 def train(
     *,
     out: str = "runs/digits_vit",
-    model: ModelSettings = ModelSettings(),  # noqa: B008 - frozen
-    data: DataSettings = DataSettings(),  # noqa: B008
-    training: TrainingSettings = TrainingSettings(),  # noqa: B008
+    model: ModelSettings = ModelSettings(),
+    data: DataSettings = DataSettings(),
+    training: TrainingSettings = TrainingSettings(),
 ) -> Path:
     """Trains a vision model and writes checkpoints that ``vision_models.factories:checkpoint`` loads.
 
