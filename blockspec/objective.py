@@ -103,16 +103,13 @@ class Objective:
 
     def loss_sum(self, batch: Any) -> tuple[Tensor, float]:
         """Sum of the loss terms of one batch (a scalar with a graph) and their number."""
-        try:
-            total, count = self.loss(self.model, batch)
-        except (TypeError, ValueError) as error:
-            if "unpack" in str(error) or ("iterable" in str(error) and "loss" in str(error)):
-                raise TypeError(
-                    "the loss gave one value; it must give two: (sum of the loss terms, number of terms); "
-                    "see blockspec.losses.Loss"
-                ) from error
-            raise
-        return total, float(count)
+        result = self.loss(self.model, batch)
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise TypeError(
+                f"the loss gave a {type(result).__name__}; it must give two: (sum of the loss terms, number of terms); "
+                "see blockspec.losses.Loss"
+            )
+        return result[0], float(result[1])
 
     def value(self) -> float:
         """The mean over all loss terms of all batches."""
