@@ -1,0 +1,94 @@
+"""Memory of whole processes: resident sets as the system counts them, in a process of their own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import gc, json, re, resource, sys
+import torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import models
+from blockspec import Objective, estimate_spectra, losses, partition
+
+model = models.tiny_gpt2(dtype=torch.float32, layers=2, n_embd=32, n_head=4, n_positions=64, vocab_size=256)
+(block,) = partition(model, include="*h.0*weight/value")
+blocks = [block, *partition(model, "model")]
+ids = torch.randint(256, (8, 48))
+kept = []
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+def resident():
+    gc.collect()
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+
+def run(batches, curvature="hessian", leak=None):
+    def terms(outputs, batch):
+        terms = losses.next_token.terms(outputs, batch)
+        if leak == "graph":
+            kept.append(terms)  # what a sum of all batches' losses before one backward pass would do
+        return terms
+    loss = losses.Loss(losses.next_token.outputs, terms)
+    objective = Objective(model, [{"input_ids": ids}] * batches, loss)
+    estimate_spectra(objective, blocks, num_probes=1, num_steps=2, curvature=curvature)
+
+def leaking_backward():
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        losses.next_token(model, {"input_ids": ids})[0].backward(create_graph=True)
+
+result = {}
+for curvature in ("hessian", "ggn", "fisher"):
+    run(2, curvature)
+    before = peak()
+    run(8, curvature)
+    result[f"batches {curvature}"] = peak() - before
+    run(1, curvature)
+    before = resident()
+    for _ in range(3):
+        run(1, curvature)
+    result[f"calls {curvature}"] = resident() - before
+gc.disable()
+before = resident()
+for _ in range(4):
+    leaking_backward()
+result["control calls"] = int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024 - before
+gc.enable()
+before = peak()
+run(5, leak="graph")
+result["control batches"] = peak() - before
+print(json.dumps(result))
+"""
+
+ALLOWED = 8  # MiB; the graph of one batch takes several times as much, see the controls
+
+
+@pytest.fixture(scope="module")
+def growth():
+    """MiB by which a process grew, by what was done in it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+def test_peak_memory_does_not_grow_with_the_number_of_batches(growth, curvature):
+    assert growth[f"batches {curvature}"] <= ALLOWED, growth
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+def test_memory_does_not_grow_from_call_to_call(growth, curvature):
+    assert growth[f"calls {curvature}"] <= ALLOWED, growth
+
+
+def test_the_measurement_sees_what_it_is_there_for(growth):
+    """Graphs kept from batch to batch, and the reference cycle of ``backward(create_graph=True)``."""
+    assert growth["control batches"] > 2 * ALLOWED, growth
+    assert growth["control calls"] > 2 * ALLOWED, growth
