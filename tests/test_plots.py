@@ -189,6 +189,11 @@ def unseen(axis: Axis) -> set[Text]:
     return {label for tick in ticks for label in (tick.label1, tick.label2) if id(label) not in shown}
 
 
+@pytest.mark.parametrize("name", FIGURES)
+def test_text_is_large_enough_to_be_read(figures: dict[str, Figure], name: str) -> None:
+    assert min(text.get_fontsize() for text in visible_texts(figures[name])) >= 4.5  # points
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_axes_are_named_with_their_units(figures: dict[str, Figure], name: str) -> None:
     texts = {text.get_text() for text in visible_texts(figures[name])}
@@ -225,7 +230,7 @@ def test_density_as_drawn_integrates_to_one(figures: dict[str, Figure], by_step:
 
 def test_a_node_is_as_wide_as_its_residual() -> None:
     spectrum = replace(exact("b", "other", None, np.array([0.5])), residuals=np.array([[0.2]]), exact=False)
-    density, error = resolved_density(spectrum, np.array([0.5, 0.7]))
+    density, error = resolved_density(spectrum, np.array([0.5, 0.7]), 1e-3)
     peak = 1 / (0.2 * math.sqrt(2 * math.pi))
     np.testing.assert_allclose(density, [peak, peak * math.exp(-0.5)], rtol=1e-12)
     assert not error.any()
@@ -234,22 +239,29 @@ def test_a_node_is_as_wide_as_its_residual() -> None:
 def test_a_density_is_drawn_no_finer_than_the_one_beside_it() -> None:
     sharp = exact("b", "other", None, np.array([0.5]))
     coarse = replace(sharp, residuals=np.array([[0.3]]))
-    expected, _ = resolved_density(coarse, np.linspace(-1, 2, 7))
-    np.testing.assert_allclose(resolved_density(sharp, np.linspace(-1, 2, 7), like=coarse)[0], expected, rtol=1e-12)
+    grid = np.linspace(-1, 2, 7)
+    expected, _ = resolved_density(coarse, grid, 1e-3)
+    np.testing.assert_allclose(resolved_density(sharp, grid, 1e-3, like=coarse)[0], expected, rtol=1e-12)
+
+
+def test_a_spectrum_that_is_all_narrower_than_the_axis_shows_is_drawn() -> None:
+    spectra = Spectra([exact("a", "query", 0, np.linspace(-1, 1, 9)), exact("b", "key", 0, 1e-9 * np.linspace(-1, 1, 9))])
+    for axes in plots.esd_by_block(spectra).axes:
+        grid, density = axes.lines[0].get_data()
+        drawn = np.where(density > density.min(), density, 0)  # the least is off the axis
+        assert np.trapezoid(drawn, grid) == pytest.approx(1, abs=0.01)
 
 
 def test_band_is_the_standard_error_over_probes(by_step: dict[int, Spectra]) -> None:
     spectrum = by_step[0]["model"]
     grid = np.linspace(-0.1, 0.1, 5)
-    _, error = resolved_density(spectrum, grid)
-    probes = [resolved_density(one_probe(spectrum, k), grid)[0] for k in range(3)]
+    _, error = resolved_density(spectrum, grid, 1e-3)
+    probes = [resolved_density(one_probe(spectrum, k), grid, 1e-3)[0] for k in range(3)]
     np.testing.assert_allclose(error, pd.DataFrame(probes).sem(), rtol=1e-9)
 
 
 def one_probe(spectrum: Spectrum, k: int) -> Spectrum:
     rows = {name: getattr(spectrum, name)[[k]] for name in ("nodes", "weights", "residuals")}
-    full = np.abs(spectrum.nodes).max()
-    assert np.abs(rows["nodes"]).max() == pytest.approx(full, rel=1e-3)  # so that the width at zero is the same
     return replace(spectrum, **rows)
 
 
@@ -279,9 +291,12 @@ def test_heat_map_holds_the_lower_triangle(figures: dict[str, Figure], by_step: 
     assert f"{distances[below].mean():.3g}" in axes.texts[0].get_text()
 
 
-def test_heat_maps_share_their_colours(figures: dict[str, Figure]) -> None:
-    scales = {(c.norm.vmin, c.norm.vmax) for axes in figures["distance_heatmaps"].axes[:3] for c in axes.collections}
-    assert scales == {(0, math.log(2))}
+def test_heat_maps_share_their_colours() -> None:
+    bounded = plots.distance_heatmaps({"a": square(["a", "b", "c"]), "b": square(["a", "b"]) / 2})
+    assert {axes.collections[0].norm.vmax for axes in bounded.axes[:2]} == {math.log(2)}
+    largest = square(["a", "b", "c"]).to_numpy().max()
+    unbounded = plots.distance_heatmaps({"a": square(["a", "b", "c"]), "b": square(["a", "b"]) / 2}, "symmetrised-kl")
+    assert {axes.collections[0].norm.vmax for axes in unbounded.axes[:2]} == {largest}
 
 
 def test_heat_map_says_what_its_colours_leave_out() -> None:
@@ -336,6 +351,15 @@ def test_normalised_by_the_tenth_largest() -> None:
     axes = plots.esd_stages({0: Spectra([spectrum])}, normalised="tenth").axes[0]
     grid, density = axes.lines[0].get_data()
     assert np.trapezoid(grid * density, grid) == pytest.approx(spectrum.moment(1).value / 11, rel=0.04)
+
+
+def test_normalised_residuals() -> None:
+    coarse = replace(exact("model", "other", None, np.arange(-3.0, 21.0)), residuals=np.full((1, 24), 4.0))
+    peaks = [
+        plots.esd_stages({0: Spectra([coarse])}, normalised=normalised).axes[0].lines[0].get_ydata().max()
+        for normalised in (None, "tenth")
+    ]
+    assert peaks[1] == pytest.approx(11 * peaks[0], rel=0.01)
 
 
 @pytest.mark.parametrize(
