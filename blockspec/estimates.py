@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -40,7 +40,7 @@ class Estimates(Mapping[str, Estimate]):
         return frame_of(self._blocks, self._values.values())
 
 
-def frame_of(blocks: Sequence[Block], values: Iterator[Estimate] | Sequence[Estimate]) -> pd.DataFrame:
+def frame_of(blocks: Sequence[Block], values: Iterable[Estimate]) -> pd.DataFrame:
     """A row a block, with its estimate."""
     rows = [
         (b.name, b.kind, b.layer, b.numel, v.value, np.nan if v.stderr is None else v.stderr)

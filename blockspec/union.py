@@ -42,6 +42,11 @@ class Union:
         mask = gather(self.block, tensors)
         return None if mask.all() else mask
 
+    @property
+    def covered(self) -> int:
+        """Entries that at least one block has."""
+        return self.block.numel if self._inside is None else int(self._inside.count_nonzero())
+
     def probe(self, number: int, *, seed: int) -> Tensor:
         """(P,) entries +1 or -1, 0 outside of the blocks: depends on the seed, the number and the parameters' names alone,
         however they are cut into blocks."""
@@ -51,11 +56,14 @@ class Union:
 
     def products(self, products: Products, num_probes: int, *, seed: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """(v, H v) of the probes 0 ... K - 1, in groups that share a pass over the data."""
-        together = max(1, min(MOST_AT_ONCE, PROBED_AT_ONCE // self.block.numel))
-        for start in range(0, num_probes, together):
+        for start in range(0, num_probes, together := self.at_once(MOST_AT_ONCE)):
             probes = [self.probe(k, seed=seed) for k in range(start, min(start + together, num_probes))]
             results = products.sweep([(self.block, probe) for probe in probes])
             yield list(zip(probes, results, strict=True))
+
+    def at_once(self, most: int) -> int:
+        """Products of one sweep whose results may be kept together."""
+        return max(1, min(most, PROBED_AT_ONCE // self.block.numel))
 
     def tensors(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector (P,) as views in the shapes of the parameters."""
