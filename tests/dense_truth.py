@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextlib.contextmanager
-def _eval_with_math_attention(model):
+def of_primitives(model):
+    """Eval mode, with attention and norms that every way of differentiating gets right."""
     flag = model.training
     model.eval()
     with sdpa_kernel(SDPBackend.MATH), mock.patch.multiple(F, layer_norm=_layer_norm, batch_norm=_batch_norm):
@@ -88,7 +89,7 @@ def dense_hessian(model, batches, terms):
     """(P, P) Hessian of the mean of ``terms(call, batch) -> (N,)`` by forward-over-reverse."""
     _, flat = flat_parameters(model)
     function = _joined(model, batches, terms)
-    with _eval_with_math_attention(model):
+    with of_primitives(model):
         return hessian(lambda flat: function(flat).mean())(flat).detach()
 
 
@@ -119,7 +120,7 @@ def largest_eigenvalue(model, batches, terms, index=None):
         tangent[index] = torch.from_numpy(np.ascontiguousarray(vector.ravel()))
         return jvp(grad(lambda point: function(point).mean()), (flat,), (tangent,))[1].detach()[index].numpy()
 
-    with _eval_with_math_attention(model):
+    with of_primitives(model):
         operator = LinearOperator((len(index), len(index)), matvec=product, dtype=np.float64)
         start = np.random.default_rng(0).normal(size=len(index))
         return float(eigsh(operator, k=1, which="LA", return_eigenvectors=False, tol=1e-6, v0=start)[0])
@@ -128,7 +129,7 @@ def largest_eigenvalue(model, batches, terms, index=None):
 def jacobian(model, batches, outputs):
     """(..., P) of ``outputs(call, batch)``, batches put together along the first axis."""
     _, flat = flat_parameters(model)
-    with _eval_with_math_attention(model):
+    with of_primitives(model):
         return jacrev(_joined(model, batches, outputs))(flat).detach()
 
 
@@ -141,7 +142,7 @@ def dense_fisher(model, batches, terms):
 def dense_ggn_of_cross_entropy(model, batches, logits):
     """(P, P) mean over rows of J' (diag(p) - p p') J, for ``logits(call, batch) -> (N, C)`` rows of loss terms."""
     _, flat = flat_parameters(model)
-    with _eval_with_math_attention(model):
+    with of_primitives(model):
         rows = _joined(model, batches, logits)(flat)
     jacobians = jacobian(model, batches, logits)  # (N, C, P)
     p = rows.softmax(-1)
