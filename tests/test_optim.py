@@ -542,6 +542,17 @@ def test_no_graph_is_left_after_a_step(way):
         gc.enable()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_that_is_kept_keeps_no_saved_tensors(way):
+    model, x, y = mlp()
+    optimizer = AdaHessian(model.parameters(), lr=0.01, num_probes=2)
+    hidden = model[1](model[0](x))
+    loss = (model[2](hidden) - y).square().mean()
+    descend(optimizer, loss, way)
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(hidden.sum(), model[0].weight)
+
+
 MEMORY = """
 import gc, sys, warnings
 import psutil, torch
