@@ -152,11 +152,12 @@ def test_killed_training_goes_on_with_the_same_losses(tmp_path):
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     """Through accelerate launch, on CPU with gloo; masked tokens, whose number differs between the processes."""
     arguments = ["--model.architecture=bert", "--training.micro_batches=2", "--training.num_steps=4"]
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1")
-    launched = (*launcher, "--mixed_precision=no", "--dynamo_backend=no", "-m")
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
+    launched = (*launcher, "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no", "-m")
     done = command(*arguments, "--out", str(tmp_path / "two"), launcher=launched)
     assert done.returncode == 0, done.stderr
     run_command(train, [*QUICK, *arguments, "--out", str(tmp_path / "one")])
     logs = [read_log(tmp_path / run) for run in ("one", "two")]
     torch.testing.assert_close(*(torch.tensor(log.fillna(0).to_numpy()) for log in logs), rtol=1e-5, atol=1e-6)
-    assert len(list_checkpoints(tmp_path / "two")) == len(list_checkpoints(tmp_path / "one")) == 4
+    for run, processes in (("one", 1), ("two", 2)):
+        assert [read_record(path)["processes"] for path in list_checkpoints(tmp_path / run)] == [processes] * 4

@@ -205,7 +205,8 @@ class _Loop:
         if not is_due:
             return
         log.flush()
-        record = {"fraction": step / self.settings.num_steps, "loss": log.loss, **measured, **self.content}
+        found = {"fraction": step / self.settings.num_steps, "loss": log.loss, **measured}
+        record = {**found, "processes": self.accelerator.num_processes, **self.content}
         if self.accelerator.is_main_process:
             write_checkpoint(self.out, model, step=step, record=record, save=self.save)
 
