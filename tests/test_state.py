@@ -1,0 +1,115 @@
+"""Estimates that are killed go on bit by bit the same; states of something else are refused."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import blockspec
+from models import tiny_gpt2
+
+SCRIPT = """
+import sys, torch, blockspec
+sys.path.insert(0, sys.argv[2])
+from models import tiny_gpt2
+model = tiny_gpt2(seed=0)
+tokens = torch.randint(model.config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(1))
+objective = blockspec.Objective(model, [{"input_ids": tokens}], blockspec.losses.next_token)
+blocks = blockspec.partition(model, include=["*c_fc.weight", "*ln_1.*"]) + blockspec.partition(model, "model")
+print("begun", flush=True)
+spectra = blockspec.estimate_spectra(objective, blocks, 2, 30, state=sys.argv[1] + "/state", state_every=0.0)
+spectra.save(sys.argv[1] + "/spectra.parquet")
+"""
+
+
+class Stop(Exception):
+    pass
+
+
+def make(*, seed=0, shift=0.0, tokens_seed=1):
+    model = tiny_gpt2(seed=seed)
+    with torch.no_grad():
+        next(model.parameters()).add_(shift)
+    tokens = torch.randint(model.config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(tokens_seed))
+    objective = blockspec.Objective(model, [{"input_ids": tokens}], blockspec.losses.next_token)
+    return objective, blockspec.partition(model, include=["*c_fc.weight", "*ln_1.weight"])
+
+
+def interrupted(state, *, after, **settings):
+    calls = 0
+
+    def progress(done, total):
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            raise Stop
+
+    with pytest.raises(Stop):
+        blockspec.estimate_spectra(*make(), 2, 8, state=state, state_every=0.0, progress=progress, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reorthogonalize": False}, {"basis_dtype": "bfloat16"}, {"curvature": "ggn"}])
+def test_a_stopped_estimate_goes_on_bit_by_bit_and_repeats_no_sweep(tmp_path, settings):
+    unbroken = blockspec.estimate_spectra(*make(), 2, 8, **settings)
+    interrupted(tmp_path, after=5, **settings)
+    resumed = blockspec.estimate_spectra(*make(), 2, 8, state=tmp_path, **settings)
+    assert resumed.cost.gradients == unbroken.cost.gradients - 5
+    for name, spectrum in unbroken.items():
+        np.testing.assert_array_equal(resumed[name].nodes, spectrum.nodes)
+        np.testing.assert_array_equal(resumed[name].weights, spectrum.weights)
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "settings", "match"),
+    [
+        ({}, {"num_steps": 9}, "num_steps is 8 there, 9 here"),
+        ({}, {"seed": 3}, "seed is '0' there, '3' here"),
+        ({"shift": 1e-3}, {}, "weights is"),
+        ({"tokens_seed": 2}, {}, "data is"),
+    ],
+)
+def test_a_state_of_something_else_is_refused_with_the_difference(tmp_path, what, settings, match):
+    interrupted(tmp_path, after=2)
+    arguments = {"num_probes": 2, "num_steps": 8} | settings
+    with pytest.raises(ValueError, match=match):
+        blockspec.estimate_spectra(*make(**what), **arguments, state=tmp_path)
+
+
+def test_a_truncated_state_is_refused(tmp_path):
+    interrupted(tmp_path, after=2)
+    newest = max(tmp_path.glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        blockspec.estimate_spectra(*make(), 2, 8, state=tmp_path)
+
+
+def test_kill_9_at_random_moments(tmp_path):
+    """CI kills a few times; KILLS=20 runs the long version."""
+    command = [sys.executable, "-c", SCRIPT]
+    tests = str(Path(__file__).parent)
+    (tmp_path / "unbroken").mkdir()
+    subprocess.run([*command, str(tmp_path / "unbroken"), tests], check=True, capture_output=True)
+    (tmp_path / "killed").mkdir()
+    kills, random_moments = 0, random.Random(0)
+    while not (tmp_path / "killed/spectra.parquet").exists():
+        process = subprocess.Popen([*command, str(tmp_path / "killed"), tests], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "begun\n"
+        if kills < int(os.environ.get("KILLS", "3")):
+            time.sleep(random_moments.uniform(0.05, 0.6))
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        else:
+            assert process.wait() == 0
+        process.stdout.close()
+    assert kills >= 1
+    unbroken, killed = (blockspec.load_spectra(tmp_path / name / "spectra.parquet") for name in ("unbroken", "killed"))
+    for name, spectrum in unbroken.items():
+        np.testing.assert_array_equal(killed[name].nodes, spectrum.nodes)
