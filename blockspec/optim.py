@@ -34,7 +34,7 @@ class AdaHessian(torch.optim.Optimizer):
         for batch in batches:
             with optimizer.second_order(model):      # attention that has a second derivative, where it is needed
                 loss = model(**batch).loss
-            optimizer.backward(loss)                 # instead of loss.backward()
+                optimizer.backward(loss)             # instead of loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -88,9 +88,11 @@ class AdaHessian(torch.optim.Optimizer):
         RuntimeError: In ``step``, if a measurement is due and nothing was measured; in ``backward``, if the loss has no
             second derivative.
 
-    Not for float16 with a ``GradScaler`` (it would unscale g alone: use bfloat16), for parameters that are sharded over
-    processes, or for compiled models, which PyTorch cannot differentiate twice. Under ``DistributedDataParallel`` only
-    :meth:`backward` and :meth:`probe` work, not ``create_graph=True``. Hooks on parameters see g twice where it is measured.
+    Mixed precision is autocast to bfloat16: a ``GradScaler`` would unscale g alone, and a v in bfloat16 is too coarse to
+    decay. Activation checkpointing must be the kind with ``use_reentrant=False``, and recomputes in the backward pass,
+    which therefore belongs within :meth:`second_order`. Under ``DistributedDataParallel`` only :meth:`backward` and
+    :meth:`probe` work, not ``create_graph=True``. Hooks on parameters see g twice where it is measured. Parameters that are
+    sharded over processes, and compiled models, which PyTorch cannot differentiate twice, are not supported.
 
     Source: arXiv 2006.00719, algorithm 1, and the authors' code, which takes the absolute value before it averages.
     That the last D serves in between measurements is from davda54/ada-hessian.
@@ -157,7 +159,7 @@ class AdaHessian(torch.optim.Optimizer):
         return self.param_groups[0]["num_steps"] % self.update_each == 0
 
     def second_order(self, model: nn.Module) -> AbstractContextManager[None]:
-        """For the forward pass: attention that can be differentiated twice if the next step is due, else nothing."""
+        """Within it attention can be differentiated twice, if the next step is due; otherwise nothing is changed."""
         return twice_differentiable(model) if self.due else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -324,7 +326,7 @@ def _explained() -> Iterator[None]:
         if "not implemented" in str(error) or "double backward" in str(error):
             raise RuntimeError(
                 f"the loss cannot be differentiated twice ({error}); compute it within "
-                "`with optimizer.second_order(model):`, which replaces fused attention; compiled models never can"
+                "`with optimizer.second_order(model):`, which replaces fused attention; a compiled model never can be"
             ) from error
         raise
 

@@ -56,7 +56,7 @@ def train_adahessian(model: GPT2LMHeadModel, steps: int, lr: float, update_each:
     for batch in batches(steps, seed=0):
         with optimizer.second_order(model):  # a line more than for AdamW
             loss = model(**batch).loss
-        optimizer.backward(loss)  # and one that differs
+            optimizer.backward(loss)  # and one that differs
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -106,7 +106,7 @@ def draw_bumps(path: Path) -> None:
 
 
 def main(
-    steps: int = 300, lr_adamw: float = 3e-3, lr_adahessian: float = 0.15, figure: Path = Path("adahessian_bumps.png")
+    steps: int = 300, lr_adamw: float = 1e-3, lr_adahessian: float = 0.15, figure: Path = Path("adahessian_bumps.png")
 ) -> None:
     """AdamW and AdaHessian on a tiny GPT-2, and a figure of AdaHessian on a bumpy function.
 

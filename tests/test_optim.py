@@ -243,6 +243,24 @@ def test_default_attention_works_within_second_order_and_is_explained_without(ti
     assert model(**batch).loss.item() < before
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_activation_checkpointing_recomputes_within_second_order(tiny_gpt2):
+    model, batch = tiny_gpt2
+    results = []
+    for checkpointed in (False, True):
+        twin = copy.deepcopy(model).train()
+        if checkpointed:
+            twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer = AdaHessian(twin.parameters(), lr=0.01)
+        for _ in range(2):
+            with optimizer.second_order(twin):
+                optimizer.backward(twin(**batch, use_cache=False).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(list(twin.parameters()))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
+
+
 def test_fused_attention_is_kept_on_steps_that_do_not_measure(tiny_gpt2):
     model, batch = tiny_gpt2
     optimizer = AdaHessian(model.parameters(), lr=0.01, update_each=3)
