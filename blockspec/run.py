@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -32,6 +32,7 @@ from .objective import Objective, fingerprint
 from .spectra import Spectra, write_parquet
 
 VERSIONED = ("blockspec", "torch", "transformers", "numpy", "scipy", "pandas")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 Progress = Callable[[str, int, int], None]
 
 
@@ -142,33 +143,57 @@ def measure(
     Raises ValueError for a folder that holds a run of other settings.
     """
     out = Path(out)
-    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    record = _open_record(settings, out, write=first)
+    first = is_first()
+    record = open_record(dataclasses.asdict(settings), out, write=first)
     done = {entry["step"] for entry in record["stages"]}
     for stage in stages(settings):
         if stage.step not in done:
             objective, blocks = prepare(settings, stage, factory, resources.device)
-            spectra, entry = _measure_stage(settings, stage, objective, blocks, out, resources=resources, progress=progress)
+            spectra, entry = measure_stage(
+                objective,
+                blocks,
+                settings.estimate,
+                step=stage.step,
+                checkpoint=stage.arguments.get("checkpoint"),
+                state=out / "state" / f"step_{stage.step}",
+                resources=resources,
+                progress=progress,
+            )
             if first:
-                _append(out, stage.step, spectra)
-                record["stages"].append(entry)
-                record["finished"] = _now()
-                write_json(record, out / "run.json")
+                append_tables(out, spectra, step=stage.step)
+                append_stage(out, record, entry)
                 shutil.rmtree(out / "state", ignore_errors=True)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def prepare(settings: RunSettings, stage: Stage, factory: Factory, device: str) -> tuple[Objective, tuple[Block, ...]]:
     """The objective of one stage and its blocks, the full matrix among them if it is wanted."""
+    if settings.dtype is not None and settings.dtype not in DTYPES:
+        raise ValueError(f"dtype is one of {tuple(DTYPES)}, got {settings.dtype!r}; leave it out to take the model as it comes")
     model, batches, loss = factory(**stage.arguments)
     if not hasattr(model, "hf_device_map"):  # a model that is spread over devices stays where it is
         model = model.to(find_device(device))
     if settings.dtype is not None:
-        model = model.to(getattr(torch, settings.dtype))
+        model = model.to(DTYPES[settings.dtype])
     objective = Objective(model, batches, loss, batch_norm=settings.batch_norm)
-    blocks = partition(model, settings.blocks.by, settings.blocks.include, settings.blocks.exclude)
-    if settings.blocks.full and settings.blocks.by != "model":
-        blocks += partition(model, "model")
-    return objective, blocks
+    return objective, choose_blocks(model, settings.blocks)
+
+
+def choose_blocks(model: nn.Module, settings: BlockSettings) -> tuple[Block, ...]:
+    """The blocks, the full matrix among them if it is wanted."""
+    blocks = partition(model, settings.by, settings.include, settings.exclude)
+    return blocks + partition(model, "model") if settings.full and settings.by != "model" else blocks
+
+
+def _dtype(name: str) -> torch.dtype:
+    allowed = ("float32", "float64", "bfloat16")
+    if name not in allowed:
+        raise ValueError(f"dtype is one of {allowed}, got {name!r}")
+    return getattr(torch, name)
 
 
 def find_device(name: str) -> str:
@@ -202,31 +227,33 @@ def step_of(path: str) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def _measure_stage(
-    settings: RunSettings,
-    stage: Stage,
+def measure_stage(
     objective: Objective,
-    blocks: tuple[Block, ...],
-    out: Path,
+    blocks: Sequence[Block],
+    estimate: EstimateSettings,
     *,
-    resources: Resources,
-    progress: Progress,
+    step: int,
+    checkpoint: str | None = None,
+    state: Path | None = None,
+    resources: Resources = Resources(),
+    progress: Progress = lambda label, done, total: None,
 ) -> tuple[Spectra, dict[str, Any]]:
+    """The spectra of one step, and its entry in run.json."""
     started = time.perf_counter()
     value = objective.value()
     spectra = estimate_spectra(
         objective,
         blocks,
-        **dataclasses.asdict(settings.estimate),
+        **dataclasses.asdict(estimate),
         memory=resources.memory,
         columns=resources.columns,
-        state=out / "state" / f"step_{stage.step}",
+        state=state,
         state_every=resources.state_every,
-        progress=lambda done, total: progress(f"step {stage.step}", done, total),
+        progress=lambda done, total: progress(f"step {step}", done, total),
     )
     entry = {
-        "step": stage.step,
-        "checkpoint": stage.arguments.get("checkpoint"),
+        "step": step,
+        "checkpoint": checkpoint,
         "model": _describe(objective.model),
         "data": [fingerprint(batch) for batch in objective.whole_batches()],
         "loss": value,
@@ -241,11 +268,22 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     return {"class": type(model).__name__, "parameters": sum(sizes), "dtype": str(next(model.parameters()).dtype)}
 
 
-def _append(out: Path, step: int, spectra: Spectra) -> None:
+def append_stage(out: Path, record: dict[str, Any], entry: dict[str, Any]) -> None:
+    """Writes into run.json that a step is complete: after its tables."""
+    record["stages"].append(entry)
+    record["finished"] = _now()
+    write_json(record, out / "run.json")
+
+
+def append_tables(out: Path, spectra: Spectra, *, step: int) -> pd.DataFrame | None:
+    """Adds a step to both tables; returns its part of heterogeneity.parquet, None for a single block."""
     _join(spectra.frame(step=step), out / "spectra.parquet")
     parts = spectra.select(exclude="model")
-    if len(parts) > 1:
-        _join(pd.concat([heterogeneity_table(parts, d, step=step) for d in DEFINITIONS]), out / "heterogeneity.parquet")
+    if len(parts) < 2:
+        return None
+    heterogeneity = pd.concat([heterogeneity_table(parts, definition, step=step) for definition in DEFINITIONS])
+    _join(heterogeneity, out / "heterogeneity.parquet")
+    return heterogeneity
 
 
 def heterogeneity_table(spectra: Spectra, definition: str, *, step: int) -> pd.DataFrame:
@@ -264,9 +302,12 @@ def _join(table: pd.DataFrame, path: Path) -> None:
     write_parquet(table, path)
 
 
-def _open_record(settings: RunSettings, out: Path, *, write: bool) -> dict[str, Any]:
-    """The content of run.json: read where the same run was begun before, else made."""
-    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
+def open_record(settings: Mapping[str, Any], out: Path, *, write: bool) -> dict[str, Any]:
+    """The content of run.json: read where the same run was begun before, else made.
+
+    Raises ValueError for a folder that holds a run of other settings.
+    """
+    wanted = json.loads(json.dumps(settings))
     path = out / "run.json"
     if path.exists():
         record = read_json(path)
@@ -278,7 +319,7 @@ def _open_record(settings: RunSettings, out: Path, *, write: bool) -> dict[str, 
         "settings": wanted,
         "versions": {name: version(name) for name in VERSIONED} | {"python": platform.python_version()},
         "git_commit": git_commit(),
-        "seed": settings.estimate.seed,
+        "seed": settings["estimate"]["seed"],
         "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
         "started": _now(),
         "stages": [],

@@ -110,7 +110,7 @@ def finite_difference_product(model, batches, terms, vector, *, epsilon=1e-5):
 
 
 def largest_eigenvalue(model, batches, terms, index=None):
-    """Of the Hessian, or of a diagonal block, without forming it: forward-over-reverse products and ARPACK; good to about 1e-9."""
+    """Of the Hessian, or of a diagonal block, without forming it: forward-over-reverse and ARPACK; good to 1e-9."""
     _, flat = flat_parameters(model)
     function = _joined(model, batches, terms)
     index = torch.arange(len(flat)) if index is None else index
