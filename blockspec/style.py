@@ -83,7 +83,7 @@ KINDS: dict[str, Look] = {
 MATRIX_KINDS = ("query", "key", "value", "qkv", "attention_output", "mlp_in", "mlp_gate", "mlp_out")
 """What short names call a layer's matrices by."""
 
-FULL = Look("full", "full", "#000000", "o")
+FULL = Look("full", "full", "#000000", "+")
 RUNS = ("#004488", "#BB5566", "#DDAA33", "#228833", "#66CCEE", "#AA3377")  # Tol's high contrast, then bright
 RUN_MARKERS = "osD^vP"
 MATRICES = {"hessian": "Hessian", "ggn": "generalised Gauss-Newton matrix", "fisher": "empirical Fisher matrix"}
