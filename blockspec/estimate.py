@@ -20,13 +20,14 @@ from .memory import parse
 from .objective import Objective
 from .plan import Plan, fit, plan
 from .probes import DISTRIBUTIONS
-from .ranks import arrange, deal
+from .ranks import Ranks, arrange, deal
 from .results import exact_spectrum, lanczos_spectrum
 from .schedule import Probing, Schedule, Task
 from .spectra import Cost, Spectra, Spectrum
 from .state import Keeper, identity_of
 
 Auto = str  # the word "auto"
+Storage = tuple[torch.dtype, torch.device] | None
 STORED = (torch.bfloat16, torch.float32, torch.float64)
 TOLERANCE = 2e-3  # below it, a density drawn over the whole range of eigenvalues does not change visibly
 
@@ -78,7 +79,7 @@ def estimate_spectra(
     blocks = _checked_blocks(objective, blocks)
     accuracy = Accuracy(_count("num_steps", num_steps), _count("num_probes", num_probes), _positive(tolerance))
     ranks = arrange(len(blocks), columns=columns)
-    probing = Probing(seed, distribution, reorthogonalize, _storage(objective, basis_dtype, basis_device), ranks)
+    probing = _probing(seed, distribution, reorthogonalize, _storage(objective, basis_dtype, basis_device), ranks)
     products = Products(objective, curvature, ranks=ranks)
     objective.check()
     check_twice_differentiable(objective)
@@ -125,7 +126,7 @@ def plan_spectra(
     """
     blocks = _checked_blocks(objective, blocks)
     accuracy = Accuracy(_count("num_steps", num_steps), _count("num_probes", num_probes), _positive(tolerance))
-    probing = Probing(seed, distribution, reorthogonalize, _storage(objective, basis_dtype, basis_device))
+    probing = _probing(seed, distribution, reorthogonalize, _storage(objective, basis_dtype, basis_device), Ranks())
     products = Products(objective, curvature)
     objective.check()
     check_twice_differentiable(objective)
@@ -134,8 +135,6 @@ def plan_spectra(
 
 
 def _schedule(objective: Objective, blocks: Sequence[Block], accuracy: Accuracy, probing: Probing) -> Schedule:
-    if probing.distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution is one of {DISTRIBUTIONS}, got {probing.distribution!r}")
     return Schedule([Task(b, block_dtype(objective, b), objective.device, accuracy, probing) for b in blocks])
 
 
@@ -148,7 +147,13 @@ def _identity(
     return identity_of(objective, asdict(accuracy) | settings | {"curvature": curvature, "blocks": names})
 
 
-def _storage(objective: Objective, dtype: str | None, device: str | None) -> tuple[torch.dtype, torch.device] | None:
+def _probing(seed: int, distribution: str, reorthogonalize: bool, storage: Storage, ranks: Ranks) -> Probing:
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution is one of {DISTRIBUTIONS}, got {distribution!r}")
+    return Probing(seed, distribution, reorthogonalize, storage, ranks)
+
+
+def _storage(objective: Objective, dtype: str | None, device: str | None) -> Storage:
     if dtype is None and device is None:
         return None
     kept = torch.float32 if dtype is None else getattr(torch, dtype, None)

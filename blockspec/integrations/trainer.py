@@ -1,0 +1,86 @@
+"""Spectra along the training of a ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..losses import next_token
+from ..objective import Objective
+from ..run import BlockSettings, EstimateSettings, choose_blocks
+from .recording import check, record
+
+
+class SpectrumCallback(TrainerCallback):
+    """Measures spectra of blocks at chosen steps of training, and changes nothing else: losses are bit-equal without it.
+
+        trainer = Trainer(model, arguments, train_dataset=...)
+        trainer.add_callback(SpectrumCallback(trainer, "runs/mine", held_out_batches, fractions=(0, 0.1, 1)))
+
+    trainer: whose trackers (``report_to``) and ``log_history`` get the scalars of :func:`blockspec.integrations.record`.
+    out: a folder as ``blockspec run`` leaves it; ``blockspec plot`` and ``blockspec show`` read it.
+    batches: fixed batches, held out from training: a list of what the loss understands.
+    loss: see :mod:`blockspec.losses`.
+    steps: numbers of updates after which to measure; 0 is the beginning.
+    fractions: the same as shares of the whole training.
+    blocks: which blocks; ``BlockSettings(full=False)`` leaves out the full matrix.
+    estimate: how well.
+    memory, columns: see :func:`blockspec.estimate_spectra`.
+
+    What would fail in the middle of training (another model's batches, a folder of other settings) is raised at its beginning.
+    Steps that the folder has already, from a training that was resumed, are not measured again. With several processes all
+    of them share the work and the first writes; sharded parameters (FSDP, ZeRO-3) are not supported.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        out: str | os.PathLike[str],
+        batches: Iterable[Any],
+        *,
+        loss: Any = next_token,
+        steps: Sequence[int] = (),
+        fractions: Sequence[float] = (0.0, 1.0),
+        blocks: BlockSettings = BlockSettings(),
+        estimate: EstimateSettings = EstimateSettings(),
+        memory: int | float | str | None = None,
+        columns: int | None = None,
+    ) -> None:
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"trainer is the transformers.Trainer that this is added to, got a {type(trainer).__name__}")
+        self.due = (tuple(steps), tuple(fractions))
+        due_steps(*self.due, total=1)
+        self.trainer = trainer
+        self.out = out
+        self.batches, self.loss, self.blocks = batches, loss, blocks
+        self.estimate, self.resources = estimate, {"memory": memory, "columns": columns}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        self.due_steps = due_steps(*self.due, total=state.max_steps)
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+        self.objective = Objective(model, self.batches, self.loss)
+        self.chosen = choose_blocks(model, self.blocks)
+        check(self.out, self.objective, self.chosen, self.estimate)
+        self._measure(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        self._measure(state)
+
+    def _measure(self, state: TrainerState) -> None:
+        if state.global_step in self.due_steps:
+            settings = asdict(self.estimate) | self.resources
+            self.trainer.log(record(self.out, state.global_step, self.objective, self.chosen, **settings))
+
+
+def due_steps(steps: Sequence[int], fractions: Sequence[float], *, total: int) -> frozenset[int]:
+    """The numbers of updates after which to measure; a fraction above 0 is at least one update."""
+    if wrong := [step for step in steps if operator.index(step) < 0]:
+        raise ValueError(f"steps are numbers of updates, at least 0; got {wrong[0]}")
+    if outside := [fraction for fraction in fractions if not 0 <= fraction <= 1]:
+        raise ValueError(f"fractions of training lie between 0 and 1; got {outside[0]}: give numbers of updates as steps")
+    return frozenset(steps) | {max(round(fraction * total), int(fraction > 0)) for fraction in fractions}
