@@ -62,9 +62,8 @@ class SpectrumCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         self.due_steps = due_steps(*self.due, total=state.max_steps)
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
-        self.objective = Objective(model, self.batches, self.loss)
-        self.chosen = choose_blocks(model, self.blocks)
+        self.objective = Objective(self.trainer.model, self.batches, self.loss)
+        self.chosen = choose_blocks(self.trainer.model, self.blocks)
         check(self.out, self.objective, self.chosen, self.estimate)
         self._measure(state)
 
