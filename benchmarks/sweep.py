@@ -41,15 +41,21 @@ SIZES = {
 }
 
 
-def objective_of(size: Size) -> blockspec.Objective:
-    """A GPT-2 of that size on random tokens; costs do not depend on the weights."""
+def model_of(size: Size) -> GPT2LMHeadModel:
+    """A GPT-2 of that size."""
     torch.manual_seed(0)
     config = GPT2Config(
         n_layer=size.layers, n_embd=size.width, n_head=size.heads, vocab_size=size.vocabulary, n_positions=size.tokens,
         bos_token_id=0, eos_token_id=0, use_cache=False,
     )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def objective_of(size: Size) -> blockspec.Objective:
+    """It on random tokens; costs do not depend on them, nor on the weights."""
+    model = model_of(size)
     tokens = torch.randint(size.vocabulary, (size.batch, size.tokens))
-    return blockspec.Objective(GPT2LMHeadModel(config), [{"input_ids": tokens}], blockspec.losses.next_token)
+    return blockspec.Objective(model, [{"input_ids": tokens}], blockspec.losses.next_token)
 
 
 def matrices(objective: blockspec.Objective) -> list[blockspec.Block]:
