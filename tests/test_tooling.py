@@ -1,0 +1,155 @@
+"""What holds for the source as a whole."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import blockspec
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MODULES = sorted((ROOT / "blockspec").rglob("*.py"))
+OURS = {"language_models", "vision_models", "training", "benchmarks", "examples"}
+PUBLIC = [
+    "Block",
+    "Estimate",
+    "Objective",
+    "RitzValue",
+    "Spectra",
+    "Spectrum",
+    "block_diagonal",
+    "draw_probe",
+    "estimate_spectra",
+    "js0",
+    "js_distances",
+    "load_spectra",
+    "losses",
+    "partition",
+]
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def imports(path):
+    """Dotted names that a file imports, those of the package with a leading dot."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "." * node.level + (node.module or "")
+            yield prefix
+            if not node.module:
+                yield from (f".{alias.name}" for alias in node.names)
+
+
+def test_ruff_is_clean():
+    result = command("ruff", "check")
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_mypy_is_clean():
+    result = command("mypy")
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_the_package_is_typed_for_its_users():
+    assert (ROOT / "blockspec" / "py.typed").exists()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["blockspec"]
+
+
+def test_every_package_of_the_folder_is_installed():
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in MODULES if path.name == "__init__.py"}
+    assert folders == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names(name):
+    found = getattr(blockspec, name)
+    assert name == "losses" or found.__doc__
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_the_package_needs_nothing_that_is_not_declared(path):
+    top = {name.split(".")[0] for name in imports(path) if not name.startswith(".")}
+    assert not top & OURS
+    declared = {re.split(r"[\[<>=]", line)[0].strip() for line in PROJECT["project"]["dependencies"]}
+    extra = {"matplotlib"}  # seaborn's own
+    allowed = {name.replace("-", "_") for name in declared} | set(sys.stdlib_module_names) | extra | {"blockspec"}
+    integrations = {"pytorch_lightning", "lightning"} if "integrations" in path.parts else set()
+    assert top <= allowed | integrations
+
+
+ROAD = ("attention", "objective", "blocks", "curvature", "lanczos", "spectra", "heterogeneity", "plots")
+
+
+@pytest.mark.parametrize("stop", ROAD)
+def test_each_stop_of_the_road_imports_only_from_stops_before(stop):
+    """Directly or through the modules beside the road."""
+    reached, todo = set(), [stop]
+    while todo:
+        path = ROOT / "blockspec" / f"{todo.pop()}.py"
+        names = {name.lstrip(".").split(".")[0] for name in imports(path) if name.startswith(".") and name != "."}
+        todo += [name for name in names - reached if (ROOT / "blockspec" / f"{name}.py").exists()]
+        reached |= names
+    assert not reached & set(ROAD[ROAD.index(stop) :])
+
+
+def test_lanczos_knows_nothing_of_models():
+    names = set(imports(ROOT / "blockspec" / "lanczos.py"))
+    assert not names & {".blocks", ".objective", ".curvature", ".losses", "transformers"}
+
+
+def test_nothing_needs_torchvision_or_timm():
+    for path in [*MODULES, *(file for name in OURS for file in (ROOT / name).rglob("*.py"))]:
+        assert not {name.split(".")[0] for name in imports(path)} & {"torchvision", "timm"}, path
+
+
+def test_every_lower_bound_has_its_reason():
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    start = lines.index("dependencies = [")
+    block = lines[start + 1 : lines.index("]", start)]
+    for line in block:
+        assert re.fullmatch(r'\s+"[\w-]+(\[\w+\])?>=[\d.]+",\s+# .{10,}', line), line
+
+
+def test_the_tested_versions_are_pinned():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert pins["torch"] == "2.13.0"  # it has a CPU build; an unpinned one brings gigabytes of GPU libraries
+    wanted = [re.split(r"[\[<>=]", line)[0] for line in PROJECT["project"]["dependencies"]]
+    lower = {name.lower().replace("_", "-") for name in pins}
+    assert not [name for name in wanted if name.lower() not in lower]
+
+
+def test_settings_of_the_tests_themselves():
+    settings = PROJECT["tool"]["pytest"]["ini_options"]
+    assert settings["filterwarnings"][0] == "error"
+    assert any(marker.startswith("peers:") for marker in settings["markers"])
+    assert PROJECT["project"]["requires-python"] == ">=3.11"
+    assert PROJECT["project"]["license"] == "MIT"
+
+
+def test_the_environment_file_is_short_and_installs_the_package():
+    lines = (ROOT / "environment.yml").read_text().rstrip().splitlines()
+    assert len(lines) < 20
+    assert lines[-1].split("- ", 1)[-1].startswith("-e .")
+
+
+def test_functions_and_files_stay_small():
+    """Median file around 100 lines, rarely over 400; the ugly spot is always the one that is ten times its neighbours."""
+    lengths, functions = [], []
+    for path in MODULES:
+        text = path.read_text()
+        lengths.append(len(text.splitlines()))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                functions.append((body[-1].end_lineno - body[0].lineno + 1 if body else 0, f"{path.name}:{node.name}"))
+    assert max(lengths) <= 450
+    assert sorted(functions)[-1][0] <= 60, sorted(functions)[-3:]
