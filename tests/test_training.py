@@ -182,6 +182,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         ({"checkpoints": (0.5, 1.5)}, "between 0 and 1"),
         ({"optimizer": OptimizerSettings(lr=0.0)}, "lr is 0.0; it must be above 0"),
         ({"optimizer": OptimizerSettings(name="adahessian"), "micro_batches": 2}, "adahessian takes 1"),
+        ({"optimizer": OptimizerSettings(name="adahessian"), "compile": True}, "switch compile off"),
     ],
 )
 def test_wrong_settings(changes, message, tmp_path):

@@ -157,11 +157,15 @@ def _check(settings: TrainingSettings, accelerator: Accelerator) -> None:
         raise ValueError(
             f"micro_batches is {settings.micro_batches}; a multiple of the {processes} processes is needed"
         )
-    if settings.optimizer.name == "adahessian" and settings.micro_batches > 1:
+    if settings.optimizer.name != "adahessian":
+        return
+    if settings.micro_batches > 1:
         raise ValueError(
-            f"micro_batches is {settings.micro_batches}; adahessian takes 1, as the Hessian diagonal is "
-            "not reweighted by the numbers of loss terms: make the batch larger instead"
+            f"micro_batches is {settings.micro_batches}; adahessian takes 1, as the Hessian diagonal is not "
+            "reweighted by the numbers of loss terms: make the batch larger instead"
         )
+    if settings.compile:
+        raise ValueError("compiled models cannot be differentiated twice: switch compile off for adahessian")
 
 
 @dataclass
