@@ -89,6 +89,7 @@ def figures(by_step: dict[int, Spectra], table: pd.DataFrame, heterogeneity: pd.
         "distance_heatmap of 194": plots.distance_heatmap(square(list(layers))),
         "distance_heatmaps": plots.distance_heatmaps(maps),
         "heterogeneity_over_training": plots.heterogeneity_over_training(heterogeneity),
+        "heterogeneity_over_training at many steps": plots.heterogeneity_over_training(many_steps()),
         "trace_by_kind_over_training": plots.trace_by_kind_over_training(table),
         "trace_by_kind_over_training of traces": plots.trace_by_kind_over_training(table, "trace"),
         "compare_runs": plots.compare_runs({"a run": table, "another": table[table["step"] == 0]}),
@@ -142,6 +143,11 @@ def convolutional() -> Spectra:
     return Spectra(exact(*block, random_eigenvalues(i)) for i, block in enumerate(names))
 
 
+def many_steps() -> pd.DataFrame:
+    steps = [0, 1, 95, 100, 105, 1000, 1050, *range(10_000, 100_000, 10_000)]
+    return pd.DataFrame({"step": steps, "definition": "jensen-shannon", "js0": 0.3, "js0_stderr": 0.01})
+
+
 def square(names: list[str]) -> pd.DataFrame:
     values = np.random.default_rng(0).uniform(0, math.log(2), (len(names), len(names)))
     return pd.DataFrame(np.tril(values, -1) + np.tril(values, -1).T, index=names, columns=names)
@@ -151,6 +157,7 @@ FIGURES = (
     "esd_by_block", "esd_by_block of 12 layers", "esd_by_block of convolutions", "esd_by_block of one block", "esd_stages",
     "esd_stages normalised", "full_and_block_diagonal", "distance_heatmap", "distance_heatmap of 4",
     "distance_heatmap of 50", "distance_heatmap of 194", "distance_heatmaps", "heterogeneity_over_training",
+    "heterogeneity_over_training at many steps",
     "trace_by_kind_over_training", "trace_by_kind_over_training of traces", "compare_runs", "edges_by_block",
     "edges_by_block of 12 layers",
 )  # fmt: skip
@@ -209,11 +216,12 @@ def test_colour_bar_names_measure_and_unit(figures: dict[str, Figure], name: str
 
 
 def test_matplotlib_is_left_as_it_was(by_step: dict[int, Spectra]) -> None:
-    before = dict(matplotlib.rcParams)
-    plots.esd_stages(by_step)
-    with pytest.raises(ValueError, match="normalised is None or 'tenth', got 'first'"):
-        plots.esd_stages(by_step, normalised="first")
-    assert dict(matplotlib.rcParams) == before
+    with matplotlib.rc_context({"font.size": 13}):
+        before = dict(matplotlib.rcParams)
+        plots.esd_stages(by_step)
+        with pytest.raises(ValueError, match="normalised is None or 'tenth', got 'first'"):
+            plots.esd_stages(by_step, normalised="first")
+        assert dict(matplotlib.rcParams) == before
     assert matplotlib.pyplot.get_fignums() == []
 
 
