@@ -13,6 +13,7 @@ import torch
 from .blocks import Block
 from .curvature import Products
 from .estimate import _checked_blocks, block_dtype
+from .estimates import interval
 from .objective import Objective
 from .probes import draw_probe
 from .ranks import arrange
@@ -60,6 +61,14 @@ class Coupling:
         """(n, n) standard errors of :attr:`norms`, to first order."""
         norms = self.norms
         return self.squared_stderrs / (2 * norms.where(norms > 0, 1.0))
+
+    def interval(self, row: str, column: str, confidence: float = 0.95) -> tuple[float, float]:
+        """Of ``||H_bc||_F``; see :func:`blockspec.estimates.interval`."""
+        squared = Estimate(self.squared_norms.loc[row, column], self.squared_stderrs.loc[row, column])
+        if len(self.samples) < 2:
+            squared = Estimate(squared.value, None)
+        low, high = interval(squared, len(self.samples), confidence, positive=True)
+        return math.sqrt(low), math.sqrt(high)
 
     @property
     def relative(self) -> pd.DataFrame:

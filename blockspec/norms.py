@@ -45,7 +45,7 @@ def squared_norms(
         probes = Probes(block, block_dtype(objective, block), objective.device, seed)
         algorithms[block] = sampled(probes, sampling) if block.numel > num_probes else exact(probes)
     values, counts = zip(*run_together(algorithms, products, progress=progress).values(), strict=True)
-    return Estimates(blocks, values, probes=counts, cost=Cost(products.gradients, products.products))
+    return Estimates(blocks, values, probes=counts, cost=Cost(products.gradients, products.products), positive=True)
 
 
 def exact(probes: Probes) -> Algorithm[Result]:

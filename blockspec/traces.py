@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,11 @@ from .ranks import arrange
 from .spectra import Cost, Estimate, estimate
 from .sweeps import Algorithm, run_together
 from .union import Union
+
+CORRELATION = math.sqrt(2)
+"""The leave-one-out samples of xtrace share their probes, so that their spread is too small: 95 % intervals from it held the
+truth in 74 to 95 % of 300 trials, for 20 pairs of a matrix and a number of probes; with this factor in 85 to 99 %, and for
+18 of the 20 in more than 90 %."""
 
 FEWEST_SAMPLES = 8  # before a standard error of few samples, which may be small by chance, is believed
 
@@ -90,7 +96,7 @@ def trace(
     curvature: see :class:`blockspec.curvature.Products`.
     progress: called with the number of products done.
 
-    Returns a mapping from block name to ``Estimate``, with ``frame()``, ``cost`` and ``probes``.
+    Returns a mapping from block name to ``Estimate``, with ``frame()``, ``cost``, ``probes`` and ``interval(name)``.
     Raises ValueError for settings out of range, and as :func:`blockspec.estimate_spectra` does.
     """
     blocks = _checked_blocks(objective, blocks)
@@ -204,9 +210,12 @@ def xtrace(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
         basis = torch.cat([basis, new_basis])
         basis_images = torch.cat([basis_images, (yield new_basis)])
         samples = leave_one_out(drawn, images, basis, basis_images)
-        if sampling.met(samples, float(_rows_dot(images, images).mean().sqrt())):
+        if sampling.met(
+            CORRELATION * (samples - samples.mean()) + samples.mean(), float(_rows_dot(images, images).mean().sqrt())
+        ):
             break
-    return estimate(samples), len(samples)
+    value, stderr = estimate(samples)
+    return Estimate(value, None if stderr is None else CORRELATION * stderr), len(samples)
 
 
 def leave_one_out(drawn: Tensor, images: Tensor, basis: Tensor, basis_images: Tensor) -> np.ndarray:
