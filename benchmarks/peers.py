@@ -5,7 +5,7 @@
 - hessian-eigenthings with its defaults (80 steps, 10 probes), one operator a block, where it is installed.
 
 Their sweeps are all alike: some are timed and multiplied by steps x probes. Errors are Wasserstein-1 distances relative to the
-block's spectral norm: to all eigenvalues of blocks of 1,024 to 8,192 parameters, to a converged estimate of larger ones. The models
+block's spectral norm: to all eigenvalues of blocks of 1,024 to 8,192 parameters, to a converged estimate of larger ones. Models
 are GPT-2s, trained for some steps on the embedded text.
 """
 
@@ -29,7 +29,7 @@ from benchmarks.sweep import Size, matrices, model_of
 from blockspec.accuracy import wasserstein
 from blockspec.curvature import Products
 from blockspec.dense import Columns
-from language_models.batches import causal_batches
+from language_models.batches import causal_batch, fixed_batches
 from language_models.tokens import open_tokens
 
 PAPER = 100 * 10
@@ -46,7 +46,7 @@ def trained(size: Size, steps: int) -> blockspec.Objective:
     """A GPT-2 after some steps on the embedded text, and one batch of text that it has not seen."""
     model = model_of(size)
     tokens = open_tokens("embedded", "train", window=size.tokens, vocabulary=size.vocabulary)
-    batches = causal_batches(tokens, num_batches=max(steps, 1), batch_size=size.batch, window=size.tokens)
+    batches = fixed_batches(tokens, causal_batch, num_batches=max(steps, 1), batch_size=size.batch, window=size.tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for batch in batches[:steps]:
         total, count = blockspec.losses.next_token(model, batch)
@@ -54,7 +54,7 @@ def trained(size: Size, steps: int) -> blockspec.Objective:
         optimizer.step()
         optimizer.zero_grad()
     held_out = open_tokens("embedded", "val", window=size.tokens, vocabulary=size.vocabulary)
-    batches = causal_batches(held_out, num_batches=1, batch_size=size.batch, window=size.tokens)
+    batches = fixed_batches(held_out, causal_batch, num_batches=1, batch_size=size.batch, window=size.tokens)
     return blockspec.Objective(model, batches, blockspec.losses.next_token)
 
 
