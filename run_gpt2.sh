@@ -38,7 +38,7 @@ else
     out="${out:-runs/embedded_tiny}"
     launcher=(python)
 fi
-spectra=language_models/configs/${config/_tiny/}_spectra.yaml
+spectra=language_models/configs/spectra/${config/_tiny/}.yaml
 
 "${launcher[@]}" -m language_models.train --config "language_models/configs/$config.yaml" --out "$out" \
     --training.device "$trainer_device"

@@ -16,13 +16,14 @@ from .objective import Objective
 FORBIDDEN = "torch::autograd::Error"  # the node that `once_differentiable` leaves; it is never run where it leads to no parameter
 
 
-def check_twice_differentiable(objective: Objective) -> None:
-    """Takes one gradient of the first batch and looks at its graph.
+def check_twice_differentiable(objective: Objective, names: Iterable[str]) -> None:
+    """Takes one gradient of the first batch by the parameters named, and looks at its graph.
 
     Raises ValueError where a custom function of the model forbids a second derivative, or has a backward pass that autograd
     cannot follow (a fused kernel called directly): products would silently lack its terms.
     """
-    parameters = list(objective.parameters().values())
+    everything = objective.parameters()
+    parameters = [everything[name] for name in dict.fromkeys(names)]
     with objective.prepared(), explained():
         total, _ = objective.loss_sum(next(iter(objective.batches())))
         lost: set[str] = set()

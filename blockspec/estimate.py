@@ -82,7 +82,7 @@ def estimate_spectra(
     probing = _probing(seed, distribution, reorthogonalize, _storage(objective, basis_dtype, basis_device), ranks)
     products = Products(objective, curvature, ranks=ranks)
     objective.check()
-    check_twice_differentiable(objective)
+    check_twice_differentiable(objective, [name for block in blocks for name in block.parameters])
     own = deal(blocks, list(objective.parameters()), ranks.columns)[ranks.column] if ranks.columns > 1 else blocks
     schedule = _schedule(objective, own, accuracy, probing)
     if memory is not None:
@@ -129,7 +129,7 @@ def plan_spectra(
     probing = _probing(seed, distribution, reorthogonalize, _storage(objective, basis_dtype, basis_device), Ranks())
     products = Products(objective, curvature)
     objective.check()
-    check_twice_differentiable(objective)
+    check_twice_differentiable(objective, [name for block in blocks for name in block.parameters])
     limit = None if memory is None else parse(memory, objective.device)
     return plan(_schedule(objective, blocks, accuracy, probing), products, limit=limit)
 

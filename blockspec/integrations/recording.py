@@ -93,7 +93,7 @@ def check(out: str | os.PathLike[str], objective: Objective, blocks: Sequence[Bl
     _open(Path(out), objective, blocks, estimate)
     with undisturbed(objective.model):
         objective.check()
-        check_twice_differentiable(objective)
+        check_twice_differentiable(objective, [name for block in blocks for name in block.parameters])
 
 
 def scalars(spectra: Spectra, heterogeneity: pd.DataFrame | None) -> dict[str, float]:
