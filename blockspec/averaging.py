@@ -1,4 +1,4 @@
-"""Averages of a diagonal over blocks of its entries."""
+"""Averages of a diagonal's absolute values over blocks of its entries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ Average = Callable[[Mapping[Tensor, Tensor]], list[Tensor]]
 
 
 def averaging(spatial: SpatialAveraging, named: Mapping[str, Tensor]) -> Average:
-    """The function from ``{parameter: diagonal}`` to the list of their averages, each in the shape of its parameter.
+    """The function from ``{parameter: diagonal}`` to the list of what they are averaged to, in the same shapes.
+
+    Absolute values are taken first, as in the authors' code; without an average the signs stay.
 
     spatial: As in :class:`blockspec.optim.AdaHessian`.
     named: The parameters by name; only blocks need it.
@@ -27,13 +29,13 @@ def averaging(spatial: SpatialAveraging, named: Mapping[str, Tensor]) -> Average
     if isinstance(spatial, str):
         if spatial not in FEWEST_AXES:
             raise ValueError(f"spatial_averaging is {spatial!r}; by name there are {' and '.join(map(repr, FEWEST_AXES))}")
-        return lambda diagonals: [_over_kernels(d, FEWEST_AXES[spatial]) for d in diagonals.values()]
+        return lambda diagonals: [_over_kernels(d.abs(), FEWEST_AXES[spatial]) for d in diagonals.values()]
     if isinstance(spatial, int):
         if spatial < 1:
             raise ValueError(f"spatial_averaging is {spatial}; a run of entries has at least 1")
-        return lambda diagonals: [_over_runs(d, spatial) for d in diagonals.values()]
+        return lambda diagonals: [_over_runs(d.abs(), spatial) for d in diagonals.values()]
     rows = _rows_of_blocks(spatial, named)
-    return lambda diagonals: _over_blocks(diagonals, rows, len(spatial))
+    return lambda diagonals: _over_blocks({p: d.abs() for p, d in diagonals.items()}, rows, len(spatial))
 
 
 def _over_kernels(diagonal: Tensor, fewest_axes: int) -> Tensor:

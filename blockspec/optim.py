@@ -79,6 +79,8 @@ class AdaHessian(torch.optim.Optimizer):
             ``param_groups`` together with the number of steps: a run resumed from its ``state_dict`` goes on with the
             same probes.
 
+    The last D^2 of a parameter is ``optimizer.state[parameter]["hessian_diag_sq"]``.
+
     ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``hessian_power`` may differ between groups; their defaults are
     those of the authors' code. ``update_each``, ``num_probes`` and ``spatial_averaging`` are not in the
     ``state_dict``.
@@ -200,7 +202,7 @@ class AdaHessian(torch.optim.Optimizer):
             if parameter.grad.requires_grad:
                 parameter.grad = parameter.grad.detach()  # it holds the graph, the graph the parameter: never freed otherwise
         for group in self.param_groups:
-            known = [p for p in group["params"] if p.grad is not None and "hessian_diagonal" in self.state[p]]
+            known = [p for p in group["params"] if p.grad is not None and "hessian_diag_sq" in self.state[p]]
             if known:
                 _update(group, known, [self.state[p] for p in known])
             group["num_steps"] += 1
@@ -216,9 +218,9 @@ class AdaHessian(torch.optim.Optimizer):
                 "or loss.backward(create_graph=True)"
             )
         diagonals = _mean_over_processes([self._gathered.get(p, torch.zeros_like(p)) for p in used])
-        diagonals = self._average(dict(zip(used, torch._foreach_abs(diagonals), strict=True)))
-        for parameter, diagonal in zip(used, diagonals, strict=True):
-            self.state[parameter]["hessian_diagonal"] = diagonal
+        averaged = self._average(dict(zip(used, diagonals, strict=True)))
+        for parameter, square in zip(used, torch._foreach_mul(averaged, averaged), strict=True):
+            self.state[parameter]["hessian_diag_sq"] = square
         self._gathered.clear()
 
     @torch.enable_grad()
@@ -245,7 +247,7 @@ class AdaHessian(torch.optim.Optimizer):
                 totals.extend(terms)
             else:
                 torch._foreach_add_(totals, terms)
-        if totals:
+        if self.num_probes > 1 and curved:
             torch._foreach_div_(totals, self.num_probes)
         return diagonal | dict(zip(curved, totals, strict=True))
 
@@ -299,8 +301,8 @@ class _Measured(torch.autograd.Function):
 
 def _unpacked(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """(n,) bytes -> (8 n,) signs: only bits are drawn on the CPU and travel to the device."""
-    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-    return bits.view(-1).to(dtype).mul_(2).sub_(1)
+    bits = torch.arange(256, device=packed.device)[:, None] >> torch.arange(8, device=packed.device) & 1
+    return (2 * bits - 1).to(dtype)[packed.int()].view(-1)
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
@@ -352,10 +354,9 @@ def _update(group: Mapping[str, Any], parameters: list[Tensor], states: list[dic
     lr = float(group["lr"])
     mean = [state["exp_avg"] for state in states]
     square = [state["exp_hessian_diag_sq"] for state in states]
-    diagonal = [state["hessian_diagonal"] for state in states]
+    measured = [state["hessian_diag_sq"] for state in states]
     torch._foreach_lerp_(mean, [p.grad for p in parameters if p.grad is not None], 1 - beta1)
-    torch._foreach_mul_(square, beta2)
-    torch._foreach_addcmul_(square, diagonal, diagonal, 1 - beta2)
+    torch._foreach_lerp_(square, measured, 1 - beta2)
     # Both bias corrections go into numbers: two passes over the tensors less.
     half_power = group["hessian_power"] / 2
     corrections = [(1 - beta2 ** state["step"]) ** half_power for state in states]

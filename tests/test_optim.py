@@ -69,6 +69,10 @@ def descend(optimizer, loss, way):
     optimizer.step()
 
 
+def diagonal(optimizer, parameter):
+    return optimizer.state[parameter]["hessian_diag_sq"].sqrt()
+
+
 BLOCKS = (
     Block("first", "other", None, 11, (Piece("matrix", 1, slice(0, 2)), Piece("vector"))),
     Block("second", "other", None, 3, (Piece("matrix", 1, (3,)),)),
@@ -153,7 +157,7 @@ def test_one_probe_sees_the_diagonal_plus_or_minus_the_coupling(way):
     seen = set()
     for _ in range(12):
         descend(optimizer, bowl(point, coupling=1.0), way)
-        seen.add(tuple(optimizer.state[point]["hessian_diagonal"].tolist()))
+        seen.add(tuple(diagonal(optimizer, point).tolist()))
     assert seen == {(3.0, 11.0), (1.0, 9.0)}
 
 
@@ -161,7 +165,7 @@ def test_many_probes_see_the_diagonal_of_any_hessian():
     model, x, y = mlp()
     optimizer = AdaHessian(model.parameters(), lr=0.0, num_probes=400)
     descend(optimizer, squared_error(model, x, y), "backward")
-    measured = torch.cat([optimizer.state[p]["hessian_diagonal"].reshape(-1) for p in model.parameters()])
+    measured = torch.cat([diagonal(optimizer, p).reshape(-1) for p in model.parameters()])
     hessian = dense_hessian(model, x, y)
     stderr = ((hessian**2).sum(0) - hessian.diagonal() ** 2).sqrt() / 20  # of one probe, over the root of 400
     inside = (measured - hessian.diagonal().abs()).abs() <= 4 * stderr + 1e-12
@@ -211,7 +215,7 @@ def test_partition_averages_are_means_over_its_blocks(tiny_gpt2, by):
         with optimizer.second_order(model):
             loss = model(**batch).loss
         descend(optimizer, loss, "backward")
-        diagonals.append({name: optimizer.state[p]["hessian_diagonal"] for name, p in model.named_parameters()})
+        diagonals.append({name: diagonal(optimizer, p) for name, p in model.named_parameters()})
     for block in blocks:
         plain, averaged = (gather(block, diagonal) for diagonal in diagonals)
         torch.testing.assert_close(averaged, plain.mean().expand(block.numel), rtol=1e-9, atol=1e-15)
@@ -394,7 +398,7 @@ def test_add_param_group_names_and_mapping():
     descend(optimizer, quartic(named), "backward")
     optimizer.add_param_group({"params": [("vector", named["vector"])]})
     descend(optimizer, quartic(named), "backward")
-    matrix, vector = (optimizer.state[named[name]]["hessian_diagonal"] for name in ("matrix", "vector"))
+    matrix, vector = (diagonal(optimizer, named[name]) for name in ("matrix", "vector"))
     assert torch.equal(vector, matrix[0, 0].expand(5))
     assert [group["num_steps"] for group in optimizer.param_groups] == [2, 2]
 
@@ -436,16 +440,16 @@ def test_copies_go_on_like_the_original(copied):
 
 
 def test_probes_differ_between_steps_probes_and_seeds():
-    def diagonal(seed, steps):
+    def measured(seed, steps):
         model, x, y = mlp()
         optimizer = AdaHessian(model.parameters(), lr=0.0, seed=seed)
         for _ in range(steps):
             descend(optimizer, squared_error(model, x, y), "backward")
-        return optimizer.state[model[0].weight]["hessian_diagonal"]
+        return diagonal(optimizer, model[0].weight)
 
-    assert torch.equal(diagonal(0, 1), diagonal(0, 1))
-    assert not torch.equal(diagonal(0, 1), diagonal(1, 1))
-    assert not torch.equal(diagonal(0, 1), diagonal(0, 2))
+    assert torch.equal(measured(0, 1), measured(0, 1))
+    assert not torch.equal(measured(0, 1), measured(1, 1))
+    assert not torch.equal(measured(0, 1), measured(0, 2))
 
 
 def test_global_random_numbers_are_left_alone():
