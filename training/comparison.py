@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -154,7 +156,18 @@ def _train(train_one: TrainOne, run: Run, comparison: ComparisonSettings) -> Non
 def _pool(comparison: ComparisonSettings) -> ProcessPoolExecutor:
     # spawned, for a forked process cannot use a GPU, nor threads that its parent has started
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(comparison.workers, context, initializer=torch.set_num_threads, initargs=(1,))
+    return ProcessPoolExecutor(comparison.workers, context, initializer=_begin_worker)
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _train_all(
