@@ -17,7 +17,7 @@ from .estimates import interval
 from .objective import Objective
 from .probes import draw_probe
 from .ranks import arrange
-from .spectra import Cost, Estimate
+from .spectra import Cost, Estimate, estimate
 from .traces import checked_sampling
 from .union import Union
 
@@ -64,9 +64,8 @@ class Coupling:
 
     def interval(self, row: str, column: str, confidence: float = 0.95) -> tuple[float, float]:
         """Of ``||H_bc||_F``; see :func:`blockspec.estimates.interval`."""
-        squared = Estimate(self.squared_norms.loc[row, column], self.squared_stderrs.loc[row, column])
-        if len(self.samples) < 2:
-            squared = Estimate(squared.value, None)
+        place = self._names.index(row), self._names.index(column)
+        squared = estimate(self.samples[:, *place])
         low, high = interval(squared, len(self.samples), confidence, positive=True)
         return math.sqrt(low), math.sqrt(high)
 

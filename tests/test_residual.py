@@ -28,7 +28,7 @@ def test_products_are_those_of_the_difference(name):
 def test_spectra_of_both_parts(curvature):
     it = problem("gpt2")
     matrix = truth("gpt2", "ggn") if curvature == "ggn" else truth("gpt2") - truth("gpt2", "ggn")
-    blocks = partition(it.model, include=["*weight/value", "*ln_f.weight"])
+    blocks = partition(it.model, include=["*weight/value", "*ln_1.weight"])
     spectra = blockspec.estimate_spectra(it.objective(), blocks, num_probes=4, num_steps=25, curvature=curvature)
     for block in blocks:
         index = dense_truth.positions(it.model, block)
