@@ -192,7 +192,7 @@ def test_stopping_it_says_how_to_go_on(tmp_path):
 def command(*arguments, folder):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])}
     line = [sys.executable, "-m", "blockspec", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+    return subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment, timeout=900)
 
 
 def test_the_command_itself(tmp_path):

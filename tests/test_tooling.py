@@ -15,26 +15,12 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = sorted((ROOT / "blockspec").rglob("*.py"))
 OURS = {"language_models", "vision_models", "training", "benchmarks", "examples"}
-PUBLIC = [
-    "Block",
-    "Estimate",
-    "Objective",
-    "RitzValue",
-    "Spectra",
-    "Spectrum",
-    "block_diagonal",
-    "draw_probe",
-    "estimate_spectra",
-    "js0",
-    "js_distances",
-    "load_spectra",
-    "losses",
-    "partition",
-]
+PUBLIC = ("Block", "Estimate", "Objective", "RitzValue", "Spectra", "Spectrum", "block_diagonal", "draw_probe")
+PUBLIC += ("estimate_spectra", "js0", "js_distances", "load_spectra", "losses", "partition")
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 def imports(path):
