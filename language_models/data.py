@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from language_models.documents import PIECE, Documents
 from language_models.tokenizer import end_token, load_tokenizer
-from language_models.tokens import DTYPE, META
+from language_models.tokens import DTYPE, META, read_meta
 from training.checkpoints import write_json
 from training.command import run_command
 from training.state import differences
@@ -95,20 +95,8 @@ def prepare(
         The folder.
     """
     folder = Path(out or f"data/{Path(source).stem}")
-    if (folder / META).is_file():
-        raise ValueError(f"{folder} is complete already: delete it, or give another --out")
-    if not 0 < val_share < 1:
-        raise ValueError(f"val_share is {val_share}; it must lie between 0 and 1")
-    if any(limit is not None and limit < 1 for limit in (num_documents, num_tokens)):
-        raise ValueError(
-            f"num_documents is {num_documents}, num_tokens {num_tokens}; they must be at least 1, or left out"
-        )
-    encoder = load_tokenizer(tokenizer)
-    documents = Documents(source, subset=subset, split=split, field=field)
     settings = {
-        "source": source
-        if source in ("openwebtext", "embedded") or not Path(source).exists()
-        else str(Path(source).resolve()),
+        "source": str(Path(source).resolve()) if Path(source).exists() else source,
         "subset": subset,
         "split": split,
         "field": field,
@@ -117,6 +105,12 @@ def prepare(
         "num_tokens": num_tokens,
         "val_share": val_share,
     }
+    if (folder / META).is_file():
+        _refuse_others(folder, read_meta(str(folder)), settings)
+        return folder
+    _check_limits(num_documents, num_tokens, val_share)
+    encoder = load_tokenizer(tokenizer)
+    documents = Documents(source, subset=subset, split=split, field=field)
     partial = folder.with_name(folder.name + ".partial")
     state = _resume(partial, settings)
     if state.position is not None:
@@ -124,7 +118,25 @@ def prepare(
     _tokenize(documents, encoder, partial, state)
     _finish(partial, state, encoder)
     partial.rename(folder)
+    (folder / STATE).unlink()
     return folder
+
+
+def _check_limits(num_documents: int | None, num_tokens: int | None, val_share: float) -> None:
+    if not 0 < val_share < 1:
+        raise ValueError(f"val_share is {val_share}; it must lie between 0 and 1")
+    if any(limit is not None and limit < 1 for limit in (num_documents, num_tokens)):
+        raise ValueError(
+            f"num_documents is {num_documents}, num_tokens {num_tokens}; they must be at least 1, or left out"
+        )
+
+
+def _refuse_others(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    changed = differences({name: stored.get(name) for name in settings}, dict(settings))
+    if changed:
+        raise ValueError(
+            f"{folder} was made with other settings ({'; '.join(changed)}): delete it or choose another --out"
+        )
 
 
 def is_val(number: int, val_share: float) -> bool:
@@ -143,11 +155,7 @@ def _resume(partial: Path, settings: dict[str, Any]) -> State:
         state.write(partial)
         return state
     stored = json.loads(path.read_text(encoding="utf-8"))
-    changed = differences(stored["settings"], settings)
-    if changed:
-        raise ValueError(
-            f"{partial} was begun with other settings ({'; '.join(changed)}): delete it or repeat its settings"
-        )
+    _refuse_others(partial, stored["settings"], settings)
     counts = {split: Count(**count) for split, count in stored["counts"].items()}
     return State(settings, counts, stored["position"])
 
@@ -250,7 +258,6 @@ def _finish(partial: Path, state: State, encoder: PreTrainedTokenizerBase) -> No
         "datasets": datasets.__version__,
     }
     write_json(partial / META, meta)
-    (partial / STATE).unlink()
 
 
 if __name__ == "__main__":

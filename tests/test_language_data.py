@@ -207,14 +207,38 @@ def test_other_settings_do_not_go_on(tmp_path, monkeypatch):
         patch.setattr(data, "_encode", lambda *arguments: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             prepare(source, out=str(tmp_path / "out"), tokenizer="embedded")
-    with pytest.raises(ValueError, match=r"begun with other settings \(val_share: 0.01 -> 0.5\)"):
+    with pytest.raises(ValueError, match=r"made with other settings \(val_share: 0.01 -> 0.5\)"):
         prepare(source, out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.5)
 
 
-def test_complete_data_are_left_alone(tmp_path):
-    prepare(str(parquet(tmp_path)), out=str(tmp_path / "out"), tokenizer="embedded")
-    with pytest.raises(ValueError, match="complete already"):
-        prepare(str(parquet(tmp_path)), out=str(tmp_path / "out"), tokenizer="embedded")
+def test_complete_data_are_left_alone(tmp_path, monkeypatch):
+    source = str(parquet(tmp_path))
+    out = prepare(source, out=str(tmp_path / "out"), tokenizer="embedded")
+    monkeypatch.setattr(data, "load_tokenizer", None)  # nothing is loaded, nor fetched
+    before = sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*"))
+    assert prepare(source, out=str(tmp_path / "out"), tokenizer="embedded") == out
+    assert sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*")) == before
+    with pytest.raises(ValueError, match=r"made with other settings \(num_documents: None -> 3\)"):
+        prepare(source, out=str(tmp_path / "out"), tokenizer="embedded", num_documents=3)
+
+
+def test_killed_while_finishing(tmp_path, monkeypatch):
+    """Everything is tokenized and hours are not to be lost."""
+    source = str(parquet(tmp_path))
+    finish = data._finish
+
+    def finish_and_die(*arguments):
+        finish(*arguments)
+        raise Killed
+
+    monkeypatch.setattr(data, "_finish", finish_and_die)
+    with pytest.raises(Killed):
+        prepare(source, out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.2)
+    monkeypatch.setattr(data, "_finish", finish)
+    monkeypatch.setattr(data, "_encode", None)
+    out = prepare(source, out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.2)
+    assert read_splits(out) == expected_tokens(TEXTS, val_share=0.2)
+    assert sorted(path.name for path in out.iterdir()) == ["meta.json", "tokenizer", "train.bin", "val.bin"]
 
 
 @pytest.mark.parametrize(
