@@ -34,16 +34,18 @@ def plot_optimizers(trials: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     measured = curves.dropna(subset="held_out_loss")
     sns.lineplot(measured, x="step", y="held_out_loss", hue="optimizer", errorbar=("pi", 100), ax=right, **looks)
     right.set(xlabel="training step")
-    right.get_legend().set_title(f"mean and range of {curves['seed'].nunique()} seeds")
+    right.get_legend().set_title(f"mean and range of {curves['seed'].nunique()} other seeds")
     return figure
 
 
 def _draw_rates(axes: Axes, tuning: pd.DataFrame, names: list[str]) -> None:
+    at_top = {"transform": axes.get_xaxis_transform(), "clip_on": False}  # rates with a run that diverged: on the frame
     for name, colour, marker in zip(names, RUNS, RUN_MARKERS, strict=False):
-        own = tuning[tuning["optimizer"] == name].sort_values("lr")
-        lost = ~np.isfinite(own["final_loss"])
-        axes.plot(own["lr"][~lost], own["final_loss"][~lost], color=colour, marker=marker, label=name)
-        at_top = {"transform": axes.get_xaxis_transform(), "clip_on": False}  # runs that diverged: above the axis
-        axes.plot(own["lr"][lost], [1.0] * lost.sum(), marker, color=colour, fillstyle="none", **at_top)
-    axes.set(xscale="log", xlabel="learning rate (one seed)", ylabel="held-out loss")
-    axes.legend()
+        losses = tuning[tuning["optimizer"] == name].groupby("lr")["final_loss"].agg(["mean", "min", "max"])
+        kept = losses[np.isfinite(losses["mean"])]
+        lost = losses.index.difference(kept.index)
+        axes.plot(kept.index, kept["mean"], color=colour, marker=marker, label=name)
+        axes.fill_between(kept.index, kept["min"], kept["max"], color=colour, alpha=0.2, linewidth=0)
+        axes.plot(lost, [1.0] * len(lost), marker, color=colour, fillstyle="none", **at_top)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss")
+    axes.legend(title=f"mean and range of {tuning['seed'].nunique()} seeds")
