@@ -31,7 +31,7 @@ def plot_course(table: pd.DataFrame, quantity: str) -> Figure:
     """A quantity over training: a row a depth, a column a block, a line a variant; bars are standard errors or residuals."""
     depths, blocks, variants = (table[name].unique().tolist() for name in ("depth", "block", "variant"))
     blocks = ["model", *(block for block in blocks if block != "model")]
-    figure = Figure(figsize=(1.45 * len(blocks) + 0.6, 1.5 * len(depths) + 0.9), layout="constrained")
+    figure = Figure(figsize=(1.45 * len(blocks) + 1.9, 1.5 * len(depths) + 0.9), layout="constrained")
     axes = figure.subplots(len(depths), len(blocks), sharex=True, sharey=True, squeeze=False)
     _value_axis(axes[0, 0], table[quantity])
     for i, depth in enumerate(depths):
@@ -49,7 +49,7 @@ def plot_course(table: pd.DataFrame, quantity: str) -> Figure:
     figure.supxlabel("training step", fontsize=8)
     figure.supylabel(QUANTITIES[quantity], fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside right upper")
     return figure
 
 
@@ -78,7 +78,7 @@ def plot_densities(spectra: Mapping[tuple[int, str], Mapping[int, Spectra]]) -> 
     steps = spread(sorted({step for stages in spectra.values() for step in stages}), COLUMNS)
     whole = {(*key, step): stages[step]["model"] for key, stages in spectra.items() for step in steps if step in stages}
     scale = scale_of(whole.values())
-    figure = Figure(figsize=(1.9 * len(steps) + 0.6, 1.5 * len(depths) + 1.1), layout="constrained")
+    figure = Figure(figsize=(1.9 * len(steps) + 1.9, 1.5 * len(depths) + 1.1), layout="constrained")
     axes = figure.subplots(len(depths), len(steps), sharex=True, sharey=True, squeeze=False)
     for i, depth in enumerate(depths):
         for place, step in zip(axes[i], steps, strict=True):
@@ -95,6 +95,6 @@ def plot_densities(spectra: Mapping[tuple[int, str], Mapping[int, Spectra]]) -> 
     figure.supxlabel(EIGENVALUE, fontsize=8)
     figure.supylabel(DENSITY, fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside right upper")
     figure.suptitle(f"Hessian of the whole network\n{smoothing_note(whole.values())}")
     return figure
