@@ -163,9 +163,7 @@ def test_regression_is_a_mean_of_squared_errors_summed_over_outputs(curvature):
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_gauss_newton_and_fisher_have_no_negative_eigenvalues_and_the_hessian_has(curvature):
     it = problem("gpt2")
-    spectra = estimate_spectra(
-        it.objective(), partition(it.model, "model"), num_probes=1, num_steps=30, curvature=curvature
-    )
+    spectra = estimate_spectra(it.objective(), partition(it.model, "model"), num_probes=1, num_steps=30, curvature=curvature)
     smallest, largest = spectra["model"].smallest.value, spectra["model"].largest.value
     assert (smallest < -1e-3 * largest) == (curvature == "hessian")
     assert smallest >= -1e-9 * largest or curvature == "hessian"
@@ -207,6 +205,35 @@ def test_a_block_that_is_unused_in_part_is_zero_there():
     unused = dense_truth.positions(model, pair) < 3
     assert torch.equal(product[unused], torch.zeros(3, dtype=torch.float64))
     torch.testing.assert_close(product[~unused], truth("nanogpt")[index][:, index] @ v[~unused])
+
+
+def test_scalar_parameters_and_parameters_of_other_dtypes():
+    """A temperature, as CLIP has one, and a head that was left in float32."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 4, dtype=torch.float64), nn.Linear(4, 3)
+            self.temperature = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.body(x)).float()).double() * self.temperature
+
+    torch.manual_seed(0)
+    model = Model()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.arange(5) % 3
+    objective = Objective(model, [(x, y)], losses.classification)
+    blocks = [*partition(model), *partition(model, "model")]
+    spectra = estimate_spectra(objective, blocks, num_probes=1, num_steps=40)
+    exact = copy.deepcopy(model).double()
+    exact.forward = lambda x: exact.head(torch.tanh(exact.body(x))) * exact.temperature
+    matrix = dense_truth.dense_hessian(exact, [(x, y)], lambda call, b: F.cross_entropy(call(b[0]), b[1], reduction="none"))
+    for block in blocks:
+        values = dense_truth.eigenvalues(matrix, dense_truth.positions(exact, block)).numpy()
+        tolerance = 1e-6 * float(matrix.abs().max())
+        np.testing.assert_allclose(spectra[block.name].nodes[0, : block.numel], values, rtol=0, atol=tolerance)
+    assert spectra["temperature"].block.numel == 1
+    assert spectra["model"].dtype == "float64"
 
 
 def test_tied_weights_are_one_block_with_the_curvature_of_both_uses():
@@ -255,11 +282,7 @@ def test_batch_norm_in_training_mode_is_differentiated_through_and_its_statistic
         assert_quadrature_of(matrix[index][:, index], block, spectra[block.name], noise=noise)
     assert all(torch.equal(buffer, before[name]) for name, buffer in it.model.named_buffers())
     assert all(module.training == training for module in it.model.modules())
-    assert all(
-        m.track_running_stats and m.running_mean is not None
-        for m in it.model.modules()
-        if isinstance(m, nn.BatchNorm2d)
-    )
+    assert all(m.track_running_stats and m.running_mean is not None for m in it.model.modules() if isinstance(m, nn.BatchNorm2d))
     assert set(dict(it.model.named_buffers())) == set(before)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import VOCABULARY, gpt2, nanogpt, problem, resnet, tokens
+from problems import VOCABULARY, gpt2, nanogpt, problem, resnet, tokens, vit
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -66,6 +66,34 @@ def test_the_same_batch_given_again_changes_nothing():
         again_value, again_nodes = curvature_of(model, [batch] * times)
         assert again_value == pytest.approx(value, rel=1e-12)
         np.testing.assert_allclose(again_nodes, nodes, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 100])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+def test_the_size_of_a_micro_batch_changes_nothing(micro_batch, curvature):
+    model = problem("gpt2").model
+    mask = torch.tensor([[1] * 6, [1] * 6, [1] * 3 + [0] * 3, [1] * 2 + [0] * 4])
+    batches = [{"input_ids": tokens(4, 6), "attention_mask": mask}, {"input_ids": tokens(2, 5)}]
+    blocks = [*partition(model, include="*wte*"), *partition(model, "model")]
+    whole, parts = (Objective(model, batches, losses.next_token, micro_batch=size) for size in (None, micro_batch))
+    assert parts.value() == pytest.approx(whole.value(), rel=1e-12)
+    one, two = (estimate_spectra(objective, blocks, 1, 5, curvature=curvature) for objective in (whole, parts))
+    for name in one:
+        np.testing.assert_allclose(two[name].nodes, one[name].nodes, rtol=1e-9, atol=1e-12)
+
+
+def test_a_micro_batch_of_images_and_pairs():
+    it = vit()
+    sizes = []
+    it.model.register_forward_hook(lambda model, inputs, output: sizes.append(len(inputs[0])))
+    assert it.objective(micro_batch=2).value() == pytest.approx(it.objective().value(), rel=1e-12)
+    assert sizes == [2, 1, 2, 3, 2]
+
+
+def test_batches_are_not_cut_where_their_statistics_matter():
+    it = resnet()
+    whole, parts = (it.objective(batch_norm="train", micro_batch=size).value() for size in (None, 1))
+    assert whole == parts
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
