@@ -245,5 +245,5 @@ def test_mean_loss_restores_the_mode():
 def test_tensorboard_has_the_losses(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(make_model(), batch_at, loss, settings=dataclasses.replace(SETTINGS, tracker="tensorboard"), out=tmp_path)
-    found = event_accumulator.EventAccumulator(str(tmp_path / "tracker")).Reload().Scalars("loss")
+    found = event_accumulator.EventAccumulator(str(tmp_path / tmp_path.name)).Reload().Scalars("loss")
     torch.testing.assert_close([event.value for event in found], losses(tmp_path).tolist(), rtol=1e-6, atol=0)
