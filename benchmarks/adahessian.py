@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import statistics
 import sys
@@ -165,8 +166,9 @@ def main(batch_size: int = 8, turns: int = 15, out: str = "benchmarks/results") 
         f"# AdaHessian, cost of a step, {datetime.date.today()}\n\n{table(costs)}\n\n"
         f"One gradient: {milliseconds:.1f} ms (median). Tiny GPT-2: 2 layers, D=64, V=512, T=64, B={batch_size}, no dropout, "
         f"float32, one thread; {turns} turns.\n\n"
-        f"Command: `python -m benchmarks.adahessian {' '.join(sys.argv[1:])}`\n"
-        f"Machine: {platform.processor() or platform.machine()}, {platform.platform()}\n"
+        f"Command: `{' '.join(['python -m benchmarks.adahessian', *sys.argv[1:]])}`\n"
+        f"Machine: {platform.processor() or platform.machine()}, {platform.platform()}, {os.cpu_count()} cores, "
+        f"load average {os.getloadavg()[0]:.1f}\n"
         f"Versions: Python {platform.python_version()}, {versions()}\n"
     )
     print(text)

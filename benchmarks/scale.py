@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from blockspec import memory
 from blockspec.estimate import plan_spectra
 
 SIZE = Size(6, 128, 4, 2048, 4, 64)
-STEPS = 6
+STEPS = 10
 
 
 def problem() -> tuple[blockspec.Objective, list[blockspec.Block]]:
@@ -59,12 +60,23 @@ def worker(columns: int) -> None:
 
 def launched(processes: int, columns: int) -> float:
     """Median seconds of the estimate on that many processes of one thread."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}", "--num_machines=1"]
-    launcher += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "benchmarks.scale", f"--columns={columns}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    command = [sys.executable, "-m", "benchmarks.scale", f"--columns={columns}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    started = []
+    for rank in range(processes):  # what a launcher sets
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment | own)
+        )
+    outputs = [process.communicate()[0] for process in started]
+    assert all(process.returncode == 0 for process in started), outputs
+    return json.loads(outputs[0].strip().splitlines()[-1])
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def processes() -> pd.DataFrame:

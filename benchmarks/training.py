@@ -65,8 +65,8 @@ def benchmark(
     steps: int = 100,
     turns: int = 5,
     lr: float = 1e-3,
-    model: ModelSettings = ModelSettings(),  # noqa: B008 - frozen
-    data: DataSettings = DataSettings(),  # noqa: B008
+    model: ModelSettings = ModelSettings(),
+    data: DataSettings = DataSettings(),
     out: str = "benchmarks/results",
 ) -> float:
     """Times both and prints seconds per step.

@@ -32,7 +32,6 @@ from .objective import Objective, fingerprint
 from .spectra import Spectra, write_parquet
 
 VERSIONED = ("blockspec", "torch", "transformers", "numpy", "scipy", "pandas")
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 Progress = Callable[[str, int, int], None]
 
 
@@ -145,9 +144,11 @@ def measure(
     out = Path(out)
     first = is_first()
     record = open_record(dataclasses.asdict(settings), out, write=first)
-    done = {entry["step"] for entry in record["stages"]}
+    done = {entry["step"]: entry["checkpoint"] for entry in record["stages"]}
     for stage in stages(settings):
-        if stage.step not in done:
+        if stage.step in done:
+            _check_same(stage, done[stage.step], out)
+        else:
             objective, blocks = prepare(settings, stage, factory, resources.device)
             spectra, entry = measure_stage(
                 objective,
@@ -165,6 +166,16 @@ def measure(
                 shutil.rmtree(out / "state", ignore_errors=True)
 
 
+def _check_same(stage: Stage, done: str | None, out: Path) -> None:
+    """A step that is done must be of the same checkpoint: without numbers in their names, steps are places in the list."""
+    path = stage.arguments.get("checkpoint")
+    if Path(str(path)).name != Path(str(done)).name:
+        raise ValueError(
+            f"step {stage.step} of {out} is that of {done!r}, and here of {path!r}: name checkpoints by their training step, "
+            "or choose another --out"
+        )
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
@@ -172,13 +183,12 @@ def is_first() -> bool:
 
 def prepare(settings: RunSettings, stage: Stage, factory: Factory, device: str) -> tuple[Objective, tuple[Block, ...]]:
     """The objective of one stage and its blocks, the full matrix among them if it is wanted."""
-    if settings.dtype is not None and settings.dtype not in DTYPES:
-        raise ValueError(f"dtype is one of {tuple(DTYPES)}, got {settings.dtype!r}; leave it out to take the model as it comes")
+    dtype = None if settings.dtype is None else _dtype(settings.dtype)
     model, batches, loss = factory(**stage.arguments)
     if not hasattr(model, "hf_device_map"):  # a model that is spread over devices stays where it is
         model = model.to(find_device(device))
-    if settings.dtype is not None:
-        model = model.to(DTYPES[settings.dtype])
+    if dtype is not None:
+        model = model.to(dtype)
     objective = Objective(model, batches, loss, batch_norm=settings.batch_norm)
     return objective, choose_blocks(model, settings.blocks)
 

@@ -70,7 +70,8 @@ def _decades(values: np.ndarray, most: float = 1e-5) -> LogNorm:
 
 def _labels(table: pd.DataFrame, side: float) -> tuple[np.ndarray, list[str]]:
     """Every block's name where there is room, else evenly spread ones."""
-    names = list(short_names(map(str, table.index)).values())
+    short = short_names(name for name in table.index if "." in name)  # groups are called what they are
+    names = [short.get(name, name) for name in table.index]
     stride = math.ceil(len(names) * 0.11 / side)
     return np.arange(len(names))[::stride] + 0.5, names[::stride]
 
@@ -144,10 +145,11 @@ def landscape_surface(found: Landscape, *, logarithmic: bool = False) -> Figure:
     heights = np.log10(losses) if logarithmic else losses
     label = "log10 of the loss" if logarithmic else "loss"
     across, along = np.meshgrid(*found.steps, indexing="ij")
-    figure = Figure(figsize=(7.4, 3.3), layout="constrained")
+    figure = Figure(figsize=(7.8, 3.2), layout="constrained")
     solid = figure.add_subplot(1, 2, 1, projection="3d")
     solid.plot_surface(across, along, heights, cmap="viridis", linewidth=0, rstride=1, cstride=1, antialiased=True)
-    solid.set_zlabel(label, labelpad=-2)
+    solid.set_zlabel(label, labelpad=-3)
+    solid.set_box_aspect(None, zoom=0.82)
     solid.tick_params(pad=-2)
     solid.view_init(elev=28, azim=-60)
     flat = figure.add_subplot(1, 2, 2)

@@ -47,7 +47,7 @@ def main(
         num_steps: Lanczos steps of a measurement.
         seed: Of everything.
     """
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # else two processes without a GPU do not find each other
     set_seed(seed)
     config = GPT2Config(vocab_size=256, n_positions=WINDOW, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)

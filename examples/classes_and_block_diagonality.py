@@ -73,7 +73,7 @@ def draw(table: pd.DataFrame, exponents: dict[str, float]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("number of classes")
-    axes.set_ylabel("norm off the diagonal / on it, of a mean block")
+    axes.set_ylabel("off-diagonal norm / diagonal norm")
     axes.legend(frameon=False)
     return figure
 

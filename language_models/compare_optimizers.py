@@ -22,9 +22,9 @@ from training.trainer import TrainingSettings
 def compare(
     *,
     out: str = "runs/compare_optimizers",
-    model: ModelSettings = ModelSettings(),  # noqa: B008 - frozen
-    data: DataSettings = DataSettings(),  # noqa: B008
-    comparison: ComparisonSettings = ComparisonSettings(),  # noqa: B008
+    model: ModelSettings = ModelSettings(),
+    data: DataSettings = DataSettings(),
+    comparison: ComparisonSettings = ComparisonSettings(),
 ) -> pd.DataFrame:
     """Trains one model with several optimizers, each with its best learning rate, and compares the held-out losses.
 

@@ -104,9 +104,9 @@ def save_with_tokenizer(source: str) -> Any:
 def train(
     *,
     out: str = "runs/embedded_tiny",
-    model: ModelSettings = ModelSettings(),  # noqa: B008 - frozen
+    model: ModelSettings = ModelSettings(),
     data: DataSettings = DataSettings(),
-    training: TrainingSettings = TrainingSettings(),  # noqa: B008
+    training: TrainingSettings = TrainingSettings(),
     progress: bool = True,
 ) -> Path:
     """Trains a language model and writes checkpoints that Hugging Face's from_pretrained loads.

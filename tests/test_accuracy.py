@@ -11,7 +11,7 @@ from blockspec.quadrature import quadrature
 
 
 def block_like(size, *, seed, kind):
-    """A dense symmetric matrix: a bulk near zero and outliers, like a trained block, or a wide bulk, like one at initialisation."""
+    """A dense symmetric matrix: a bulk near zero and outliers, like a trained block, or a wide bulk, like a new one."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(size, generator=generator, dtype=torch.float64)
     if kind == "trained":
@@ -86,7 +86,10 @@ def test_the_error_of_the_probes_is_bounded_in_the_mean_and_exceeded_rarely(size
 
 def test_wasserstein_agrees_with_scipy():
     generator = np.random.default_rng(0)
-    p, q = (generator.normal(size=7), generator.dirichlet(np.ones(7))), (generator.normal(size=5), generator.dirichlet(np.ones(5)))
+    p, q = (
+        (generator.normal(size=7), generator.dirichlet(np.ones(7))),
+        (generator.normal(size=5), generator.dirichlet(np.ones(5))),
+    )
     assert wasserstein(p, q) == pytest.approx(wasserstein_distance(p[0], q[0], p[1], q[1]), rel=1e-12)
 
 

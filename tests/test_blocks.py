@@ -184,9 +184,7 @@ def test_query_key_and_value_are_what_the_attention_receives(family, monkeypatch
 
 
 def key_heads(family):
-    return {"llama": 2, "qwen2": 2, "phi3": 2, "falcon_grouped": 2, "falcon_one_key": 1, "bigcode_one_key": 1}.get(
-        family, 4
-    )
+    return {"llama": 2, "qwen2": 2, "phi3": 2, "falcon_grouped": 2, "falcon_one_key": 1, "bigcode_one_key": 1}.get(family, 4)
 
 
 # What a neuron and a token are, seen at the outputs of their module.
@@ -244,9 +242,7 @@ def test_the_rule_of_adam_mini_on_gpt2():
     vit = named(partition(tiny_vit(), by="neuron"))
     assert {"classifier.weight", "vit.embeddings.patch_embeddings.projection.weight"} <= set(vit)
     mlm = named(partition(tiny_bert(), by="neuron"))
-    assert {"bert.embeddings.word_embeddings.weight/token_3", "bert.embeddings.token_type_embeddings.weight"} <= set(
-        mlm
-    )
+    assert {"bert.embeddings.word_embeddings.weight/token_3", "bert.embeddings.token_type_embeddings.weight"} <= set(mlm)
 
 
 # Names and kinds.
@@ -517,9 +513,7 @@ def test_include_and_exclude():
     names = [b.name for b in partition(model, include=["*/query", "*wte*"], exclude="*.bias/*")]
     assert names == ["transformer.wte.weight"] + [f"transformer.h.{l}.attn.c_attn.weight/query" for l in (0, 1)]
     everything = partition(model)
-    assert [b.name for b in partition(model, exclude="*.bias*")] == [
-        b.name for b in everything if ".bias" not in b.name
-    ]
+    assert [b.name for b in partition(model, exclude="*.bias*")] == [b.name for b in everything if ".bias" not in b.name]
 
 
 OWN = {

@@ -151,7 +151,7 @@ MISTAKES = {
         (*BASE, "--out", "OUT", "--blocks.include", '["transformer.h.0.atn.*"]'),
         "matches no block; the nearest are",
     ),
-    "no such dtype": ((*BASE, "--out", "OUT", "--dtype", "float65"), "dtype is one of ('float64'"),
+    "no such dtype": ((*BASE, "--out", "OUT", "--dtype", "float65"), "dtype is one of ('float"),
     "no such device": ((*BASE, "--out", "OUT", "--device", "tpu9"), "device 'tpu9' cannot be used"),
     "no such command": (("draw", "OUT"), "draw"),
     "no run to show": (("show", "OUT"), "is no run's folder"),

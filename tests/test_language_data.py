@@ -192,9 +192,7 @@ def test_killed_preparation_goes_on(tmp_path):
         data._encode = killing
         data.prepare({str(parquet(tmp_path))!r}, out={str(tmp_path / "out")!r}, tokenizer="embedded", val_share=0.2)
     """
-    killed = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, check=False, capture_output=True
-    )
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert json.loads((tmp_path / "out.partial/state.json").read_text())["counts"]["train"]["documents"] == 14 - 1
     out = prepare(str(tmp_path / "documents.parquet"), out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.2)
@@ -308,9 +306,7 @@ def test_tokens_outside_the_vocabulary(tmp_path):
     with pytest.raises(ValueError, match="token 300, the vocabulary ends at 299"):
         open_tokens(str(tmp_path), "train", window=4, vocabulary=300)
     write_bin(tmp_path / "val.bin", [50256, 50257])
-    with pytest.raises(
-        ValueError, match="token 50257, the vocabulary ends at 50256"
-    ):  # GPT-2's, where nothing is stated
+    with pytest.raises(ValueError, match="token 50257, the vocabulary ends at 50256"):  # GPT-2's, where nothing is stated
         open_tokens(str(tmp_path), "val", window=2)
 
 
@@ -418,11 +414,7 @@ def test_a_large_file_costs_no_more_memory_than_a_batch(tmp_path):
             random_windows(tokens, index, batch_size=32, window=1024, seed=0)
         print(tokens.length, peak() - before)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, check=True)
     length, growth = map(int, done.stdout.split())
     assert length == 1 << 29
-    assert growth < 12_000, (
-        f"{growth} KiB"
-    )  # the chunk of the check, 2 MiB, and a batch with the pages around its windows
+    assert growth < 12_000, f"{growth} KiB"  # the chunk of the check, 2 MiB, and a batch with the pages around its windows

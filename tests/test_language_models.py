@@ -70,9 +70,7 @@ def data(tmp_path) -> str:
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
 def test_nanogpt_as_gpt2_is_the_same_function(bias, prefix, data, tmp_path):
     source = random_gpt(bias=bias)
-    model, batches, loss = nanogpt.checkpoint(
-        str(write_nanogpt(tmp_path / "ckpt.pt", source, prefix=prefix)), data=data
-    )
+    model, batches, loss = nanogpt.checkpoint(str(write_nanogpt(tmp_path / "ckpt.pt", source, prefix=prefix)), data=data)
     assert isinstance(model, GPT2LMHeadModel)
     assert not model.training
     tokens = batches[0]["input_ids"]
@@ -320,9 +318,7 @@ def test_the_initial_weights_are_those_of_gpt2():
 
 def test_gpt2_124m_has_the_size_of_the_paper_s():
     with torch.device("meta"):
-        model = build(
-            ModelSettings(num_layers=12, num_heads=12, width=768), vocabulary=50257, window=1024, end_token=None
-        )
+        model = build(ModelSettings(num_layers=12, num_heads=12, width=768), vocabulary=50257, window=1024, end_token=None)
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
 
 

@@ -120,9 +120,9 @@ def test_training_on_prepared_data_keeps_their_tokenizer(tmp_path):
     data = DataSettings(source=str(source), num_tokens=16, batch_size=4, held_out_batches=1)
     model = ModelSettings(num_layers=1, num_heads=2, width=16)
     last = train(out=str(tmp_path / "run"), model=model, data=data, training=settings)
-    assert AutoTokenizer.from_pretrained(last).decode([17, 300]) == AutoTokenizer.from_pretrained(
-        source / "tokenizer"
-    ).decode([17, 300])
+    assert AutoTokenizer.from_pretrained(last).decode([17, 300]) == AutoTokenizer.from_pretrained(source / "tokenizer").decode(
+        [17, 300]
+    )
 
 
 def test_killed_training_goes_on_with_the_same_losses(tmp_path):

@@ -133,6 +133,20 @@ def test_a_run_goes_on_with_new_checkpoints(tmp_path):
     pd.testing.assert_frame_equal(both[both["step"] != 20].reset_index(drop=True), first)
 
 
+def test_checkpoints_without_numbers_keep_their_steps_or_are_refused(tmp_path):
+    """A new one that sorts between two that are done would take the step of the second."""
+    paths = factories.write_checkpoints(tmp_path, [1, 2, 3])
+    named = [path.rename(tmp_path / f"{name}.pt") for path, name in zip(paths, ("early", "late", "middle"), strict=True)]
+    out = tmp_path / "run"
+    assert run(out, "--checkpoints", json.dumps([str(named[0]), str(named[1])])).code == 0
+    before = table_of(out)
+    again = run(out, "--checkpoints", json.dumps([str(named[0]), str(named[2]), str(named[1])]))
+    assert again.code != 0
+    assert "step 1" in again.err
+    assert "late.pt" in again.err
+    pd.testing.assert_frame_equal(table_of(out), before)
+
+
 @pytest.mark.parametrize("state_every", ["0", "1000"])
 @pytest.mark.parametrize("share", [0.6, 0.8, 1.0])
 def test_a_killed_run_goes_on_and_gives_the_same_numbers(tmp_path, share, state_every):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from models import tiny_gpt2
 
 import blockspec
 from blockspec.curvature import Products
 from blockspec.estimate import plan_spectra
 from blockspec.memory import parse, readable
-from models import tiny_gpt2
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import tiny_gpt2
 
 import blockspec
-from models import tiny_gpt2
 
 SCRIPT = """
 import sys, torch, blockspec

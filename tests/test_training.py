@@ -90,9 +90,7 @@ def test_micro_batches_give_the_mean_over_all_terms(tmp_path):
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     train(make_model(), whole, loss, settings=SETTINGS, out=tmp_path / "whole")
-    torch.testing.assert_close(
-        losses(tmp_path / "cut").tolist(), losses(tmp_path / "whole").tolist(), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(losses(tmp_path / "cut").tolist(), losses(tmp_path / "whole").tolist(), rtol=1e-12, atol=0)
 
 
 class Killed(Exception):

@@ -79,9 +79,7 @@ def test_what_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "_pool", lambda settings: Here())
     compare(made_up([]), SETTINGS, out=tmp_path)
     for name in ("trials", "optimizers", "curves"):
-        pd.testing.assert_frame_equal(
-            pd.read_parquet(tmp_path / f"{name}.parquet"), pd.read_csv(tmp_path / f"{name}.csv")
-        )
+        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / f"{name}.parquet"), pd.read_csv(tmp_path / f"{name}.csv"))
     trials = pd.read_parquet(tmp_path / "trials.parquet")
     assert len(trials) == 10 + 8
     assert trials.query("lr == 0.4")["final_loss"].tolist() == [math.inf, math.inf]

@@ -156,7 +156,7 @@ def test_the_papers_14_blocks_of_a_timm_vit_by_one_list():
 
 
 def test_the_config_of_vit_base_has_the_papers_14_blocks():
-    settings = yaml.safe_load((CONFIGS / "imagenet_vit_base_spectra.yaml").read_text())["blocks"]
+    settings = yaml.safe_load((CONFIGS / "spectra" / "imagenet_vit_base.yaml").read_text())["blocks"]
     with torch.device("meta"):
         model = build(ModelSettings("vit"))
     blocks = partition(model, settings["by"], exclude=settings["exclude"])
@@ -166,10 +166,10 @@ def test_the_config_of_vit_base_has_the_papers_14_blocks():
     assert [block.numel for block in blocks] == [width * 3 * 16**2, *sizes * 3, width * 1000]
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_spectra.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("spectra/*.yaml")), ids=lambda path: path.stem)
 def test_every_config_has_the_weight_matrices_of_its_model(path):
     settings = yaml.safe_load(path.read_text())
-    name = settings["model_args"].get("model") or path.stem.removesuffix("_spectra")
+    name = settings["model_args"].get("model") or path.stem
     with torch.device("meta"):
         model = build(ModelSettings(name))
     chosen = settings["blocks"]

@@ -1,6 +1,6 @@
 """PyHessian's study (arXiv 1912.07145): residual networks by depth, with and without batch norm and shortcuts.
 
-``python -m vision_models.ablation`` on the digits: minutes. ``--config vision_models/configs/ablation_cifar10.yaml``: the paper's
+``python -m vision_models.ablation`` on the digits: minutes. ``--config vision_models/configs/ablation/cifar10.yaml``: the paper's
 settings.
 """
 

@@ -5,7 +5,7 @@
 #                                              200,000 parameters, trained and measured: at most 8 minutes on two cores and 3 GB
 #   bash vision_models/run.sh imagenet PATH    ViT-base (14 blocks), ResNet18 and VGG16 of arXiv 2402.16788 at initialisation, on 256
 #                                              images of PATH/train/<class>/*.JPEG: hours on one GPU of 80 GB, weeks on a CPU; what
-#                                              each costs stands in its file imagenet_*_spectra.yaml
+#                                              each costs stands in its file spectra/imagenet_*.yaml
 #   --train                                    of imagenet: train the three first, on all of PATH/train and PATH/val (90 epochs each,
 #                                              days on 8 GPUs), and measure along the training
 #   --out FOLDER                               default: runs/digits or runs/imagenet
@@ -39,7 +39,7 @@ digits() { # one model after the other; each call is one process on one core
     for model in "$@"; do
         python -m vision_models.train --config "$configs/digits_$model.yaml" --out "$out/$model" --training.tracker none
         checkpoints=("$out/$model"/step_*)
-        blockspec run --config "$configs/digits_${model}_spectra.yaml" --out "$out/spectra/$model" --device "$device" \
+        blockspec run --config "$configs/spectra/digits_${model}.yaml" --out "$out/spectra/$model" --device "$device" \
             --checkpoints "[\"${checkpoints[0]}\", \"${checkpoints[-1]}\"]"
     done
 }
@@ -51,7 +51,7 @@ imagenet() {
             accelerate launch -m vision_models.train --config "$configs/imagenet_$model.yaml" --out "$out/$model" --data.name "$images"
             arguments+=(--checkpoints "[\"$out/$model/step_*\"]")
         fi
-        blockspec run --config "$configs/imagenet_${model}_spectra.yaml" --out "$out/spectra/$model" --device "$device" \
+        blockspec run --config "$configs/spectra/imagenet_${model}.yaml" --out "$out/spectra/$model" --device "$device" \
             "${arguments[@]}"
     done
 }

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..losses import next_token
@@ -62,18 +63,24 @@ class SpectrumCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         self.due_steps = due_steps(*self.due, total=state.max_steps)
-        self.objective = Objective(self.trainer.model, self.batches, self.loss)
-        self.chosen = choose_blocks(self.trainer.model, self.blocks)
+        model = self.trainer.model
+        assert isinstance(model, nn.Module)
+        self.objective = Objective(model, self.batches, self.loss)
+        self.chosen = choose_blocks(model, self.blocks)
         check(self.out, self.objective, self.chosen, self.estimate)
-        self._measure(state)
+        self._measure(state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        self._measure(state)
+        self._measure(state, control)
 
-    def _measure(self, state: TrainerState) -> None:
-        if state.global_step in self.due_steps:
-            settings = asdict(self.estimate) | self.resources
-            self.trainer.log(record(self.out, state.global_step, self.objective, self.chosen, **settings))
+    def _measure(self, state: TrainerState, control: TrainerControl) -> None:
+        if state.global_step not in self.due_steps:
+            return
+        settings = asdict(self.estimate) | self.resources
+        found = record(self.out, state.global_step, self.objective, self.chosen, **settings)
+        asked = control.should_log  # logging takes it back, and this step's loss would be lost
+        self.trainer.log(found)
+        control.should_log = asked
 
 
 def due_steps(steps: Sequence[int], fractions: Sequence[float], *, total: int) -> frozenset[int]:
