@@ -299,7 +299,7 @@ def dropping(kind):
 
 def noisy_loss(model, batch):
     total, count = losses.next_token(model, batch)
-    return total * (1 + 1e-6 * torch.rand(())), count
+    return total * (1 + 1e-6 * torch.rand((), dtype=torch.float64)), count
 
 
 def shuffled():

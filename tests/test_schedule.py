@@ -105,7 +105,7 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_goes_on(objective, bloc
     small = blockspec.Objective(model, given, loss)
     monkeypatch.setattr(small, "check", lambda: None)
     small.loss = hungry
-    monkeypatch.setattr("blockspec.estimate.check_twice_differentiable", lambda objective: None)
+    monkeypatch.setattr("blockspec.estimate.check_twice_differentiable", lambda objective, names: None)
     with pytest.warns(UserWarning, match="out of memory: going on with a micro-batch of 1 instead of 3"):
         spectra = blockspec.estimate_spectra(small, blocks, num_probes=1, num_steps=4)
     for name, spectrum in expected.items():
