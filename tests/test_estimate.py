@@ -162,6 +162,16 @@ def test_largest_eigenvalues_of_a_trained_float32_model(name):
     assert abs(spectra[name].largest.value - truth) <= spectra[name].largest.residual
 
 
+def test_the_value_part_hides_the_query_part_of_a_fused_matrix():
+    it = trained()
+    (fused,) = partition(it.model, "tensor", include="*h.0.attn.c_attn.weight")
+    whole = estimate_spectra(it.objective(), fused, num_probes=1, num_steps=20)[fused.name].largest.value
+    _, spectra = trained_spectra()
+    query, value = (spectra[f"{fused.name}/{part}"].largest.value for part in ("query", "value"))
+    assert query < 0.5 * whole
+    assert 0.5 * whole < value <= whole * (1 + 1e-5)
+
+
 def test_a_float32_model_is_symmetric_to_its_precision_and_says_so():
     _, spectra = trained_spectra()
     for spectrum in spectra.values():
