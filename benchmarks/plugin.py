@@ -1,0 +1,92 @@
+"""Where the time of a measurement in training goes: ``python -m benchmarks.plugin``.
+
+Trains a small GPT-2 in a loop of one's own and measures spectra in it with ``blockspec.integrations.record``. Products should be
+all of the cost: the rest is Lanczos' own arithmetic, checks, distances between blocks and tables.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import pandas as pd
+import torch
+from jsonargparse import CLI
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.record import write
+from blockspec import Objective, losses, partition
+from blockspec.integrations import record
+
+PARTS = {  # what is timed, and where its callers find it
+    "products": "blockspec.curvature.Products.sweep",
+    "Lanczos": "blockspec.lanczos.Lanczos.advance",
+    "distances and tables": "blockspec.integrations.recording.append_tables",
+    "record of the run": "blockspec.integrations.recording.open_record",
+}
+
+
+def main(
+    *, layers: int = 2, width: int = 128, window: int = 64, batch: int = 8, probes: int = 4, steps: int = 20, measured: int = 2
+) -> None:
+    """Measures and prints the shares.
+
+    Args:
+        layers: Of the model.
+        width: Of the model; a head has 32.
+        window: Tokens in a window.
+        batch: Windows in the one held-out batch.
+        probes: A block.
+        steps: Lanczos steps.
+        measured: Measurements; the first one, which begins the folder, counts as well.
+    """
+    torch.manual_seed(0)
+    sizes = {"n_layer": layers, "n_embd": width, "n_head": width // 32, "n_positions": window, "vocab_size": 512}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    data = {"input_ids": torch.randint(512, (batch, window))}
+    objective, blocks = Objective(model, [data], losses.next_token), partition(model, include="*weight*")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as out, timed(seconds):
+        for step in range(measured):
+            start = time.perf_counter()
+            record(out, step, objective, blocks, num_probes=probes, num_steps=steps)
+            seconds["all"] = seconds.get("all", 0.0) + time.perf_counter() - start
+            losses.next_token(model, data)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    seconds["everything else"] = 2 * seconds["all"] - sum(seconds.values())
+    table = pd.DataFrame({"seconds": seconds, "share": {name: value / seconds["all"] for name, value in seconds.items()}})
+    title = f"{measured} measurements of {len(blocks)} blocks, {probes} probes of {steps} steps"
+    write("plugin", {title: table.rename_axis("part")})
+
+
+@contextmanager
+def timed(seconds: dict[str, float]) -> Iterator[None]:
+    """Adds up the time that each of PARTS takes."""
+    with ExitStack() as stack:
+        for name, path in PARTS.items():
+            patcher = mock.patch(path, autospec=True)
+            original = patcher.get_original()[0]
+            patcher.kwargs["side_effect"] = _timer(original, name, seconds)
+            stack.enter_context(patcher)
+        yield
+
+
+def _timer(function: Callable[..., Any], name: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+    return call
+
+
+if __name__ == "__main__":
+    CLI(main)
