@@ -210,12 +210,10 @@ def xtrace(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
         basis = torch.cat([basis, new_basis])
         basis_images = torch.cat([basis_images, (yield new_basis)])
         samples = leave_one_out(drawn, images, basis, basis_images)
-        if sampling.met(
-            CORRELATION * (samples - samples.mean()) + samples.mean(), float(_rows_dot(images, images).mean().sqrt())
-        ):
+        samples = samples.mean() + CORRELATION * (samples - samples.mean())
+        if sampling.met(samples, float(_rows_dot(images, images).mean().sqrt())):
             break
-    value, stderr = estimate(samples)
-    return Estimate(value, None if stderr is None else CORRELATION * stderr), len(samples)
+    return estimate(samples), len(samples)
 
 
 def leave_one_out(drawn: Tensor, images: Tensor, basis: Tensor, basis_images: Tensor) -> np.ndarray:

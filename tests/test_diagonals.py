@@ -70,6 +70,13 @@ def test_a_diagonal_matrix_is_exact_with_one_probe():
     assert np.isnan(found.frame()["stderr"]).all()
 
 
+def test_errors_of_entries_are_those_of_a_block_of_one_entry():
+    objective, blocks = coupled(matrix_with_decay(41), (1, 40))
+    found = blockspec.diagonal(objective, blocks, num_probes=5)
+    assert found.values["parts.0"].item() == pytest.approx(found.means["parts.0"].value)
+    assert found.stderrs["parts.0"].item() == pytest.approx(found.means["parts.0"].stderr)
+
+
 def test_what_lies_outside_of_the_blocks_is_left_alone():
     objective, blocks = coupled(matrix_with_decay(sum(SIZES)), SIZES)
     found = blockspec.diagonal(objective, blocks[1], num_probes=3)

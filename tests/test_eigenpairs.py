@@ -75,6 +75,20 @@ def test_residuals_meet_the_tolerance(tolerance):
     assert residuals(matrix, found).max() <= tolerance
 
 
+@pytest.mark.parametrize(
+    ("bulk", "top", "settings"),
+    [(10.0, [1e3] * 4 + [1.05], {"tolerance": 1e-9}), (10.0, [1.2] * 3, {"tolerance": 5e-2, "basis": 8})],
+)
+def test_residuals_are_what_they_are(bulk, top, settings):
+    """Far from convergence and close to rounding, through restarts and for copies found later."""
+    matrix = matrix_of(torch.cat([bulk * BULK, torch.tensor(top, dtype=torch.float64)]))
+    found, it = search(matrix, len(top) + 1, "largest", **settings)
+    assert it.products > 30
+    shown = found.residuals > 1e-12 * it.scale
+    assert shown.any()
+    np.testing.assert_allclose(residuals(matrix, found)[shown], found.residuals[shown], rtol=1e-4)
+
+
 def test_single_precision_ends():
     matrix = matrix_with_decay(200).float()
     found, it = search(matrix, 5, "magnitude", tolerance=1e-5)
