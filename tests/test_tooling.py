@@ -14,7 +14,7 @@ import blockspec
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = sorted((ROOT / "blockspec").rglob("*.py"))
-OURS = {"language_models", "vision_models", "training", "benchmarks", "examples"}
+OURS = {"language_models", "vision_models", "training", "benchmarks", "examples", "paper"}
 PUBLIC = ("Block", "Estimate", "Objective", "RitzValue", "Spectra", "Spectrum", "block_diagonal", "draw_probe")
 PUBLIC += ("estimate_spectra", "js0", "js_distances", "load_spectra", "losses", "partition")
 
