@@ -183,6 +183,12 @@ class AdaHessian(torch.optim.Optimizer):
         values = [gradient.detach() for gradient in given.values()]
         return _Measured.apply(loss.detach(), values, lambda factor: self._gather(diagonal, factor), *given)
 
+    def rescale(self, factor: float | Tensor) -> None:
+        """Multiplies what was measured since the last step, as the caller does with the gradients: for losses that are sums,
+        whose number of terms is known after the last micro-batch."""
+        for values in self._gathered.values():
+            values.mul_(factor)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As every optimizer's; drops what was measured since the last step."""
         super().zero_grad(set_to_none)

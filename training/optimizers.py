@@ -25,6 +25,8 @@ class OptimizerSettings:
         momentum: Momentum of sgd.
         hessian_power: Share of adahessian's scaling by curvature, from 0 to 1.
         update_each: Steps from one of adahessian's measurements of curvature to the next.
+        spatial_averaging: What adahessian's curvature is averaged over: conv (kernels), rows (these, and rows of matrices), or
+            runs of so many entries; nothing if left out.
         clip: Largest norm of the whole gradient; 0 switches clipping off.
     """
 
@@ -36,6 +38,7 @@ class OptimizerSettings:
     momentum: float = 0.9
     hessian_power: float = 1.0
     update_each: int = 1
+    spatial_averaging: Literal["conv", "rows"] | int | None = None
     clip: float = 1.0
 
 
@@ -105,8 +108,8 @@ def _adaptive(settings: OptimizerSettings) -> dict[str, Any]:
 def _adahessian(groups: list[dict], settings: OptimizerSettings) -> Optimizer:
     from blockspec.optim import AdaHessian
 
-    own = _adaptive(settings)
-    return AdaHessian(groups, hessian_power=settings.hessian_power, update_each=settings.update_each, **own)
+    own = {name: getattr(settings, name) for name in ("hessian_power", "update_each", "spatial_averaging")}
+    return AdaHessian(groups, **own, **_adaptive(settings))
 
 
 OPTIMIZERS: Mapping[str, Callable[[list[dict], OptimizerSettings], Optimizer]] = {

@@ -110,12 +110,12 @@ def train(
             model.compile()
         model.train()
         optimizer = make_optimizer(model, settings.optimizer)
-        second_order = getattr(optimizer, "second_order", lambda model: nullcontext())  # AdaHessian has these two
+        second_order = getattr(optimizer, "second_order", lambda model: nullcontext())  # AdaHessian has these three
         probe = getattr(optimizer, "probe", lambda loss: loss)
+        rescale = getattr(optimizer, "rescale", lambda factor: None)
         model, optimizer = accelerator.prepare(model, optimizer)
-        loop = _Loop(
-            accelerator, model, optimizer, batch_at, loss, settings, out, save, measure, content, second_order, probe
-        )
+        own = (second_order, probe, rescale)
+        loop = _Loop(accelerator, model, optimizer, batch_at, loss, settings, out, save, measure, content, *own)
         loop.run(latest_state(out, accelerator), progress=progress and accelerator.is_main_process)
         finish(out, accelerator)
     return last_checkpoint(out) or out
@@ -157,14 +157,7 @@ def _check(settings: TrainingSettings, accelerator: Accelerator) -> None:
         raise ValueError(
             f"micro_batches is {settings.micro_batches}; a multiple of the {processes} processes is needed"
         )
-    if settings.optimizer.name != "adahessian":
-        return
-    if settings.micro_batches > 1:
-        raise ValueError(
-            f"micro_batches is {settings.micro_batches}; adahessian takes 1, as the Hessian diagonal is not "
-            "reweighted by the numbers of loss terms: make the batch larger instead"
-        )
-    if settings.compile:
+    if settings.optimizer.name == "adahessian" and settings.compile:
         raise ValueError("compiled models cannot be differentiated twice: switch compile off for adahessian")
 
 
@@ -184,6 +177,7 @@ class _Loop:
     content: dict[str, Any]
     second_order: Callable[[nn.Module], AbstractContextManager]
     probe: Callable[[Tensor], Tensor]
+    rescale: Callable[[Tensor], None]
 
     def run(self, first: int, *, progress: bool) -> None:
         """Trains from step ``first`` to the end. A step is the number of updates that were made."""
@@ -244,7 +238,9 @@ class _Loop:
         total, terms = self.accelerator.reduce(torch.stack([total, total.new_tensor(terms)]), reduction="sum")
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         # backward left the sum over the micro-batches, averaged over processes
-        torch._foreach_mul_(gradients, (processes / terms).to(gradients[0].dtype))
+        factor = processes / terms
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        self.rescale(factor)
         return total, terms
 
 
