@@ -126,17 +126,13 @@ def _check_limits(num_documents: int | None, num_tokens: int | None, val_share: 
     if not 0 < val_share < 1:
         raise ValueError(f"val_share is {val_share}; it must lie between 0 and 1")
     if any(limit is not None and limit < 1 for limit in (num_documents, num_tokens)):
-        raise ValueError(
-            f"num_documents is {num_documents}, num_tokens {num_tokens}; they must be at least 1, or left out"
-        )
+        raise ValueError(f"num_documents is {num_documents}, num_tokens {num_tokens}; they must be at least 1, or left out")
 
 
 def _refuse_others(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     changed = differences({name: stored.get(name) for name in settings}, dict(settings))
     if changed:
-        raise ValueError(
-            f"{folder} was made with other settings ({'; '.join(changed)}): delete it or choose another --out"
-        )
+        raise ValueError(f"{folder} was made with other settings ({'; '.join(changed)}): delete it or choose another --out")
 
 
 def is_val(number: int, val_share: float) -> bool:

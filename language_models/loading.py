@@ -16,9 +16,7 @@ from language_models.hub import hub_or_cache
 KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 
 
-def load_pretrained(
-    name: str, kind: Literal["causal", "masked"], *, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_pretrained(name: str, kind: Literal["causal", "masked"], *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal or masked language model in float32 and eval mode.
 
     Args:

@@ -91,9 +91,7 @@ def build(settings: ModelSettings, *, vocabulary: int, window: int, end_token: i
         raise ValueError(f"width is {settings.width}; it must be a multiple of num_heads, {settings.num_heads}")
     size = settings.vocabulary or vocabulary
     if size < vocabulary:
-        raise ValueError(
-            f"the model's vocabulary is {size}, the data's is {vocabulary}: set model.vocabulary to it or more"
-        )
+        raise ValueError(f"the model's vocabulary is {size}, the data's is {vocabulary}: set model.vocabulary to it or more")
     model = BUILDERS[settings.architecture](settings, size, window, end_token)
     if not settings.bias:
         freeze_biases(model)

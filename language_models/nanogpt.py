@@ -46,9 +46,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     return content["model_args"], {name: tensor for name, tensor in weights.items() if not BUFFERS.search(name)}
 
 
-def to_gpt2(
-    arguments: Mapping[str, Any], weights: Mapping[str, Tensor], *, activation: str = "gelu"
-) -> GPT2LMHeadModel:
+def to_gpt2(arguments: Mapping[str, Any], weights: Mapping[str, Tensor], *, activation: str = "gelu") -> GPT2LMHeadModel:
     """The same function as a Hugging Face GPT-2.
 
     Args:

@@ -73,9 +73,7 @@ def check_bin(path: Path, *, vocabulary: int, window: int) -> int:
     """The number of tokens in a ``.bin`` file; ValueError says why it cannot be used."""
     size = path.stat().st_size
     if size % DTYPE.itemsize:
-        raise ValueError(
-            f"{path} has {size} bytes, an odd number: tokens are uint16, so it is cut short or no token file"
-        )
+        raise ValueError(f"{path} has {size} bytes, an odd number: tokens are uint16, so it is cut short or no token file")
     length = size // DTYPE.itemsize
     _check_length(str(path), length, window)
     largest = _known_largest(path, size)
@@ -87,16 +85,12 @@ def _check_length(name: str, length: int, window: int) -> None:
     if window < 2:
         raise ValueError(f"a window has {window} tokens; it needs two at least, one to predict the other from")
     if length < window:
-        raise ValueError(
-            f"{name} has {length} tokens, one window needs {window}: prepare more text or shorten the window"
-        )
+        raise ValueError(f"{name} has {length} tokens, one window needs {window}: prepare more text or shorten the window")
 
 
 def _check_largest(name: str, largest: int, vocabulary: int) -> None:
     if largest >= vocabulary:
-        raise ValueError(
-            f"{name} has token {largest}, the vocabulary ends at {vocabulary - 1}: it was made by another tokenizer"
-        )
+        raise ValueError(f"{name} has token {largest}, the vocabulary ends at {vocabulary - 1}: it was made by another tokenizer")
 
 
 def open_tokens(
@@ -142,9 +136,7 @@ def mask_token(data: str, encoder: PreTrainedTokenizerBase | None = None) -> int
     """The token that stands for a masked one."""
     token = encoder.mask_token_id if encoder is not None else read_meta(data).get("mask_token")
     if token is None:
-        raise ValueError(
-            f"the tokenizer of {data} has no mask token: prepare the data with one that has, such as BERT's"
-        )
+        raise ValueError(f"the tokenizer of {data} has no mask token: prepare the data with one that has, such as BERT's")
     return token
 
 

@@ -59,9 +59,7 @@ def write_checkpoint(out: Path, model: nn.Module, *, step: int, record: Mapping[
 
 def list_checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints of a run, first step first."""
-    return sorted(
-        path.parent for path in Path(out).glob(f"step_*/{RECORD}") if not path.parent.name.endswith(".partial")
-    )
+    return sorted(path.parent for path in Path(out).glob(f"step_*/{RECORD}") if not path.parent.name.endswith(".partial"))
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -71,7 +69,5 @@ def last_checkpoint(out: Path) -> Path | None:
 def read_record(checkpoint: Path | str) -> dict[str, Any]:
     path = Path(checkpoint) / RECORD
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{checkpoint} has no {RECORD}: it is no checkpoint of this trainer, or an unfinished one"
-        )
+        raise FileNotFoundError(f"{checkpoint} has no {RECORD}: it is no checkpoint of this trainer, or an unfinished one")
     return json.loads(path.read_text(encoding="utf-8"))

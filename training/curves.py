@@ -25,9 +25,7 @@ def draw(trials: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> Path:
 @styled
 def plot_optimizers(trials: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     """Left: final loss by learning rate, infinite ones hollow at the top. Right: loss by step, mean and range."""
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(7.0, 2.6), layout="constrained", width_ratios=(1, 1.4), sharey=True
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.0, 2.6), layout="constrained", width_ratios=(1, 1.4), sharey=True)
     names = list(trials["optimizer"].unique())
     looks = {"hue_order": names, "palette": list(RUNS[: len(names)])}
     _draw_rates(left, trials[trials["tuning"]], names)

@@ -46,9 +46,7 @@ class Log:
 
     def __enter__(self) -> Log:
         if self.accelerator.log_with:
-            self.accelerator.init_trackers(
-                self.path.parent.resolve().name
-            )  # the project in W&B, a folder for TensorBoard
+            self.accelerator.init_trackers(self.path.parent.resolve().name)  # the project in W&B, a folder for TensorBoard
         if self.accelerator.is_main_process:
             _keep_before(self.path, self.first)
             self._file = self.path.open("a", encoding="utf-8")

@@ -38,9 +38,7 @@ def begin(out: Path, settings: Mapping[str, Any], accelerator: Accelerator) -> N
     if path.is_file():
         changed = differences(json.loads(path.read_text(encoding="utf-8")), as_json(settings))
         if changed:
-            raise ValueError(
-                f"{out} holds a run of other settings ({'; '.join(changed)}): choose another folder or delete it"
-            )
+            raise ValueError(f"{out} holds a run of other settings ({'; '.join(changed)}): choose another folder or delete it")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)

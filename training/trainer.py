@@ -136,9 +136,7 @@ def mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> float:
 
 def _make_accelerator(settings: TrainingSettings, out: Path) -> Accelerator:
     if settings.tracker != "none" and importlib.util.find_spec(settings.tracker) is None:
-        raise ValueError(
-            f"the tracker {settings.tracker} is not installed: 'pip install {settings.tracker}', or tracker none"
-        )
+        raise ValueError(f"the tracker {settings.tracker} is not installed: 'pip install {settings.tracker}', or tracker none")
     return Accelerator(
         cpu=settings.device == "cpu",
         mixed_precision=PRECISIONS[settings.precision],
@@ -154,9 +152,7 @@ def _check(settings: TrainingSettings, accelerator: Accelerator) -> None:
         raise ValueError(f"num_steps is {settings.num_steps}, log_every {settings.log_every}; both must be at least 1")
     processes = accelerator.num_processes
     if settings.micro_batches < 1 or settings.micro_batches % processes:
-        raise ValueError(
-            f"micro_batches is {settings.micro_batches}; a multiple of the {processes} processes is needed"
-        )
+        raise ValueError(f"micro_batches is {settings.micro_batches}; a multiple of the {processes} processes is needed")
     if settings.optimizer.name == "adahessian" and settings.compile:
         raise ValueError("compiled models cannot be differentiated twice: switch compile off for adahessian")
 
