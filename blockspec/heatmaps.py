@@ -18,7 +18,7 @@ from .style import short_names, styled
 
 COLOURS = ListedColormap(colormaps["magma_r"](np.linspace(0, 0.88, 256)))  # lightness falls evenly: readable in grey
 CHARACTER = 0.66  # mean width of a character over the size of its font, generously
-
+SMALLEST = 4.5  # points: below, a number cannot be read
 
 BOUNDED_TICKS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
@@ -109,15 +109,19 @@ def _map(axes: Axes, table: pd.DataFrame, norm: Normalize, side: float, *, label
     if size > 1:
         mean = table.to_numpy()[np.tril_indices(size, -1)].mean()
         axes.text(0.98, 0.98, f"mean over pairs\n{mean:.3g}", transform=axes.transAxes, ha="right", va="top")
-    if size <= 8:
-        _write_values(axes, values, norm)
+    _write_values(axes, values, norm, room=side * 72 / size)
     return image
 
 
-def _write_values(axes: Axes, values: np.ma.MaskedArray, norm: Normalize) -> None:
-    for i, j in zip(*np.tril_indices(len(values), -1), strict=True):
+def _write_values(axes: Axes, values: np.ma.MaskedArray, norm: Normalize, *, room: float) -> None:
+    """The numbers, where they find room: points a cell."""
+    texts = {(i, j): f"{values[i, j]:.2g}" for i, j in zip(*np.tril_indices(len(values), -1), strict=True)}
+    font = min(6.0, room / (CHARACTER * max(map(len, texts.values()), default=1)))
+    if font < SMALLEST:
+        return
+    for (i, j), text in texts.items():
         colour = "white" if norm(values[i, j]) > 0.55 else "black"
-        axes.text(j + 0.5, i + 0.5, f"{values[i, j]:.2g}", ha="center", va="center", fontsize=6, color=colour)
+        axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=font, color=colour)
 
 
 def _label_inches(table: pd.DataFrame, side: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,34 +124,50 @@ def save(figure: Figure, folder: str | os.PathLike[str], name: str) -> Path:
 def short_name(name: str) -> str:
     """A block's name for an axis: ``transformer.h.0.attn.c_attn.weight/query`` is ``h0.query``.
 
-    A matrix within a layer is called by its kind where its architecture is known, anything else by its last component.
+    A matrix within a layer is called by its kind where its architecture is known, anything else by its module.
     """
     path, *parts = name.split("/")
-    module, _, last = path.rpartition(".")
     kind = role(path, nn.Identity()).matrix
     if parts and kind == "qkv":
         middle = [parts.pop(0)]
     elif layer_prefix(path) and kind in MATRIX_KINDS:
         middle = [KINDS[kind].short]
     else:
-        middle = [(module if last in ("weight", "bias") else path).rpartition(".")[2]]
-    suffix = ["bias"] if last == "bias" else []
-    return ".".join([*_layer(path), *middle, *suffix, *(part.replace("_", "") for part in parts)])
+        below = _below_layer(path)
+        middle = below[-2:] if below and below[-1].isdigit() else below[-1:]
+    return _joined(path, middle, parts)
+
+
+def _longer_name(name: str) -> str:
+    """With the whole path below the layer: ``blocks0.mlp_tokens.fc1``."""
+    path, *parts = name.split("/")
+    return _joined(path, _below_layer(path), parts)
+
+
+def _joined(path: str, middle: Sequence[str], parts: Sequence[str]) -> str:
+    suffix = ["bias"] if path.endswith(".bias") else []
+    name = ".".join([*_layer(path), *middle, *suffix, *(part.replace("_", "") for part in parts)]) or path
+    return re.sub(r"(?<=[A-Za-z_])\.(?=\d+(\.|$))", "", name)  # h.0 is h0, but layer1.0 stays
+
+
+def _below_layer(path: str) -> list[str]:
+    """Modules from the layer, or from the whole model, to the parameter."""
+    module = re.sub(r"(^|\.)(weight|bias)$", "", path).removeprefix(layer_prefix(path) or "")
+    return [part for part in module.split(".") if part]
 
 
 def _layer(path: str) -> list[str]:
-    prefix = layer_prefix(path)
-    if prefix is None:
-        return []
-    *_, container, number = prefix.split(".")
-    return [f"{container}.{number}" if container[-1].isdigit() else f"{container}{number}"]
+    """The components of the layer's path from the first that is numbered: ``["h", "0"]``, ``["stages", "1", "layers", "0"]``."""
+    components = (layer_prefix(path) or "").split(".")
+    numbered = [i for i, component in enumerate(components) if component[-1:].isdigit()]
+    return components[max(numbered[0] - components[numbered[0]].isdigit(), 0) :] if numbered else []
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Name -> short name; names whose short names coincide keep their own spelling, so that all stay different."""
+    """Name -> short name; names whose short names coincide are spelled longer, so that all stay different."""
     names = list(names)
     short = {name: short_name(name) for name in names}
-    for longer in (lambda name: name.replace(".weight", ""), lambda name: name):
+    for longer in (_longer_name, lambda name: name.replace(".weight", ""), lambda name: name):
         counts = Counter(short.values())
         short = {name: label if counts[label] == 1 else longer(name) for name, label in short.items()}
     return short

@@ -85,6 +85,7 @@ def figures(by_step: dict[int, Spectra], table: pd.DataFrame, heterogeneity: pd.
         "full_and_block_diagonal": plots.full_and_block_diagonal(last),
         "distance_heatmap": plots.distance_heatmap(maps["step 0"]),
         "distance_heatmap of 4": plots.distance_heatmap(few, "wasserstein"),
+        "distance_heatmap of 8 with long numbers": plots.distance_heatmap(square(list(layers)[:8]) * 1e-3, "wasserstein"),
         "distance_heatmap of 50": plots.distance_heatmap(square(list(layers)[:50])),
         "distance_heatmap of 194": plots.distance_heatmap(square(list(layers))),
         "distance_heatmaps": plots.distance_heatmaps(maps),
@@ -156,7 +157,7 @@ def square(names: list[str]) -> pd.DataFrame:
 FIGURES = (
     "esd_by_block", "esd_by_block of 12 layers", "esd_by_block of convolutions", "esd_by_block of one block", "esd_stages",
     "esd_stages normalised", "full_and_block_diagonal", "distance_heatmap", "distance_heatmap of 4",
-    "distance_heatmap of 50", "distance_heatmap of 194", "distance_heatmaps", "heterogeneity_over_training",
+    "distance_heatmap of 8 with long numbers", "distance_heatmap of 50", "distance_heatmap of 194", "distance_heatmaps", "heterogeneity_over_training",
     "heterogeneity_over_training at many steps",
     "trace_by_kind_over_training", "trace_by_kind_over_training of traces", "compare_runs", "edges_by_block",
     "edges_by_block of 12 layers",
@@ -417,6 +418,15 @@ def test_too_many_runs(table: pd.DataFrame) -> None:
         ("model.layers.3.self_attn.q_proj.weight", "layers3.query"),
         ("vit.encoder.layer.2.attention.attention.key.weight", "layer2.key"),
         ("layer1.0.conv1.weight", "layer1.0.conv1"),
+        ("layer2.0.downsample.0.weight", "layer2.0.downsample0"),
+        ("layer2.0.downsample.1.bias", "layer2.0.downsample1.bias"),
+        ("features.5.weight", "features5"),
+        ("classifier.0.bias", "classifier0.bias"),
+        ("layers.1.blocks.0.attn.qkv.weight/key", "layers1.blocks0.key"),
+        ("denseblock1.denselayer2.conv1.weight", "denseblock1.denselayer2.conv1"),
+        ("blocks.0.qkv", "blocks0.qkv"),
+        ("stage 1", "stage 1"),
+        ("weight", "weight"),
         ("lm_head.weight", "lm_head"),
         ("model", "model"),
         ("vit.embeddings.cls_token", "cls_token"),
@@ -432,6 +442,10 @@ def test_short_names_stay_different() -> None:
     assert len(set(short.values())) == len(names)
     assert short["a.fc.weight"] == "a.fc"
     assert short["transformer.h.2.mlp.c_proj.weight"] == "h2.mlp_out"
+    mixer = [f"blocks.0.mlp_{part}.fc{i}.weight" for part in ("tokens", "channels") for i in (1, 2)]
+    assert short_names(mixer)[mixer[3]] == "blocks0.mlp_channels.fc2"
+    resnet = [f"resnet.encoder.stages.{i}.layers.0.layer.{j}.convolution.weight" for i in (0, 1) for j in (0, 1)]
+    assert short_names(resnet)[resnet[2]] == "stages1.layers0.layer0.convolution"
 
 
 def test_every_kind_has_a_look_of_its_own() -> None:
