@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from blockspec.losses import Loss, masked_token, next_token
 from language_models import embedded
 from language_models.batches import Batch, MakeBatch, causal_batch, fixed_batches, masked_batch, random_windows
-from language_models.loading import quiet_transformers
+from language_models.loading import load_pretrained, quiet_transformers
 from language_models.models import ModelSettings, build
 from language_models.tokens import Tokens, mask_token, open_tokens, read_meta
 from training.command import run_command
@@ -76,15 +76,22 @@ def make_task(model: ModelSettings, data: DataSettings, *, seed: int) -> Task:
     return Task(masked_token, masked, tokens, data, seed)
 
 
-def make_model(model: ModelSettings, task: Task, *, seed: int) -> PreTrainedModel:
-    """The model with the weights of that seed."""
+def make_model(model: ModelSettings, task: Task, *, seed: int, start: str | None = None) -> PreTrainedModel:
+    """The model with the weights of that seed, or of the checkpoint ``start``; ValueError if they do not fit."""
     torch.manual_seed(seed)
-    return build(
+    network = build(
         model,
         vocabulary=task.tokens.vocabulary,
         window=task.data.num_tokens,
         end_token=read_meta(task.data.source).get("end_token"),
     )
+    if start is not None:
+        trained = load_pretrained(start, "causal" if model.architecture == "gpt2" else "masked")
+        try:
+            network.load_state_dict(trained.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"the weights of {start} do not fit {model}: {error}") from error
+    return network
 
 
 def save_with_tokenizer(source: str) -> Any:
@@ -107,6 +114,7 @@ def train(
     model: ModelSettings = ModelSettings(),
     data: DataSettings = DataSettings(),
     training: TrainingSettings = TrainingSettings(),
+    start: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Trains a language model and writes checkpoints that Hugging Face's from_pretrained loads.
@@ -116,19 +124,20 @@ def train(
         model: The model.
         data: The data.
         training: The training.
+        start: Folder of a checkpoint that is trained further (fine-tuned), with a new optimizer; None: fresh weights.
         progress: Whether to show a progress bar.
     """
     task = make_task(model, data, seed=training.seed)
     held_out = task.held_out()
     return run_training(
-        make_model(model, task, seed=training.seed),
+        make_model(model, task, seed=training.seed, start=start),
         task.batch_at,
         task.loss,
         settings=training,
         out=out,
         save=save_with_tokenizer(data.source),
         measure=lambda network: {"held_out_loss": mean_loss(network, held_out, task.loss)},
-        record={"model": dataclasses.asdict(model), "data": dataclasses.asdict(data)},
+        record={"model": dataclasses.asdict(model), "data": dataclasses.asdict(data), "start": start},
         progress=progress,
     )
 

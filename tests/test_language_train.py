@@ -15,6 +15,8 @@ from jsonargparse import ArgumentParser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from language_models.data import prepare
+from language_models.fresh import fresh
+from language_models.loading import load_pretrained
 from language_models.models import ModelSettings
 from language_models.train import DataSettings, train
 from training.checkpoints import list_checkpoints, read_record
@@ -162,3 +164,29 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     torch.testing.assert_close(*(torch.tensor(log.fillna(0).to_numpy()) for log in logs), rtol=1e-5, atol=1e-6)
     for run, processes in (("one", 1), ("two", 2)):
         assert [read_record(path)["processes"] for path in list_checkpoints(tmp_path / run)] == [processes] * 4
+
+
+def test_fine_tuning_starts_from_the_weights_of_a_checkpoint(tmp_path):
+    long = ["--out", str(tmp_path / "first"), "--training.num_steps=20", "--training.optimizer.lr=0.01"]
+    first = run_command(train, [*QUICK, *long])
+    second = ["--out", str(tmp_path / "second"), "--start", str(first), "--training.num_steps=1", "--training.seed=5"]
+    run_command(train, [*QUICK, *second])
+    fresh, start, end = tmp_path / "first/step_000000", tmp_path / "second/step_000000", tmp_path / "second/step_000001"
+    losses = {path: read_record(path)["held_out_loss"] for path in (fresh, first, start, end)}
+    assert losses[start] == losses[first] < losses[fresh]
+    assert losses[end] != losses[start]
+    with pytest.raises(ValueError, match=r"the weights of .* do not fit ModelSettings\(.*num_layers=2"):
+        train(out=str(tmp_path / "third"), model=ModelSettings(num_layers=2, num_heads=2, width=16), start=str(first))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
+def test_a_fresh_model_is_the_one_that_training_begins_with(tmp_path, architecture):
+    shape = {"architecture": architecture, "num_layers": 1, "num_heads": 2, "width": 16}
+    model, batches, loss = fresh(settings=shape, num_tokens=16, num_batches=2, batch_size=3, seed=4)
+    training = TrainingSettings(num_steps=1, checkpoints=(0.0,), seed=4, tracker="none", device="cpu")
+    begun = train(out=str(tmp_path), model=ModelSettings(**shape), data=DataSettings(num_tokens=16), training=training)
+    weights = load_pretrained(str(begun), "masked" if architecture == "bert" else "causal").state_dict()
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    assert [batch["input_ids"].shape for batch in batches] == [(3, 16), (3, 16)]
+    total, terms = loss(model, batches[0])
+    assert abs(total.item() / terms - 6.24) < 0.3  # log 512
