@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 
 from language_models import embedded
-from language_models.hub import hub_or_cache
+from training.hub import hub_or_cache
 
 HUB_NAMES = {"openwebtext": "Skylion007/openwebtext"}  # shorter names of ours
 READERS = {  # ending of a file: the reader of ``datasets``

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils import logging
 
-from language_models.hub import hub_or_cache
+from training.hub import hub_or_cache
 
 KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from language_models import embedded
-from language_models.hub import hub_or_cache
+from training.hub import hub_or_cache
 
 LARGEST = int(np.iinfo(np.uint16).max)  # token files are uint16
 

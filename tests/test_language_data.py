@@ -17,12 +17,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from language_models import data, embedded, hub, tokenizer
+from language_models import data, embedded, tokenizer
 from language_models.batches import fixed_batches, masked_batch, pair_batches, random_windows, spread_windows
 from language_models.data import is_val, prepare
 from language_models.documents import Documents
 from language_models.tokenizer import load_tokenizer
 from language_models.tokens import Tokens, largest_token, open_tokens, read_meta
+from training.hub import hub_reachable
 
 TEXTS = [f"Document number {i}: " + "naïve words, 中文, and code(); " * (1 + i % 5) for i in range(40)]
 ROOT = Path(__file__).parent.parent
@@ -291,7 +292,7 @@ def test_without_a_network_names_fail_within_seconds(call, unreachable):
     assert time.monotonic() - start < 10
     assert "\n" not in str(error.value)
     assert not constants.HF_HUB_OFFLINE
-    assert not hub.hub_reachable()
+    assert not hub_reachable()
 
 
 def test_odd_length(tmp_path):

@@ -1,1 +1,1 @@
-"""A small trainer that knows nothing of the model's kind. Shared by ``language_models`` and ``vision_models``."""
+"""What language and vision models share: a small trainer that knows nothing of the model's kind, and the way to the hub."""

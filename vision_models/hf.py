@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from language_models.hub import hub_or_cache
+from training.hub import hub_or_cache
 
 VIT_BASE = "google/vit-base-patch16-224"
 

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 from huggingface_hub import constants
 
-from language_models.hub import hub_or_cache
+from training.hub import hub_or_cache
 from vision_models.preprocess import NORMALISATION, Preprocess
 
 # Short names, and what is done to their images.
