@@ -8,11 +8,14 @@ float32 and average per batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from . import heads
+from .heads import Logits
 from .second_order import cross_entropies
 
 IGNORED = -100  # the label that torch and transformers leave out; nanoGPT uses -1
@@ -25,15 +28,19 @@ class Loss:
     outputs: ``(model, batch) -> Tensor``: what the model predicts, of any shape: the GGN is linearised here.
     terms: ``(outputs, batch) -> Tensor (N,)``: one number per loss term (per predicted token, per image ...): the
         empirical Fisher is the mean of the outer products of their gradients.
+    chunked: ``terms`` takes :class:`blockspec.heads.Logits`, so that the logits of a vocabulary need not be held whole.
 
     Calling it gives ``(sum of the terms, number of terms)``.
     """
 
     outputs: Callable[[nn.Module, Any], Tensor]
     terms: Callable[[Tensor, Any], Tensor]
+    chunked: bool = False
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
-        terms = self.terms(self.outputs(model, batch), batch)
+        with heads.deferred(model) if self.chunked else nullcontext():
+            outputs = self.outputs(model, batch)
+        terms = self.terms(outputs, batch)
         return terms.sum(), terms.numel()
 
 
@@ -76,9 +83,15 @@ def _cross_entropies(logits: Tensor, labels: Tensor, *, ignored: int = IGNORED) 
             f"got {tuple(labels.shape)}: check the batch"
         )
     kept = labels != ignored
-    if not kept.all():
-        logits, labels = logits[kept], labels[kept]
-    return cross_entropies(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+    if kept.all():
+        kept = ...  # type: ignore[assignment]
+    logits, labels = _rows(logits, lambda x: x[kept].reshape(-1, x.shape[-1])), labels[kept].reshape(-1)
+    return heads.cross_entropies(logits, labels) if isinstance(logits, Logits) else cross_entropies(logits, labels)
+
+
+def _rows(logits: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """``choose`` acts on all dimensions but the last."""
+    return logits.rows(choose) if isinstance(logits, Logits) else choose(logits)
 
 
 def _causal_logits(model: nn.Module, batch: Any) -> Tensor:
@@ -94,7 +107,7 @@ def _next_token_terms(logits: Tensor, batch: Any) -> Tensor:
         labels = batch.get("labels", batch["input_ids"])
         if "labels" not in batch and "attention_mask" in batch:
             labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
-        return _cross_entropies(logits[:, :-1], labels[:, 1:])
+        return _cross_entropies(_rows(logits, lambda x: x[:, :-1]), labels[:, 1:])
     targets = _pair(batch)[1]
     return _cross_entropies(logits, targets.masked_fill(targets == -1, IGNORED))
 
@@ -106,12 +119,12 @@ def _squared_errors(outputs: Tensor, batch: Any) -> Tensor:
     return (outputs - targets).square().reshape(len(outputs), -1).sum(1)
 
 
-next_token = Loss(_causal_logits, _next_token_terms)
+next_token = Loss(_causal_logits, _next_token_terms, chunked=True)
 """Cross entropy of the next token, one term per predicted token. Batches: a mapping for Hugging Face causal models
 (``labels`` default to ``input_ids``, are shifted by one here, -100 is left out), or nanoGPT's pair ``(x, y)`` of already
 shifted tokens with ``model(x, y) -> (logits, loss)``."""
 
-masked_token = Loss(_forward, lambda logits, batch: _cross_entropies(logits, _targets(batch)))
+masked_token = Loss(_forward, lambda logits, batch: _cross_entropies(logits, _targets(batch)), chunked=True)
 """Cross entropy of the masked tokens: a mapping with ``labels`` that are -100 everywhere else."""
 
 classification = Loss(_forward, lambda logits, batch: _cross_entropies(logits, _targets(batch)))

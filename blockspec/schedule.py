@@ -114,12 +114,14 @@ class Task:
         return [self.tridiagonals[probe] for probe in sorted(self.tridiagonals)]
 
     def job_bytes(self) -> int:
-        """Memory that one more job takes: the kept vectors, and three that every process has."""
-        steps = self.accuracy.num_steps or TYPICAL_STEPS
+        """Memory that one more job takes at the end of its last sweep: its vector, the product, and what it keeps."""
         size = self.block.numel * self.dtype.itemsize
+        if self.exact:
+            return (2 + self.block.numel) * size
+        if not self.probing.reorthogonalize:
+            return 3 * size
         kept = self.block.numel * (self.probing.storage[0] if self.probing.storage else self.dtype).itemsize
-        kept //= self.probing.ranks.rows
-        return 3 * size + (0 if self.exact or not self.probing.reorthogonalize else steps * kept)
+        return 2 * size + (self.accuracy.num_steps or TYPICAL_STEPS) * kept // self.probing.ranks.rows
 
 
 @dataclass(eq=False)
