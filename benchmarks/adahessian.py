@@ -2,32 +2,27 @@
 
 A gradient is a forward and a backward pass of the model with its default attention, without an update. Everything takes
 turns, and the median over the turns of the ratio to that turn's gradient counts, so that a busy machine harms all alike.
-The AdaHessian of ``torch_optimizer`` takes part where it is installed. Writes a dated table into ``benchmarks/results/``.
+The AdaHessian of ``torch_optimizer`` takes part where it is installed.
 """
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import importlib.util
-import os
-import platform
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
+import pandas as pd
 import torch
 from jsonargparse import CLI
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.record import PACKAGES, write
 from blockspec.optim import AdaHessian
 
-PACKAGES = ("blockspec", "torch", "transformers", "torch_optimizer")
 LR = 1e-3  # small enough that no contestant leaves the region where all numbers are ordinary
 
 
@@ -137,44 +132,27 @@ def measure(contest: Contest, turns: int) -> dict[str, list[float]]:
     return costs
 
 
-def table(costs: dict[str, list[float]]) -> str:
-    rows = ["| step | gradients, median | quartiles |", "|---|---|---|"]
-    for name, values in costs.items():
-        if name != "gradient":
-            low, median, high = statistics.quantiles(values, n=4)
-            rows.append(f"| {name} | {median:.2f} | {low:.2f} to {high:.2f} |")
-    return "\n".join(rows)
+def table(costs: dict[str, list[float]]) -> pd.DataFrame:
+    rows = {name: statistics.quantiles(values, n=4) for name, values in costs.items() if name != "gradient"}
+    found = pd.DataFrame.from_dict(rows, orient="index", columns=["lower quartile", "gradients", "upper quartile"])
+    return found[["gradients", "lower quartile", "upper quartile"]].rename_axis("step")
 
 
-def versions() -> str:
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if importlib.util.find_spec(name))
-
-
-def main(batch_size: int = 8, turns: int = 15, out: str = "benchmarks/results") -> None:
+def main(batch_size: int = 8, turns: int = 15) -> None:
     """Cost of AdaHessian's step on a tiny GPT-2 (2 layers, D=64, V=512, T=64).
 
     Args:
         batch_size: Sequences of 64 tokens in the batch.
         turns: Measurements of each contestant.
-        out: Folder of the table.
     """
     warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
     torch.set_num_threads(1)
     costs = measure(Contest(batch_size), turns)
     milliseconds = 1e3 * statistics.median(costs["gradient"])
-    text = (
-        f"# AdaHessian, cost of a step, {datetime.date.today()}\n\n{table(costs)}\n\n"
-        f"One gradient: {milliseconds:.1f} ms (median). Tiny GPT-2: 2 layers, D=64, V=512, T=64, B={batch_size}, no dropout, "
-        f"float32, one thread; {turns} turns.\n\n"
-        f"Command: `{' '.join(['python -m benchmarks.adahessian', *sys.argv[1:]])}`\n"
-        f"Machine: {platform.processor() or platform.machine()}, {platform.platform()}, {os.cpu_count()} cores, "
-        f"load average {os.getloadavg()[0]:.1f}\n"
-        f"Versions: Python {platform.python_version()}, {versions()}\n"
-    )
-    print(text)
-    path = Path(out) / f"adahessian-{datetime.date.today()}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    notes = f"Medians of {turns} turns. One gradient: {milliseconds:.1f} ms. No dropout, float32."
+    peers = tuple(name for name in ("torch_optimizer",) if importlib.util.find_spec(name))
+    title = f"Tiny GPT-2: 2 layers, D=64, V=512, T=64, B={batch_size}"
+    write("adahessian", {title: table(costs)}, notes=notes, packages=(*PACKAGES, *peers))
 
 
 if __name__ == "__main__":

@@ -1,45 +1,32 @@
 """What traces, coupling and eigenpairs cost: ``python -m benchmarks.toolbox``.
 
-Traces and coupling of all matrices of a model against products of the full matrix, in products and in time (both take turns,
-medians of the ratios of each turn); eigenpairs against ARPACK and LOBPCG of scipy in products. Writes a dated table into
-``benchmarks/results/``.
+Traces and coupling of the 49 weight matrices of a GPT-2 against products of the full matrix, in products and in time (both take
+turns, medians of the ratios of each turn); eigenpairs against ARPACK and LOBPCG of scipy in products.
 """
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import platform
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from jsonargparse import CLI
 from scipy.sparse.linalg import LinearOperator, eigsh, lobpcg
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import blockspec
+from benchmarks.record import PACKAGES, write
+from benchmarks.sweep import Size, matrices, objective_of
 from blockspec.blocks import Block
 from blockspec.curvature import Products
 from blockspec.eigenpairs import ORDERS
 from blockspec.restarts import Search
 from blockspec.sweeps import run
 
-PACKAGES = ("blockspec", "torch", "transformers", "scipy")
 SCIPY = {"largest": "LA", "smallest": "SA", "magnitude": "LM"}
-
-
-def objective_of(layers: int, batch_size: int) -> blockspec.Objective:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "n_positions": 64, "n_embd": 64, "n_layer": layers, "n_head": 4}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, use_cache=False))
-    batch = {"input_ids": torch.randint(256, (batch_size, 64))}
-    return blockspec.Objective(model, [batch], blockspec.losses.next_token)
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -89,9 +76,9 @@ class Counted:
         return LinearOperator((self.size, self.size), matvec=lambda v: columns(v)[:, 0], matmat=columns, dtype=np.float64)
 
 
-def matrices() -> dict[str, Counted]:
+def operators() -> dict[str, Counted]:
     """The whole Hessian of a tiny GPT-2, and matrices with clusters and with repeated eigenvalues."""
-    objective = objective_of(1, 1)
+    objective = objective_of(Size(1, 64, 4, 256, 1, 64))
     objective.model.double()
     (full,) = blockspec.partition(objective.model, "model")
     products = Products(objective)
@@ -134,64 +121,59 @@ def locally_optimal(it: Counted, k: int, which: str, tolerance: float, norm: flo
     return np.sort(values), it.count
 
 
-def eigenpairs_table(k: int, tolerance: float) -> str:
-    rows = ["| matrix | which | ours | ARPACK | LOBPCG | difference |", "|---|---|---|---|---|---|"]
-    for name, it in matrices().items():
+def eigenpairs_table(k: int, tolerance: float) -> pd.DataFrame:
+    rows = []
+    for name, it in operators().items():
         norm = float(np.abs(ours(it, 1, "magnitude", tolerance)[0]).max())
         for which in ("largest", "smallest"):
             values, count = ours(it, k, which, tolerance)
             others, arpack_count = arpack(it, k, which, tolerance)
             lobpcg_values, lobpcg_count = locally_optimal(it, k, which, tolerance, norm)
-            differences = [np.abs(values - other).max() / norm for other in (others, lobpcg_values)]
-            difference = " and ".join(f"{d:.0e}" for d in differences)
-            rows.append(f"| {name} | {which} {k} | {count} | {arpack_count} | {lobpcg_count} | {difference} |")
-    return "\n".join(rows)
+            differences = [float(np.abs(values - other).max() / norm) for other in (others, lobpcg_values)]
+            rows.append((name, f"{which} {k}", count, arpack_count, lobpcg_count, *differences))
+    columns = ["matrix", "which", "ours", "ARPACK", "LOBPCG", "ARPACK's difference", "LOBPCG's difference"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def described(ratios: list[float]) -> str:
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.3f} (quartiles {low:.3f} to {high:.3f})"
+def sharing_table(objective: blockspec.Objective, blocks: list[Block], turns: int, probes: int) -> pd.DataFrame:
+    (full,) = blockspec.partition(objective.model, "model")
+    traced, whole = (blockspec.trace(objective, some, num_probes=probes).cost.products for some in (blocks, full))
+    coupled = blockspec.coupling(objective, blocks, 1).cost.products
+    ratios = {
+        f"traces, {probes} probes": (traced, whole, trace_ratio(objective, blocks, turns, probes)),
+        "coupling, 1 probe": (coupled, 1, coupling_ratio(objective, blocks, turns)),
+    }
+    columns = ["what", "full products", "of the full matrix alone", "times as long", "lower quartile", "upper quartile"]
+    rows = []
+    for name, (products, alone, times) in ratios.items():
+        low, middle, high = statistics.quantiles(times, n=4)
+        rows.append((name, products, alone, middle, low, high))
+    return pd.DataFrame(rows, columns=columns)
 
 
-def main(
-    layers: int = 3, batch_size: int = 4, turns: int = 9, k: int = 8, tolerance: float = 1e-3, out: str = "benchmarks/results"
-) -> None:
+def main(layers: int = 12, turns: int = 9, k: int = 8, tolerance: float = 1e-3) -> None:
     """Costs of the toolbox on a tiny GPT-2 (D=64, V=256, T=64).
 
     Args:
-        layers: Layers of the model whose blocks are traced and coupled.
-        batch_size: Sequences of 64 tokens.
+        layers: Layers of the model whose matrices are traced and coupled: 4 each, and the embedding.
         turns: Measurements of each time.
         k: Eigenpairs.
         tolerance: Relative residual of the eigenpairs.
-        out: Folder of the table.
     """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)  # LOBPCG says when it has not converged
-    objective = objective_of(layers, batch_size)
-    blocks = list(blockspec.partition(objective.model, "matrix"))
-    (full,) = blockspec.partition(objective.model, "model")
-    probes = 8
-    traces = [blockspec.trace(objective, some, num_probes=probes).cost.products for some in (blocks, full)]
-    coupled = blockspec.coupling(objective, blocks, 1).cost.products
-    text = (
-        f"# Toolbox, {datetime.date.today()}\n\n"
-        f"- Traces of {len(blocks)} blocks, {probes} probes: {traces[0]} full products; of the full matrix: {traces[1]}. "
-        f"Time of the one over the other: {described(trace_ratio(objective, blocks, turns, probes))}.\n"
-        f"- Coupling of {len(blocks)} blocks, 1 probe: {coupled} full products; it took as long as "
-        f"{described(coupling_ratio(objective, blocks, turns))} full products one by one.\n\n"
-        f"Products for {k} eigenpairs to a relative residual of {tolerance:g}. ARPACK takes its tolerance relative to each "
-        "eigenvalue, the others relative to the norm; ours includes the search for missing copies. Difference: of ARPACK's and "
-        f"of LOBPCG's (at most 200 rounds) values to ours, relative to the norm.\n\n{eigenpairs_table(k, tolerance)}\n\n"
-        f"Tiny GPT-2: {layers} layers (eigenpairs: 1), D=64, V=256, T=64, B={batch_size}, float32, one thread; {turns} turns.\n\n"
-        f"Command: `python -m benchmarks.toolbox {' '.join(sys.argv[1:])}`\n"
-        f"Machine: {platform.processor() or platform.machine()}, {platform.platform()}\n"
-        f"Versions: Python {platform.python_version()}, {', '.join(f'{p} {importlib.metadata.version(p)}' for p in PACKAGES)}\n"
+    objective = objective_of(Size(layers, 64, 4, 256, 4, 64))
+    blocks = matrices(objective)
+    tables = {
+        f"{len(blocks)} blocks: {layers} layers, D=64, V=256, B=4, T=64": sharing_table(objective, blocks, turns, probes=8),
+        f"Products for {k} eigenpairs to a relative residual of {tolerance:g}": eigenpairs_table(k, tolerance),
+    }
+    notes = (
+        "ARPACK takes its tolerance relative to each eigenvalue, the others relative to the norm; ours includes the search for "
+        "missing copies. Differences: of their values (LOBPCG: at most 200 rounds) to ours, relative to the norm. The Hessian is "
+        "that of a GPT-2 of one layer, D=64, V=256, T=64."
     )
-    print(text)
-    path = Path(out) / f"toolbox-{datetime.date.today()}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write("toolbox", tables, notes=notes, packages=(*PACKAGES, "scipy"))
 
 
 if __name__ == "__main__":

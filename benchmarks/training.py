@@ -1,31 +1,24 @@
 """What the trainer costs beside a bare PyTorch loop: ``python -m benchmarks.training``.
 
 Both train the same model on the same batches with AdamW, clipping and a cosine. They take turns, so that a busy machine
-harms both alike, and the quickest turn of each counts. Writes a dated JSON file into ``benchmarks/results/``.
+harms both alike.
 """
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
 import math
-import platform
-import sys
 import tempfile
-import time
-from pathlib import Path
 
+import pandas as pd
 import torch
+from jsonargparse import CLI
 from torch import nn
 
+from benchmarks.record import PACKAGES, in_turns, write
 from language_models.models import ModelSettings
 from language_models.train import DataSettings, Task, make_model, make_task
-from training.command import run_command
 from training.optimizers import OptimizerSettings, ScheduleSettings
 from training.trainer import TrainingSettings, train
-
-PACKAGES = ("torch", "transformers", "accelerate")
 
 
 def bare_loop(model: nn.Module, task: Task, *, steps: int, lr: float, device: torch.device) -> None:
@@ -60,63 +53,37 @@ def trainer(model: nn.Module, task: Task, *, steps: int, lr: float) -> None:
         train(model, task.batch_at, task.loss, settings=settings, out=folder, progress=False)
 
 
-def benchmark(
-    *,
-    steps: int = 100,
-    turns: int = 5,
-    lr: float = 1e-3,
-    model: ModelSettings = ModelSettings(),
-    data: DataSettings = DataSettings(),
-    out: str = "benchmarks/results",
-) -> float:
-    """Times both and prints seconds per step.
+def main(*, steps: int = 100, turns: int = 5, lr: float = 1e-3) -> None:
+    """Times both, and writes a dated table into ``benchmarks/results/``.
 
     Args:
         steps: Updates in one turn.
-        turns: Turns of each.
+        turns: Turns of each, after one to warm up.
         lr: Learning rate.
-        model: The model.
-        data: The data.
-        out: Folder of the dated results.
-
-    Returns:
-        Time of the trainer / time of the bare loop.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = make_task(model, data, seed=0)
-    runs = {
-        "bare loop": lambda network: bare_loop(network, task, steps=steps, lr=lr, device=device),
-        "trainer": lambda network: trainer(network, task, steps=steps, lr=lr),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(turns + 1):
-        for name, run in runs.items():
-            network = make_model(model, task, seed=0)
-            start = time.perf_counter()
-            run(network)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first one warms up
-                seconds[name].append((time.perf_counter() - start) / steps)
-    best = {name: min(values) for name, values in seconds.items()}
-    ratio = best["trainer"] / best["bare loop"]
-    for name, value in best.items():
-        print(f"{name:10} {1000 * value:8.2f} ms a step")
-    print(f"{'ratio':10} {ratio:8.3f}")
-    now = datetime.datetime.now(datetime.UTC)
-    result = {
-        "command": sys.argv,
-        "date": now.isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "seconds_per_step": seconds,
-        "ratio": ratio,
-    }
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"training_{now:%Y%m%d_%H%M%S}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return ratio
+    model = ModelSettings()
+    task = make_task(model, DataSettings(), seed=0)
+
+    def fresh() -> nn.Module:
+        return make_model(model, task, seed=0)
+
+    seconds = in_turns(
+        {
+            "bare loop": lambda: bare_loop(fresh(), task, steps=steps, lr=lr, device=device),
+            "trainer": lambda: trainer(fresh(), task, steps=steps, lr=lr),
+        },
+        rounds=turns,
+    )
+    table = pd.DataFrame({"ms a step": {name: 1e3 * value / steps for name, value in seconds.items()}})
+    table["over the bare loop"] = table["ms a step"] / table["ms a step"]["bare loop"]
+    write(
+        "training",
+        {f"The tiny GPT-2 on the embedded text, {steps} steps a turn": table.rename_axis("loop")},
+        notes=f"Medians of {turns} turns.",
+        packages=(*PACKAGES, "accelerate"),
+    )
 
 
 if __name__ == "__main__":
-    run_command(benchmark)
+    CLI(main)
