@@ -312,32 +312,63 @@ def test_the_nanogpt_example(tmp_path):
     assert set(pd.read_parquet(tmp_path / "spectra.parquet")["step"]) == {0, 3}
 
 
-def test_accelerate_on_two_processes(tmp_path):
-    """The example on two real processes: losses as without, spectra as on one process."""
-    program = """
-        import sys
-        sys.path.insert(0, "examples")
-        from accelerate_loop import main
-        out = sys.argv[1]
-        with_spectra, without = main(out, num_steps=3, measured=(0, 2)), main(None)
-        from accelerate import PartialState
-        assert with_spectra == without and len(without) == 8, (with_spectra, without)
-        assert PartialState().num_processes == 2
-    """
-    script = tmp_path / "both.py"
+def on_two_processes(tmp_path, program):
+    """Runs it under accelerate, on CPU with gloo, its folder as the argument."""
+    script = tmp_path / "program.py"
     script.write_text(textwrap.dedent(program))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     options = ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    line = [*launcher, *options, str(script), str(tmp_path / "two")]
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "examples", ROOT / "tests"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    line = [*launcher, *options, str(script), str(tmp_path)]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    example("accelerate_loop").main(tmp_path / "one", num_steps=3, measured=(0,))
-    one, two = (load_spectra(tmp_path / run / "spectra.parquet", step=0) for run in ("one", "two"))
+
+
+def assert_same_spectra(one, two):
     assert list(one) == list(two)
     for name in one:
         np.testing.assert_allclose(two[name].nodes, one[name].nodes, rtol=1e-3, atol=1e-6 * one[name].norm)
+
+
+def test_accelerate_on_two_processes(tmp_path):
+    """The example: losses as without, spectra as on one process."""
+    program = """
+        import sys
+        from accelerate import PartialState
+        from accelerate_loop import main
+        with_spectra, without = main(sys.argv[1] + "/two", num_steps=3, measured=(0, 2)), main(None)
+        assert with_spectra == without and len(without) == 8, (with_spectra, without)
+        assert PartialState().num_processes == 2
+    """
+    on_two_processes(tmp_path, program)
+    example("accelerate_loop").main(tmp_path / "one", num_steps=3, measured=(0,))
+    assert_same_spectra(*(load_spectra(tmp_path / run / "spectra.parquet", step=0) for run in ("one", "two")))
     assert set(pd.read_parquet(tmp_path / "two/spectra.parquet")["step"]) == {0, 2}
+
+
+def test_a_trainer_on_two_processes(tmp_path):
+    """Losses and everything that training depends on as without, spectra as on one process."""
+    program = """
+        import sys
+        from pathlib import Path
+        from accelerate import PartialState
+        from test_integrations import assert_identical, trainer, training_logs, with_spectra
+        out = Path(sys.argv[1])
+        watched = with_spectra(trainer(out), out / "two", fractions=(0, 1))
+        watched.train()
+        plain = trainer(out)
+        plain.train()
+        assert training_logs(watched) == training_logs(plain) and len(training_logs(plain)) == 4
+        assert_identical(watched.tracker.left, plain.tracker.left)
+        assert PartialState().num_processes == 2
+    """
+    on_two_processes(tmp_path, program)
+    model = models.tiny_gpt2(dtype=torch.float32, layers=1)
+    objective = Objective(model, held_out(), losses.next_token)
+    one = estimate_spectra(objective, partition(model, include=SOME.include), **QUICK)
+    assert_same_spectra(one, load_spectra(tmp_path / "two/spectra.parquet", step=0))
+    assert set(pd.read_parquet(tmp_path / "two/spectra.parquet")["step"]) == {0, 4}
 
 
 def test_a_run_that_was_killed_with_kill_9_goes_on(tmp_path):
