@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -27,17 +27,16 @@ def plot_optimizers(trials: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     """Left: final loss by learning rate, infinite ones hollow at the top. Right: loss by step, mean and range."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.0, 2.6), layout="constrained", width_ratios=(1, 1.4), sharey=True)
     names = list(trials["optimizer"].unique())
-    looks = {"hue_order": names, "palette": list(RUNS[: len(names)])}
-    _draw_rates(left, trials[trials["tuning"]], names)
-    measured = curves.dropna(subset="held_out_loss")
-    sns.lineplot(measured, x="step", y="held_out_loss", hue="optimizer", errorbar=("pi", 100), ax=right, **looks)
-    right.set(xlabel="training step")
-    right.get_legend().set_title(f"mean and range of {curves['seed'].nunique()} other seeds")
+    draw_rates(left, trials, names)
+    draw_curves(right, curves, names, x="step")
+    right.set_xlabel("training step")
     return figure
 
 
-def _draw_rates(axes: Axes, tuning: pd.DataFrame, names: list[str]) -> None:
-    at_top = {"transform": axes.get_xaxis_transform(), "clip_on": False}  # rates with a run that diverged: on the frame
+def draw_rates(axes: Axes, trials: pd.DataFrame, names: Sequence[str]) -> None:
+    """Held-out loss at the end by learning rate: mean and range over the seeds that chose it; hollow at the top: one diverged."""
+    tuning = trials[trials["tuning"]]
+    at_top = {"transform": axes.get_xaxis_transform(), "clip_on": False}
     for name, colour, marker in zip(names, RUNS, RUN_MARKERS, strict=False):
         losses = tuning[tuning["optimizer"] == name].groupby("lr")["final_loss"].agg(["mean", "min", "max"])
         kept = losses[np.isfinite(losses["mean"])]
@@ -47,3 +46,15 @@ def _draw_rates(axes: Axes, tuning: pd.DataFrame, names: list[str]) -> None:
         axes.plot(lost, [1.0] * len(lost), marker, color=colour, fillstyle="none", **at_top)
     axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss")
     axes.legend(title=f"mean and range of {tuning['seed'].nunique()} seeds")
+
+
+def draw_curves(axes: Axes, curves: pd.DataFrame, names: Sequence[str], *, x: str) -> None:
+    """Held-out loss of the compared runs by column ``x``: mean and range over seeds; in the colours of ``draw_rates``."""
+    measured = curves.dropna(subset="held_out_loss")
+    for name, colour in zip(names, RUNS, strict=False):
+        losses = measured[measured["optimizer"] == name].groupby(x)["held_out_loss"].agg(["mean", "min", "max"])
+        if len(losses):
+            axes.plot(losses.index, losses["mean"], color=colour, label=name)
+            axes.fill_between(losses.index, losses["min"], losses["max"], color=colour, alpha=0.2, linewidth=0)
+    axes.set(xlabel=x, ylabel="held-out loss")
+    axes.legend(title=f"mean and range of {curves['seed'].nunique()} other seeds")

@@ -29,6 +29,7 @@ def train(
     model: ModelSettings = ModelSettings(),
     data: DataSettings = DataSettings(),
     training: TrainingSettings = TrainingSettings(),
+    progress: bool = True,
 ) -> Path:
     """Trains a vision model and writes checkpoints that ``vision_models.factories:checkpoint`` loads.
 
@@ -37,6 +38,7 @@ def train(
         model: The model.
         data: The data.
         training: The training.
+        progress: Whether to show a progress bar.
     """
     network = build(model, seed=training.seed)
     batches = ShuffledBatches(
@@ -67,6 +69,7 @@ def train(
             "accuracy": mean_loss(network, held_out, number_right),
         },
         record={"model": dataclasses.asdict(model), "data": dataclasses.asdict(data)},
+        progress=progress,
     )
 
 
