@@ -31,7 +31,7 @@ trainer_device=auto
 if [ "$experiment" = openwebtext ]; then
     config=gpt2_124m
     out="${out:-runs/gpt2_124m}"
-    python -m language_models.data openwebtext --out data/openwebtext
+    python -m language_models.data openwebtext --out data/openwebtext --val_share 0.0005    # the share of nanoGPT
     launcher=(accelerate launch)              # as many GPUs as there are; `accelerate config` changes it
 else
     config=embedded_tiny

@@ -9,9 +9,11 @@ import nanogpt_model
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
+from blockspec import partition
 from blockspec.losses import masked_token, next_token
 from language_models import bert, embedded, gpt2, nanogpt
 from language_models.loading import load_pretrained
@@ -320,6 +322,23 @@ def test_gpt2_124m_has_the_size_of_the_paper_s():
     with torch.device("meta"):
         model = build(ModelSettings(num_layers=12, num_heads=12, width=768), vocabulary=50257, window=1024, end_token=None)
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
+
+
+def test_the_spectra_of_gpt2_124m_are_those_of_the_paper_s_25_blocks():
+    configs = Path(__file__).parents[1] / "language_models/configs"
+    settings = yaml.safe_load((configs / "spectra/gpt2_124m.yaml").read_text())
+    given = yaml.safe_load((configs / "gpt2_124m.yaml").read_text())["model"]
+    with torch.device("meta"):
+        model = build(ModelSettings(**given), vocabulary=50257, window=1024, end_token=None)
+    assert settings["blocks"]["full"]
+    blocks = partition(model, settings["blocks"]["by"], settings["blocks"]["include"])
+    assert [block.kind for block in blocks] == [
+        "embedding",
+        *["query", "key", "value", "attention_output", "mlp_in", "mlp_out"] * 4,
+    ]
+    assert [block.layer for block in blocks] == [None, *[0] * 6, *[3] * 6, *[7] * 6, *[11] * 6]
+    arguments = settings["model_args"]
+    assert arguments["num_batches"] * arguments["batch_size"] * arguments["num_tokens"] == 491_520
 
 
 def test_embedded_windows_need_a_model_that_has_their_tokens(tiny):
