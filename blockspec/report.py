@@ -36,18 +36,23 @@ def draw(run: Path) -> list[Path]:
 
 
 def _heterogeneity_figures(table: pd.DataFrame) -> dict[str, plots.Figure]:
+    maps = _distances(table)
+    steps = list(maps)
+    chosen = dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]])
+    figures = {"distances": plots.distance_heatmaps({f"step {step}": maps[step] for step in chosen})}
+    if len(maps) > 1:
+        figures["heterogeneity"] = plots.heterogeneity_over_training(table[table["definition"] == "jensen-shannon"])
+    return figures
+
+
+def _distances(table: pd.DataFrame) -> dict[int, pd.DataFrame]:
+    """Step -> Jensen-Shannon divergences, blocks x blocks in their order, from a run's heterogeneity.parquet."""
     rows = table[table["definition"] == "jensen-shannon"]
-    maps = {
-        f"step {step}": part.pivot(index="block", columns="other", values="distance").loc[names, names]
+    return {
+        step: part.pivot(index="block", columns="other", values="distance").loc[names, names]
         for step, part in rows.groupby("step")
         for names in [part["block"].unique()]
     }
-    steps = list(maps)
-    chosen = dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]])
-    figures = {"distances": plots.distance_heatmaps({step: maps[step] for step in chosen})}
-    if len(maps) > 1:
-        figures["heterogeneity"] = plots.heterogeneity_over_training(rows)
-    return figures
 
 
 def summary(spectra: Spectra) -> pd.DataFrame:
@@ -79,7 +84,9 @@ def show(run: Path) -> None:
         title = f"step {step}: loss {stage.get('loss', float('nan')):.4f}, {stage.get('seconds')} s"
         console.print(_rich(summary(spectra_of(rows)), title))
     _show_heterogeneity(run, console)
-    console.print(f"run folder: {run}  (run.json, spectra.parquet, heterogeneity.parquet, figures/)", highlight=False)
+    console.print(
+        f"run folder: {run}  (run.json, spectra.parquet, heterogeneity.parquet, figures/)", highlight=False, soft_wrap=True
+    )
 
 
 def show_plan(plan: Plan, *, stages: int = 1) -> None:
@@ -140,22 +147,23 @@ def _number(value: Any) -> str:
 
 
 def compare(runs: list[Path], out: Path) -> None:
-    """Tables and figures of several runs beside each other."""
+    """Tables and figures of several runs beside each other; the heat maps are those of each run's first step."""
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least 2 runs, got {len(runs)}")
     names = _names(runs)
-    tables = {name: read_table(run / "spectra.parquet") for name, run in zip(names, runs, strict=True)}
-    distances = [
-        pd.read_parquet(run / "heterogeneity.parquet").drop_duplicates(["definition", "step"]).assign(run=name)
-        for name, run in zip(names, runs, strict=True)
-    ]
-    joined = pd.concat(distances)[["run", "step", "definition", "js0", "js0_stderr"]]
+    spectra = {name: read_table(run / "spectra.parquet") for name, run in zip(names, runs, strict=True)}
+    distances = {name: pd.read_parquet(run / "heterogeneity.parquet") for name, run in zip(names, runs, strict=True)}
+    first = {name: next(iter(_distances(table).items())) for name, table in distances.items()}
+    maps = {f"{name}, step {step}": distance for name, (step, distance) in first.items()}
+    means = [table.drop_duplicates(["definition", "step"]).assign(run=name) for name, table in distances.items()]
+    joined = pd.concat(means)[["run", "step", "definition", "js0", "js0_stderr"]]
     write_parquet(joined, out / "comparison.parquet")
-    path = plots.save(plots.compare_runs(tables), out / "figures", "comparison")
+    figures = {"comparison": plots.compare_runs(spectra), "distances": plots.distance_heatmaps(maps)}
+    paths = [plots.save(figure, out / "figures", name) for name, figure in figures.items()]
     console = Console()
     frame = joined[joined["definition"] == "jensen-shannon"].set_index("run")[["step", "js0", "js0_stderr"]]
     console.print(_rich(frame, "mean Jensen-Shannon divergence over all pairs of blocks (nats)"))
-    console.print(f"table: {out / 'comparison.parquet'}   figure: {path}", highlight=False)
+    console.print(f"table: {out / 'comparison.parquet'}   figures: {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)
 
 
 def _names(runs: list[Path]) -> list[str]:

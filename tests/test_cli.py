@@ -8,11 +8,13 @@ from pathlib import Path
 from unittest import mock
 
 import factories_for_runs as factories
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from blockspec import cli, load_spectra
+from blockspec import cli, js_distances, load_spectra, report
+from blockspec.spectra import read_table, spectra_of
 
 Result = namedtuple("Result", ["code", "out", "err"])
 TINY = "factories_for_runs:tiny"
@@ -103,7 +105,26 @@ def test_compare_sets_runs_side_by_side(done):
     assert "first" in result.out
     assert "second" in result.out
     assert (done / "both" / "comparison.parquet").exists()
-    assert list((done / "both" / "figures").glob("*.png"))
+    assert {path.name for path in (done / "both" / "figures").glob("*.png")} == {"comparison.png", "distances.png"}
+
+
+def test_compare_draws_the_distances_of_each_runs_first_step(done, tmp_path):
+    drawn = {}
+
+    def keep(figure, folder, name):
+        drawn[name] = figure
+        return folder / name
+
+    with mock.patch.object(report.plots, "save", keep):
+        report.compare([done / "first", done / "second"], tmp_path)
+    maps = [axes for axes in drawn["distances"].axes if axes.get_title()]
+    assert [axes.get_title() for axes in maps] == ["first, step 10", "second, step 10"]
+    for axes, run in zip(maps, ("first", "second"), strict=True):
+        table = read_table(done / run / "spectra.parquet")
+        spectra = spectra_of(table[(table["step"] == 10) & (table["block"] != "model")])
+        expected = js_distances(spectra).to_numpy()
+        below = np.tril_indices(len(spectra), -1)
+        np.testing.assert_allclose(axes.collections[0].get_array()[below], expected[below], rtol=1e-9)
 
 
 def test_plan_prints_what_a_run_would_cost(tmp_path):

@@ -73,20 +73,3 @@ else
 fi
 
 blockspec compare "${models[@]/#/$out/spectra/}" --out "$out/comparison"
-python - "$out" "${models[@]}" <<'PY'
-import sys
-from pathlib import Path
-
-import pandas as pd
-
-from blockspec.plots import distance_heatmaps, save
-
-out, models = Path(sys.argv[1]), sys.argv[2:]
-tables = {model: pd.read_parquet(out / "spectra" / model / "heterogeneity.parquet") for model in models}
-maps = {}
-for model, table in tables.items():
-    rows = table[(table["definition"] == "jensen-shannon") & (table["step"] == table["step"].min())]
-    names = rows["block"].unique()
-    maps[model] = rows.pivot(index="block", columns="other", values="distance").loc[names, names]
-print(f"heat maps: {save(distance_heatmaps(maps), out / 'comparison' / 'figures', 'distances')}")
-PY
