@@ -15,6 +15,9 @@ from language_models.train import DataSettings
 from training import comparison
 from training.comparison import ComparisonSettings, best_rates, compare
 from training.trainer import TrainingSettings
+from vision_models import models as vision
+from vision_models import sources as vision_sources
+from vision_models.compare_optimizers import compare as compare_vision
 
 RATES = {"adam": (0.1, 0.2, 0.4), "sgd": (1.0, 2.0)}
 SETTINGS = ComparisonSettings(rates=RATES, num_steps=20, measure_every=10, seeds=(1, 2, 3, 4))
@@ -115,15 +118,28 @@ def test_wrong_settings(changes, message, tmp_path):
         compare(made_up([]), ComparisonSettings(**{**vars(SETTINGS), **changes}), out=tmp_path)
 
 
-def test_a_real_model(tmp_path, capsys, monkeypatch):
+TINY = ComparisonSettings(
+    rates={"adam": (0.01,), "sgd": (0.3,)}, num_steps=12, measure_every=6, seeds=(1, 2), device="cpu", warmup=2
+)
+
+
+@pytest.mark.parametrize(
+    ("compare_models", "model", "data", "chance"),
+    [
+        (compare_language, ModelSettings(num_layers=1, num_heads=2, width=8), DataSettings("embedded", 8, 4, 1), 6.3),
+        (
+            compare_vision,
+            vision.ModelSettings("digits_mlp", {"sizes": [64, 8, 10]}),
+            vision_sources.DataSettings(held_out=8),
+            2.5,
+        ),
+    ],
+    ids=["language", "vision"],
+)
+def test_a_real_model(compare_models, model, data, chance, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comparison, "_pool", lambda settings: Here(pickled=True))
-    settings = ComparisonSettings(
-        rates={"adam": (0.01,), "sgd": (0.3,)}, num_steps=12, measure_every=6, seeds=(1, 2), device="cpu", warmup=2
-    )
-    model = ModelSettings(num_layers=1, num_heads=2, width=8)
-    data = DataSettings(num_tokens=8, batch_size=4, held_out_batches=1)
-    table = compare_language(out=str(tmp_path), model=model, data=data, comparison=settings)
+    table = compare_models(out=str(tmp_path), model=model, data=data, comparison=TINY)
     assert table["count"].tolist() == [2, 2]
-    assert (table["mean"] < 6.3).all()
+    assert (table["mean"] < chance).all()
     assert (tmp_path / "runs/sgd_lr0.3_seed2/step_000012/model.safetensors").is_file()
     assert "adam" in capsys.readouterr().out

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -139,11 +138,8 @@ def ablation(
 def examine(network: Network, out: Path, data: DataSettings, training: TrainingSettings, measuring: Measuring) -> None:
     """Trains a network and measures its checkpoints."""
     folder = out / network.folder
-    out.mkdir(parents=True, exist_ok=True)
     try:
-        # Progress bars of several processes would overwrite each other.
-        with (out / f"{network.folder}.log").open("a", encoding="utf-8") as log, redirect_stdout(log):
-            train(out=str(folder), model=_model(network), data=data, training=training)
+        train(out=str(folder), model=_model(network), data=data, training=training, progress=False)
     except FloatingPointError as error:
         (folder / "diverged.json").write_text(json.dumps({"error": str(error)}) + "\n", encoding="utf-8")
     settings = RunSettings(
