@@ -8,35 +8,38 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
-from matplotlib.colors import ListedColormap, LogNorm, Normalize, SymLogNorm
+from matplotlib.colors import ListedColormap, LogNorm, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .couplings import Coupling
 from .landscapes import Landscape
-from .style import MATRICES, short_names, styled
+from .style import KINDS, MATRICES, short_names, styled
 from .style import save as save
 
 COLOURS = ListedColormap(colormaps["magma_r"](np.linspace(0, 0.88, 256)))  # lightness falls evenly: readable in grey
 SIGNED = "RdBu_r"
 LARGEST_PICTURE = 512  # pixels a side: larger blocks are drawn as the largest entries of squares
 WRITTEN = 10  # blocks up to which numbers are written into cells
+FAINTEST = 1e-2  # relative norm from which on there is colour
 
 
 @styled
 def coupling_heatmap(found: Coupling, *, relative: bool = True) -> Figure:
     """Norms of all blocks of the matrix, on and off the diagonal.
 
-    relative: ``||H_bc|| / sqrt(||H_bb|| ||H_cc||)``, on a linear scale; False: the norms themselves, on a logarithmic one.
+    relative: ``||H_bc|| / sqrt(||H_bb|| ||H_cc||)``, from 0.01 on; False: the norms themselves. Both on a logarithmic scale: in
+        an indefinite matrix, blocks off the diagonal may be far larger than those on it (query and key).
     """
     table = found.relative if relative else found.norms
     size = len(table)
     side = min(max(0.16 * size, 2.4), 6.0)
     figure = Figure(figsize=(side + 2.6, side + 1.6), layout="compressed")
     axes = figure.subplots()
-    values = table.to_numpy()
-    norm = Normalize(0, max(1.0, float(values.max()))) if relative else _decades(values)
+    norm = LogNorm(FAINTEST, max(1.0, float(table.max(axis=None)))) if relative else _decades(table.to_numpy())
+    values = table.clip(lower=norm.vmin).to_numpy()
     edges = np.arange(size + 1)
-    image = axes.pcolormesh(edges, edges, np.maximum(values, norm.vmin or 0.0), cmap=COLOURS, norm=norm)
+    image = axes.pcolormesh(edges, edges, values, cmap=COLOURS, norm=norm)
     axes.set_aspect("equal")
     axes.set_ylim(size, 0)
     axes.spines[:].set_visible(False)
@@ -47,8 +50,8 @@ def coupling_heatmap(found: Coupling, *, relative: bool = True) -> Figure:
     if size <= WRITTEN:
         for i, j in np.ndindex(size, size):
             colour = "white" if norm(values[i, j]) > 0.55 else "black"
-            axes.text(j + 0.5, i + 0.5, f"{values[i, j]:.2g}", ha="center", va="center", fontsize=6, color=colour)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=20, extend="neither" if relative else "min")
+            axes.text(j + 0.5, i + 0.5, f"{table.to_numpy()[i, j]:.2g}", ha="center", va="center", fontsize=6, color=colour)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=20, extend="min")
     bar.set_label(r"$\|H_{bc}\| / \sqrt{\|H_{bb}\| \|H_{cc}\|}$" if relative else r"$\|H_{bc}\|_F$ (loss / parameter²)")
     bar.outline.set_visible(False)
     share, stderr = found.off_diagonal_share
@@ -71,7 +74,7 @@ def _decades(values: np.ndarray, most: float = 1e-5) -> LogNorm:
 def _labels(table: pd.DataFrame, side: float) -> tuple[np.ndarray, list[str]]:
     """Every block's name where there is room, else evenly spread ones."""
     short = short_names(name for name in table.index if "." in name)  # groups are called what they are
-    names = [short.get(name, name) for name in table.index]
+    names = [short.get(name) or (KINDS[name].label if name in KINDS else name) for name in table.index]
     stride = math.ceil(len(names) * 0.11 / side)
     return np.arange(len(names))[::stride] + 0.5, names[::stride]
 
@@ -126,7 +129,7 @@ def landscape_line(found: Landscape) -> Figure:
     axes = figure.subplots()
     axes.plot(found.steps[0], found.losses, color="#332288", marker="o", markersize=2.5)
     axes.axvline(0, color="0.7", linewidth=0.5, zorder=0)
-    axes.set_xlabel(f"multiple of: {found.names[0]}")
+    axes.set_xlabel(f"step along the {found.names[0]}")
     axes.set_ylabel("loss")
     return figure
 
@@ -148,10 +151,12 @@ def landscape_surface(found: Landscape, *, logarithmic: bool = False) -> Figure:
     figure = Figure(figsize=(7.8, 3.2), layout="constrained")
     solid = figure.add_subplot(1, 2, 1, projection="3d")
     solid.plot_surface(across, along, heights, cmap="viridis", linewidth=0, rstride=1, cstride=1, antialiased=True)
-    solid.set_zlabel(label, labelpad=-3)
-    solid.set_box_aspect(None, zoom=0.82)
+    solid.set_zlabel(label, labelpad=0)
+    solid.set_box_aspect(None, zoom=0.85)
     solid.tick_params(pad=-2)
     solid.view_init(elev=28, azim=-60)
+    for axis in (solid.xaxis, solid.yaxis, solid.zaxis):
+        axis.set_major_locator(MaxNLocator(4))
     flat = figure.add_subplot(1, 2, 2)
     filled = flat.contourf(across, along, heights, levels=20, cmap="viridis")
     flat.contour(across, along, heights, levels=20, colors="white", linewidths=0.3)
