@@ -36,7 +36,7 @@ def coupling_heatmap(found: Coupling, *, relative: bool = True) -> Figure:
     side = min(max(0.16 * size, 2.4), 6.0)
     figure = Figure(figsize=(side + 2.6, side + 1.6), layout="compressed")
     axes = figure.subplots()
-    norm = LogNorm(FAINTEST, max(1.0, float(table.max(axis=None)))) if relative else _decades(table.to_numpy())
+    norm = LogNorm(FAINTEST, max(1.0, float(table.to_numpy().max()))) if relative else _decades(table.to_numpy())
     values = table.clip(lower=norm.vmin).to_numpy()
     edges = np.arange(size + 1)
     image = axes.pcolormesh(edges, edges, values, cmap=COLOURS, norm=norm)
