@@ -25,7 +25,7 @@ class Objective:
     model: left as it was found by everything here: training flags, gradients, attention implementation, buffers.
     batches: a finite list (or anything that can be iterated again and again, in the same order and with the same
         content, like an unshuffled DataLoader) of what the loss understands. An iterator is read into a list. Batches
-        are moved to the model's device one at a time.
+        are moved to the model's device one at a time, their numbers to its dtype (floating point, where it has one alone).
     loss: ``loss(model, batch) -> (sum of the loss terms, number of terms)``, see :mod:`blockspec.losses`. For the
         curvatures ``ggn`` and ``fisher`` it has to be a :class:`blockspec.losses.Loss`, which says where to split.
     micro_batch: examples that go through the model at once; None: a batch as it comes. Changes memory, not the numbers (but
@@ -70,13 +70,19 @@ class Objective:
         """Where batches are moved to: the device of the first parameter."""
         return next(self.model.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the floating point numbers of batches: that of the model's parameters; None where they differ."""
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        return dtypes.pop() if len(dtypes) == 1 else None
+
     def batches(self) -> Iterator[Any]:
-        """The batches, or the parts of ``micro_batch`` examples that they are cut into, each moved to the model's device when
-        its turn comes."""
+        """The batches, or the parts of ``micro_batch`` examples that they are cut into, each moved to the model's device and
+        dtype when its turn comes."""
         for batch in self.whole_batches():
             whole = self.micro_batch is None or self.batch_norm == "train"  # statistics of a batch need all of it
             for part in [batch] if whole else cut(batch, self.micro_batch or 1):
-                yield to_device(part, self.device)
+                yield placed(part, self.device, self.dtype)
 
     def whole_batches(self) -> Iterator[Any]:
         """The batches as they were given."""
@@ -179,9 +185,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The same batch with its tensors on ``device``."""
-    return _map(batch, lambda tensor: tensor.to(device))
+def placed(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """The same batch with its tensors on ``device``, those of floating point in ``dtype`` unless it is None."""
+    return _map(batch, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from blockspec import Objective, estimate_spectra, losses, partition
-from blockspec.objective import fingerprint, to_device
+from blockspec.objective import fingerprint, placed
 
 
 def mean_of_terms(it):
@@ -364,11 +364,21 @@ def test_check_gives_no_warnings_of_its_own():
 def test_batches_of_every_form_are_moved(device):
     device = torch.device(device)
     x = torch.ones(2)
-    pair, mapping, nested = (to_device(batch, device) for batch in ((x, x), {"a": x}, [x, {"b": (x, 3)}]))
+    pair, mapping, nested = (placed(batch, device, None) for batch in ((x, x), {"a": x}, [x, {"b": (x, 3)}]))
     assert isinstance(pair, tuple)
     found = [*pair, mapping["a"], nested[0], nested[1]["b"][0]]
     assert {tensor.device.type for tensor in found} == {device.type}
     assert nested[1]["b"][1] == 3
+
+
+def test_floating_point_numbers_of_batches_take_the_dtype_of_the_model():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)).double()
+    batch = {"x": torch.ones(4, 2), "labels": torch.arange(4)}
+    (found,) = Objective(model, [batch], losses.classification).batches()
+    assert (found["x"].dtype, found["labels"].dtype) == (torch.float64, torch.int64)
+    model[1].float()  # of two dtypes: left as it is
+    (found,) = Objective(model, [batch], losses.classification).batches()
+    assert found["x"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("form", ["BatchEncoding", "BatchFeature", "namedtuple", "dict"])

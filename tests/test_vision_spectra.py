@@ -14,7 +14,7 @@ import yaml
 from problems import roughened
 from torch import nn
 
-from blockspec import Objective, draw_probe, estimate_spectra, losses, partition
+from blockspec import Objective, draw_probe, estimate_spectra, load_spectra, losses, partition
 from blockspec.blocks import GRANULARITIES
 from blockspec.curvature import Products
 from blockspec.run import BlockSettings, EstimateSettings, Resources, RunSettings, measure
@@ -127,6 +127,19 @@ def test_batch_norm_is_that_of_eval_mode_or_that_of_train_mode(name):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_run_in_float64_takes_images_in_float32(tmp_path):
+    arguments = {"model": "digits_mlp", "settings": {"sizes": [64, 3, 10]}, "count": 20}
+    settings = RunSettings(
+        "vision_models.factories:digits",
+        arguments,
+        blocks=BlockSettings(include=["layers.1.weight"], full=False),
+        estimate=EstimateSettings(num_probes=1, num_steps=2),
+        dtype="float64",
+    )
+    measure(settings, factories.digits, tmp_path, resources=Resources(device="cpu"))
+    assert load_spectra(tmp_path / "spectra.parquet")["layers.1.weight"].dtype == "float64"
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_mode_of_batch_norm_is_written_into_the_run(mode, tmp_path):
     arguments = {"model": "resnet", "settings": {"blocks": [1], "channels": 1, "width": 2}, "count": 6}
@@ -182,11 +195,9 @@ def test_every_config_has_the_weight_matrices_of_its_model(path):
 def test_other_batch_sizes_give_the_same_spectra():
     nodes = []
     for batch_size in (40, 16, 1):
-        objective = Objective(
-            *factories.digits(
-                model="digits_resnet", settings={"depth": 8, "width": 4}, count=40, batch_size=batch_size, dtype="float64"
-            )
-        )
+        settings = {"depth": 8, "width": 4}
+        model, *data = factories.digits(model="digits_resnet", settings=settings, count=40, batch_size=batch_size)
+        objective = Objective(model.double(), *data)
         blocks = partition(objective.model, "layer", ["layer1.0", "fc.weight"])
         spectra = estimate_spectra(objective, blocks, num_probes=1, num_steps=6)
         nodes.append(np.concatenate([spectrum.nodes[0] for spectrum in spectra.values()]))
@@ -225,14 +236,15 @@ def test_attention_against_mlp_in_a_vit():
 @pytest.fixture(scope="module")
 def resnet20():
     """ResNet20 on ten real digits, its running statistics those of the digits: a product function, objective, spectrum."""
-    model, batches, loss = factories.digits(model="digits_resnet", settings={"depth": 20}, count=10, dtype="float64")
+    model, batches, loss = factories.digits(model="digits_resnet", settings={"depth": 20}, count=10)
+    model, (x, y) = model.double(), batches[0]
     with torch.no_grad():
         model.train()
         for _ in range(40):
-            model(batches[0][0])
+            model(x.double())
     model.eval()
     parameters = list(model.parameters())
-    value = F.cross_entropy(model(batches[0][0]), batches[0][1])
+    value = F.cross_entropy(model(x.double()), y)
     gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters, create_graph=True)])
 
     def product(vector):

@@ -136,7 +136,7 @@ def test_the_checkpoint_is_rebuilt_and_measured(tmp_path):
     fresh = models.build(RESNET, seed=0).state_dict()
     torch.testing.assert_close(models.load(first).state_dict(), fresh, rtol=0, atol=0)
     assert not torch.equal(models.load(last).state_dict()["bn1.running_mean"], fresh["bn1.running_mean"])
-    model, batches, loss = factories.checkpoint(checkpoint=str(last), split="test", count=None, dtype="float64")
+    model, batches, loss = factories.checkpoint(checkpoint=str(last), split="test", count=None)
     value = blockspec.Objective(model, batches, loss).value()
     assert value == pytest.approx(read_record(last)["held_out_loss"], rel=1e-5)
     other, _, _ = factories.digits(checkpoint=str(last), model="digits_vgg", count=20)

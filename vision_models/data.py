@@ -7,7 +7,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -70,16 +70,12 @@ class Batches:
     """Batches that are decoded again in every pass."""
 
     loader: DataLoader
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for collated in self.loader:
-            x, y = _whole(collated)
-            yield x.to(self.device, self.dtype), y.to(self.device)
+        return map(_whole, self.loader)
 
 
 def fixed_batches(
@@ -119,13 +115,6 @@ def fixed_batches(
     bytes_each = _Read(images).bytes_of(indices[0])
     batches = Batches(loader)
     return list(batches) if bytes_each * len(indices) <= memory_gib * 2**30 else batches
-
-
-def placed(batches: list[Batch] | Batches, *, device: str, dtype: torch.dtype) -> list[Batch] | Batches:
-    """The batches on a device, images in a dtype."""
-    if isinstance(batches, Batches):
-        return replace(batches, device=device, dtype=dtype)
-    return [(x.to(device, dtype), y.to(device)) for x, y in batches]
 
 
 @dataclass

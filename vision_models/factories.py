@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from blockspec.losses import Loss, classification
@@ -15,11 +14,10 @@ from training.checkpoints import read_record
 from vision_models import hub as hub_images
 from vision_models import image_folder as folders
 from vision_models import models, sources
-from vision_models.data import Batch, Batches, Images, OnBroken, fixed_batches, placed
+from vision_models.data import Batch, Batches, OnBroken, fixed_batches
 from vision_models.digits import digits as open_digits
 from vision_models.models import ModelSettings
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 Measurable = tuple[nn.Module, list[Batch] | Batches, Loss]
 
 
@@ -32,8 +30,6 @@ def digits(
     count: int | None = None,
     batch_size: int = 256,
     seed: int = 0,
-    dtype: str = "float32",
-    device: str = "cpu",
 ) -> Measurable:
     """A fresh model and scikit-learn's 8x8 digits.
 
@@ -45,11 +41,9 @@ def digits(
         count: The first so many images. None: all of the split.
         batch_size: Images in a batch.
         seed: Of the model's weights.
-        dtype: float32, float64 or bfloat16.
-        device: cpu, cuda, cuda:1 …
     """
     _, network = _chosen(model, settings, checkpoint, seed)
-    return _measurable(open_digits(split), network, count=count, batch_size=batch_size, dtype=dtype, device=device)
+    return network, fixed_batches(open_digits(split), count=count, batch_size=batch_size), classification
 
 
 def image_folder(
@@ -66,8 +60,6 @@ def image_folder(
     on_broken: OnBroken = "error",
     memory_gib: float = 4.0,
     seed: int = 0,
-    dtype: str = "float32",
-    device: str = "cpu",
 ) -> Measurable:
     """A model and the images of a folder with one folder for each class, such as ImageNet's train or val.
 
@@ -84,22 +76,14 @@ def image_folder(
         on_broken: error, or skip: images that cannot be decoded are left out, with a warning.
         memory_gib: What decoded batches may take. Beyond, they are decoded again in every pass.
         seed: Of the model's weights.
-        dtype: float32, float64 or bfloat16.
-        device: cpu, cuda, cuda:1 …
     """
-    images = folders.image_folder(root, classes=classes, per_class=per_class)
+    images = folders.image_folder(root, classes=classes, per_class=per_class)  # a wrong root is found before the model is made
     chosen, network = _chosen(model, settings, checkpoint, seed)
-    return _measurable(
-        sources.as_expected(images, chosen),
-        network,
-        count=count,
-        batch_size=batch_size,
-        workers=workers,
-        on_broken=on_broken,
-        memory_gib=memory_gib,
-        dtype=dtype,
-        device=device,
+    images = sources.as_expected(images, chosen)
+    batches = fixed_batches(
+        images, count=count, batch_size=batch_size, workers=workers, on_broken=on_broken, memory_gib=memory_gib
     )
+    return network, batches, classification
 
 
 def hub(
@@ -116,8 +100,6 @@ def hub(
     on_broken: OnBroken = "error",
     memory_gib: float = 4.0,
     seed: int = 0,
-    dtype: str = "float32",
-    device: str = "cpu",
 ) -> Measurable:
     """A model and images of an HF data set.
 
@@ -134,22 +116,13 @@ def hub(
         on_broken: error, or skip: images that cannot be decoded are left out, with a warning.
         memory_gib: What decoded batches may take. Beyond, they are decoded again in every pass.
         seed: Of the model's weights.
-        dtype: float32, float64 or bfloat16.
-        device: cpu, cuda, cuda:1 …
     """
     chosen, network = _chosen(model, settings, checkpoint, seed)
-    images = hub_images.hub(name, split=split, label=label, count=count)
-    return _measurable(
-        sources.as_expected(images, chosen),
-        network,
-        count=count,
-        batch_size=batch_size,
-        workers=workers,
-        on_broken=on_broken,
-        memory_gib=memory_gib,
-        dtype=dtype,
-        device=device,
+    images = sources.as_expected(hub_images.hub(name, split=split, label=label, count=count), chosen)
+    batches = fixed_batches(
+        images, count=count, batch_size=batch_size, workers=workers, on_broken=on_broken, memory_gib=memory_gib
     )
+    return network, batches, classification
 
 
 def checkpoint(
@@ -160,8 +133,6 @@ def checkpoint(
     batch_size: int = 256,
     workers: int = 0,
     memory_gib: float = 4.0,
-    dtype: str = "float32",
-    device: str = "cpu",
 ) -> Measurable:
     """A checkpoint of ``vision_models.train`` and the data that it was trained on, without augmentation.
 
@@ -172,22 +143,13 @@ def checkpoint(
         batch_size: Images in a batch.
         workers: Processes that decode.
         memory_gib: What decoded batches may take. Beyond, they are decoded again in every pass.
-        dtype: float32, float64 or bfloat16.
-        device: cpu, cuda, cuda:1 …
     """
     data = sources.DataSettings(**read_record(Path(checkpoint))["data"])
-    trained, network = models.settings_of(checkpoint), models.load(checkpoint)
-    return _measurable(
-        sources.open_images(data, split or data.train_split, trained),
-        network,
-        count=count,
-        batch_size=batch_size,
-        workers=workers,
-        on_broken=data.on_broken,
-        memory_gib=memory_gib,
-        dtype=dtype,
-        device=device,
+    images = sources.open_images(data, split or data.train_split, models.settings_of(checkpoint))
+    batches = fixed_batches(
+        images, count=count, batch_size=batch_size, workers=workers, on_broken=data.on_broken, memory_gib=memory_gib
     )
+    return models.load(checkpoint), batches, classification
 
 
 def _chosen(model: str, settings: dict[str, Any] | None, checkpoint: str | None, seed: int) -> tuple[ModelSettings, nn.Module]:
@@ -195,14 +157,3 @@ def _chosen(model: str, settings: dict[str, Any] | None, checkpoint: str | None,
         return models.settings_of(checkpoint), models.load(checkpoint)
     chosen = ModelSettings(model, settings or {})
     return chosen, models.build(chosen, seed=seed)
-
-
-def _measurable(images: Images, network: nn.Module, *, dtype: str, device: str, **batching: Any) -> Measurable:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}; choose one of {', '.join(DTYPES)}")
-    batches = fixed_batches(images, **batching)
-    return (
-        network.to(device, DTYPES[dtype]),
-        placed(batches, device=device, dtype=DTYPES[dtype]),
-        classification,
-    )
