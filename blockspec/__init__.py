@@ -20,6 +20,7 @@ from .norms import norms as norms
 from .norms import squared_norms as squared_norms
 from .objective import Objective as Objective
 from .probes import draw_probe as draw_probe
+from .progress import progress_bar as progress_bar
 from .spectra import Estimate as Estimate
 from .spectra import RitzValue as RitzValue
 from .spectra import Spectra as Spectra

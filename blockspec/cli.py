@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,11 @@ from typing import Any
 import torch
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import report
 from .estimate import plan_spectra
 from .factories import find_factory
+from .progress import progress_bars
 from .run import BlockSettings, EstimateSettings, Resources, RunSettings, measure, prepare, stages
 
 console = Console(stderr=True)
@@ -26,7 +24,7 @@ console = Console(stderr=True)
 def run(settings: RunSettings, resources: Resources, out: Path, *, plots: bool) -> None:
     """Estimates spectra and leaves a run folder."""
     first = _join_processes()
-    with _progress(shown=first) as progress:
+    with progress_bars(shown=first) as progress:
         measure(settings, find_factory(settings.model), out, resources=resources, progress=progress)
     if first:
         if plots:
@@ -123,21 +121,6 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     known = (ValueError, TypeError, OSError, ArgumentError, KeyError)
     return text if isinstance(error, known) and text else f"{type(error).__name__}: {text} (--debug shows where)"
-
-
-@contextmanager
-def _progress(*, shown: bool) -> Iterator[Any]:
-    """A bar with time left, one line per stage."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} products"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not shown) as bar:
-        tasks: dict[str, Any] = {}
-
-        def update(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bar.add_task(label, total=total)
-            bar.update(tasks[label], completed=done, total=total)
-
-        yield update
 
 
 if __name__ == "__main__":
