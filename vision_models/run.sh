@@ -41,6 +41,7 @@ digits() { # one model after the other; each call is one process on one core
         checkpoints=("$out/$model"/step_*)
         blockspec run --config "$configs/spectra/digits_${model}.yaml" --out "$out/spectra/$model" --device "$device" \
             --checkpoints "[\"${checkpoints[0]}\", \"${checkpoints[-1]}\"]"
+        echo "$model: trained and measured" >&3
     done
 }
 
@@ -63,6 +64,7 @@ else
     models=(resnet vgg mixer vit)
     export OMP_NUM_THREADS=1
     mkdir -p "$out"
+    exec 3>&1
     digits vit vgg > "$out/vit_vgg.log" 2>&1 & first=$!
     digits resnet mixer > "$out/resnet_mixer.log" 2>&1 & second=$!
     echo "training and measuring; progress is in $out/vit_vgg.log and $out/resnet_mixer.log"
