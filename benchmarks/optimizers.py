@@ -28,16 +28,21 @@ from torch import nn
 from benchmarks.record import in_turns, write
 from blockspec.losses import Loss, classification
 from blockspec.style import save, styled
-from language_models import train as language
+from language_models import compare_optimizers as language
+from language_models.models import ModelSettings as LanguageModel
+from language_models.train import DataSettings as LanguageData
+from language_models.train import make_model, make_task
 from training.checkpoints import write_json
 from training.comparison import ComparisonSettings, compare
 from training.curves import draw_curves, draw_rates
 from training.optimizers import OptimizerSettings, make_optimizer
 from training.trainer import TrainingSettings
-from vision_models import models as vision_models
-from vision_models import sources
-from vision_models import train as vision
+from vision_models import compare_optimizers as vision
 from vision_models.data import ShuffledBatches
+from vision_models.models import ModelSettings as VisionModel
+from vision_models.models import build
+from vision_models.sources import DataSettings as VisionData
+from vision_models.sources import open_images
 
 STEPS = 10  # of one turn of the measurement of costs: what lies between two measurements of curvature with update_each=10
 
@@ -77,25 +82,18 @@ class Task:
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
+GPT2, TEXT = LanguageModel(), LanguageData()
+RESNET, DIGITS = VisionModel("digits_resnet"), VisionData()
+
+
 def first_gpt2() -> tuple[nn.Module, Any, Loss]:
-    settings = language.ModelSettings()
-    task = language.make_task(settings, language.DataSettings(), seed=0)
-    return language.make_model(settings, task, seed=0).train(), task.batch_at(0), task.loss
-
-
-def train_gpt2(settings: TrainingSettings, folder: Path) -> None:
-    language.train(out=str(folder), training=settings, progress=False)
+    task = make_task(GPT2, TEXT, seed=0)
+    return make_model(GPT2, task, seed=0).train(), task.batch_at(0), task.loss
 
 
 def first_resnet() -> tuple[nn.Module, Any, Loss]:
-    model, data = vision_models.ModelSettings("digits_resnet"), sources.DataSettings()
-    batches = ShuffledBatches(sources.open_images(data, "train", model), data.batch_size)
-    return vision_models.build(model).train(), batches(0), classification
-
-
-def train_resnet(settings: TrainingSettings, folder: Path) -> None:
-    model = vision_models.ModelSettings("digits_resnet")
-    vision.train(out=str(folder), model=model, training=settings, progress=False)
+    batches = ShuffledBatches(open_images(DIGITS, DIGITS.train_split, RESNET), DIGITS.batch_size)
+    return build(RESNET).train(), batches(0), classification
 
 
 def grids(sgd: Sequence[float], adamw: Sequence[float], adahessian: Sequence[float]) -> dict[str, tuple[float, ...]]:
@@ -109,7 +107,7 @@ TASKS = {
         weight_decay=0.1,
         clip=1.0,
         first=first_gpt2,
-        train=train_gpt2,
+        train=partial(language.train_one, GPT2, TEXT),
         rates=grids((0.03, 0.1, 0.3, 1.0), (1e-3, 3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3, 1.0)),
     ),
     "ResNet14 on the digits": Task(
@@ -117,7 +115,7 @@ TASKS = {
         weight_decay=5e-4,
         clip=0.0,
         first=first_resnet,
-        train=train_resnet,
+        train=partial(vision.train_one, RESNET, DIGITS),
         rates=grids((0.03, 0.1, 0.3, 1.0), (1e-3, 3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3, 1.0)),
     ),
 }
