@@ -39,9 +39,7 @@ MEASURES = {
 }
 
 
-def distance_heatmap(
-    distances: pd.DataFrame, definition: str = "jensen-shannon", *, top: float | None = None
-) -> Figure:
+def distance_heatmap(distances: pd.DataFrame, definition: str = "jensen-shannon", *, top: float | None = None) -> Figure:
     """Distances between blocks, the lower triangle; see :func:`distance_heatmaps`."""
     return distance_heatmaps({"": distances}, definition, top=top)
 
@@ -50,7 +48,7 @@ def distance_heatmap(
 def distance_heatmaps(
     distances: Mapping[str, pd.DataFrame], definition: str = "jensen-shannon", *, top: float | None = None
 ) -> Figure:
-    """Distances between blocks, a map for each title, side by side on one colour scale.
+    """Distances between blocks, a map for each title, beside each other on one colour scale; up to three in a row.
 
     distances: title -> (blocks x blocks) as of ``js_distances``.
     definition: of the distances: names the colour bar and its bound.
@@ -66,12 +64,16 @@ def distance_heatmaps(
     side = min(max(0.11 * size, 1.7), 5.5 if len(distances) == 1 else 4.2)  # inches
     same = len({tuple(table.index) for table in distances.values()}) == 1
     beside = max(_label_inches(table, side) for table in distances.values())
-    width = (side + 0.15) * len(distances) + beside * (1 if same else len(distances)) + 1.3
-    figure = Figure(figsize=(width, side + beside + 0.4), layout="compressed")
-    axes = figure.subplots(1, len(distances), squeeze=False)[0]
+    columns = len(distances) if len(distances) <= 3 else math.ceil(math.sqrt(len(distances)))
+    rows = math.ceil(len(distances) / columns)
+    width = (side + 0.15) * columns + beside * (1 if same else columns) + 1.3
+    figure = Figure(figsize=(width, (side + beside + 0.4) * rows), layout="compressed")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for place in axes[len(distances) :]:
+        place.set_axis_off()
     norm = _norm(distances, measure, top)
-    for i, (place, (title, table)) in enumerate(zip(axes, distances.items(), strict=True)):
-        image = _map(place, table, norm, side, labelled=i == 0 or not same)
+    for i, (place, (title, table)) in enumerate(zip(axes, distances.items(), strict=False)):
+        image = _map(place, table, norm, side, labelled=i % columns == 0 or not same)
         place.set_title(title)
     beyond = top is not None and max(float(table.to_numpy().max()) for table in distances.values()) > top
     bar = figure.colorbar(image, ax=list(axes), extend="max" if beyond else "neither", shrink=0.8, aspect=20)

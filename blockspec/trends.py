@@ -117,8 +117,9 @@ def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
     kinds = _kinds_of_last_step(tables)
     rows = math.ceil(len(kinds) / 6)
     columns = max(3, math.ceil(len(kinds) / rows))
-    figure = Figure(figsize=(1.55 * columns + 0.6, 2.4 + 1.25 * rows + 0.6), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[2.2, 1.25 * rows + 0.5], squeeze=False)[:, 0]
+    heights = (2.4, max(1.25 * rows + 0.6, 2.4))  # inches; the names of the axes take 2.2
+    figure = Figure(figsize=(1.55 * columns + 0.6, sum(heights)), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
     _heterogeneity_of_runs(upper.subplots(), tables, looks)
     upper.legend(loc="outside right upper", title="run")
     scale = scale_of(part for parts in kinds.values() for part in parts.values())
@@ -153,11 +154,7 @@ def _kinds_of_last_step(tables: Mapping[str, pd.DataFrame]) -> dict[str, dict[st
     for run, table in tables.items():
         spectra = spectra_of(table[table["step"] == table["step"].max()])
         for kind in ("full", *KINDS):
-            parts = {
-                n: s
-                for n, s in spectra.items()
-                if (n == "model") == (kind == "full") and kind in ("full", s.block.kind)
-            }
+            parts = {n: s for n, s in spectra.items() if (n == "model") == (kind == "full") and kind in ("full", s.block.kind)}
             if parts:
                 found.setdefault(kind, {})[run] = block_diagonal(parts)
     return {kind: found[kind] for kind in ("full", *KINDS) if kind in found}
@@ -167,9 +164,7 @@ def _heterogeneity_of_runs(axes: Axes, tables: Mapping[str, pd.DataFrame], looks
     steps: set[int] = set()
     for name, table in tables.items():
         parts = table[table["block"] != "model"]
-        course = {
-            step: js0(spectra_of(parts[parts["step"] == step])) for step in sorted(parts["step"].unique().tolist())
-        }
+        course = {step: js0(spectra_of(parts[parts["step"] == step])) for step in sorted(parts["step"].unique().tolist())}
         steps |= set(course)
         errors = [math.nan if estimate.stderr is None else estimate.stderr for estimate in course.values()]
         _course(axes, list(course), [estimate.value for estimate in course.values()], errors, looks[name], label=name)

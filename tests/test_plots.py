@@ -89,11 +89,15 @@ def figures(by_step: dict[int, Spectra], table: pd.DataFrame, heterogeneity: pd.
         "distance_heatmap of 50": plots.distance_heatmap(square(list(layers)[:50])),
         "distance_heatmap of 194": plots.distance_heatmap(square(list(layers))),
         "distance_heatmaps": plots.distance_heatmaps(maps),
+        "distance_heatmaps of 5": plots.distance_heatmaps({f"run {n}": square(list(layers)[: 3 * n]) for n in range(1, 6)}),
         "heterogeneity_over_training": plots.heterogeneity_over_training(heterogeneity),
         "heterogeneity_over_training at many steps": plots.heterogeneity_over_training(many_steps()),
         "trace_by_kind_over_training": plots.trace_by_kind_over_training(table),
         "trace_by_kind_over_training of traces": plots.trace_by_kind_over_training(table, "trace"),
         "compare_runs": plots.compare_runs({"a run": table, "another": table[table["step"] == 0]}),
+        "compare_runs of a few kinds": plots.compare_runs(
+            {"one": convolutional().frame(step=0), "two": convolutional().frame(step=9)}
+        ),
         "edges_by_block": plots.edges_by_block(last),
         "edges_by_block of 12 layers": plots.edges_by_block(layers),
     }
@@ -157,10 +161,10 @@ def square(names: list[str]) -> pd.DataFrame:
 FIGURES = (
     "esd_by_block", "esd_by_block of 12 layers", "esd_by_block of convolutions", "esd_by_block of one block", "esd_stages",
     "esd_stages normalised", "full_and_block_diagonal", "distance_heatmap", "distance_heatmap of 4",
-    "distance_heatmap of 8 with long numbers", "distance_heatmap of 50", "distance_heatmap of 194", "distance_heatmaps", "heterogeneity_over_training",
-    "heterogeneity_over_training at many steps",
-    "trace_by_kind_over_training", "trace_by_kind_over_training of traces", "compare_runs", "edges_by_block",
-    "edges_by_block of 12 layers",
+    "distance_heatmap of 8 with long numbers", "distance_heatmap of 50", "distance_heatmap of 194", "distance_heatmaps",
+    "distance_heatmaps of 5", "heterogeneity_over_training", "heterogeneity_over_training at many steps",
+    "trace_by_kind_over_training", "trace_by_kind_over_training of traces", "compare_runs", "compare_runs of a few kinds",
+    "edges_by_block", "edges_by_block of 12 layers",
 )  # fmt: skip
 HEATMAPS = tuple(name for name in FIGURES if "heatmap" in name)
 OTHERS = tuple(name for name in FIGURES if "heatmap" not in name)
