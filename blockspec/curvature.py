@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Products:
         times the output's own Hessian.
 
     ranks: processes that split the batches; every one of them must ask for the same products.
+    graphs: where there are at most so many batches, their graphs are kept from one call to the next, and the shared passes are
+        made once. One takes no more memory at the peak than none.
 
     When memory runs out on the way, the objective's micro-batch is halved, a warning says so, and the sweep begins anew.
 
@@ -44,7 +47,7 @@ class Products:
     one batch.
     """
 
-    def __init__(self, objective: Objective, curvature: str = "hessian", *, ranks: Ranks | None = None) -> None:
+    def __init__(self, objective: Objective, curvature: str = "hessian", *, ranks: Ranks | None = None, graphs: int = 1) -> None:
         if curvature not in LINEARISATIONS:
             raise ValueError(f"curvature is one of {tuple(LINEARISATIONS)}, got {curvature!r}")
         if curvature != "hessian" and not isinstance(objective.loss, Loss):
@@ -55,6 +58,9 @@ class Products:
         self.objective = objective
         self.curvature = curvature
         self.ranks = ranks or Ranks()
+        self.graphs = graphs
+        self._kept: list[tuple[Apply, float]] = []
+        self._kept_parameters: frozenset[str] = frozenset()
         self.gradients = 0
         self.products = 0
         self._parameters = objective.parameters()
@@ -107,14 +113,28 @@ class Products:
                 total.copy_(part)
 
     def _linearised(self, parameters: dict[str, Tensor]) -> Iterator[tuple[Apply, float]]:
-        for index, batch in enumerate(self.objective.batches()):
-            if index % self.ranks.rows == self.ranks.row:
-                apply, count = LINEARISATIONS[self.curvature](self.objective, batch, parameters)
-                self.gradients += 1
-                yield apply, count
-                del apply  # the graph is freed before the next batch makes its own
+        if parameters.keys() <= self._kept_parameters:
+            yield from self._kept
+            return
+        self._forget()
+        batches = islice(self.objective.batches(), self.ranks.row, None, self.ranks.rows)
+        ahead = list(islice(batches, self.graphs + 1))
+        kept = []
+        for batch in chain(ahead, batches):
+            apply, count = LINEARISATIONS[self.curvature](self.objective, batch, parameters)
+            self.gradients += 1
+            if len(ahead) <= self.graphs:
+                kept.append((apply, count))
+            yield apply, count
+            del apply  # the graph is freed before the next batch makes its own
+        if kept:
+            self._kept, self._kept_parameters = kept, frozenset(parameters)
+
+    def _forget(self) -> None:
+        self._kept, self._kept_parameters = [], frozenset()
 
     def _halve_micro_batch(self) -> bool:
+        self._forget()
         objective = self.objective
         size = objective.micro_batch or max((examples(batch) or 1 for batch in objective.batches()), default=1)
         if size <= 1 or objective.batch_norm == "train":

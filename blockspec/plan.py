@@ -72,14 +72,16 @@ def plan(schedule: Schedule, products: Products, *, limit: int | None = None) ->
     passes = 1 if schedule.budget is None else -(-at_once // max(schedule.budget, 1))
     sweeps = passes * max(table["products"] / [max(task.wanted, 1) for task in schedule.tasks])
     vectors = at_once if schedule.budget is None else min(at_once, schedule.budget)
-    peak = memory.used(objective.device) + int(MARGIN * _growth(products, blocks, None)) + vectors
-    total = float(table["seconds"].sum() + sweeps * count * shared)
+    graphs = count if count <= products.graphs else 1
+    peak = memory.used(objective.device) + graphs * int(MARGIN * _growth(products, blocks, None)) + vectors
+    total = float(table["seconds"].sum() + (1 if count <= products.graphs else sweeps) * count * shared)
     return Plan(table, gradient * count, total, objective.micro_batch, peak, limit, int(passes))
 
 
 def fit(objective: Objective, schedule: Schedule, products: Products, limit: int) -> int:
-    """Chooses the objective's micro-batch so that the estimate stays within ``limit`` bytes; returns what is left for the
-    processes under way. All of them at once if that leaves room for one example at a time; else as many as fit.
+    """Chooses the objective's micro-batch so that the estimate stays within ``limit`` bytes, and how many graphs are kept;
+    returns what is left for the processes under way: all of them at once if that leaves room for one example at a time, else as
+    many as fit.
 
     Raises ValueError where not even one process fits beside one example, with what would.
     """
@@ -102,6 +104,8 @@ def fit(objective: Objective, schedule: Schedule, products: Products, limit: int
     spare = max(room - at_once, 0)
     micro_batch = min(largest, 1 + int(spare / (MARGIN * slope)) if slope > 0 else largest)
     objective.micro_batch = None if micro_batch >= largest else micro_batch
+    graph = MARGIN * (one + slope * (micro_batch - 1))
+    products.graphs = 1 + int(max(room + MARGIN * one - at_once - graph, 0) / max(graph, 1))
     return min(room, at_once)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from models import tiny_gpt2
 from problems import PROBLEMS, Problem, gpt2, problem, resnet, roughened, tokens, truth
 from torch import nn
 
@@ -339,3 +340,34 @@ def test_attention_block_of_a_multihead_encoder():
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     it = Problem(model, [(x, torch.tensor([0, 2]))], losses.classification, lambda call, b: call(b[0]), lambda b: b[1])
     check_against(dense_truth.dense_hessian(model, it.batches, it.terms), it, partition(model))
+
+
+@pytest.mark.parametrize("graphs", [0, 1, 2])
+def test_graphs_are_kept_where_they_may_be(graphs):
+    """Shared passes are made once for two batches where two graphs may be kept; the numbers are the same."""
+    model = tiny_gpt2()
+    tokens = torch.randint(model.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
+    objective = Objective(model, [{"input_ids": row[None]} for row in tokens], losses.next_token)
+    first, second, third = partition(model, include=["*c_fc.weight", "*ln_f.weight"])
+    products = Products(objective, graphs=graphs)
+    vectors = {block: torch.randn(block.numel, dtype=torch.float64) for block in (first, second, third)}
+    expected = Products(objective, graphs=0).sweep(list(vectors.items()))
+    for chosen in ((first, second), (first,), (second,), (first, third), (third,)):
+        ours = products.sweep([(block, vectors[block]) for block in chosen])
+        for block, product in zip(chosen, ours, strict=True):
+            torch.testing.assert_close(product, expected[list(vectors).index(block)], rtol=1e-12, atol=0)
+    assert products.gradients == {0: 10, 1: 10, 2: 4}[graphs]  # the third block's gradient is not in the first graphs
+
+
+def test_a_kept_graph_is_not_used_with_other_weights():
+    model = tiny_gpt2()
+    objective = Objective(model, [{"input_ids": torch.zeros(1, 4, dtype=torch.long)}], losses.next_token)
+    (block,) = partition(model, include="*h.0.mlp.c_fc.weight")
+    products = Products(objective)
+    vector = torch.ones(block.numel, dtype=torch.float64)
+    products.sweep([(block, vector)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        products.sweep([(block, vector)])

@@ -38,7 +38,8 @@ def make(*, seed=0, shift=0.0, tokens_seed=1):
     with torch.no_grad():
         next(model.parameters()).add_(shift)
     tokens = torch.randint(model.config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(tokens_seed))
-    objective = blockspec.Objective(model, [{"input_ids": tokens}], blockspec.losses.next_token)
+    batches = [{"input_ids": row[None]} for row in tokens]
+    objective = blockspec.Objective(model, batches, blockspec.losses.next_token)
     return objective, blockspec.partition(model, include=["*c_fc.weight", "*ln_1.weight"])
 
 
@@ -60,7 +61,7 @@ def test_a_stopped_estimate_goes_on_bit_by_bit_and_repeats_no_sweep(tmp_path, se
     unbroken = blockspec.estimate_spectra(*make(), 2, 8, **settings)
     interrupted(tmp_path, after=5, **settings)
     resumed = blockspec.estimate_spectra(*make(), 2, 8, state=tmp_path, **settings)
-    assert resumed.cost.gradients == unbroken.cost.gradients - 5
+    assert resumed.cost.gradients == unbroken.cost.gradients - 2 * 5  # of two batches
     for name, spectrum in unbroken.items():
         np.testing.assert_array_equal(resumed[name].nodes, spectrum.nodes)
         np.testing.assert_array_equal(resumed[name].weights, spectrum.weights)
