@@ -91,7 +91,7 @@ def _distances(
         return _pairwise(rows, _wasserstein)
     if definition == "jensen-shannon":
         scaled = [(np.arcsinh(nodes / linear), weights) for nodes, weights in rows]
-        return _jensen_shannon(_masses(scaled, width=RELATIVE_WIDTH, points=POINTS, floor=0.0))
+        return jensen_shannon(_masses(scaled, width=RELATIVE_WIDTH, points=POINTS, floor=0.0))
     return _symmetrised_kl(
         _masses(rows, width=settings["width"], points=int(settings["points"] or 0), floor=settings["floor"])  # type: ignore[arg-type]
     )
@@ -121,8 +121,8 @@ def _masses(rows: Rows, *, width: float, points: int, floor: float) -> np.ndarra
     return masses / masses.sum(1, keepdims=True)
 
 
-def _jensen_shannon(p: np.ndarray) -> np.ndarray:
-    """Entropy of the mixture less the mean entropy."""
+def jensen_shannon(p: np.ndarray) -> np.ndarray:
+    """(blocks, blocks) divergences of probabilities p (blocks, cells), in nats: entropy of the mixture less the mean entropy."""
     entropy = -xlogy(p, p).sum(1)
     distances = np.zeros((len(p), len(p)))
     for i in range(1, len(p)):

@@ -130,7 +130,7 @@ def esd_stages(
         raise ValueError("no stages to draw: the mapping is empty")
     parts = {step: spectra_by_step[step][block] for step in steps}
     if normalised:
-        parts = {step: _divided(part, tenth_largest(part)) for step, part in parts.items()}
+        parts = {step: divided(part, tenth_largest(part)) for step, part in parts.items()}
     scale = scale_of(parts.values())
     figure = Figure(figsize=(5.5, 0.85 * len(steps) + 0.9), layout="constrained")
     axes = figure.subplots(len(steps), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -167,8 +167,10 @@ def tenth_largest(spectrum: Spectrum) -> float:
     return max(values)
 
 
-def _divided(spectrum: Spectrum, unit: float) -> Spectrum:
-    return replace(spectrum, nodes=spectrum.nodes / unit, residuals=spectrum.residuals / unit)
+def divided(spectrum: Spectrum, unit: float) -> Spectrum:
+    """The spectrum with eigenvalues in that unit, which is positive."""
+    lengths = {name: getattr(spectrum, name) / unit for name in ("nodes", "residuals", "steps_error")}
+    return replace(spectrum, **lengths)
 
 
 @styled

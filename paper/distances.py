@@ -1,0 +1,117 @@
+"""Distances between blocks that Lanczos resolves, and what they say of groups of blocks.
+
+``blockspec.js_distances`` smooths every node alike, so that in a bulk that few steps do not resolve it compares the places of
+single Ritz values. Here two blocks are compared at the resolution of the coarser one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+from blockspec import Estimate, js0, js_distances
+from blockspec.heterogeneity import jensen_shannon
+from blockspec.panels import even_grid, resolution, resolved_density
+from blockspec.spectra import Spectrum
+
+MARGIN = 1.0  # of the grid, on the scale asinh(x / linear): ten widths
+RESOLVED, DEFAULT, PAPER = "resolved Jensen-Shannon", "jensen-shannon", "symmetrised-kl"
+DEFINITIONS = (RESOLVED, DEFAULT, PAPER)
+
+Spectra = Mapping[str, Spectrum]
+
+
+def resolved_distances(spectra: Spectra) -> pd.DataFrame:
+    """Jensen-Shannon divergence in nats between all pairs, (blocks x blocks).
+
+    Each node is a Gaussian of a tenth of its value (near zero: of the median over the blocks of their root mean square
+    eigenvalue), but at least as wide as the residuals of both spectra there; the grid has 800 points that are even on
+    asinh(eigenvalue / that median).
+    """
+    parts = list(spectra.values())
+    linear = float(np.median([math.sqrt(part.moment(2).value) for part in parts if not part.is_zero] or [1.0]))
+    ends = np.arcsinh(np.array([min(p.nodes.min() for p in parts), max(p.nodes.max() for p in parts)]) / linear)
+    grid = even_grid(*(linear * np.sinh(ends + np.array([-MARGIN, MARGIN]))), linear)
+    cells = np.gradient(grid)
+    distances = np.zeros((len(parts), len(parts)))
+    for i, first in enumerate(parts):
+        for j, second in enumerate(parts[:i]):
+            pair = (resolved_density(first, grid, linear, like=second)[0], resolved_density(second, grid, linear, like=first)[0])
+            masses = np.stack(pair) * cells
+            distances[i, j] = distances[j, i] = jensen_shannon(masses / masses.sum(1, keepdims=True))[0, 1]
+    return pd.DataFrame(distances, index=list(spectra), columns=list(spectra))
+
+
+def coarsest(spectra: Spectra) -> float:
+    """The width that Lanczos resolves in every block, in units of an eigenvalue."""
+    return max(resolution(part) for part in spectra.values() if not part.is_zero)
+
+
+def distances(spectra: Spectra, definition: str) -> pd.DataFrame:
+    """Distances by one of ``DEFINITIONS``; symmetrised-kl with the floor and grid of the published code, at the width
+    :func:`coarsest`."""
+    if definition == RESOLVED:
+        return resolved_distances(spectra)
+    return js_distances(spectra, definition, width=coarsest(spectra))
+
+
+def mean_distance(spectra: Spectra, definition: str) -> Estimate:
+    """JS^0: the mean over all pairs, with a standard error by jackknife over probes."""
+    if definition != RESOLVED:
+        return js0(spectra, definition, width=coarsest(spectra))
+    value = over_pairs(resolved_distances(spectra)).mean()
+    probes = min((part.num_probes for part in spectra.values() if not part.exact), default=0)
+    if probes < 2:
+        return Estimate(value, None if probes else 0.0)
+    left_out = [over_pairs(resolved_distances({n: _without(s, k) for n, s in spectra.items()})).mean() for k in range(probes)]
+    return Estimate(value, math.sqrt((probes - 1) * np.var(left_out)))
+
+
+def _without(spectrum: Spectrum, probe: int) -> Spectrum:
+    if spectrum.exact:
+        return spectrum
+    kept = {name: np.delete(getattr(spectrum, name), probe, axis=0) for name in ("nodes", "weights", "residuals")}
+    return replace(spectrum, **kept)
+
+
+def heterogeneity(spectra: Spectra) -> pd.DataFrame:
+    """A row a definition: JS^0 and its standard error over probes."""
+    means = {definition: mean_distance(spectra, definition) for definition in DEFINITIONS}
+    return pd.DataFrame([{"definition": d, "js0": mean.value, "stderr": mean.stderr} for d, mean in means.items()])
+
+
+def tidy(table: pd.DataFrame) -> pd.DataFrame:
+    """Distances (blocks x blocks) as columns block, other, distance."""
+    return table.rename_axis("block").reset_index().melt("block", var_name="other", value_name="distance")
+
+
+def square(rows: pd.DataFrame) -> pd.DataFrame:
+    """The reverse of :func:`tidy`."""
+    names = rows["block"].unique()
+    return rows.pivot(index="block", columns="other", values="distance").loc[names, names]
+
+
+def over_pairs(table: pd.DataFrame) -> np.ndarray:
+    """The distances below the diagonal."""
+    return table.to_numpy()[np.tril_indices(len(table), -1)]
+
+
+def nearness(table: pd.DataFrame, pairs: Collection[tuple[str, str]]) -> tuple[float, float]:
+    """How near the pairs of a group are.
+
+    Returns:
+        Their median distance over that of all pairs, and the probability that a pair of the group is nearer than one outside
+        it (ties count half): 1 / 2 if they are like the others.
+    """
+    rows, columns = np.tril_indices(len(table), -1)
+    wanted = {frozenset(pair) for pair in pairs}
+    inside = np.array([frozenset((table.index[i], table.index[j])) in wanted for i, j in zip(rows, columns, strict=True)])
+    values = over_pairs(table)
+    ranks, n, m = rankdata(values), inside.sum(), (~inside).sum()
+    farther = (ranks[inside].sum() - n * (n + 1) / 2) / (n * m)  # Mann-Whitney
+    return float(np.median(values[inside]) / np.median(values)), float(1 - farther)

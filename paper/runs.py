@@ -1,0 +1,47 @@
+"""Trainings and spectra below a folder that exhibits share: what is there is used, what was stopped goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from blockspec import cli
+from blockspec.factories import find_factory
+from blockspec.run import Resources, RunSettings, measure
+from blockspec.spectra import Spectra, read_table, spectra_of
+from language_models.train import train as train_language
+from training.command import run_command
+from vision_models.train import train as train_vision
+
+ROOT = Path(__file__).parent.parent
+TRAIN = {"language_models": train_language, "vision_models": train_vision}
+
+
+def trained(config: str, out: Path, *, stages: Sequence[float], device: str) -> Path:
+    """Trains by a configuration of the repository, such as ``language_models/configs/embedded_bert.yaml``; returns ``out``.
+
+    stages: fractions of training at which a checkpoint is written.
+    device: auto, or else the CPU.
+    """
+    changes = [f"--training.checkpoints={json.dumps(list(stages))}", "--training.tracker=none"]
+    place = "auto" if device == "auto" else "cpu"
+    package = config.split("/", maxsplit=1)[0]
+    run_command(TRAIN[package], ["--config", str(ROOT / config), "--out", str(out), f"--training.device={place}", *changes])
+    return out
+
+
+def measured(config: str, checkpoints: Path, out: Path, *, device: str) -> pd.DataFrame:
+    """The tidy table of the spectra of all checkpoints in a folder, by a configuration of ``blockspec run``."""
+    paths = json.dumps([str(checkpoints / "step_*")])
+    where = ["--out", str(out), "--checkpoints", paths, "--device", device]
+    cli.main(["run", "--config", str(ROOT / config), *where, "--plots=false"])
+    return read_table(out / "spectra.parquet")
+
+
+def spectra(settings: RunSettings, out: Path, *, device: str, memory: str | float | None = None) -> Spectra:
+    """The spectra of one model."""
+    measure(settings, find_factory(settings.model), out, resources=Resources(device=device, memory=memory))
+    return spectra_of(read_table(out / "spectra.parquet"))
