@@ -43,7 +43,8 @@ def draw_rates(axes: Axes, trials: pd.DataFrame, names: Sequence[str]) -> None:
         lost = losses.index.difference(kept.index)
         axes.plot(kept.index, kept["mean"], color=colour, marker=marker, label=name)
         axes.fill_between(kept.index, kept["min"], kept["max"], color=colour, alpha=0.2, linewidth=0)
-        axes.plot(lost, [1.0] * len(lost), marker, color=colour, fillstyle="none", **at_top)
+        if len(lost):  # an empty line that is not clipped would take room in a constrained layout
+            axes.plot(lost, [1.0] * len(lost), marker, color=colour, fillstyle="none", **at_top)
     axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss")
     axes.legend(title=f"mean and range of {tuning['seed'].nunique()} seeds")
 
