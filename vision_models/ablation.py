@@ -135,13 +135,19 @@ def ablation(
     return collect(networks, Path(out))
 
 
-def examine(network: Network, out: Path, data: DataSettings, training: TrainingSettings, measuring: Measuring) -> None:
-    """Trains a network and measures its checkpoints."""
+def train_network(network: Network, out: Path, data: DataSettings, training: TrainingSettings) -> Path:
+    """Trains a network, to its end or to where it diverges; returns the folder of its last checkpoint."""
     folder = out / network.folder
     try:
         train(out=str(folder), model=_model(network), data=data, training=training, progress=False)
     except FloatingPointError as error:
         (folder / "diverged.json").write_text(json.dumps({"error": str(error)}) + "\n", encoding="utf-8")
+    return list_checkpoints(folder)[-1]
+
+
+def examine(network: Network, out: Path, data: DataSettings, training: TrainingSettings, measuring: Measuring) -> None:
+    """Trains a network and measures its checkpoints."""
+    folder = train_network(network, out, data, training).parent
     settings = RunSettings(
         model=FACTORY,
         model_args={"count": measuring.count, "batch_size": measuring.batch_size},
