@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ranks import Ranks
+from .ranks import Ranks, Shared
 
 ROWS = 16  # vectors that are allocated at once, unless they are large
 LARGE = 2**20  # entries
@@ -40,36 +40,34 @@ class Basis:
         self._chunks[-1][place].copy_(vector[self._part])
         self._length += 1
 
-    def project_out(self, vector: Tensor) -> Tensor:
+    def project_out(self, vector: Tensor) -> Shared[Tensor]:
         """Subtracts from ``vector`` (P,), in place, its part in the span, twice (the second time removes what rounding left);
-        returns its coefficients (m,) in float64."""
+        returns its coefficients (m,) in float64. A generator, see :meth:`blockspec.ranks.Ranks.together`."""
         part = vector[self._part]
-        coefficients = self._project_out(part) + self._project_out(part)
+        coefficients = torch.zeros(len(self), dtype=torch.float64, device=vector.device)
+        for _ in range(2):
+            found = yield torch.cat([rows.to(part) @ part for rows in self._rows()])
+            start = 0
+            for rows in self._rows():
+                part.addmv_(rows.to(part).T, found[start : start + len(rows)], alpha=-1)
+                start += len(rows)
+            coefficients += found
         if self._ranks.rows > 1:
             vector[: self._part.start] = 0
             vector[self._part.stop :] = 0
-            self._ranks.sum(vector)
+            vector.copy_((yield vector))
         return coefficients
-
-    def _project_out(self, part: Tensor) -> Tensor:
-        coefficients = self._ranks.sum(torch.cat([rows.to(part) @ part for rows in self._rows()]))
-        start = 0
-        for rows in self._rows():
-            part.addmv_(rows.to(part).T, coefficients[start : start + len(rows)], alpha=-1)
-            start += len(rows)
-        return coefficients.double()
 
     def orthogonality(self) -> float:
         """max |Q'Q - I|, of the vectors as they are stored."""
         wide = torch.promote_types(self._dtype, torch.float32)
-        worst = 0.0
-        for i, rows in enumerate(self._rows()):
-            for j, others in enumerate(self._rows()[: i + 1]):
-                gram = self._ranks.sum(rows.to(wide) @ others.to(wide).T)
-                if i == j:
-                    gram.diagonal().sub_(1)
-                worst = max(worst, float(gram.abs().max()))
-        return worst
+        grams = [rows.to(wide) @ others.to(wide).T for i, rows in enumerate(self._rows()) for others in self._rows()[: i + 1]]
+        grams = self._ranks.sums(grams)
+        place = -1
+        for i in range(len(self._rows())):
+            place += i + 1
+            grams[place].diagonal().sub_(1)
+        return max(float(gram.abs().max()) for gram in grams)
 
     def matrix(self) -> Tensor:
         """(m, P) what is kept here of all of them, a copy."""

@@ -91,26 +91,19 @@ class Products:
                 terms += count
                 for total, (block, vector, targets) in zip(totals, requests, strict=True):
                     self._add_product(total, apply, block, vector, targets)
-        self._sum_over_ranks([part for total in totals for part in total], terms)
-        for total, (block, _, _) in zip(totals, requests, strict=True):
-            for part in total:
-                part /= terms.item()
-                if not torch.isfinite(part).all():
-                    raise ValueError(
-                        f"a product with block {block.name!r} holds NaN or infinite values; check the checkpoint and the "
-                        "data, or use a wider dtype (model.double())"
-                    )
-        return totals
-
-    def _sum_over_ranks(self, totals: Sequence[Tensor], terms: Tensor) -> None:
-        if self.ranks.rows == 1:
-            return
-        self.ranks.sum(terms)
-        for dtype in {total.dtype for total in totals}:  # one message per sweep: all products end to end
-            same = [total for total in totals if total.dtype == dtype]
-            flat = self.ranks.sum(torch.cat(same))
-            for total, part in zip(same, flat.split([len(total) for total in same]), strict=True):
-                total.copy_(part)
+        parts = [part for total in totals for part in total]
+        *parts, terms = self.ranks.sums([*parts, terms])
+        for part in parts:
+            part /= terms.item()
+        results = iter(parts)
+        products = [[next(results) for _ in targets] for _, _, targets in requests]
+        for (block, _, _), found in zip(requests, products, strict=True):
+            if not all(torch.isfinite(part).all() for part in found):
+                raise ValueError(
+                    f"a product with block {block.name!r} holds NaN or infinite values; check the checkpoint and the "
+                    "data, or use a wider dtype (model.double())"
+                )
+        return products
 
     def _linearised(self, parameters: dict[str, Tensor]) -> Iterator[tuple[Apply, float]]:
         if parameters.keys() <= self._kept_parameters:

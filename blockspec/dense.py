@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .ranks import Ranks, Shared
+
 
 class Columns:
     """The process of a small block: it asks for the products with all P unit vectors, one after the other; driven like
@@ -33,8 +35,14 @@ class Columns:
         unit[len(self._columns)] = 1
         return unit
 
-    def advance(self, product: Tensor) -> None:
+    def step(self, product: Tensor) -> Shared[None]:
+        """Takes the product with :attr:`vector`. A generator, as that of a Lanczos process; it has nothing to sum."""
         self._columns.append(product.cpu())
+        yield from ()
+
+    def advance(self, product: Tensor) -> None:
+        """One :meth:`step`."""
+        Ranks().together([self.step(product)])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What :meth:`restore` needs to go on."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .ranks import Ranks
+from .ranks import Ranks, Shared
 
 CHUNK = 2**20  # entries whose float64 copy is small; see _dot
 
@@ -95,9 +95,10 @@ class Lanczos:
         """A bound on the norm of T, for relative thresholds; 0 before the first step."""
         return max((abs(a) + b for a, b in zip(self.alphas, self.betas, strict=True)), default=0.0)
 
-    def advance(self, product: Tensor) -> None:
-        """One step. ``product`` (P,) is A times :attr:`vector` and is overwritten."""
-        alpha = self._recurrence(product) if self._basis is None else self._project(product, self._basis)
+    def step(self, product: Tensor) -> Shared[None]:
+        """One step. ``product`` (P,) is A times :attr:`vector` and is overwritten. A generator, see
+        :meth:`blockspec.ranks.Ranks.together`."""
+        alpha = self._recurrence(product) if self._basis is None else (yield from self._project(product, self._basis))
         beta = math.sqrt(_dot(product, product))
         self.alphas.append(alpha)
         self.betas.append(beta)
@@ -105,6 +106,10 @@ class Lanczos:
         if not self.breakdown:
             self._previous = self.vector if self._basis is None else None
             self.vector = product.mul_(1 / beta)
+
+    def advance(self, product: Tensor) -> None:
+        """One :meth:`step` of a process that is not shared."""
+        Ranks().together([self.step(product)])
 
     def tridiagonal(self, steps: int | None = None) -> Tridiagonal:
         """What has been found so far, or after the first ``steps`` steps."""
@@ -142,10 +147,10 @@ class Lanczos:
         if self._basis is not None:
             self._basis.restore(tensors["basis"])
 
-    def _project(self, product: Tensor, basis: Basis) -> float:
+    def _project(self, product: Tensor, basis: Basis) -> Shared[float]:
         """Removes the basis from ``product`` in two passes; returns alpha."""
         basis.append(self.vector)
-        coefficients = basis.project_out(product).tolist()
+        coefficients = (yield from basis.project_out(product)).tolist()
         self.asymmetry = max(self.asymmetry, math.hypot(*coefficients[:-2]))
         return coefficients[-1]
 

@@ -6,7 +6,7 @@ and each keeps a part of the Krylov vectors. Columns hold different blocks and d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +18,8 @@ from torch import Tensor
 from .blocks import Block
 
 T = TypeVar("T")
+Shared = Generator[Tensor, Tensor, T]
+"""A computation that yields its own part of a sum over processes, and is sent the whole."""
 MANY = 4  # blocks per process from which splitting the blocks alone is balanced
 
 
@@ -31,12 +33,33 @@ class Ranks:
     rows: int = 1
     group: Any = None  # of the processes of this column
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sums over the processes of the column, in place."""
-        if self.rows > 1:
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor summed over the processes of the column; one message for all of a dtype."""
+        if self.rows == 1:
+            return list(tensors)
+        results = list(tensors)
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            places = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            flat = torch.cat([tensors[i].flatten() for i in places])
             with _explained():
-                dist.all_reduce(tensor, group=self.group)
-        return tensor
+                dist.all_reduce(flat, group=self.group)
+            for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
+                results[i] = part.view_as(tensors[i])
+        return results
+
+    def together(self, computations: Sequence[Shared[T]]) -> list[T]:
+        """The results of computations that sum over the processes; their messages are sent together, round by round."""
+        results: dict[int, T] = {}
+        received: dict[int, Tensor | None] = dict.fromkeys(range(len(computations)))
+        while received:
+            asked = {}
+            for i, tensor in received.items():
+                try:
+                    asked[i] = computations[i].send(tensor)  # type: ignore[arg-type]
+                except StopIteration as end:
+                    results[i] = end.value
+            received = dict(zip(asked, self.sums(list(asked.values())), strict=True))
+        return [results[i] for i in range(len(computations))]
 
     def share(self, numel: int) -> slice:
         """The part of a vector that this process keeps."""
@@ -55,7 +78,7 @@ class Ranks:
         """The flag of the column's first process, known to all of the column: a decision by the clock."""
         if self.rows == 1:
             return flag
-        return bool(self.sum(torch.tensor([float(flag and self.row == 0)])).item())
+        return bool(self.sums([torch.tensor([float(flag and self.row == 0)])])[0].item())
 
 
 def arrange(num_blocks: int, *, columns: int | None = None) -> Ranks:

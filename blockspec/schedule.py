@@ -142,8 +142,7 @@ class Schedule:
         while self.active:
             results = products.sweep([(job.block, job.process.vector) for job in self.active])
             self.products += len(self.active)
-            for job, result in zip(self.active, results, strict=True):
-                job.process.advance(result)
+            products.ranks.together([job.process.step(result) for job, result in zip(self.active, results, strict=True)])
             del results
             self._retire()
             self._admit()
