@@ -53,7 +53,7 @@ class ComparisonSettings:
     rates: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {"adam": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "sgd": (3e-2, 1e-1, 3e-1, 1.0, 3.0)}
     )
-    num_steps: int = 600
+    num_steps: int = 400
     warmup: int = 50
     weight_decay: float = 0.0
     momentum: float = 0.9
