@@ -73,7 +73,7 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
 
 @styled
 def plot_paths(tables: Tables) -> Figure:
-    """Where AdaHessian goes from (-2, -1): one step on the bowls, many on the noisy function, some beyond the frame; the last point in red."""
+    """Where AdaHessian goes from (-2, -1): one step on the bowls, many on the noisy function; the last point in red."""
     one = tables["one_step"].groupby("function", sort=False)
     panels = {f"{name}\none step": rows[rows["seed"] == rows["seed"].min()] for name, rows in one}
     panels |= {f"{NOISY}\nbetas {betas}": rows for betas, rows in tables["paths"].groupby("betas", sort=False)}

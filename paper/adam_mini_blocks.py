@@ -46,11 +46,13 @@ class Settings:
         steps: Training steps of 16 sequences before.
         runs: Trainings, each with its own seed.
         batch: Sequences of 16 tokens that the Hessian is of.
+        kinds: Of matrices.
     """
 
     steps: int = 100
     runs: int = 3
     batch: int = 16
+    kinds: tuple[str, ...] = tuple(PARTS)
 
 
 def tiny_transformer(seed: int) -> GPT2LMHeadModel:
@@ -88,7 +90,7 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
         held_out = [{"input_ids": language(settings.batch, seed=10**6)}]
         objective = blockspec.Objective(gpt, held_out, blockspec.losses.next_token)
         blocks = {block.kind: block for block in blockspec.partition(gpt, "matrix") if block.kind in PARTS}
-        for kind in PARTS:
+        for kind in settings.kinds:
             for curvature in CURVATURES:
                 matrix = _by_output(blocks[kind], blockspec.dense(objective, blocks[kind], curvature=curvature))
                 row = {"kind": kind, "curvature": curvature, "seed": context.seed + run}

@@ -96,7 +96,7 @@ def rises(table: pd.DataFrame) -> pd.Series:
         centre = plane.loc[plane[["first", "second"]].abs().sum(axis=1).idxmin(), "loss"]
         return float(plane.loc[edge, "loss"].mean() - centre)
 
-    return table.groupby(["depth", "variant", "seed"], sort=False)[["first", "second", "loss"]].apply(rise)
+    return table.groupby(["depth", "variant", "seed"])[["first", "second", "loss"]].apply(rise)
 
 
 def judge(tables: Tables) -> list[Finding]:
