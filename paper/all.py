@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal
@@ -50,28 +50,45 @@ def run_all(
 
 
 def _in_order(names: Sequence[str], options: dict[str, object], workers: int) -> dict[str, str]:
-    """Runs each exhibit after those that it needs; returns why some have failed."""
-    waiting, failed = {}, {}
-    for name in names:
-        try:
-            waiting[name] = set(find(name).needs) & set(names)
-        except Exception as error:  # a module that cannot be imported is one failure among others
-            failed[name] = f"{type(error).__name__}: {error}"
-    running: dict[Future[str | None], str] = {}
+    """Runs each exhibit after those that it needs, longest chains first; returns why some have failed."""
+    needs, failed = _needs(names)
+    waiting, running = list(needs), dict[Future[str | None], str]()
     with ThreadPoolExecutor(workers) as pool:
         while waiting or running:
-            for name, needs in list(waiting.items()):
-                if lost := needs & failed.keys():
+            for name in sorted(waiting, key=lambda name: -_chain(name, needs)):
+                if lost := needs[name] & failed.keys():
                     failed[name] = f"needs {', '.join(sorted(lost))}"
-                    del waiting[name]
-                elif not needs & (waiting.keys() | set(running.values())):
+                    waiting.remove(name)
+                elif len(running) < workers and not needs[name] & {*waiting, *running.values()}:
                     running[pool.submit(_run, name, options)] = name
-                    del waiting[name]
-            for job in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                    waiting.remove(name)
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(job)
                 if reason := job.result():
                     failed[name] = reason
     return failed
+
+
+def _needs(names: Sequence[str]) -> tuple[dict[str, set[str]], dict[str, str]]:
+    """What each exhibit needs, with those that are needed; and why some cannot be imported."""
+    needs: dict[str, set[str]] = {}
+    failed: dict[str, str] = {}
+    todo = list(names)
+    for name in todo:
+        if name in needs or name in failed:
+            continue
+        try:
+            needs[name] = set(find(name).needs)
+        except Exception as error:  # one failure among others
+            failed[name] = f"{type(error).__name__}: {error}"
+        else:
+            todo += needs[name]
+    return needs, failed
+
+
+def _chain(name: str, needs: Mapping[str, set[str]]) -> int:
+    """How many exhibits wait for this one, one after the other."""
+    return 1 + max((_chain(other, needs) for other, needed in needs.items() if name in needed), default=0)
 
 
 def _run(name: str, options: dict[str, object]) -> str | None:

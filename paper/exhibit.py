@@ -133,20 +133,36 @@ def reproduce(
         ValueError: unknown settings, or a folder that holds a measurement of other ones.
     """
     folder = Path(out) / scale / exhibit.name
+    tables = measured(exhibit, scale=scale, out=out, seed=seed, settings=settings, workers=workers, device=device)
+    for name, figure in exhibit.draw(tables).items():
+        print(save(figure, folder / "figures", name))
+    write_json({"findings": [dataclasses.asdict(finding) for finding in exhibit.judge(tables)]}, folder / "findings.json")
+    return folder
+
+
+def measured(
+    exhibit: Exhibit,
+    *,
+    scale: str,
+    out: Path | str,
+    seed: int,
+    settings: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    device: str = "auto",
+) -> Tables:
+    """The tables of an exhibit: those that are there, or measured now, after those that it needs."""
+    folder = Path(out) / scale / exhibit.name
     chosen = _replaced(exhibit.scales[scale].settings, settings or {})
     asked = json.loads(json.dumps({"seed": seed, **dataclasses.asdict(chosen)}))
     tables = _read(folder, asked)
     if tables is None:
         same = {"scale": scale, "out": out, "seed": seed, "workers": workers, "device": device}
-        needed = {name: read_tables(reproduce(find(name), **same)) for name in exhibit.needs}
+        needed = {name: measured(find(name), **same) for name in exhibit.needs}
         start = time.perf_counter()
         context = Context(seed, Path(out) / scale / "runs", needed, workers, device)
         tables = exhibit.measure(chosen, context)
         _write(folder, tables, asked, seconds=time.perf_counter() - start)
-    for name, figure in exhibit.draw(tables).items():
-        print(save(figure, folder / "figures", name))
-    write_json({"findings": [dataclasses.asdict(finding) for finding in exhibit.judge(tables)]}, folder / "findings.json")
-    return folder
+    return tables
 
 
 def read_tables(folder: Path) -> dict[str, pd.DataFrame]:

@@ -177,20 +177,19 @@ def plot_quadratics(tables: Tables) -> Figure:
         _panel(panel, parts["curves"])
         steps = np.unique(parts["curves"]["step"])
         theory = parts["rates"].groupby("optimizer")["theory_rate"].median()[GD], -np.log(parts["bounds"]["bound"].median())
-        for rate, colour, name in zip(
-            theory, RUNS, ("GD: $(1 - 2/(\\kappa + 1))^t$", "Adam: bound of the median start"), strict=False
-        ):
+        for rate, colour, name in zip(theory, RUNS, ("GD: $(1 - 2/(\\kappa + 1))^t$", "Adam: bound"), strict=False):
             panel.plot(steps, np.exp(-rate * steps / 2), "--", color=colour, linewidth=0.8, label=name)
         panel.set(yscale="log", ylim=(1e-15, 3), xlabel="step", title=f"case {case.replace(', ', chr(10))}")
     panels[0].set_ylabel("gradient norm / that at the start")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"median and 10 to 90 % of {tables['rates']['start'].nunique()} starts; bound of the median start")
     return figure
 
 
 def _panel(panel: Axes, curves: pd.DataFrame) -> None:
     for optimizer, colour in zip((GD, ADAM), RUNS, strict=False):
         rows = curves[curves["optimizer"] == optimizer]
-        panel.plot(rows["step"], rows["median"], color=colour, label=f"{optimizer}, tuned: median, 10 to 90 %")
+        panel.plot(rows["step"], rows["median"], color=colour, label=f"{optimizer}, tuned")
         panel.fill_between(rows["step"], rows["low"], rows["high"], color=colour, alpha=0.2, linewidth=0)
 
 
