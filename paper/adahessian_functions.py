@@ -39,7 +39,7 @@ class Settings:
 
     steps: int = 200
     seeds: int = 10
-    rates: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+    rates: tuple[float, ...] = (0.05, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
     drawn: float = 0.5
 
 
@@ -162,7 +162,7 @@ EXHIBIT = Exhibit(
     measure=measure,
     draw=draw,
     judge=judge,
-    scales={name: Scale(Settings(), SETUP, "Two minutes on one core.") for name in ("small", "paper")},
+    scales={name: Scale(Settings(), SETUP, "A minute on one core.") for name in ("small", "paper")},
 )
 
 if __name__ == "__main__":

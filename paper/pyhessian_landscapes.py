@@ -123,11 +123,11 @@ def _smoother(found: pd.Series, depth: int) -> Finding:
 def _residual(found: pd.Series) -> Finding:
     each = {depth: _ratio(found, depth, "no residual") for depth in found.index.unique("depth")}
     return Finding(
-        "without shortcuts the surface is steeper",
+        "shortcuts make the loss landscape smoother (what had been claimed, and the paper tests)",
         "log10 of the rise without shortcuts over that with them: "
         + "; ".join(f"depth {depth}: {with_error(*pair)}" for depth, pair in each.items()),
         "agrees" if all(value > 2 * error for value, error in each.values()) else "disagrees",
-        "steeper by more than two standard errors over seeds at every depth",
+        "agrees where the rise without shortcuts is larger by more than two standard errors over seeds, at every depth",
     )
 
 
