@@ -107,7 +107,7 @@ TASKS = {
         weight_decay=0.1,
         clip=1.0,
         first=first_gpt2,
-        train=partial(language.train_one, GPT2, TEXT),
+        train=partial(language.train_one, GPT2, TEXT, None),
         rates=grids((0.1, 0.3, 1.0), (3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3)),
     ),
     "ResNet14 on the digits": Task(
