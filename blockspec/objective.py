@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attention import twice_differentiable
-from .second_order import cheap_activations
+from .second_order import cheap_modules
 
 BATCH_NORMS = ("eval", "train")
 
@@ -103,7 +103,7 @@ class Objective:
         with ExitStack() as stack:
             stack.enter_context(_eval_mode(self.model, batch_norm=self.batch_norm))
             stack.enter_context(twice_differentiable(self.model))
-            stack.enter_context(cheap_activations(self.model))
+            stack.enter_context(cheap_modules(self.model))
             stack.enter_context(torch.enable_grad())
             yield
 

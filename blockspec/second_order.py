@@ -1,8 +1,9 @@
-"""Functions whose second derivatives are cheap: activations and cross entropy that keep what double backward needs.
+"""Functions whose second derivatives are cheap: activations and cross entropy that keep what double backward needs, and
+convolutions and batch norms whose double backward computes what is asked for alone.
 
 PyTorch differentiates a backward pass as a composition of elementary operations, again in every product. At fixed parameters
 those factors never change: here they are computed once, in the shared pass. Values and derivatives are those of the original
-functions up to rounding. There are no third derivatives.
+functions up to rounding. Activations and cross entropy have no third derivatives.
 """
 
 from __future__ import annotations
@@ -30,19 +31,21 @@ ELEMENTWISE = (
 
 
 @contextmanager
-def cheap_activations(model: nn.Module) -> Iterator[None]:
-    """While this is open, the model's elementwise activations keep their first two derivatives."""
-    modules = [m for m in model.modules() if type(m) in ELEMENTWISE and "forward" not in vars(m)]
+def cheap_modules(model: nn.Module) -> Iterator[None]:
+    """While this is open, modules of the types in ``CHEAPER`` have second derivatives that are cheap."""
+    modules = [m for m in model.modules() if type(m) in CHEAPER and "forward" not in vars(m)]
     try:
         for module in modules:
-            module.forward = _elementwise(module.forward)
+            module.forward = CHEAPER[type(module)](module)
         yield
     finally:
         for module in modules:
             vars(module).pop("forward", None)
 
 
-def _elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _elementwise(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    function = module.forward
+
     def forward(x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return function(x)
@@ -87,6 +90,98 @@ class _ElementwiseBackward(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _convolution(module: Any) -> Callable[[Tensor], Tensor]:
+    """PyTorch's double backward of a convolution computes the weight's part too, at the price of the rest, wanted or not.
+
+    Autograd leaves out a function that leads to nothing wanted, but not a part of one: so input and weight have one each.
+    """
+    original = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        weight, bias, padding = module.weight, module.bias, module.padding
+        plain = module.padding_mode == "zeros" and not isinstance(padding, str) and x.dim() == weight.dim()
+        if not (plain and torch.is_grad_enabled()) or torch.is_autocast_enabled(x.device.type):
+            return original(x)
+        how = (module.stride, padding, module.dilation, module.groups)
+        y = _ConvolutionOfInput.apply(x, [weight], how)
+        if weight.requires_grad:
+            y = y + _ConvolutionOfWeight.apply(weight, [x], how, y.shape)
+        return y if bias is None else y + _by_channel(bias, y)
+
+    return forward
+
+
+class _ConvolutionOfInput(torch.autograd.Function):
+    """The convolution, with a derivative by the input alone: autograd does not see a tensor that comes in a list."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: list[Tensor], how: tuple[Any, ...]) -> Tensor:
+        (weight,) = weights
+        stride, padding, dilation, groups = how
+        ctx.save_for_backward(weight)
+        ctx.size, ctx.how = x.shape[2:], how
+        return torch.convolution(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.how
+        sides = zip(ctx.size, gradient.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        unseen = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in sides]  # pixels after the last window
+        return torch.convolution(gradient, weight, None, stride, padding, dilation, True, unseen, groups), None, None
+
+
+class _ConvolutionOfWeight(torch.autograd.Function):
+    """Zeros of the convolution's shape, with its derivative by the weight alone."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, inputs: list[Tensor], how: tuple[Any, ...], shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        ctx.weight, ctx.how = weight.detach(), how
+        return weight.new_zeros(()).expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.how
+        _, by_weight, _ = torch.ops.aten.convolution_backward(
+            gradient, x, ctx.weight, None, stride, padding, dilation, False, [0] * len(stride), groups, (False, True, False)
+        )
+        return by_weight, None, None, None
+
+
+def _batch_norm(module: Any) -> Callable[[Tensor], Tensor]:
+    """With fixed statistics it is a scale and a shift for each channel."""
+    original = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        mean, variance = module.running_mean, module.running_var
+        if module.training or variance is None or variance.dtype != x.dtype or not torch.is_grad_enabled():
+            return original(x)
+        scale = torch.rsqrt(variance + module.eps)
+        if module.affine:
+            scale = scale * module.weight
+        shift = -mean * scale
+        if module.affine:
+            shift = shift + module.bias
+        return x * _by_channel(scale, x) + _by_channel(shift, x)
+
+    return forward
+
+
+def _by_channel(vector: Tensor, x: Tensor) -> Tensor:
+    """(C,) to (C, 1, …) beside x (B, C, …)."""
+    return vector.view(-1, *[1] * (x.dim() - 2))
+
+
+CHEAPER: dict[type[nn.Module], Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
+}
+"""Type of module -> what its ``forward`` is replaced with."""
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
