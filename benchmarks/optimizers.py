@@ -103,7 +103,7 @@ def grids(sgd: Sequence[float], adamw: Sequence[float], adahessian: Sequence[flo
 
 TASKS = {
     "tiny GPT-2 on the embedded text": Task(
-        num_steps=200,
+        num_steps=160,
         weight_decay=0.1,
         clip=1.0,
         first=first_gpt2,
@@ -111,7 +111,7 @@ TASKS = {
         rates=grids((0.1, 0.3, 1.0), (3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3)),
     ),
     "ResNet14 on the digits": Task(
-        num_steps=100,
+        num_steps=80,
         weight_decay=5e-4,
         clip=0.0,
         first=first_resnet,

@@ -1,6 +1,6 @@
 """Adam against SGD on one language model: ``python -m language_models.compare_optimizers``.
 
-The default, the tiny GPT-2 on the embedded text, is 26 trainings of 400 steps: some 4 minutes on two cores. The
+The default, the tiny GPT-2 on the embedded text, is 22 trainings of 300 steps: some 3 minutes on two cores. The
 same command goes on where it was stopped.
 """
 

@@ -51,17 +51,17 @@ class ComparisonSettings:
     """
 
     rates: dict[str, tuple[float, ...]] = field(
-        default_factory=lambda: {"adam": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "sgd": (3e-2, 1e-1, 3e-1, 1.0, 3.0)}
+        default_factory=lambda: {"adam": (1e-3, 3e-3, 1e-2, 3e-2), "sgd": (1e-1, 3e-1, 1.0, 3.0)}
     )
-    num_steps: int = 400
-    warmup: int = 50
+    num_steps: int = 300
+    warmup: int = 20
     weight_decay: float = 0.0
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     tuning_seeds: tuple[int, ...] = (10, 11)  # with one seed, a rate at the edge of stability can win by luck
     seeds: tuple[int, ...] = (1, 2, 3)
-    measure_every: int = 50
+    measure_every: int = 25
     precision: str = "float32"
     device: str = "auto"
     workers: int = 2
