@@ -9,19 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
 from blockspec import Estimate, js0, js_distances
-from blockspec.heterogeneity import jensen_shannon
+from blockspec.heterogeneity import PAPER_WIDTH, jensen_shannon
 from blockspec.panels import even_grid, resolution, resolved_density
 from blockspec.spectra import Spectrum
 
 MARGIN = 1.0  # of the grid, on the scale asinh(x / linear): ten widths
-RESOLVED, DEFAULT, PAPER = "resolved Jensen-Shannon", "jensen-shannon", "symmetrised-kl"
-DEFINITIONS = (RESOLVED, DEFAULT, PAPER)
+RESOLVED, DEFAULT, KL, PUBLISHED = "resolved Jensen-Shannon", "jensen-shannon", "symmetrised-kl", "symmetrised-kl as published"
+DEFINITIONS = (RESOLVED, DEFAULT, KL, PUBLISHED)
 
 Spectra = Mapping[str, Spectrum]
 
@@ -53,17 +54,24 @@ def coarsest(spectra: Spectra) -> float:
 
 
 def distances(spectra: Spectra, definition: str) -> pd.DataFrame:
-    """Distances by one of ``DEFINITIONS``; symmetrised-kl with the floor and grid of the published code, at the width
-    :func:`coarsest`."""
-    if definition == RESOLVED:
-        return resolved_distances(spectra)
-    return js_distances(spectra, definition, width=coarsest(spectra))
+    """Distances by one of ``DEFINITIONS``.
+
+    symmetrised-kl has the floor 1e-258 and the 50,000 points of the published code, and the width :func:`coarsest`; as published,
+    the width is sqrt(1e-5) in units of an eigenvalue, whatever Lanczos resolves.
+    """
+    return resolved_distances(spectra) if definition == RESOLVED else js_distances(spectra, **_options(spectra, definition))
+
+
+def _options(spectra: Spectra, definition: str) -> dict[str, Any]:
+    if definition == PUBLISHED:
+        return {"definition": KL, "width": PAPER_WIDTH}
+    return {"definition": definition, "width": coarsest(spectra)}
 
 
 def mean_distance(spectra: Spectra, definition: str) -> Estimate:
     """JS^0: the mean over all pairs, with a standard error by jackknife over probes."""
     if definition != RESOLVED:
-        return js0(spectra, definition, width=coarsest(spectra))
+        return js0(spectra, **_options(spectra, definition))
     value = over_pairs(resolved_distances(spectra)).mean()
     probes = min((part.num_probes for part in spectra.values() if not part.exact), default=0)
     if probes < 2:

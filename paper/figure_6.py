@@ -36,7 +36,7 @@ class Settings:
     data: str | None = None
     adam: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     sgd: tuple[float, ...] = (3e-2, 1e-1, 3e-1, 1.0)
-    num_steps: int = 200
+    num_steps: int = 150
     tuning_seeds: tuple[int, ...] = (10,)
     seeds: tuple[int, ...] = (1, 2, 3)
     windows: int = 16
@@ -163,7 +163,7 @@ EXHIBIT = Exhibit(
     scales={
         "small": Scale(
             Settings(),
-            "A GPT-2 of 2 layers that was trained on the embedded text for 1,000 steps, then 200 steps on source files of "
+            "A GPT-2 of 2 layers that was trained on the embedded text for 1,000 steps, then 150 steps on source files of "
             "Python's library, beside the same model from fresh weights on these files. SGD has momentum 0.9; gradients are "
             "clipped at norm 1 for both; no weight decay.",
             "Some four minutes on one core.",

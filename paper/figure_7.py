@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from blockspec.style import RUNS, styled
-from paper.distances import DEFINITIONS
+from paper.distances import DEFINITIONS, KL, PUBLISHED
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command
 from paper.optimizers import gaps
 from paper.table_1 import LOSSES, TRANSFORMERS
@@ -67,7 +67,7 @@ def rank_correlation(
 def plot_gaps(tables: Tables) -> Figure:
     """Gap (held-out loss) by JS^0, a panel a definition; bars: deviation over seeds of JS^0, standard error of the gap."""
     table, correlations = tables["table_1"], tables["correlations"].set_index(["loss", "definition"])
-    figure = Figure(figsize=(2.9 * len(DEFINITIONS) + 1.4, 2.9), layout="constrained")
+    figure = Figure(figsize=(2.2 * len(DEFINITIONS) + 1.4, 2.9), layout="constrained")
     loss = LOSSES[0]
     panels = figure.subplots(1, len(DEFINITIONS), sharey=True, squeeze=False)[0]
     markers = "osD^vP<>Xphd"
@@ -81,6 +81,10 @@ def plot_gaps(tables: Tables) -> Figure:
         found = correlations.loc[loss, definition]
         place.set_title(f"Spearman {found['spearman']:.2f} ({found['low']:.2f} to {found['high']:.2f})".replace("-", "−"))
         place.set_xlabel(f"JS$^0$: {definition} (nats)")
+        if definition in (KL, PUBLISHED):  # unbounded
+            place.set_xscale("log")
+        else:
+            place.locator_params(axis="x", nbins=4)
         place.axhline(0, color="0.7", linewidth=0.5, zorder=0)
     panels[0].set_ylabel("share of Adam's decrease of the\nheld-out loss that SGD does not reach")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")

@@ -63,7 +63,7 @@ class Settings:
     models: Mapping[str, Subject] = field(default_factory=lambda: SMALL)
     adam: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     sgd: tuple[float, ...] = (3e-2, 1e-1, 3e-1, 1.0)
-    num_steps: int = 200
+    num_steps: int = 150
     tuning_seeds: tuple[int, ...] = (10,)
     seeds: tuple[int, ...] = (1, 2, 3)
     measured_seeds: int = 2
@@ -149,7 +149,7 @@ def plot_curves(curves: pd.DataFrame) -> Figure:
         draw_curves(place, curves[curves["model"] == model], [ADAM, SGD], x="step")
         place.get_legend().remove()
         place.set(title=model, xlabel="", ylabel="")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.supxlabel("training step", fontsize=8)
     figure.supylabel(f"held-out loss (nats): mean and range of {curves['seed'].nunique()} seeds", fontsize=8)
     return figure
@@ -205,7 +205,7 @@ EXHIBIT = Exhibit(
     scales={
         "small": Scale(
             Settings(),
-            f"Small models on the digits (8x8) and on embedded text, 200 steps. {SETUP}",
+            f"Small models on the digits (8x8) and on embedded text, 150 steps. {SETUP}",
             "Some twenty minutes on one core.",
         ),
         "paper": Scale(
