@@ -4,6 +4,7 @@ All take ``seed`` and ``dtype``; dropout is on in training mode as in each famil
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,6 +75,58 @@ def timm_vit(seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2)
 def tiny_vgg(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """torchvision's VGG without batch norm, on images (3, 8, 8), 5 classes."""
     return _made(lambda: VGG([4, "M", 8, 8, "M"], 16, 5), seed, dtype)
+
+
+def alexnet(classes: int = 3) -> nn.Module:
+    """torchvision's AlexNet, names and in-place ReLUs as there, for images (1, 8, 8)."""
+    features = [nn.Conv2d(1, 2, 3, stride=2, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)]
+    features += [nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(inplace=True)]
+    classifier = [nn.Dropout(), nn.Linear(12, 4), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(4, classes)]
+    parts = {"features": nn.Sequential(*features), "avgpool": nn.AdaptiveAvgPool2d(2), "flatten": nn.Flatten()}
+    return nn.Sequential(OrderedDict(parts, classifier=nn.Sequential(*classifier)))
+
+
+def squeezenet(classes: int = 3) -> nn.Module:
+    """torchvision's SqueezeNet with one fire module, for images of one channel."""
+    features = [nn.Conv2d(1, 3, 3, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, ceil_mode=True), Fire(3, 2, 2)]
+    classifier = [nn.Dropout(), nn.Conv2d(4, classes, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier)))
+
+
+class Fire(nn.Module):
+    def __init__(self, inputs: int, squeezed: int, expanded: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(inputs, squeezed, 1)
+        self.squeeze_activation = nn.ReLU(inplace=True)
+        self.expand1x1 = nn.Conv2d(squeezed, expanded, 1)
+        self.expand3x3 = nn.Conv2d(squeezed, expanded, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.squeeze_activation(self.squeeze(x))
+        return F.relu(torch.cat([self.expand1x1(x), self.expand3x3(x)], 1))
+
+
+def densenet(classes: int = 3) -> nn.Module:
+    """torchvision's DenseNet with one block of two layers, for images of one channel."""
+    block = nn.Sequential(OrderedDict(denselayer1=DenseLayer(2, 2), denselayer2=DenseLayer(4, 2)))
+    transition = nn.Sequential(
+        OrderedDict(norm=nn.BatchNorm2d(6), relu=nn.ReLU(inplace=True), conv=nn.Conv2d(6, 3, 1, bias=False))
+    )
+    stem = OrderedDict(conv0=nn.Conv2d(1, 2, 3, stride=2, padding=1, bias=False), norm0=nn.BatchNorm2d(2))
+    features = nn.Sequential(OrderedDict(stem, denseblock1=block, transition1=transition, norm5=nn.BatchNorm2d(3)))
+    parts = {"features": features, "pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    return nn.Sequential(OrderedDict(parts, classifier=nn.Linear(3, classes)))
+
+
+class DenseLayer(nn.Module):
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(inputs, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv1(self.relu1(self.norm1(x)))], 1)
 
 
 # nanoGPT, model.py (Andrej Karpathy, MIT): names, shapes and forward pass as there.

@@ -42,8 +42,11 @@ FAMILIES = {
     "vgg_bn": lambda: VGG(((2,), (3,)), classes=3, channels=1, hidden=(4,), pool=1, batch_norm=True),
     "mixer": lambda: Mixer(image_size=8, patch_size=4, channels=1, classes=3, width=4, depth=1, token_hidden=3, channel_hidden=5),
     "mlp": lambda: ScaledMLP((64, 3, 3, 3), scales=(3.0, 1.0, 0.3)),
+    "alexnet": stand_ins.alexnet,  # a user's own, as the following
+    "squeezenet": stand_ins.squeezenet,
+    "densenet": stand_ins.densenet,
 }
-WITH_BATCH_NORM = ("resnet", "vgg_bn")
+WITH_BATCH_NORM = ("resnet", "vgg_bn", "densenet")
 
 
 def made(name):
@@ -91,6 +94,14 @@ def test_products_and_partitions_of_every_family(name):
         positions = torch.cat([dense_truth.positions(model, block) for block in blocks])
         assert sorted(positions.tolist()) == list(range(len(matrix))), by
         check_products(objective, matrix, blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [("alexnet", "conv head bias"), ("squeezenet", "conv bias"), ("densenet", "conv norm head bias")],
+)
+def test_the_partition_knows_torchvisions_networks(name, kinds):
+    assert {block.kind for block in partition(made(name))} == set(kinds.split())
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "vgg", "mixer"])
