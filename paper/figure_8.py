@@ -226,8 +226,9 @@ def _advantage(case: str, gd: pd.DataFrame, adam: pd.DataFrame) -> Finding:
     heterogeneous = "heterogeneous" in case
     slower = "; Adam is slower" if high < 1 else ""
     return Finding(
-        f"case {case}: " + ("GD is much worse than Adam" if heterogeneous else "GD and Adam are about equal"),
-        f"Adam's rate is {median:.3g} times GD's ({low:.2g} to {high:.2g}: 10 to 90 % of {len(gd)} starts); "
+        f"case {case.replace(': ', ' (')}): "
+        + ("GD is much worse than Adam" if heterogeneous else "GD and Adam are about equal"),
+        f"Adam's rate is {median:.3g} times GD's ({low:.3g} to {high:.3g}: 10 to 90 % of {len(gd)} starts); "
         f"with the best learning rate of the grid Adam ends lower on {lower} of {len(gd)}",
         "agrees" if (low > 1 if heterogeneous else low <= 1 <= high) else "disagrees",
         f"10 to 90 % of the starts {'are to lie above' if heterogeneous else 'are to include'} a ratio of 1{slower}; "

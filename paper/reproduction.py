@@ -79,7 +79,8 @@ def _section(exhibit: Exhibit, folder: Path, findings: Sequence[Finding], to: Pa
     tables = read_tables(folder)
     parts += [markdown(tables[name]) for name in exhibit.shown]
     seconds, seed, names = record["seconds"], record["settings"]["seed"], ", ".join(f"`{name}`" for name in tables)
-    parts.append(f"`python -m paper.{exhibit.name}`: {seconds:.0f} s, seed {seed}; tables: {names}.")
+    made = f"{seconds:.0f} s, seed {seed}, commit {record['git_commit']}"
+    parts.append(f"`python -m paper.{exhibit.name}`: {made}; tables: {names}.")
     return "\n\n".join(parts) + "\n"
 
 
