@@ -48,11 +48,12 @@ def _heterogeneity_figures(table: pd.DataFrame) -> dict[str, plots.Figure]:
 def _distances(table: pd.DataFrame) -> dict[int, pd.DataFrame]:
     """Step -> Jensen-Shannon divergences, blocks x blocks in their order, from a run's heterogeneity.parquet."""
     rows = table[table["definition"] == "jensen-shannon"]
-    return {
-        step: part.pivot(index="block", columns="other", values="distance").loc[names, names]
-        for step, part in rows.groupby("step")
-        for names in [part["block"].unique()]
-    }
+    maps = {}
+    for step in sorted(rows["step"].unique().tolist()):
+        part = rows[rows["step"] == step]
+        names = part["block"].unique()
+        maps[step] = part.pivot(index="block", columns="other", values="distance").loc[names, names]
+    return maps
 
 
 def summary(spectra: Spectra) -> pd.DataFrame:

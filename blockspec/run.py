@@ -46,7 +46,7 @@ class BlockSettings:
         full: Also the full matrix, as a block named model.
     """
 
-    by: str | dict[str, list[str]] = "matrix"
+    by: str | dict[str, str | list[str]] = "matrix"
     include: list[str] | None = None
     exclude: list[str] | None = None
     full: bool = True

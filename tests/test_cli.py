@@ -149,7 +149,7 @@ def test_a_settings_file_and_later_arguments(tmp_path):
 
 def test_blocks_of_ones_own_from_a_settings_file(tmp_path):
     config = tmp_path / "settings.yaml"
-    config.write_text("blocks:\n  by:\n    attention: ['*attn*']\n    rest: ['*w?e*', '*ln*', '*mlp*']\n")
+    config.write_text("blocks:\n  by:\n    attention: '*attn*'\n    rest: ['*w?e*', '*ln*', '*mlp*']\n")
     arguments = list(run_arguments(tmp_path / "run"))
     at = arguments.index("--blocks.include")
     del arguments[at : at + 2]

@@ -14,7 +14,7 @@ import yaml
 from problems import roughened
 from torch import nn
 
-from blockspec import Objective, draw_probe, estimate_spectra, load_spectra, losses, partition
+from blockspec import Objective, cli, draw_probe, estimate_spectra, load_spectra, losses, partition
 from blockspec.blocks import GRANULARITIES
 from blockspec.curvature import Products
 from blockspec.run import BlockSettings, EstimateSettings, Resources, RunSettings, measure
@@ -192,12 +192,11 @@ def test_the_config_of_vit_base_has_the_papers_14_blocks():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("spectra/*.yaml")), ids=lambda path: path.stem)
 def test_every_config_has_the_weight_matrices_of_its_model(path):
-    settings = yaml.safe_load(path.read_text())
-    name = settings["model_args"].get("model") or path.stem
+    settings = cli._parser().parse_args(["run", "--config", str(path)])["run"]
+    name = settings.model_args.get("model") or path.stem
     with torch.device("meta"):
         model = build(ModelSettings(name))
-    chosen = settings["blocks"]
-    blocks = partition(model, chosen["by"], chosen.get("include"), chosen.get("exclude"))
+    blocks = partition(model, settings.blocks.by, settings.blocks.include, settings.blocks.exclude)
     matrices = [n for n, p in model.named_parameters() if p.ndim >= 2 and not n.endswith(("cls_token", "position_embeddings"))]
     found = [piece.parameter for block in blocks for piece in block.pieces]
     assert set(found) == set(matrices) if name != "vit" else set(found) < set(matrices)
