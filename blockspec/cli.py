@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -54,7 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
         parsed = _parser().parse_args([argument for argument in arguments if argument != "--debug"])
         _dispatch(parsed.subcommand, parsed[parsed.subcommand])
     except KeyboardInterrupt:
-        console.print("blockspec: stopped; the same command goes on from the last saved state", highlight=False)
+        told = " (another process has ended: its message says why)" if _launched() else ""
+        told = f"blockspec: stopped{told}; the same command goes on from the last saved state"
+        console.print(told, highlight=False, soft_wrap=True)
         sys.exit(130)
     except Exception as error:
         if debug:
@@ -110,11 +113,17 @@ def _build(kind: Any, given: Namespace) -> Any:
 
 def _join_processes() -> bool:
     """Joins the other processes where a launcher started several; whether this one is the first."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _launched():
         return True
     from accelerate import PartialState
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a launcher ends the others when one has died
     return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+
+def _launched() -> bool:
+    """Whether this is one of several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _one_line(error: Exception) -> str:

@@ -122,6 +122,6 @@ def _explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"another process of this run has died or does not answer ({error}); its own message says why. "
-            "The same command goes on from the last saved state"
+            f"another process of this run has died or does not answer ({error}); its own message says why; "
+            "the same command goes on from the last saved state"
         ) from error

@@ -1,5 +1,8 @@
 """Factories for the tests of runs; ``calls`` tells how often models and losses were asked for."""
 
+import os
+import signal
+
 import problems
 import torch
 
@@ -38,6 +41,26 @@ def tiny(*, checkpoint: str | None = None, shift: float = 0.0, tokens: int = 6):
         for p in it.model.parameters():
             p.add_(shift)
     return it.model, [(x[:, :tokens], y[:, :tokens]) for x, y in it.batches], _counted(it.loss)
+
+
+def mortal(*, dying_rank: int = -1, after: int = 0):
+    """A nanoGPT in four batches, of which one process kills itself at a number of losses.
+
+    Args:
+        dying_rank: Of the process; -1 for none.
+        after: Losses that it computes before.
+    """
+    it = problems.nanogpt()
+    seen = 0
+
+    def outputs(model, batch):
+        nonlocal seen
+        seen += 1
+        if seen > after and int(os.environ.get("RANK", "0")) == dying_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return it.loss.outputs(model, batch)
+
+    return it.model, [*it.batches, *it.batches], losses.Loss(outputs, it.loss.terms)
 
 
 def write_checkpoints(folder, steps):
