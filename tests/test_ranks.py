@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +115,5 @@ def test_a_process_that_dies_ends_all_and_leaves_the_state(tmp_path, columns):
     assert died.returncode != 0
     assert time.monotonic() - start < 100  # its beginning is in it; a process that waits does so for half an hour
     assert "the same command goes on from the last saved state" in died.stderr
-    states = list(Path(tmp_path / "run" / "state").rglob("*.safetensors"))
-    assert {path.name.split("-0")[0] for path in states} == {"state"}
-    assert len({path.name[:18] for path in states}) == 2  # of both processes
+    states = (tmp_path / "run" / "state").rglob("*.safetensors")
+    assert len({path.name.rsplit("-", 1)[0] for path in states}) == 2  # of both processes
