@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from blockspec.plots import distance_heatmaps
 from blockspec.run import BlockSettings, EstimateSettings, RunSettings
 from blockspec.style import short_name
-from paper.distances import DEFINITIONS, KL, RESOLVED, coarsest, distances, heterogeneity, nearness, square, tidy
+from paper.distances import DEFAULT, DEFINITIONS, KL, RESOLVED, coarsest, distances, heterogeneity, nearness, square, tidy
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
 from paper.runs import spectra
 
@@ -140,10 +140,13 @@ GROUPS = {"vision": ("ResNet", "VGG", "ViT", "mixer"), "language": ("BERT", "GPT
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
+    """Symmetrised KL divergences with the colours of the published maps, from 0 to 3."""
     there = tables["js0"]["model"].unique()
     return {
-        f"figure_4_{group}_{name}": distance_heatmaps({m: heatmap(tables, m, definition) for m in models if m in there}, shown)
-        for name, definition, shown in (("jensen_shannon", RESOLVED, "jensen-shannon"), ("symmetrised_kl", KL, KL))
+        f"figure_4_{group}_{name}": distance_heatmaps(
+            {m: heatmap(tables, m, definition) for m in models if m in there}, shown, top=top
+        )
+        for name, definition, shown, top in (("jensen_shannon", RESOLVED, DEFAULT, None), ("symmetrised_kl", KL, KL, 3.0))
         for group, models in GROUPS.items()
         if set(models) & set(there)
     }
