@@ -1,27 +1,25 @@
 """Does decoding keep up? JPEG files against one forward and backward pass of ViT-base/16 at 224 pixels.
 
-    python -m benchmarks.vision_data --images 256 --batch 256 --micro-batch 16 --workers 0 1 2
+    python -m benchmarks.vision_data
 
 Writes synthetic photographs (smooth random fields with noise, 500 x 375 pixels, about 110 kB, as ImageNet's) into a
 temporary folder, and measures how fast batches come from them and how long a gradient of as many images takes. A
-Hessian product takes longer than a gradient, and batches that fit into memory are decoded once for all products: the
-share that is printed is an upper bound of what a measurement waits.
+measurement takes many products, and batches that fit into memory are decoded once for all of them: the share that is
+printed is an upper bound of what a measurement waits.
 """
 
-import argparse
-import platform
 import statistics
-import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
-import PIL
+import pandas as pd
 import torch
+from jsonargparse import CLI
 from PIL import Image
 
+from benchmarks.record import PACKAGES, write
 from blockspec.losses import classification
 from vision_models.data import fixed_batches
 from vision_models.image_folder import image_folder
@@ -53,7 +51,7 @@ def seconds_of_decoding(folder: Path, *, batch: int, workers: int, passes: int) 
 
 
 def seconds_of_gradient(folder: Path, *, micro_batch: int, device: str) -> float:
-    """Seconds of one forward and backward pass of ViT-base for each image, from one micro-batch after another one."""
+    """Seconds of one forward and backward pass of ViT-base for each image, from the second of two micro-batches."""
     model = build(ModelSettings("vit")).to(device).eval()
     x, y = fixed_batches(image_folder(folder), count=micro_batch, batch_size=micro_batch)[0]
     batch = x.to(device), y.to(device)
@@ -66,53 +64,45 @@ def seconds_of_gradient(folder: Path, *, micro_batch: int, device: str) -> float
     return seconds / micro_batch
 
 
-def table(arguments: argparse.Namespace, folder: Path) -> list[str]:
-    write_photographs(folder, arguments.images)
-    size = statistics.mean(path.stat().st_size for path in folder.glob("*/*.JPEG"))
-    gradient = seconds_of_gradient(folder, micro_batch=arguments.micro_batch, device=arguments.device) * arguments.batch
-    lines = [
-        f"{arguments.images} JPEG files of {size / 1e3:.0f} kB on average; ViT-base/16, batch {arguments.batch} on "
-        f"{arguments.device}: forward and backward {gradient:.1f} s ({torch.get_num_threads()} threads)",
-        "",
-        "| workers | images / s | spread | s per batch | of forward and backward |",
-        "|---|---|---|---|---|",
-    ]
-    for workers in arguments.workers:
-        passes = seconds_of_decoding(folder, batch=min(arguments.batch, 32), workers=workers, passes=arguments.passes)
-        rates = [arguments.images / seconds for seconds in passes]
-        one = arguments.batch / statistics.median(rates)
-        lines.append(
-            f"| {workers} | {statistics.median(rates):.0f} | {min(rates):.0f} to {max(rates):.0f} | {one:.2f} "
-            f"| {100 * one / gradient:.1f} % |"
-        )
-    return lines
+def main(
+    images: int = 256,
+    batch: int = 256,
+    micro_batch: int = 16,
+    workers: list[int] = [0, 1, 2],  # noqa: B006
+    passes: int = 3,
+    threads: int = 1,
+    device: str = "cpu",
+) -> None:
+    """Measures and writes the table.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=256, help="JPEG files")
-    parser.add_argument("--batch", type=int, default=256, help="images in a batch of the model")
-    parser.add_argument("--micro-batch", type=int, default=16, help="images whose gradient is timed, then scaled")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of decoding processes")
-    parser.add_argument("--passes", type=int, default=3, help="timed passes over the files")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, …")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the dated result")
-    arguments = parser.parse_args()
+    Args:
+        images: JPEG files.
+        batch: Images in a batch of the model.
+        micro_batch: Images whose gradient is timed, then scaled.
+        workers: Numbers of decoding processes.
+        passes: Timed passes over the files.
+        threads: Of torch.
+        device: cpu, cuda, …
+    """
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        lines = table(arguments, Path(folder))
-    header = [
-        f"# Image decoding, {date.today()}",
-        "",
-        f"{platform.machine()}, {platform.system()}; torch {torch.__version__}, Pillow {PIL.__version__}, "
-        f"numpy {np.__version__}, Python {platform.python_version()}",
-        "",
-        " ".join(["python -m benchmarks.vision_data", *sys.argv[1:]]),
-    ]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"vision_data_{date.today()}.md"
-    path.write_text("\n".join([*header, "", *lines, ""]), encoding="utf-8")
-    print("\n".join(lines), f"\nwritten to {path}", sep="\n")
+        write_photographs(Path(folder), images)
+        size = statistics.mean(path.stat().st_size for path in Path(folder).glob("*/*.JPEG"))
+        gradient = seconds_of_gradient(Path(folder), micro_batch=micro_batch, device=device) * batch
+        rows = {}
+        for number in workers:
+            rates = [
+                images / seconds
+                for seconds in seconds_of_decoding(Path(folder), batch=min(batch, 32), workers=number, passes=passes)
+            ]
+            one = batch / statistics.median(rates)
+            rows[number] = (statistics.median(rates), min(rates), max(rates), one, 100 * one / gradient)
+    columns = ["images / s", "slowest", "fastest", "s a batch", "% of forward and backward"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("workers")
+    title = f"{images} JPEG files of {size / 1e3:.0f} kB on average; ViT-base/16 on {device}, batch {batch}"
+    notes = f"Forward and backward: {gradient:.4g} s a batch. At most 10 % may be waited for."
+    write("vision_data", {title: table}, notes=notes, packages=(*PACKAGES, "pillow", "numpy"))
 
 
 if __name__ == "__main__":
-    main()
+    CLI(main)
