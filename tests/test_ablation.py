@@ -44,7 +44,8 @@ def test_the_table_has_a_line_for_each_block_of_each_checkpoint(study):
     assert set(table["block"]) == {*STAGES, "model"}
     assert set(table["step"]) == {0, 4}
     pd.testing.assert_frame_equal(pd.read_parquet(out / "ablation.parquet"), table)
-    assert {path.name for path in (out / "figures").glob("*.png")} == {"trace.png", "largest.png", "density.png"}
+    densities = {"density", *(f"density_{stage.replace(' ', '_')}" for stage in STAGES)}
+    assert {path.stem for path in (out / "figures").glob("*.png")} == {"trace", "largest", *densities}
     parameters = table[(table["variant"] == "neither") & (table["step"] == 0)].set_index("block")["parameters"]
     assert parameters["model"] == parameters.drop("model").sum()
 

@@ -13,16 +13,22 @@ from matplotlib.figure import Figure
 from blockspec.panels import DENSITY, EIGENVALUE, density_axes, draw_line, label_outer, resolved_density, scale_of, smoothing_note
 from blockspec.spectra import Spectra
 from blockspec.style import RUN_MARKERS, RUNS, save, spread, step_axis, step_label, styled
+from blockspec.trends import DASHES
 
 QUANTITIES = {"trace": "trace (loss / parameter²)", "eigenvalue_1": "largest eigenvalue (loss / parameter²)"}
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2, 2)), (0, (8, 2)))
 COLUMNS = 4  # checkpoints in the figure of densities, at most
 
 
 def draw(table: pd.DataFrame, spectra: Mapping[tuple[int, str], Mapping[int, Spectra]], folder: Path) -> list[Path]:
-    """Writes ``trace``, ``largest`` and ``density`` as png and pdf."""
-    figures = {"trace": plot_course(table, "trace"), "largest": plot_course(table, "eigenvalue_1")}
-    figures["density"] = plot_densities(spectra)
+    """Writes ``trace``, ``largest``, ``density`` and ``density_<stage>`` for each stage, as png and pdf."""
+    figures = {
+        "trace": plot_course(table, "trace"),
+        "largest": plot_course(table, "eigenvalue_1"),
+        "density": plot_densities(spectra),
+    }
+    for block in table["block"].unique():
+        if block != "model":
+            figures[f"density_{block.replace(' ', '_')}"] = plot_densities(spectra, block)
     return [save(figure, folder, name) for name, figure in figures.items()]
 
 
@@ -72,18 +78,18 @@ def _value_axis(axes: Axes, values: pd.Series) -> None:
 
 
 @styled
-def plot_densities(spectra: Mapping[tuple[int, str], Mapping[int, Spectra]]) -> Figure:
-    """Spectral density of the whole network: a row a depth, a column a checkpoint, a line a variant."""
+def plot_densities(spectra: Mapping[tuple[int, str], Mapping[int, Spectra]], block: str = "model") -> Figure:
+    """Spectral density of a stage or of the whole network: a row a depth, a column a checkpoint, a line a variant."""
     depths, variants = (list(dict.fromkeys(key[i] for key in spectra)) for i in (0, 1))
     steps = spread(sorted({step for stages in spectra.values() for step in stages}), COLUMNS)
-    whole = {(*key, step): stages[step]["model"] for key, stages in spectra.items() for step in steps if step in stages}
-    scale = scale_of(whole.values())
+    shown = {(*key, step): stages[step][block] for key, stages in spectra.items() for step in steps if step in stages}
+    scale = scale_of(shown.values())
     figure = Figure(figsize=(1.9 * len(steps) + 1.9, 1.5 * len(depths) + 1.1), layout="constrained")
     axes = figure.subplots(len(depths), len(steps), sharex=True, sharey=True, squeeze=False)
     for i, depth in enumerate(depths):
         for place, step in zip(axes[i], steps, strict=True):
             for j, variant in enumerate(variants):
-                if spectrum := whole.get((depth, variant, step)):
+                if spectrum := shown.get((depth, variant, step)):
                     mean, error = resolved_density(spectrum, scale.grid, scale.linear)
                     look = {"colour": RUNS[j % len(RUNS)], "linestyle": DASHES[j % len(DASHES)]}
                     draw_line(place, scale, mean, error, label=variant, **look)
@@ -96,5 +102,5 @@ def plot_densities(spectra: Mapping[tuple[int, str], Mapping[int, Spectra]]) -> 
     figure.supylabel(DENSITY, fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
-    figure.suptitle(f"Hessian of the whole network\n{smoothing_note(whole.values())}")
+    figure.suptitle(f"Hessian of {'the whole network' if block == 'model' else block}\n{smoothing_note(shown.values())}")
     return figure
