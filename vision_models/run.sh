@@ -4,10 +4,10 @@
 #   bash vision_models/run.sh                  scikit-learn's 1,797 real digits; a ViT, a ResNet, a VGG and an MLP-mixer of 80,000 to
 #                                              200,000 parameters, trained and measured: at most 8 minutes on two cores and 3 GB
 #   bash vision_models/run.sh imagenet PATH    ViT-base (14 blocks), ResNet18 and VGG16 of arXiv 2402.16788 at initialisation, on 256
-#                                              images of PATH/train/<class>/*.JPEG: hours on one GPU of 80 GB, weeks on a CPU; what
-#                                              each costs stands in its file spectra/imagenet_*.yaml
-#   --train                                    of imagenet: train the three first, on all of PATH/train and PATH/val (90 epochs each,
-#                                              days on 8 GPUs), and measure along the training
+#                                              images of PATH/train/<class>/*.JPEG: hours on one GPU of 80 GB, weeks on a CPU (from
+#                                              the counts of operations in spectra/imagenet_*.yaml, not measured)
+#   --train                                    of imagenet: train the three first, on all of PATH/train and PATH/val (90 epochs each;
+#                                              estimated: days on 8 GPUs), and measure along the training
 #   --out FOLDER                               default: runs/digits or runs/imagenet
 #   --device cpu|cuda                          of the spectra; default: a GPU if there is one
 #
