@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from paper import EXHIBITS, adahessian_functions, figure_5, figure_8, pyhessian_landscapes, pyhessian_traces
-from paper.block_diagonality import off_blocks, shares, square, tidy
+from paper.block_diagonality import finding, off_blocks, shares, square, tidy
 from paper.exhibit import Context, command, find, read_findings, read_tables, reproduce
 from training import comparison
 from training.comparison import ComparisonSettings
@@ -98,6 +98,16 @@ def test_shares_off_the_blocks():
     assert off_blocks(matrix, block) == pytest.approx(18 / (55 + 18))
     assert shares(matrix, block)["entries_off_blocks"] == pytest.approx(12 / 25)
     np.testing.assert_array_equal(square(tidy(matrix)), matrix)
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [([0.1, 0.11, 0.12], "agrees"), ([0.6, 0.61, 0.62], "disagrees"), ([0.1, 0.2, 0.6], "not comparable")],
+)
+def test_a_verdict_on_block_diagonality_heeds_the_error(found, verdict):
+    judged = finding("near", pd.DataFrame({"off_blocks": found, "entries_off_blocks": 0.9}))
+    assert judged.verdict == verdict
+    assert judged.why.startswith("undecided") == (verdict == "not comparable")
 
 
 @pytest.mark.parametrize(
