@@ -153,7 +153,7 @@ def measured(
     """The tables of an exhibit: those that are there, or measured now, after those that it needs."""
     folder = Path(out) / scale / exhibit.name
     chosen = _replaced(exhibit.scales[scale].settings, settings or {})
-    asked = json.loads(json.dumps({"seed": seed, **dataclasses.asdict(chosen)}))
+    asked = {"seed": seed, **as_json(chosen)}
     tables = _read(folder, asked)
     if tables is None:
         same = {"scale": scale, "out": out, "seed": seed, "workers": workers, "device": device}
@@ -214,6 +214,11 @@ def command(exhibit: Exhibit, arguments: Sequence[str] | None = None) -> None:
         device: auto, cpu, cuda …
     """
     run_command(run, arguments)
+
+
+def as_json(settings: Any) -> dict[str, Any]:
+    """A dataclass of plain values, as a file of JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 def _replaced(settings: Any, changes: Mapping[str, Any]) -> Any:

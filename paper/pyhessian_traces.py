@@ -200,7 +200,7 @@ EXHIBIT = Exhibit(
     scales={
         "small": Scale(
             Settings(),
-            f"{SETUP} ResNet20 and ResNet32 of width 8 (the paper's: 16) on 8x8 digits, 150 steps; 3 trainings of each.",
+            f"{SETUP} ResNet20 and ResNet32 of width 8 (the paper's: 16) on 8x8 digits, 150 steps.",
             "Eight minutes on one core.",
         ),
         "paper": Scale(

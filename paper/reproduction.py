@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 from PIL import Image
 
 from blockspec.run import read_json
 from paper import EXHIBITS
-from paper.exhibit import Exhibit, Finding, find, read_findings, read_tables
+from paper.exhibit import Exhibit, Finding, as_json, find, read_findings, read_tables
 from training.command import run_command
 
 WIDTH = 1200  # pixels of an image
@@ -78,10 +80,19 @@ def _section(exhibit: Exhibit, folder: Path, findings: Sequence[Finding], to: Pa
     ]
     tables = read_tables(folder)
     parts += [markdown(tables[name]) for name in exhibit.shown]
-    seconds, seed, names = record["seconds"], record["settings"]["seed"], ", ".join(f"`{name}`" for name in tables)
-    made = f"{seconds:.0f} s, seed {seed}, commit {record['git_commit']}"
-    parts.append(f"`python -m paper.{exhibit.name}`: {made}; tables: {names}.")
+    names = ", ".join(f"`{name}`" for name in tables)
+    made = f"{record['seconds']:.0f} s, commit {record['git_commit']}"
+    parts.append(f"`python -m paper.{exhibit.name}{_options(exhibit, folder.parent.name, record)}`: {made}; tables: {names}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _options(exhibit: Exhibit, scale: str, record: dict[str, Any]) -> str:
+    """What the command line had that is not the default."""
+    usual = {"seed": 0, **as_json(exhibit.scales[scale].settings)}
+    changed = {name: value for name, value in record["settings"].items() if usual.get(name) != value}
+    names = {name: "seed" if name == "seed" else f"settings.{name}" for name in changed}
+    options = [f"--{names[name]}={shlex.quote(json.dumps(value))}" for name, value in changed.items()]
+    return "".join(f" {option}" for option in ([] if scale == "small" else [f"--scale={scale}"]) + options)
 
 
 def _images(exhibit: Exhibit, folder: Path, to: Path) -> Iterator[str]:

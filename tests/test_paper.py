@@ -102,6 +102,14 @@ def test_the_document_has_figures_findings_and_tables(tmp_path, monkeypatch):
     assert "| it has a\\|line | 3 points | agrees | drawn |" in text
     assert "| [A toy](#toy) | No paper | 1 |  |  |" in text
     assert "| 2 | 0 |" in text
+    assert "`python -m paper.toy`: " in text
+
+
+def test_the_document_says_what_is_not_the_default(tmp_path, monkeypatch):
+    folder = reproduce(toy([]), out=tmp_path, seed=2, settings={"values": (1.5,)})
+    monkeypatch.setattr(reproduction, "find", {"toy": toy([])}.__getitem__)
+    text = reproduction.write(folder.parent, ["toy"], tmp_path).read_text()
+    assert "`python -m paper.toy --seed=2 --settings.values='[1.5]'`: " in text
 
 
 def test_all_goes_on_when_one_fails(tmp_path, monkeypatch, capsys):
