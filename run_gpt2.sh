@@ -25,6 +25,14 @@ while [ $# -gt 0 ]; do
 done
 
 source setup_env.sh
+python - "$device" <<'END'    # before hours of training
+import sys
+from blockspec.run import find_device
+try:
+    find_device(sys.argv[1])
+except ValueError as error:
+    sys.exit(f"run_gpt2.sh: {error}")
+END
 trainer_device=auto
 [ "$device" = cpu ] && trainer_device=cpu
 
