@@ -33,7 +33,14 @@ tables and draws anew.
 """
 
 EXHIBITS = (
-    *(f"figure_{i}" for i in range(1, 8)),
+    "figure_1",
+    "figure_2",
+    "figure_3",
+    "figure_4",
+    "figure_5",
+    "figure_5_mixer",
+    "figure_6",
+    "figure_7",
     "table_1",
     "figure_8",
     "adam_mini_blocks",

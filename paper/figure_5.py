@@ -1,4 +1,4 @@
-"""Adam and SGD on a perceptron that is made heterogeneous, and on an MLP-mixer (figure 5)."""
+"""Adam and SGD on a perceptron that is made heterogeneous (figure 5, left)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from blockspec.plots import distance_heatmaps
 from blockspec.run import BlockSettings, EstimateSettings, RunSettings
 from blockspec.style import RUN_MARKERS, RUNS, styled
 from paper.distances import RESOLVED, mean_distance
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
-from paper.figure_4 import heatmap
-from paper.optimizers import ADAM, SGD, gaps
+from paper.optimizers import ADAM, SGD
 from paper.runs import spectra
 from training.comparison import ComparisonSettings
-from training.curves import draw_curves
 from vision_models.compare_optimizers import compare
 from vision_models.models import ModelSettings
 from vision_models.sources import DataSettings
 
-MIXER = "mixer"  # in figure 4 and in table 1
 IMAGES = {  # losses are those of the training images: how well an optimizer optimizes
     "digits": DataSettings(test_split="train"),
     "mnist": DataSettings(source="hub", name="mnist", batch_size=128, test_split="train"),
@@ -59,9 +55,7 @@ class Settings:
 
 def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
     table = pd.concat([_compared(settings, scale, context) for scale in settings.scales], ignore_index=True)
-    mixer = {name: rows[rows["model"] == MIXER] for name, rows in context.needed["table_1"].items() if name in ("runs", "curves")}
-    distances = heatmap(context.needed["figure_4"], MIXER, RESOLVED).reset_index()
-    return {"perceptrons": table, "distances": distances, **mixer}
+    return {"perceptrons": table}
 
 
 def _compared(settings: Settings, scale: float, context: Context) -> pd.DataFrame:
@@ -99,22 +93,8 @@ def plot_perceptrons(table: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
-def plot_mixer(curves: pd.DataFrame) -> Figure:
-    """Held-out loss by step, each optimizer with its best learning rate."""
-    figure = Figure(figsize=(3.6, 2.6), layout="constrained")
-    axes = figure.subplots()
-    draw_curves(axes, curves, [ADAM, SGD], x="step")
-    axes.set(title="mixer", xlabel="training step", ylabel="held-out loss (nats)")
-    return figure
-
-
 def draw(tables: Tables) -> dict[str, Figure]:
-    return {
-        "figure_5_perceptrons": plot_perceptrons(tables["perceptrons"]),
-        "figure_5_mixer_distances": distance_heatmaps({"mixer at initialisation": tables["distances"].set_index("block")}),
-        "figure_5_mixer_training": plot_mixer(tables["curves"]),
-    }
+    return {"figure_5": plot_perceptrons(tables["perceptrons"])}
 
 
 def judge(tables: Tables) -> list[Finding]:
@@ -122,22 +102,13 @@ def judge(tables: Tables) -> list[Finding]:
     each = "; ".join(f"c = {row.Index:g}: {with_error(row.ratio, row.stderr)}" for row in ratios.itertuples())
     growth = ratios["ratio"].iloc[-1] - ratios["ratio"].iloc[0]
     error = float(np.hypot(ratios["stderr"].iloc[-1], ratios["stderr"].iloc[0]))
-    gap = gaps(tables["runs"])
-    distances = tables["distances"].set_index("block").to_numpy()
     return [
         Finding(
             "the more heterogeneous the perceptron is made, the worse SGD does against Adam",
             f"log10 of SGD's final loss over Adam's: {each}; growth from the least to the largest c {with_error(growth, error)}",
             "agrees" if growth > 2 * error else "disagrees",
             "standard errors over seeds; growth of more than two of them is needed" + _edges(tables["perceptrons"]),
-        ),
-        Finding(
-            "the mixer, whose blocks differ, is trained better by Adam than by SGD",
-            f"share of Adam's decrease of the held-out loss that SGD does not reach: {with_error(gap.mean(), gap.sem())}; mean "
-            f"distance between its blocks {distances[np.tril_indices(len(distances), -1)].mean():.3g} nats (Jensen-Shannon)",
-            "agrees" if gap.mean() > 2 * gap.sem() else "disagrees",
-            f"more than two standard errors over {len(gap)} seeds above 0 are needed; trainings of table 1, map of figure 4",
-        ),
+        )
     ]
 
 
@@ -163,17 +134,14 @@ SETUP = (
 )
 EXHIBIT = Exhibit(
     name="figure_5",
-    title="A perceptron made heterogeneous, and an MLP-mixer",
+    title="A perceptron made heterogeneous",
     source="Why Transformers Need Adam (arXiv 2402.16788), figure 5",
     measure=measure,
     draw=draw,
     judge=judge,
-    needs=("figure_4", "table_1"),
     shown=("perceptrons",),
     scales={
-        "small": Scale(
-            Settings(), f"{SETUP} Digits (8x8), 64-64-64-10, 200 steps.", "Three minutes on one core, after what it needs."
-        ),
+        "small": Scale(Settings(), f"{SETUP} Digits (8x8), 64-64-64-10, 200 steps.", "Three minutes on one core."),
         "paper": Scale(
             Settings(
                 images="mnist",
@@ -181,7 +149,7 @@ EXHIBIT = Exhibit(
                 comparison=replace(Settings().comparison, num_steps=4680, warmup=100, measure_every=468),
             ),
             f"{SETUP} MNIST, 784-128-128-10, 10 epochs.",
-            "Not run. Estimated: an hour of one GPU, after what it needs.",
+            "Not run. Estimated: an hour of one GPU.",
         ),
     },
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper import EXHIBITS, adahessian_functions, figure_5, figure_8, pyhessian_landscapes, pyhessian_traces
+from paper import EXHIBITS, adahessian_functions, figure_5, figure_5_mixer, figure_8, pyhessian_landscapes, pyhessian_traces
 from paper.block_diagonality import finding, off_blocks, shares, square, tidy
 from paper.exhibit import Context, command, find, read_findings, read_tables, reproduce
 from training import comparison
@@ -162,6 +162,18 @@ def test_the_rise_of_a_landscape_is_from_the_centre_to_the_edge():
 
 def test_perceptrons_on_small_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "_pool", lambda settings: Here())
+    settings = figure_5.Settings(
+        sizes=(64, 8, 8, 10),
+        scales=(1.0, 4.0),
+        comparison=ComparisonSettings(rates={"adam": (0.01,), "sgd": (0.1,)}, num_steps=5, warmup=1, measure_every=5, clip=0.0),
+    )
+    tables = figure_5.measure(settings, Context(0, tmp_path, device="cpu"))
+    assert tables["perceptrons"].groupby("scale")["js0"].first().is_monotonic_increasing
+    assert figure_5.draw(tables)
+    assert figure_5.judge(tables)[0].measured.count("c = ") == 2
+
+
+def test_the_mixer_is_that_of_figure_4_and_table_1(tmp_path):
     names = [f"blocks.{i}" for i in range(3)]
     distances = pd.DataFrame([(a, b, float(a != b)) for a in names for b in names], columns=["block", "other", "distance"])
     runs = pd.DataFrame(
@@ -169,21 +181,16 @@ def test_perceptrons_on_small_sizes(tmp_path, monkeypatch):
         columns=["optimizer", "seed", "first", "held_out"],
     )
     curves = runs.rename(columns={"held_out": "held_out_loss"}).assign(step=1)
+    other = runs.assign(model="ViT", held_out=9.0)
     needed = {
-        "figure_4": {"distances": distances.assign(model="mixer", definition=figure_5.RESOLVED, seed=0)},
-        "table_1": {"runs": runs.assign(model="mixer"), "curves": curves.assign(model="mixer")},
+        "figure_4": {"distances": distances.assign(model="mixer", definition=figure_5_mixer.RESOLVED, seed=0)},
+        "table_1": {"runs": pd.concat([other, runs.assign(model="mixer")]), "curves": curves.assign(model="mixer")},
     }
-    settings = figure_5.Settings(
-        sizes=(64, 8, 8, 10),
-        scales=(1.0, 4.0),
-        comparison=ComparisonSettings(rates={"adam": (0.01,), "sgd": (0.1,)}, num_steps=5, warmup=1, measure_every=5, clip=0.0),
-    )
-    tables = figure_5.measure(settings, Context(0, tmp_path, needed, device="cpu"))
-    assert tables["perceptrons"].groupby("scale")["js0"].first().is_monotonic_increasing
-    assert len(figure_5.draw(tables)) == 3
-    mixer = figure_5.judge(tables)[1]
-    assert mixer.verdict == "agrees"
-    assert mixer.measured.startswith("share of Adam's decrease of the held-out loss that SGD does not reach: 0.1053")
+    tables = figure_5_mixer.measure(figure_5_mixer.Settings(), Context(0, tmp_path, needed))
+    assert len(figure_5_mixer.draw(tables)) == 2
+    (found,) = figure_5_mixer.judge(tables)
+    assert found.verdict == "agrees"
+    assert found.measured.startswith("share of Adam's decrease of the held-out loss that SGD does not reach: 0.1053")
 
 
 def test_ratios_of_final_losses():
