@@ -153,11 +153,21 @@ def heat_maps(near, *, seeds=2):
 
 def test_heat_maps_are_judged_by_their_patterns():
     tables = heat_maps(figure_4.query_and_key(GPT2_NAMES))
-    verdicts = {finding.claim: finding for finding in figure_4.judge(tables)}
-    assert verdicts["GPT2: query and key of one layer are nearly alike"].verdict == "agrees"
-    assert verdicts["GPT2: within layers 7 and 11 all blocks are near"].verdict == "disagrees"
-    assert "median distance 0.02" in verdicts["GPT2: query and key of one layer are nearly alike"].measured
-    assert set(figure_4.draw(tables)) == {"figure_4_language_jensen_shannon", "figure_4_language_symmetrised_kl"}
+    tables["patterns"] = figure_4.patterns(tables)
+    findings = figure_4.judge(tables)
+    verdicts = {}
+    for finding in findings[:-1]:
+        verdicts.setdefault(finding.claim, []).append(finding.verdict)
+    assert verdicts == {
+        "GPT2: wte and layer 0 except query and key are far from everything else": ["disagrees"] * 2,
+        "GPT2: query and key of one layer are nearly alike": ["agrees"] * 2,
+        "GPT2: within layers 7 and 11 all blocks are near": ["disagrees"] * 2,
+    }
+    (alike, _) = (finding.measured for finding in findings if "nearly alike" in finding.claim)
+    assert "median distance 0.02" in alike
+    assert "nearer than 100 %" in alike
+    assert "GPT2 0.4 (0.4 at width 1)" in findings[-1].measured
+    assert set(figure_4.draw(tables)) == {"figure_4_language_resolved", "figure_4_language_as_published"}
 
 
 def stages(transformer_blocks, noise):
