@@ -133,7 +133,7 @@ def reproduce(
         ValueError: unknown settings, or a folder that holds a measurement of other ones.
     """
     folder = Path(out) / scale / exhibit.name
-    tables = measured(exhibit, scale=scale, out=out, seed=seed, settings=settings, workers=workers, device=device)
+    tables = measured(exhibit, scale=scale, out=out, seed=seed, settings=settings or {}, workers=workers, device=device)
     for name, figure in exhibit.draw(tables).items():
         print(save(figure, folder / "figures", name))
     write_json({"findings": [dataclasses.asdict(finding) for finding in exhibit.judge(tables)]}, folder / "findings.json")
@@ -150,10 +150,16 @@ def measured(
     workers: int = 1,
     device: str = "auto",
 ) -> Tables:
-    """The tables of an exhibit: those that are there, or measured now, after those that it needs."""
+    """The tables of an exhibit: those that are there, or measured now, after those that it needs.
+
+    settings: to replace; None: whatever those that are there were measured with.
+    """
     folder = Path(out) / scale / exhibit.name
     chosen = _replaced(exhibit.scales[scale].settings, settings or {})
-    asked = {"seed": seed, **as_json(chosen)}
+    asked = as_json(chosen)
+    if settings is None and (folder / "record.json").exists():
+        asked = read_json(folder / "record.json")["settings"]
+    asked = {**asked, "seed": seed}
     tables = _read(folder, asked)
     if tables is None:
         same = {"scale": scale, "out": out, "seed": seed, "workers": workers, "device": device}

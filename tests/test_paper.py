@@ -91,6 +91,20 @@ def test_what_is_needed_comes_first(tmp_path, monkeypatch):
     assert len(calls) == 1
 
 
+def test_what_is_needed_is_taken_with_the_settings_that_it_has(tmp_path, monkeypatch):
+    first = toy([], name="first")
+    monkeypatch.setattr(exhibit, "find", {"first": first}.__getitem__)
+    reproduce(first, out=tmp_path, settings={"size": 1})
+
+    def measure(settings, context):
+        return dict(context.needed["first"])
+
+    second = toy([], name="second", needs=("first",), measure=measure)
+    assert len(pd.read_parquet(reproduce(second, out=tmp_path) / "numbers.parquet")) == 1
+    with pytest.raises(ValueError, match=r"first holds other settings \(seed is 0 there, 1 here\)"):
+        reproduce(toy([], name="third", needs=("first",), measure=measure), out=tmp_path, seed=1)
+
+
 def test_the_document_has_figures_findings_and_tables(tmp_path, monkeypatch):
     calls = []
     folder = reproduce(toy(calls), out=tmp_path)
@@ -109,7 +123,7 @@ def test_the_document_says_what_is_not_the_default(tmp_path, monkeypatch):
     folder = reproduce(toy([]), out=tmp_path, seed=2, settings={"values": (1.5,)})
     monkeypatch.setattr(reproduction, "find", {"toy": toy([])}.__getitem__)
     text = reproduction.write(folder.parent, ["toy"], tmp_path).read_text()
-    assert "`python -m paper.toy --seed=2 --settings.values='[1.5]'`: " in text
+    assert "`python -m paper.toy --settings.values='[1.5]' --seed=2`: " in text
 
 
 def test_all_goes_on_when_one_fails(tmp_path, monkeypatch, capsys):
