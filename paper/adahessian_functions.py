@@ -120,7 +120,8 @@ def judge(tables: Tables) -> list[Finding]:
     bowl, coupled = one.get_group(BOWL), one.get_group(COUPLED)
     found = (tables["ends"]["value"] < REACHED).groupby([tables["ends"]["betas"], tables["ends"]["lr"]]).mean()
     means = {name: found[str(betas)] for name, betas in (("without", WITHOUT), ("with", WITH))}
-    always = [f"{lr:g}" for lr, share in means["with"].items() if share == 1]
+    always = means["with"].index[means["with"] == 1]
+    there = means["without"][always]
     return [
         Finding(
             f"{BOWL}: one step of learning rate 1 with betas 0 reaches the minimum",
@@ -136,15 +137,16 @@ def judge(tables: Tables) -> list[Finding]:
         ),
         Finding(
             f"{NOISY}: betas 0 stick",
-            f"the minimum is found on {100 * means['without'].mean():.0f} % of runs (learning rates {_ends(means['without'])})",
-            "agrees" if not means["without"].any() else "disagrees",
-            "from (-2, -1); no seed at any learning rate may find it",
+            f"the minimum is found on {100 * there.mean():.0f} % of runs at the learning rates at which betas 0.9 find it always, "
+            f"on {100 * means['without'].mean():.0f} % at all learning rates ({_ends(means['without'])})",
+            "agrees" if len(there) and not there.any() else "disagrees",
+            "at the learning rates at which betas 0.9 find it always, none may",
         ),
         Finding(
             f"{NOISY}: betas 0.9 and 0.9 find the minimum",
-            f"on every seed at the learning rates {', '.join(always) or 'none'} of {_ends(means['with'])}; "
+            f"on every seed at the learning rates {', '.join(f'{lr:g}' for lr in always) or 'none'} of {_ends(means['with'])}; "
             f"on {100 * means['with'].mean():.0f} % of all runs",
-            "agrees" if always else "disagrees",
+            "agrees" if len(always) else "disagrees",
             "true of these learning rates, not of all: at others it sticks too",
         ),
     ]
@@ -162,7 +164,7 @@ EXHIBIT = Exhibit(
     measure=measure,
     draw=draw,
     judge=judge,
-    scales={name: Scale(Settings(), SETUP, "A minute on one core.") for name in ("small", "paper")},
+    scales={name: Scale(Settings(), SETUP, "Two minutes on one core.") for name in ("small", "paper")},
 )
 
 if __name__ == "__main__":
