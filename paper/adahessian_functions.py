@@ -137,7 +137,7 @@ def judge(tables: Tables) -> list[Finding]:
         ),
         Finding(
             f"{NOISY}: betas 0 stick",
-            f"the minimum is found on {100 * there.mean():.0f} % of runs at the learning rates at which betas 0.9 find it always, "
+            f"the minimum is found on {100 * there.mean():.0f} % of runs at learning rates at which betas 0.9 find it always, "
             f"on {100 * means['without'].mean():.0f} % at all learning rates ({_ends(means['without'])})",
             "agrees" if len(there) and not there.any() else "disagrees",
             "at the learning rates at which betas 0.9 find it always, none may",
