@@ -20,6 +20,7 @@ from .blocks import Block, gather, scatter
 from .differentiability import explained
 from .losses import Loss
 from .objective import Objective, examples
+from .precision import check, reduced_model, reduced_multiplication
 from .ranks import Ranks
 
 Tensors = Mapping[str, Tensor]
@@ -40,6 +41,7 @@ class Products:
     ranks: processes that split the batches; every one of them must ask for the same products.
     graphs: where there are at most so many batches, their graphs are kept from one call to the next, and the shared passes are
         made once. One takes no more memory at the peak than none.
+    precision: ``"tf32"`` or ``"bfloat16"``, see :mod:`blockspec.precision`; None: that of the parameters.
 
     When memory runs out on the way, the objective's micro-batch is halved, a warning says so, and the sweep begins anew.
 
@@ -47,7 +49,15 @@ class Products:
     one batch.
     """
 
-    def __init__(self, objective: Objective, curvature: str = "hessian", *, ranks: Ranks | None = None, graphs: int = 1) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        curvature: str = "hessian",
+        *,
+        ranks: Ranks | None = None,
+        graphs: int = 1,
+        precision: str | None = None,
+    ) -> None:
         if curvature not in LINEARISATIONS:
             raise ValueError(f"curvature is one of {tuple(LINEARISATIONS)}, got {curvature!r}")
         if curvature != "hessian" and not isinstance(objective.loss, Loss):
@@ -55,10 +65,12 @@ class Products:
                 f"curvature {curvature!r} needs a loss that is split at the model's outputs: "
                 "blockspec.losses.Loss(outputs=..., terms=...)"
             )
+        check(precision)
         self.objective = objective
         self.curvature = curvature
         self.ranks = ranks or Ranks()
         self.graphs = graphs
+        self.precision = precision
         self._kept: list[tuple[Apply, float]] = []
         self._kept_parameters: frozenset[str] = frozenset()
         self.gradients = 0
@@ -86,7 +98,7 @@ class Products:
         blocks = [block for source, _, targets in requests for block in (source, *targets)]
         names = dict.fromkeys(name for block in blocks for name in block.parameters)
         terms = torch.zeros(1, dtype=torch.float64)
-        with self.objective.prepared(), explained():
+        with self.objective.prepared(), explained(), reduced_multiplication(self.precision):
             for apply, count in self._linearised({name: self._parameters[name] for name in names}):
                 terms += count
                 for total, (block, vector, targets) in zip(totals, requests, strict=True):
@@ -114,7 +126,7 @@ class Products:
         ahead = list(islice(batches, self.graphs + 1))
         kept = []
         for batch in chain(ahead, batches):
-            apply, count = LINEARISATIONS[self.curvature](self.objective, batch, parameters)
+            apply, count = self.linearise(batch, parameters)
             self.gradients += 1
             if len(ahead) <= self.graphs:
                 kept.append((apply, count))
@@ -122,6 +134,11 @@ class Products:
             del apply  # the graph is freed before the next batch makes its own
         if kept:
             self._kept, self._kept_parameters = kept, frozenset(parameters)
+
+    def linearise(self, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+        """The shared pass of one batch, and its number of loss terms; the objective must be prepared."""
+        with reduced_model(self.precision, self.objective.device):
+            return LINEARISATIONS[self.curvature](self.objective, batch, parameters)
 
     def _forget(self) -> None:
         self._kept, self._kept_parameters = [], frozenset()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 import os
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +31,7 @@ from .state import Keeper, identity_of
 Auto = str  # the word "auto"
 Storage = tuple[torch.dtype, torch.device] | None
 STORED = (torch.bfloat16, torch.float32, torch.float64)
+PROBES_OF_SMALL, LARGE = 4, 10_000  # blocks of at least so many parameters need one to measure a mean
 TOLERANCE = 2e-3  # below it, a density drawn over the whole range of eigenvalues does not change visibly
 
 
@@ -45,6 +48,7 @@ def estimate_spectra(
     reorthogonalize: bool = True,
     basis_dtype: str | None = None,
     basis_device: str | None = None,
+    precision: str | None = None,
     memory: int | float | str | None = None,
     state: str | os.PathLike[str] | None = None,
     state_every: float = 300.0,
@@ -65,6 +69,8 @@ def estimate_spectra(
         other blocks are estimated beside it.
     reorthogonalize: see :class:`blockspec.lanczos.Lanczos`.
     basis_dtype, basis_device: where the Krylov vectors are kept, e.g. ``"bfloat16"``, ``"cpu"``; None: as the parameters.
+    precision: ``"tf32"`` or ``"bfloat16"`` products, faster on GPUs that have them; the error that they cause is measured with
+        two more products a block (eight for small ones), and is a part of ``Spectrum.error``. None: the parameters' own.
     memory: what the estimate may take: bytes, a share of the device (0.8) or a size (``"20GiB"``). Micro-batch and the number of
         processes under way at once are chosen to fit, see :mod:`blockspec.plan`. None: no bound is kept.
     state: a folder for what a killed estimate goes on from; the same call then gives the same numbers, bit by bit on the same
@@ -80,14 +86,14 @@ def estimate_spectra(
     accuracy = Accuracy(_count("num_steps", num_steps), _count("num_probes", num_probes), _positive(tolerance))
     ranks = arrange(len(blocks), columns=columns)
     probing = _probing(seed, distribution, reorthogonalize, _storage(objective, basis_dtype, basis_device), ranks)
-    products = Products(objective, curvature, ranks=ranks)
+    products = Products(objective, curvature, ranks=ranks, precision=precision)
     objective.check()
     check_twice_differentiable(objective, [name for block in blocks for name in block.parameters])
     own = deal(blocks, list(objective.parameters()), ranks.columns)[ranks.column] if ranks.columns > 1 else blocks
     schedule = _schedule(objective, own, accuracy, probing)
     if memory is not None:
         schedule.budget = fit(objective, schedule, products, parse(memory, objective.device))
-    identity = _identity(objective, own, accuracy, probing, curvature) if state is not None else {}
+    identity = _identity(objective, own, accuracy, probing, curvature, precision) if state is not None else {}
     keeper = Keeper(None if state is None else Path(state), state_every, identity, ranks)
     keeper.restore(schedule)
 
@@ -97,7 +103,8 @@ def estimate_spectra(
             progress(schedule.products, schedule.products + schedule.remaining)
 
     schedule.run(products, after_sweep=after_sweep)
-    found = ranks.all_of([_spectrum(task, curvature) for task in schedule.tasks])
+    errors = {} if precision is None else precision_errors(products, schedule)
+    found = ranks.all_of([_spectrum(task, curvature, errors.get(task.block.name, 0.0)) for task in schedule.tasks])
     keeper.clear()
     by_name = {spectrum.block.name: spectrum for part in found for spectrum in part}
     cost = Cost(gradients=products.gradients, products=products.products)
@@ -117,6 +124,7 @@ def plan_spectra(
     reorthogonalize: bool = True,
     basis_dtype: str | None = None,
     basis_device: str | None = None,
+    precision: str | None = None,
     memory: int | float | str | None = None,
 ) -> Plan:
     """What :func:`estimate_spectra` with the same arguments would cost on one process; takes a gradient and one product of
@@ -127,7 +135,7 @@ def plan_spectra(
     blocks = _checked_blocks(objective, blocks)
     accuracy = Accuracy(_count("num_steps", num_steps), _count("num_probes", num_probes), _positive(tolerance))
     probing = _probing(seed, distribution, reorthogonalize, _storage(objective, basis_dtype, basis_device), Ranks())
-    products = Products(objective, curvature)
+    products = Products(objective, curvature, precision=precision)
     objective.check()
     check_twice_differentiable(objective, [name for block in blocks for name in block.parameters])
     limit = None if memory is None else parse(memory, objective.device)
@@ -139,12 +147,18 @@ def _schedule(objective: Objective, blocks: Sequence[Block], accuracy: Accuracy,
 
 
 def _identity(
-    objective: Objective, blocks: Sequence[Block], accuracy: Accuracy, probing: Probing, curvature: str
+    objective: Objective,
+    blocks: Sequence[Block],
+    accuracy: Accuracy,
+    probing: Probing,
+    curvature: str,
+    precision: str | None,
 ) -> dict[str, object]:
     """What a state has to be of, to go on from it."""
     settings = {name: str(value) for name, value in vars(probing).items() if name != "ranks"}
     names = hashlib.sha256("\n".join(block.name for block in blocks).encode()).hexdigest()[:16]
-    return identity_of(objective, asdict(accuracy) | settings | {"curvature": curvature, "blocks": names})
+    settings |= {"curvature": curvature, "precision": str(precision), "blocks": names}
+    return identity_of(objective, asdict(accuracy) | settings)
 
 
 def _probing(seed: int, distribution: str, reorthogonalize: bool, storage: Storage, ranks: Ranks) -> Probing:
@@ -162,8 +176,29 @@ def _storage(objective: Objective, dtype: str | None, device: str | None) -> Sto
     return kept, torch.device(device or objective.device)
 
 
-def _spectrum(task: Task, curvature: str) -> Spectrum:
+def precision_errors(products: Products, schedule: Schedule) -> dict[str, float]:
+    """By block, the root mean square length of (A - B) q with A the matrix in reduced precision, B in the parameters' own, and q
+    random of length 1.
+
+    The mean square is the squared Frobenius norm of A - B over P, whose root bounds the Wasserstein distance between the two
+    spectra (Hoffman and Wielandt 1953). One q does for a large block.
+    """
+    wide = Products(products.objective, products.curvature, ranks=products.ranks)
+    squares: dict[str, list[float]] = {}
+    for tasks in schedule.groups():
+        for probe in range(PROBES_OF_SMALL):
+            chosen = [task for task in tasks if probe == 0 or task.block.numel < LARGE]
+            requests = [(task.block, task.probe(probe)) for task in chosen]
+            for (block, q), a, b in zip(requests, products.sweep(requests), wide.sweep(requests), strict=True):
+                squares.setdefault(block.name, []).append(float((a - b).square().sum() / q.square().sum()))
+    products.gradients += wide.gradients
+    products.products += wide.products
+    return {name: math.sqrt(statistics.fmean(values)) for name, values in squares.items()}
+
+
+def _spectrum(task: Task, curvature: str, precision_error: float) -> Spectrum:
     settings: dict[str, Any] = {
+        "precision_error": precision_error,
         "dtype": task.dtype,
         "curvature": curvature,
         "reorthogonalized": task.probing.reorthogonalize,

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import memory
 from .blocks import Block, scatter
-from .curvature import LINEARISATIONS, Products
+from .curvature import Products
 from .objective import Objective, examples
+from .precision import reduced_multiplication
 from .schedule import Schedule
 
 MEASURED = 60  # products that are timed; the others take the time of the nearest one
@@ -129,7 +130,7 @@ def _one_product(products: Products, blocks: Sequence[Block]) -> None:
     names = dict.fromkeys(name for block in blocks for name in block.parameters)
     with objective.prepared():
         for batch in islice(objective.batches(), 1):
-            apply, _ = LINEARISATIONS[products.curvature](objective, batch, {name: parameters[name] for name in names})
+            apply, _ = products.linearise(batch, {name: parameters[name] for name in names})
             apply(scatter(deepest, vector, parameters), deepest.parameters)
 
 
@@ -140,7 +141,7 @@ def _calibrate(products: Products, blocks: Sequence[Block]) -> tuple[float, floa
     parameters = objective.parameters()
     by_parameters = {block.parameters: block for block in blocks}
     stride = -(-len(by_parameters) // MEASURED)
-    with objective.prepared():
+    with objective.prepared(), reduced_multiplication(products.precision):
         batch = next(iter(objective.batches()))
 
         def gradient() -> None:
@@ -151,7 +152,7 @@ def _calibrate(products: Products, blocks: Sequence[Block]) -> tuple[float, floa
         names = dict.fromkeys(name for block in blocks for name in block.parameters)
         wanted = {name: parameters[name] for name in names}
         start = time.perf_counter()
-        apply, _ = LINEARISATIONS[products.curvature](objective, batch, wanted)
+        apply, _ = products.linearise(batch, wanted)
         shared_seconds = time.perf_counter() - start
         measured: dict[tuple[str, ...], tuple[float, float]] = {}
         nearest = (0.0, 0.0)

@@ -40,12 +40,16 @@ class Ranks:
         results = list(tensors)
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             places = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-            flat = torch.cat([tensors[i].flatten() for i in places])
+            flat = torch.cat([tensors[i].flatten().to(self._carrier(tensors[i])) for i in places])
             with _explained():
                 dist.all_reduce(flat, group=self.group)
             for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
-                results[i] = part.view_as(tensors[i])
+                results[i] = part.view_as(tensors[i]).to(tensors[i].device)
         return results
+
+    def _carrier(self, tensor: Tensor) -> torch.device:
+        """Where a tensor can be sent from."""
+        return torch.device("cuda") if dist.get_backend(self.group) == "nccl" else tensor.device
 
     def together(self, computations: Sequence[Shared[T]]) -> list[T]:
         """The results of computations that sum over the processes; their messages are sent together, round by round."""

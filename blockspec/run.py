@@ -60,23 +60,25 @@ class EstimateSettings:
         num_probes: Random start vectors a block, or auto; the error of a mean falls with its square root.
         num_steps: Lanczos steps a probe, or auto; blocks with at most as many parameters are done exactly.
         tolerance: Of auto: Wasserstein-1 error relative to the block's spectral norm.
-        curvature: hessian, ggn or fisher.
+        curvature: hessian, ggn, fisher, or residual (hessian less ggn).
         seed: Of the probes.
         distribution: Of the probes' entries: rademacher or gaussian.
         reorthogonalize: False saves memory; counts of eigenvalues must then not be read from the result.
         basis_dtype: Of the kept Krylov vectors: float32, bfloat16 or float64; as the parameters if left out.
         basis_device: Where they are kept, e.g. cpu; as the parameters if left out.
+        precision: tf32 or bfloat16 products; their error is measured and stated. As the parameters if left out.
     """
 
     num_probes: int | Literal["auto"] = 4
     num_steps: int | Literal["auto"] = 40
     tolerance: float = TOLERANCE
-    curvature: Literal["hessian", "ggn", "fisher"] = "hessian"
+    curvature: Literal["hessian", "ggn", "fisher", "residual"] = "hessian"
     seed: int = 0
     distribution: Literal["rademacher", "gaussian"] = "rademacher"
     reorthogonalize: bool = True
     basis_dtype: str | None = None
     basis_device: str | None = None
+    precision: Literal["tf32", "bfloat16"] | None = None
 
 
 @dataclass(frozen=True)

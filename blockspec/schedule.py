@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from .accuracy import Accuracy, probes_needed, stands_still
 from .blocks import Block
@@ -87,11 +88,15 @@ class Task:
     def lanczos(self, probe: int) -> Job:
         """The job of one probe, at its beginning."""
         p = self.probing
-        start = draw_probe(self.block.name, self.block.numel, seed=p.seed, probe=probe, distribution=p.distribution)
         steps = self.accuracy.num_steps or self.accuracy.max_steps
-        start = start.to(self.device, self.dtype)
-        process = Lanczos(start, steps, reorthogonalize=p.reorthogonalize, storage=p.storage, ranks=p.ranks)
+        process = Lanczos(self.probe(probe), steps, reorthogonalize=p.reorthogonalize, storage=p.storage, ranks=p.ranks)
         return Job(self.block, probe, process)
+
+    def probe(self, probe: int) -> Tensor:
+        """(P,) the start vector of that number."""
+        p = self.probing
+        start = draw_probe(self.block.name, self.block.numel, seed=p.seed, probe=probe, distribution=p.distribution)
+        return start.to(self.device, self.dtype)
 
     def is_done(self, job: Job) -> bool:
         """Whether a job's process has come to its end, or stands still."""
@@ -147,6 +152,16 @@ class Schedule:
             self._retire()
             self._admit()
             after_sweep(self)
+
+    def groups(self) -> Iterator[list[Task]]:
+        """The tasks, as many at once as ``budget`` has room for one process of each, at least one."""
+        group: list[Task] = []
+        for task in self.tasks:
+            if group and self.budget is not None and sum(t.job_bytes() for t in (*group, task)) > self.budget:
+                yield group
+                group = []
+            group.append(task)
+        yield group
 
     @property
     def remaining(self) -> int:

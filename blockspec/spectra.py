@@ -58,6 +58,8 @@ class Spectrum:
     reorthogonalized: False: converged eigenvalues may appear several times; do not count them.
     exact: True: all P eigenvalues, weight 1/P each; nothing is estimated.
     curvature, dtype, distribution, seed: which matrix, in which precision, and how the probes were drawn.
+    precision_error: expected distance between the spectra of the products as they were computed (``tf32``, ``bfloat16``) and in
+        the parameters' precision; 0 where that was used.
     """
 
     block: Block
@@ -74,6 +76,7 @@ class Spectrum:
     dtype: str
     distribution: str
     seed: int
+    precision_error: float = 0.0
 
     @property
     def num_probes(self) -> int:
@@ -110,11 +113,12 @@ class Spectrum:
     def error(self) -> float:
         """The estimated spectrum is within this Wasserstein-1 distance of the true one, in units of an eigenvalue, with about
         95 % confidence: the error of the steps and the expected error of the probes, times ``accuracy.CONFIDENCE``. Divide by
-        :attr:`norm` to compare with a tolerance. 0 for exact spectra."""
+        :attr:`norm` to compare with a tolerance. 0 for exact spectra; reduced precision adds its own error to all."""
+        precision = CONFIDENCE * self.precision_error
         if self.exact:
-            return 0.0
+            return precision
         probes = probe_error(self.nodes, self.weights, self.block.numel) / math.sqrt(self.num_probes)
-        return float(self.steps_error.mean()) + CONFIDENCE * probes
+        return float(self.steps_error.mean()) + CONFIDENCE * probes + precision
 
     def _ritz(self, place: np.intp) -> RitzValue:
         return RitzValue(float(self.nodes.flat[place]), float(self.residuals.flat[place]))
@@ -252,6 +256,7 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
         steps_error=np.full(len(nodes), sum(p.steps_error.mean() * p.block.numel for p in parts) / total),
         reorthogonalized=all(part.reorthogonalized for part in parts),
         exact=all(part.exact for part in parts),
+        precision_error=sum(part.precision_error * part.block.numel for part in parts) / total,
     )
 
 
@@ -290,6 +295,8 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} is not a parquet file of spectra ({error}); run again to write it anew") from error
+    if "precision_error" not in table:  # written before there were other precisions
+        table = table.assign(precision_error=0.0)
     if missing := set(COLUMNS) - set(table.columns):
         raise ValueError(f"{path} is not a table of spectra: it lacks the columns {sorted(missing)}")
     return table
@@ -300,7 +307,7 @@ def spectra_of(table: pd.DataFrame) -> Spectra:
     return Spectra(_spectrum(rows) for _, rows in table.groupby("block", sort=False))
 
 
-PER_BLOCK = ("reorthogonalized", "exact", "curvature", "dtype", "distribution", "seed")
+PER_BLOCK = ("reorthogonalized", "exact", "curvature", "dtype", "distribution", "seed", "precision_error")
 PER_PROBE = ("steps", "breakdown", "orthogonality", "steps_error")
 PER_NODE = {"node": "nodes", "weight": "weights", "residual": "residuals"}
 COLUMNS = ("step", "block", "kind", "layer", "numel", "probe", "index", *PER_NODE, *PER_PROBE, *PER_BLOCK)

@@ -87,7 +87,12 @@ MATRIX_KINDS = ("query", "key", "value", "qkv", "attention_output", "mlp_in", "m
 FULL = Look("full", "full", "#000000", "+")
 RUNS = ("#004488", "#BB5566", "#DDAA33", "#228833", "#66CCEE", "#AA3377")  # Tol's high contrast, then bright
 RUN_MARKERS = "osD^vP"
-MATRICES = {"hessian": "Hessian", "ggn": "generalised Gauss-Newton matrix", "fisher": "empirical Fisher matrix"}
+MATRICES = {
+    "hessian": "Hessian",
+    "ggn": "generalised Gauss-Newton matrix",
+    "fisher": "empirical Fisher matrix",
+    "residual": "Hessian less Gauss-Newton",
+}
 
 
 def look(name: str, kind: str) -> Look:

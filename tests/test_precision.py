@@ -1,0 +1,88 @@
+"""Products in reduced precision, and the error that is stated for them."""
+
+import numpy as np
+import pytest
+import torch
+from models import tiny_gpt2
+
+import blockspec
+from blockspec.accuracy import wasserstein
+
+
+def make(model=None, *, terms=None):
+    model = model or tiny_gpt2(dtype=torch.float32)
+    tokens = torch.randint(model.config.vocab_size, (4, 8), generator=torch.Generator().manual_seed(0))
+    loss = blockspec.losses.next_token
+    if terms is not None:
+        loss = blockspec.losses.Loss(loss.outputs, terms)
+    return blockspec.Objective(model, [{"input_ids": tokens}], loss), blockspec.partition(model, include="*weight*")
+
+
+def measure(spectrum):
+    return spectrum.nodes.ravel(), spectrum.weights.ravel() / spectrum.num_probes
+
+
+@pytest.fixture(scope="module")
+def spectra():
+    objective, blocks = make()
+    return {p: blockspec.estimate_spectra(objective, blocks, 4, 12, precision=p) for p in (None, "bfloat16")}
+
+
+def test_the_stated_error_is_that_of_the_spectra():
+    """Against all eigenvalues in both precisions: it bounds how far they move, and is not many times too large."""
+    objective, blocks = make()
+    blocks = [block for block in blocks if block.numel <= 64]
+    wide, narrow = (blockspec.estimate_spectra(objective, blocks, 1, 64, precision=p) for p in (None, "bfloat16"))
+    assert all(s.exact for s in narrow.values())
+    moved = np.array([wasserstein(measure(wide[name]), measure(narrow[name])) for name in wide])
+    stated = np.array([s.error for s in narrow.values()])
+    assert (moved > 0).all()
+    assert (moved <= stated).all()
+    assert np.median(stated / moved) < 10
+
+
+def test_the_error_is_a_part_of_the_spectrum_s_error(spectra, tmp_path):
+    wide, narrow = spectra[None], spectra["bfloat16"]
+    for name, s in narrow.items():
+        assert wide[name].precision_error == 0
+        assert s.error >= s.precision_error > 0
+    narrow.save(tmp_path / "spectra.parquet")
+    loaded = blockspec.load_spectra(tmp_path / "spectra.parquet")
+    assert [s.precision_error for s in loaded.values()] == [s.precision_error for s in narrow.values()]
+    assert blockspec.block_diagonal(narrow).precision_error > 0
+
+
+def test_what_measuring_the_error_costs(spectra):
+    wide, narrow = spectra[None], spectra["bfloat16"]
+    assert narrow.cost.products == wide.cost.products + 2 * 4 * len(wide)  # small blocks
+
+
+@pytest.mark.parametrize("precision", [None, "tf32"])
+def test_tf32_is_allowed_inside_alone(precision):
+    seen = set()
+
+    def terms(outputs, batch):
+        seen.add(torch.backends.cuda.matmul.allow_tf32)
+        return blockspec.losses.next_token.terms(outputs, batch)
+
+    objective, blocks = make(terms=terms)
+    blockspec.estimate_spectra(objective, blocks[:1], 1, 2, precision=precision)
+    assert seen == ({False, True} if precision else {False})  # in full too, for the error
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_state_of_another_precision_is_refused(tmp_path):
+    objective, blocks = make()
+
+    def stop(done, total):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        blockspec.estimate_spectra(objective, blocks, 1, 4, state=tmp_path, state_every=0.0, progress=stop)
+    with pytest.raises(ValueError, match="precision is 'None' there, 'bfloat16' here"):
+        blockspec.estimate_spectra(objective, blocks, 1, 4, state=tmp_path, precision="bfloat16")
+
+
+def test_unknown_precisions_are_refused():
+    with pytest.raises(ValueError, match=r"precision is one of \('tf32', 'bfloat16'\).*got 'half'"):
+        blockspec.estimate_spectra(*make(), 1, 2, precision="half")
