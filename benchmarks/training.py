@@ -80,7 +80,7 @@ def main(*, steps: int = 100, turns: int = 5, lr: float = 1e-3) -> None:
     write(
         "training",
         {f"The tiny GPT-2 on the embedded text, {steps} steps a turn": table.rename_axis("loop")},
-        notes=f"Medians of {turns} turns.",
+        notes=f"Medians of {turns} turns; CPU time, where one thread does all.",
         packages=(*PACKAGES, "accelerate"),
     )
 
