@@ -54,7 +54,7 @@ class ComparisonSettings:
         default_factory=lambda: {"adam": (1e-3, 3e-3, 1e-2, 3e-2), "sgd": (1e-1, 3e-1, 1.0, 3.0)}
     )
     num_steps: int = 300
-    warmup: int = 50
+    warmup: int = 20
     weight_decay: float = 0.0
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.95)
