@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Figure
 
+from .heatmaps import CHARACTER
 from .heatmaps import distance_heatmap as distance_heatmap
 from .heatmaps import distance_heatmaps as distance_heatmaps
 from .panels import (
@@ -37,6 +38,7 @@ from .trends import trace_by_kind_over_training as trace_by_kind_over_training
 
 WRAP = 6  # panels in a row where rows are not layers
 MOST_PANELS = 30
+PANEL = 1.1  # width of a panel in inches
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Fig
     rows, note = _rows(spectra, max_layers)
     columns = max(len(row.panels) for row in rows)
     scale = scale_of(panel.spectrum for row in rows for panel in row.panels if panel)
-    figure = Figure(figsize=(max(1.1 * columns + 0.6, 5.2), max(1.15 * len(rows) + 0.9, 3.0)), layout="constrained")
+    figure = Figure(figsize=(max(PANEL * columns + 0.6, 5.2), max(1.15 * len(rows) + 0.9, 3.0)), layout="constrained")
     axes = figure.subplots(len(rows), columns, sharex=True, sharey=True, squeeze=False)
     above: dict[int, str] = {}
     for row, line in zip(rows, axes, strict=True):
@@ -66,7 +68,8 @@ def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Fig
                 place.set_axis_off()
                 continue
             draw_density(place, panel, scale, width=0.95)
-            place.set_title(panel.title if above.get(j) != panel.title else "")
+            if above.get(j) != panel.title:
+                place.set_title(panel.title, fontsize=min(8.0, 72 * PANEL / (CHARACTER * len(panel.title))))
             above[j] = panel.title
         next(place for place in line if place.axison).set_ylabel(row.label)
     label_outer(axes)

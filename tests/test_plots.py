@@ -144,6 +144,7 @@ def convolutional() -> Spectra:
     names = [("conv1.weight", "conv", None)]
     names += [(f"layer{i}.{j}.conv{k}.weight", "conv", 2 * i + j) for i in range(1, 5) for j in range(2) for k in (1, 2)]
     names += [(f"layer{i}.{j}.bn1.weight", "norm", 2 * i + j) for i in range(1, 5) for j in range(2)]
+    names += [(f"layer{i}.0.downsample.0.weight", "conv", 2 * i) for i in (2, 3, 4)]
     names += [("fc.weight", "head", None), ("fc.bias", "bias", None)]
     return Spectra(exact(*block, random_eigenvalues(i)) for i, block in enumerate(names))
 
