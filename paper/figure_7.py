@@ -80,7 +80,7 @@ def plot_gaps(tables: Tables) -> Figure:
             )
         found = correlations.loc[loss, definition]
         place.set_title(f"Spearman {found['spearman']:.2f} ({found['low']:.2f} to {found['high']:.2f})".replace("-", "−"))
-        place.set_xlabel(f"JS$^0$: {definition} (nats)")
+        place.set_xlabel(f"JS$^0$ (nats):\n{definition}")
         if definition in (KL, PUBLISHED):  # unbounded
             place.set_xscale("log")
         else:

@@ -86,7 +86,8 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
         tables.append(found.assign(model=found["model"].map(FROM_FIGURE_6)))
     tables = {"runs": runs, "js0": js0, "curves": curves}
     joined = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
-    return {"table_1": summary(joined), **joined}
+    table = summary(joined)
+    return {"overview": overview(table), "table_1": table, **joined}
 
 
 def _comparison(settings: Settings, context: Context) -> ComparisonSettings:
@@ -133,6 +134,19 @@ def summary(tables: Tables) -> pd.DataFrame:
             row |= {f"lr {optimizer}": part["lr"].iloc[0], f"{optimizer} at edge": bool(part["at_edge_of_grid"].iloc[0])}
         rows.append(row)
     return pd.DataFrame(rows).sort_values(RESOLVED, ignore_index=True)
+
+
+def overview(table: pd.DataFrame) -> pd.DataFrame:
+    """The table to read: JS^0 with its standard error over probes, the gaps with theirs over seeds; * marks a learning rate at
+    the edge of its grid."""
+    columns = {"model": table["model"]}
+    errors = {name: f"{name}, probes" for name in DEFINITIONS} | {f"gap ({x})": f"gap ({x}), seeds" for x in LOSSES}
+    for name, error in errors.items():
+        columns[name] = [with_error(*pair) for pair in zip(table[name], table[error], strict=True)]
+    for optimizer in (ADAM, SGD):
+        edges = zip(table[f"lr {optimizer}"], table[f"{optimizer} at edge"], strict=True)
+        columns[f"lr {optimizer}"] = [f"{lr:g}{'*' * at_edge}" for lr, at_edge in edges]
+    return pd.DataFrame(columns)
 
 
 @styled
@@ -225,7 +239,7 @@ EXHIBIT = Exhibit(
         ),
     },
     needs=("figure_6",),
-    shown=("table_1",),
+    shown=("overview",),
 )
 
 if __name__ == "__main__":

@@ -286,6 +286,7 @@ def test_table_1_and_figure_7_from_training_to_verdict(tmp_path):
     assert table.loc["GPT2", "gap (held_out)"] == pytest.approx(0.5, abs=0.01)
     assert (table[list(DEFINITIONS)] > 0).all(axis=None)
     assert table.loc["MLP", f"{RESOLVED}, seeds"] > 0
+    assert set(tables["overview"]["lr adam"]) == {"0.1", "0.003*"}  # the made-up ones, and the only one of its grid
     assert set(table_1.draw(tables)) == {"table_1_training"}
     assert len(table_1.judge(tables)) == len(DEFINITIONS) + 2
     found = figure_7.measure(figure_7.Settings(samples=50), replace(context, needed={"table_1": tables}))
