@@ -16,6 +16,7 @@ from rich.console import Console
 from . import report
 from .estimate import plan_spectra
 from .factories import find_factory
+from .plan import Plan
 from .progress import progress_bars
 from .run import BlockSettings, EstimateSettings, Resources, RunSettings, measure, prepare, stages
 
@@ -25,8 +26,15 @@ console = Console(stderr=True)
 def run(settings: RunSettings, resources: Resources, out: Path, *, plots: bool) -> None:
     """Estimates spectra and leaves a run folder."""
     first = _join_processes()
+
+    def announce(plan: Plan, stages: int) -> None:
+        if first:
+            report.show_totals(plan, console, stages=stages)
+
     with progress_bars(shown=first) as progress:
-        measure(settings, find_factory(settings.model), out, resources=resources, progress=progress)
+        factory = find_factory(settings.model)
+        announced = announce if resources.plan else None
+        measure(settings, factory, out, resources=resources, progress=progress, announce=announced)
     if first:
         if plots:
             report.draw(out)

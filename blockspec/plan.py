@@ -43,6 +43,11 @@ class Plan:
     limit: int | None
     passes: int
 
+    @property
+    def products(self) -> int:
+        """Of one vector with all batches, over all blocks."""
+        return int(self.table["products"].sum())
+
 
 def plan(schedule: Schedule, products: Products, *, limit: int | None = None) -> Plan:
     """Calibrates on the first micro-batch and adds up; leaves the objective's micro-batch as :func:`fit` chose it."""

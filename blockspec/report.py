@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def show(run: Path) -> None:
     for step in sorted(table["step"].unique().tolist()):
         rows = table[table["step"] == step]
         stage = stages.get(step, {})
-        title = f"step {step}: loss {stage.get('loss', float('nan')):.4f}, {stage.get('seconds')} s"
+        title = f"step {step}: loss {stage.get('loss', float('nan')):.4f}, {_outcome(stage)}"
         console.print(_rich(summary(spectra_of(rows)), title))
     _show_heterogeneity(run, console)
     console.print(
@@ -104,12 +105,28 @@ def show_plan(plan: Plan, *, stages: int = 1) -> None:
         counts = (f"{int(row['parameters']):,}", f"{int(row['products']):,}", f"{row['gradients']:.4g}")
         table.add_row(name, *counts, f"{row['flops']:.3g}", duration(row["seconds"]))
     console.print(table)
+    show_totals(plan, console, stages=stages)
+
+
+def show_totals(plan: Plan, console: Console, *, stages: int = 1) -> None:
+    """Prints what an estimate costs in all."""
     micro_batch = "batches as they come" if plan.micro_batch is None else f"micro-batches of {plan.micro_batch}"
     bound = "" if plan.limit is None else f" of {readable(plan.limit)}"
-    console.print(f"time {duration(plan.seconds)} a model, {duration(plan.seconds * stages)} for {stages}", highlight=False)
-    console.print(
-        f"peak memory {readable(plan.peak)}{bound}, {micro_batch}, {plan.passes} group(s) of processes", highlight=False
-    )
+    time = f"time {duration(plan.seconds)} a model, {duration(plan.seconds * stages)} for {stages}"
+    peak = f"peak memory {readable(plan.peak)}{bound}, {micro_batch}, {plan.passes} group(s) of processes"
+    for line in (f"planned: {plan.products:,} products, {time}", f"planned: {peak}"):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _outcome(stage: Mapping[str, Any]) -> str:
+    """Time and memory of a stage, and what was planned."""
+    planned = stage.get("planned") or {}
+    found = {"seconds": duration, "peak": readable}
+    parts = []
+    for name, text in found.items():
+        if stage.get(name) is not None:
+            parts.append(text(stage[name]) + (f" (planned {text(planned[name])})" if planned else ""))
+    return ", peak ".join(parts)
 
 
 def duration(seconds: float) -> str:

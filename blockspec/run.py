@@ -24,15 +24,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from . import memory
 from .blocks import Block, partition
-from .estimate import TOLERANCE, estimate_spectra
+from .estimate import TOLERANCE, estimate_spectra, plan_spectra
 from .factories import Factory
 from .heterogeneity import DEFINITIONS, js0, js_distances
 from .objective import Objective, fingerprint
+from .plan import Plan
 from .spectra import Spectra, write_parquet
 
 VERSIONED = ("blockspec", "torch", "transformers", "numpy", "scipy", "pandas")
 Progress = Callable[[str, int, int], None]
+Announce = Callable[[Plan, int], None]
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,14 @@ class Resources:
         memory: Bytes, a share of the device (0.8) or a size (20GiB); no bound is kept if left out.
         columns: With several processes: how many ways the blocks are split; the batches are split the remaining ways.
         state_every: Seconds between states that a killed run goes on from.
+        plan: Calibrate before the first stage and say what it will cost, as blockspec plan does; run.json says how it came out.
     """
 
     device: str = "auto"
     memory: int | float | str | None = None
     columns: int | None = None
     state_every: float = 300.0
+    plan: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,10 +141,14 @@ def measure(
     *,
     resources: Resources = Resources(),
     progress: Progress = lambda label, done, total: None,
+    announce: Announce | None = None,
 ) -> None:
     """Does what is not done yet of a run; a stage is written when it is complete, and one under way goes on where it was killed.
 
-    With several processes every one of them calls this, and the first writes.
+    announce: is given the plan of the first stage that is measured, and the number of stages, before the work; run.json then
+        says how it came out. None makes no plan.
+
+    With several processes every one of them calls this, and the first writes; each plans as if it were alone.
 
     Raises ValueError for a folder that holds a run of other settings.
     """
@@ -147,21 +156,29 @@ def measure(
     first = is_first()
     record = open_record(dataclasses.asdict(settings), out, write=first)
     done = {entry["step"]: entry["checkpoint"] for entry in record["stages"]}
-    for stage in stages(settings):
+    planned: dict[str, Any] | None = None
+    todo = stages(settings)
+    for stage in todo:
         if stage.step in done:
             _check_same(stage, done[stage.step], out)
         else:
             objective, blocks = prepare(settings, stage, factory, resources.device)
-            spectra, entry = measure_stage(
-                objective,
-                blocks,
-                settings.estimate,
-                step=stage.step,
-                checkpoint=stage.arguments.get("checkpoint"),
-                state=out / "state" / f"step_{stage.step}",
-                resources=resources,
-                progress=progress,
-            )
+            if announce is not None and planned is None:
+                plan = plan_spectra(objective, blocks, **dataclasses.asdict(settings.estimate), memory=resources.memory)
+                announce(plan, sum(other.step not in done for other in todo))
+                planned = {"products": plan.products, "seconds": round(plan.seconds, 2), "peak": plan.peak}
+            with memory.watched(objective.device) as peak:
+                spectra, entry = measure_stage(
+                    objective,
+                    blocks,
+                    settings.estimate,
+                    step=stage.step,
+                    checkpoint=stage.arguments.get("checkpoint"),
+                    state=out / "state" / f"step_{stage.step}",
+                    resources=resources,
+                    progress=progress,
+                )
+            entry |= {"peak": peak.peak, "planned": planned}
             if first:
                 append_tables(out, spectra, step=stage.step)
                 append_stage(out, record, entry)

@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it fails."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import transformers
 
 from blockspec import cli, js_distances, load_spectra, report
+from blockspec.report import duration
 from blockspec.spectra import read_table, spectra_of
 
 Result = namedtuple("Result", ["code", "out", "err"])
@@ -24,7 +26,8 @@ def run_arguments(out):
     """A run of a few seconds' work in a fraction of one."""
     blocks = '["*c_attn*weight*", "*ln_f.weight"]'
     numbers = ("--estimate.num_probes", "2", "--estimate.num_steps", "3")
-    return ("run", "--model", TINY, "--out", str(out), "--blocks.include", blocks, *numbers, "--plots", "false")
+    without = ("--plots", "false", "--plan", "false")
+    return ("run", "--model", TINY, "--out", str(out), "--blocks.include", blocks, *numbers, *without)
 
 
 def invoke(*arguments):
@@ -62,7 +65,13 @@ def test_help_explains_every_setting(capsys):
     assert result.code == 0
     for setting in ("--model", "--out", "--config", "--checkpoints", "--blocks.by", "--estimate.num_steps", "--dtype"):
         assert setting in result.out
-    for word in ("Lanczos steps a probe", "Random start vectors", "default: 40", "module:function", "hessian, ggn or fisher"):
+    for word in (
+        "Lanczos steps a probe",
+        "Random start vectors",
+        "default: 40",
+        "module:function",
+        "hessian, ggn, fisher, or residual",
+    ):
         assert word in " ".join(result.out.split())
 
 
@@ -128,12 +137,25 @@ def test_compare_draws_the_distances_of_each_runs_first_step(done, tmp_path):
 
 
 def test_plan_prints_what_a_run_would_cost(tmp_path):
-    arguments = [argument for argument in run_arguments(tmp_path / "run") if argument not in ("--plots", "false")]
-    result = invoke("plan", *arguments[1:])
+    result = invoke("plan", *run_arguments(tmp_path / "run")[1:])
     assert result.code == 0
     for word in ("products", "gradients"):
         assert word in result.out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_says_what_it_planned_and_how_it_came_out(tmp_path):
+    """Products exactly; time and memory as they were measured."""
+    result = invoke(*run_arguments(tmp_path / "run"), "--plan", "true")
+    assert result.code == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (stage,) = record["stages"]
+    batches = len(stage["data"])
+    assert stage["planned"]["products"] * batches == stage["cost"]["products"]
+    assert f"planned: {stage['planned']['products']} products" in result.err
+    assert stage["planned"]["seconds"] > 0
+    assert 0 < stage["planned"]["peak"] < 2 * stage["peak"]
+    assert f"(planned {duration(stage['planned']['seconds'])})" in " ".join(result.out.split())
 
 
 def test_a_settings_file_and_later_arguments(tmp_path):
