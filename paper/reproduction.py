@@ -67,6 +67,8 @@ def _head(scale: str, findings: dict[str, list[Finding]]) -> str:
         title = f"[{exhibit.title}](#{name.replace('_', '-')})"
         rows.append([title, exhibit.source, *(counts[verdict] or "" for verdict in verdicts)])
     table = markdown(pd.DataFrame(rows, columns=["", "paper", *verdicts]))
+    if missing := [f"`{name}`" for name in EXHIBITS if name not in findings]:
+        table += f"\n\nNot measured yet: {', '.join(missing)}."
     return HEAD.format(scale="" if scale == "small" else f" --scale {scale}", counts=table)
 
 

@@ -117,6 +117,7 @@ def test_the_document_has_figures_findings_and_tables(tmp_path, monkeypatch):
     assert "| [A toy](#toy) | No paper | 1 |  |  |" in text
     assert "| 2 | 0 |" in text
     assert "`python -m paper.toy`: " in text
+    assert "Not measured yet: `figure_1`, " in text
 
 
 def test_the_document_says_what_is_not_the_default(tmp_path, monkeypatch):
