@@ -225,7 +225,8 @@ def train_one(task: str, steps: Mapping[str, int], settings: TrainingSettings, f
 
 @styled
 def plot(trials: Mapping[str, pd.DataFrame], curves: Mapping[str, pd.DataFrame]) -> Figure:
-    """A row a task: final loss by learning rate; loss by step, at equal steps; loss by gradients, at equal time."""
+    """A row a task: final loss by learning rate; loss by step, at equal steps; loss by gradients, at equal time (mean and
+    range of the seeds)."""
     figure = Figure(figsize=(8.6, 2.9 * len(curves)), layout="constrained")
     rows = figure.subplots(len(curves), 3, sharey="row", squeeze=False)
     names = list(CONTESTANTS)
@@ -237,9 +238,11 @@ def plot(trials: Mapping[str, pd.DataFrame], curves: Mapping[str, pd.DataFrame])
         rates.set_title(title)
         steps.set_title("equal steps")
         times.set_title("equal time")
-        for axes in (steps, times):
+        for axes in (rates, steps, times):
             axes.get_legend().remove()
+        for axes in (steps, times):
             axes.set_ylabel("")
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     return figure
 
 

@@ -46,7 +46,8 @@ def draw_rates(axes: Axes, trials: pd.DataFrame, names: Sequence[str]) -> None:
         if len(lost):  # an empty line that is not clipped would take room in a constrained layout
             axes.plot(lost, [1.0] * len(lost), marker, color=colour, fillstyle="none", **at_top)
     axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss")
-    axes.legend(title=f"mean and range of {tuning['seed'].nunique()} seeds")
+    seeds = tuning["seed"].nunique()
+    axes.legend(title=f"mean and range of {seeds} seeds" if seeds > 1 else "one seed")
 
 
 def draw_curves(axes: Axes, curves: pd.DataFrame, names: Sequence[str], *, x: str) -> None:
