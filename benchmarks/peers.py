@@ -36,7 +36,7 @@ PAPER = 100 * 10
 EIGENTHINGS = 80 * 10
 TOLERANCE = 2e-3
 SIZES = {
-    "small": Size(2, 32, 2, 512, 4, 64),
+    "small": Size(2, 32, 2, 256, 4, 64),
     "large": Size(2, 256, 8, 512, 4, 128),
     "sweep": Size(12, 256, 8, 8192, 4, 128),
 }
