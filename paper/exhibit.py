@@ -184,7 +184,7 @@ def with_error(value: float, error: float | None) -> str:
     """``3.21 ± 0.04``: two digits of the error, as many places of the value; an error of None or nan is said to be unknown."""
     if error is None or error != error:
         return f"{value:.3g} (error unknown)"
-    if error == 0:
+    if error <= 1e-9 * abs(value):  # rounding
         return f"{value:.4g}"
     places = max(0, 1 - int(f"{error:.1e}".split("e")[1]))
     return f"{value:.{places}f} ± {error:.{places}f}"

@@ -114,10 +114,8 @@ def judge(tables: Tables) -> list[Finding]:
 
 def _edges(table: pd.DataFrame) -> str:
     rows = table[table["at_edge_of_grid"]]
-    return (
-        f"; best rate at the edge of the grid: {', '.join(rows['optimizer'] + rows['scale'].map(' at c = {:g}'.format))}"
-        * bool(len(rows))
-    )
+    named = [f"{row.optimizer} at c = {row.scale:g}" for row in rows.itertuples()]
+    return f"; best rate at the edge of the grid: {', '.join(named)}" if named else ""
 
 
 def log_ratios(table: pd.DataFrame) -> pd.DataFrame:

@@ -155,6 +155,7 @@ def test_all_goes_on_when_one_fails(tmp_path, monkeypatch, capsys):
         (0.5, None, "0.5 (error unknown)"),
         (0.5, float("nan"), "0.5 (error unknown)"),
         (2.0, 0.0, "2"),
+        (1.4084507, 7e-15, "1.408"),
     ],
 )
 def test_a_number_is_written_with_its_error(value, error, text):

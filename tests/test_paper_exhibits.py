@@ -193,6 +193,12 @@ def test_the_mixer_is_that_of_figure_4_and_table_1(tmp_path):
     assert found.measured.startswith("share of Adam's decrease of the held-out loss that SGD does not reach: 0.1053")
 
 
+def test_the_edge_of_the_grid_is_said():
+    table = pd.DataFrame({"scale": [1.0, 8.0], "optimizer": ["adam", "sgd"], "at_edge_of_grid": [False, True]})
+    assert figure_5._edges(table) == "; best rate at the edge of the grid: sgd at c = 8"
+    assert figure_5._edges(table[:1]) == ""
+
+
 def test_ratios_of_final_losses():
     table = pd.DataFrame(
         {"scale": [1.0, 1.0], "optimizer": ["adam", "sgd"], "mean": [0.1, 1.0], "std": [0.01, 0.2], "count": [4, 4]}
