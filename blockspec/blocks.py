@@ -62,8 +62,10 @@ class Block:
 
 
 def gather(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The block's vector (P,), a copy, out of tensors that have the shapes of the parameters."""
-    return torch.cat([piece.select(tensors[piece.parameter]).reshape(-1) for piece in block.pieces])
+    """The block's vector (P,), a copy, out of tensors that have the shapes of the parameters; on the device of the first, where
+    a model is spread over several."""
+    parts = [piece.select(tensors[piece.parameter]).reshape(-1) for piece in block.pieces]
+    return torch.cat([part.to(parts[0].device) for part in parts])
 
 
 def scatter(block: Block, vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

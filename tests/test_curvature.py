@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import dispatch_model
 from models import tiny_gpt2
 from problems import PROBLEMS, Problem, gpt2, problem, resnet, roughened, tokens, truth
 from torch import nn
@@ -371,3 +372,20 @@ def test_a_kept_graph_is_not_used_with_other_weights():
             parameter.mul_(1.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         products.sweep([(block, vector)])
+
+
+def test_a_model_that_accelerate_has_spread():
+    """With the hooks of a ``device_map`` on every module; one device stands for several."""
+    tokens = torch.randint(10, (2, 6), generator=torch.Generator().manual_seed(0))
+
+    def spectra(model):
+        blocks = [*partition(model, include=["*c_fc.weight", "*wte.weight"]), *partition(model, "model")]
+        return estimate_spectra(Objective(model, [{"input_ids": tokens}], losses.next_token), blocks, 1, 5)
+
+    expected = spectra(tiny_gpt2())
+    model = tiny_gpt2()
+    places = {name: "cpu" for name in ("transformer.wte", "transformer.wpe", "transformer.h", "transformer.ln_f", "lm_head")}
+    model = dispatch_model(model, places | {"transformer.drop": "cpu"}, main_device="cpu", force_hooks=True)
+    assert hasattr(model.transformer.ln_f, "_hf_hook")
+    for name, spectrum in spectra(model).items():
+        np.testing.assert_allclose(spectrum.nodes, expected[name].nodes, rtol=1e-9)
