@@ -218,9 +218,7 @@ def _own_blocks(blocks: Sequence[Block], own: Mapping[str, Patterns]) -> list[Bl
                 raise ValueError(f"blocks {owners[block.name]!r} and {name!r} overlap: both hold {block.name}")
     left = [block.name for block in blocks if block.name not in owners]
     if left:
-        raise ValueError(
-            f"no block holds {_some(left)}: add a block for the rest; exclude= leaves it out if it is not wanted"
-        )
+        raise ValueError(f"no block holds {_some(left)}: add a block for the rest; exclude= leaves it out if it is not wanted")
     sizes = Counter(block.parameters[0] for block in blocks)
     return [_union(name, _merged([b for b in blocks if owners[b.name] == name], sizes)) for name in own]
 
