@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import problems
 import torch
@@ -43,12 +44,13 @@ def tiny(*, checkpoint: str | None = None, shift: float = 0.0, tokens: int = 6):
     return it.model, [(x[:, :tokens], y[:, :tokens]) for x, y in it.batches], _counted(it.loss)
 
 
-def mortal(*, dying_rank: int = -1, after: int = 0):
+def mortal(*, dying_rank: int, after: int, mark: str):
     """A nanoGPT in four batches, of which one process kills itself at a number of losses.
 
     Args:
-        dying_rank: Of the process; -1 for none.
+        dying_rank: Of the process.
         after: Losses that it computes before.
+        mark: File that it leaves.
     """
     it = problems.nanogpt()
     seen = 0
@@ -57,6 +59,7 @@ def mortal(*, dying_rank: int = -1, after: int = 0):
         nonlocal seen
         seen += 1
         if seen > after and int(os.environ.get("RANK", "0")) == dying_rank:
+            Path(mark).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return it.loss.outputs(model, batch)
 
