@@ -45,8 +45,8 @@ def _measure(config: str, settings: Settings, context: Context) -> tuple[pd.Data
     run = trained(f"{config}.yaml", context.runs / name, stages=settings.stages, device=context.device)
     spectra = measured(f"{folder}/spectra/{name}.yaml", run, context.runs / name / "spectra", device=context.device)
     records = [read_record(path) for path in list_checkpoints(run)]
-    losses = pd.DataFrame(records)[["step", "fraction", "held_out_loss"]]
-    return spectra.assign(model=name), losses.assign(model=name)
+    losses = pd.DataFrame(records)[["step", "held_out_loss"]].assign(model=name)
+    return spectra.assign(model=name), losses.assign(fraction=sorted(settings.stages))  # as asked: steps round them
 
 
 def _stages(spectra: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Reproductions of figures about spectra and about Adam against SGD: distances, patterns, gaps and correlations."""
 
+import json
 import math
 from dataclasses import replace
 from itertools import combinations
@@ -18,6 +19,7 @@ from paper import figure_1, figure_3, figure_4, figure_6, figure_7, table_1
 from paper.distances import DEFINITIONS, RESOLVED, distances, heterogeneity, nearness, square, tidy
 from paper.exhibit import Context
 from paper.optimizers import ADAM, SGD, gaps, weight_matrices
+from training.checkpoints import RECORD, list_checkpoints, read_record
 from vision_models.models import ModelSettings as VisionModel
 from vision_models.models import build as build_vision
 
@@ -196,6 +198,27 @@ def test_full_spectra_are_alike_if_blocks_differ_more(tmp_path, scale, noise, ve
     assert len(verdicts) == len(DEFINITIONS) + 1
     assert set(verdicts) == {verdict}
     assert set(figure_3.draw(blockwise)) == {"figure_3"}
+
+
+def test_stages_of_two_models_belong_together_though_their_steps_round_differently(tmp_path, monkeypatch):
+    def trained(config, out, *, stages, device):
+        num_steps = 300 if "vgg" in config else 1500
+        for stage in stages:
+            checkpoint = out / f"step_{round(stage * num_steps):06d}"
+            checkpoint.mkdir(parents=True)
+            record = {"step": round(stage * num_steps), "fraction": round(stage * num_steps) / num_steps, "held_out_loss": 1.0}
+            (checkpoint / RECORD).write_text(json.dumps(record))
+        return out
+
+    def measured(config, checkpoints, out, *, device):
+        found = Spectra(spectrum(name, BULK + 3, residual=0.01, noise=0.01) for name in ("a", "b", "model"))
+        return pd.concat([found.frame(step=read_record(path)["step"]) for path in list_checkpoints(checkpoints)])
+
+    monkeypatch.setattr(figure_1, "trained", trained)
+    monkeypatch.setattr(figure_1, "measured", measured)
+    tables = figure_1.measure(figure_1.Settings(stages=(0.0, 0.025, 1.0)), Context(0, tmp_path))
+    assert list(tables["stages"]["fraction"]) == [0.0, 0.025, 1.0]
+    assert list(tables["losses"]["step"]) == [0, 8, 300, 0, 38, 1500]
 
 
 def runs(adam, sgd, *, first=2.0):
