@@ -32,6 +32,7 @@ from .heterogeneity import DEFINITIONS, js0, js_distances
 from .objective import Objective, fingerprint
 from .plan import Plan
 from .spectra import Spectra, write_parquet
+from .state import differences
 
 VERSIONED = ("blockspec", "torch", "transformers", "numpy", "scipy", "pandas")
 Progress = Callable[[str, int, int], None]
@@ -332,7 +333,7 @@ def _join(table: pd.DataFrame, path: Path) -> None:
 
 
 def open_record(settings: Mapping[str, Any], out: Path, *, write: bool) -> dict[str, Any]:
-    """The content of run.json: read where the same run was begun before, else made.
+    """The content of run.json: read where the same run was begun before, if with fewer checkpoints, else made.
 
     Raises ValueError for a folder that holds a run of other settings.
     """
@@ -340,7 +341,7 @@ def open_record(settings: Mapping[str, Any], out: Path, *, write: bool) -> dict[
     path = out / "run.json"
     if path.exists():
         record = read_json(path)
-        if different := _differences(record["settings"], wanted):
+        if different := differences(record["settings"] | {"checkpoints": None}, wanted | {"checkpoints": None}):
             raise ValueError(f"{out} holds a run of other settings ({'; '.join(different)}): choose another --out")
         return record
     record = {
@@ -356,18 +357,6 @@ def open_record(settings: Mapping[str, Any], out: Path, *, write: bool) -> dict[
     if write:
         write_json(record, path)
     return record
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """``checkpoints`` may grow: a run goes on with those that are new."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += _differences(a, b, f"{prefix}{key}.")
-        elif a != b and key != "checkpoints":
-            lines.append(f"{prefix}{key} is {a!r} there, {b!r} here")
-    return lines
 
 
 def git_commit() -> str | None:

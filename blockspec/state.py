@@ -73,7 +73,7 @@ class Keeper:
             return False
         self._sweep = max(common)
         tensors, record = _read(self.folder / f"{self._prefix}{self._sweep:08d}.safetensors")
-        if different := _differences(record["identity"], json.loads(json.dumps(dict(self.identity)))):
+        if different := differences(record["identity"], json.loads(json.dumps(dict(self.identity)))):
             raise ValueError(
                 f"the state in {self.folder} is of another estimate ({'; '.join(different)}): delete it, or go back to those"
             )
@@ -154,7 +154,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"the state {path} is damaged ({error}): delete it; an older one beside it is then taken") from error
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{k} is {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
-    ]
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """In words, the settings in which what lies in a folder differs from what is asked; nested ones by their path."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        there, here = old.get(key), new.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            lines += differences(there, here, f"{prefix}{key}.")
+        elif there != here:
+            lines.append(f"{prefix}{key} is {there!r} there, {here!r} here")
+    return lines

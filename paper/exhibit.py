@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from blockspec.plots import save
 from blockspec.run import VERSIONED, git_commit, read_json, write_json
 from blockspec.spectra import write_parquet
+from blockspec.state import differences
 from training.command import run_command
 
 Tables = Mapping[str, pd.DataFrame]
@@ -238,13 +239,7 @@ def _read(folder: Path, asked: Mapping[str, Any]) -> Tables | None:
     """The tables, if they have been measured."""
     if not (folder / "record.json").exists():
         return None
-    found = read_json(folder / "record.json")["settings"]
-    different = [
-        f"{name} is {found.get(name)!r} there, {asked.get(name)!r} here"
-        for name in sorted(found.keys() | asked.keys())
-        if found.get(name) != asked.get(name)
-    ]
-    if different:
+    if different := differences(read_json(folder / "record.json")["settings"], asked):
         raise ValueError(f"{folder} holds other settings ({'; '.join(different)}): delete it or choose another --out")
     return read_tables(folder)
 
