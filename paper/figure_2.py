@@ -15,6 +15,7 @@ from blockspec import toolbox_plots
 from blockspec.losses import classification
 from paper.block_diagonality import finding, shares, square, tidy
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command
+from paper.runs import device_of_training
 from training.checkpoints import list_checkpoints, read_record
 from training.optimizers import OptimizerSettings, ScheduleSettings
 from training.trainer import TrainingSettings, train
@@ -78,7 +79,7 @@ def _train(outputs: int, settings: Settings, seed: int, context: Context) -> lis
         checkpoints=tuple(settings.stages),
         state_every=0,
         seed=seed,
-        device="auto" if context.device == "auto" else "cpu",
+        device=device_of_training(context.device),
         tracker="none",
         optimizer=OptimizerSettings(name="adam", lr=settings.lr, weight_decay=0.0, clip=0.0),
         schedule=ScheduleSettings(shape="constant"),

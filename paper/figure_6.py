@@ -12,21 +12,19 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from blockspec.plots import distance_heatmaps
-from blockspec.run import EstimateSettings
 from blockspec.style import styled
 from language_models.data import prepare
 from paper.distances import DEFINITIONS, RESOLVED, distances, heterogeneity, square, tidy
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
-from paper.optimizers import ADAM, SGD, Subject, gaps, initial_spectra, trained
+from paper.optimizers import ADAM, SGD, AdamAgainstSgd, Subject, gaps, initial_spectra, trained
 from paper.runs import trained as trained_by_config
-from training.comparison import ComparisonSettings
 from training.curves import draw_curves, draw_rates
 
 FRESH, PRETRAINED = "fresh weights", "pretrained"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(AdamAgainstSgd):
     """Which model is trained on its own text, and then on other text; the rates, steps and seeds of the comparison.
 
     data: a folder with train.bin and val.bin; None: source files of Python's standard library, by the embedded tokenizer.
@@ -34,14 +32,7 @@ class Settings:
 
     config: str = "language_models/configs/embedded_tiny.yaml"
     data: str | None = None
-    adam: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    sgd: tuple[float, ...] = (3e-2, 1e-1, 3e-1, 1.0)
-    num_steps: int = 150
-    tuning_seeds: tuple[int, ...] = (10,)
-    seeds: tuple[int, ...] = (1, 2, 3)
     windows: int = 16
-    probes: int = 2
-    steps: int = 30
 
 
 def subjects(settings: Settings, context: Context) -> dict[str, Subject]:
@@ -62,26 +53,15 @@ def python_source(out: Path) -> Path:
 
 
 def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
-    comparison = ComparisonSettings(
-        rates={ADAM: settings.adam, SGD: settings.sgd},
-        num_steps=settings.num_steps,
-        warmup=settings.num_steps // 10,
-        tuning_seeds=settings.tuning_seeds,
-        seeds=settings.seeds,
-        measure_every=max(1, settings.num_steps // 10),
-        device=context.device if context.device == "auto" else "cpu",
-        workers=context.workers,
-    )
-    estimate = EstimateSettings(num_probes=settings.probes, num_steps=settings.steps)
     arguments = {"num_batches": 1, "batch_size": settings.windows}
     tables: dict[str, list[pd.DataFrame]] = {name: [] for name in ("runs", "trials", "curves", "distances", "js0")}
     for name, subject in subjects(settings, context).items():
         out = context.runs / "compared" / f"GPT2 {name} on other text"
-        tables["runs"].append(trained(subject, comparison, out).assign(model=name))
+        tables["runs"].append(trained(subject, settings.comparison(context), out).assign(model=name))
         for kind in ("trials", "curves"):
             tables[kind].append(pd.read_parquet(out / f"{kind}.parquet").assign(model=name))
         for seed in settings.seeds[:1] if subject.start else settings.seeds:  # all seeds start from the same trained weights
-            found = initial_spectra(subject, out, seed=seed, estimate=estimate, arguments=arguments, context=context)
+            found = initial_spectra(subject, out, seed=seed, estimate=settings.estimate(), arguments=arguments, context=context)
             tables["distances"].append(tidy(distances(found, RESOLVED)).assign(model=name, seed=seed))
             tables["js0"].append(heterogeneity(found).assign(model=name, seed=seed))
     return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}

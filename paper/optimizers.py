@@ -21,7 +21,7 @@ from language_models import compare_optimizers as language
 from language_models.models import ModelSettings as LanguageModel
 from language_models.train import DataSettings as LanguageData
 from paper.exhibit import Context
-from paper.runs import ROOT, spectra
+from paper.runs import ROOT, device_of_training, spectra
 from training.comparison import ComparisonSettings, TrainOne, compare
 from vision_models import compare_optimizers as vision
 from vision_models.models import ModelSettings as VisionModel
@@ -66,6 +66,34 @@ class Subject:
             return "vision_models.factories:checkpoint"
         content = yaml.safe_load((ROOT / self.config).read_text(encoding="utf-8"))
         return f"language_models.{content['model']['architecture']}:checkpoint"
+
+
+@dataclass(frozen=True)
+class AdamAgainstSgd:
+    """How the two are compared: learning rates, steps and seeds; and the spectra of the models that they start from."""
+
+    adam: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    sgd: tuple[float, ...] = (3e-2, 1e-1, 3e-1, 1.0)
+    num_steps: int = 150
+    tuning_seeds: tuple[int, ...] = (10,)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    probes: int = 2
+    steps: int = 30
+
+    def comparison(self, context: Context) -> ComparisonSettings:
+        return ComparisonSettings(
+            rates={ADAM: self.adam, SGD: self.sgd},
+            num_steps=self.num_steps,
+            warmup=self.num_steps // 10,
+            tuning_seeds=self.tuning_seeds,
+            seeds=self.seeds,
+            measure_every=max(1, self.num_steps // 10),
+            device=device_of_training(context.device),
+            workers=context.workers,
+        )
+
+    def estimate(self) -> EstimateSettings:
+        return EstimateSettings(num_probes=self.probes, num_steps=self.steps)
 
 
 def trained(subject: Subject, comparison: ComparisonSettings, out: Path) -> pd.DataFrame:

@@ -20,16 +20,21 @@ ROOT = Path(__file__).parent.parent
 TRAIN = {"language_models": train_language, "vision_models": train_vision}
 
 
+def device_of_training(device: str) -> str:
+    """Trainers take the accelerator by themselves, or else the CPU."""
+    return "auto" if device == "auto" else "cpu"
+
+
 def trained(config: str, out: Path, *, stages: Sequence[float], device: str) -> Path:
     """Trains by a configuration of the repository, such as ``language_models/configs/embedded_bert.yaml``; returns ``out``.
 
     stages: fractions of training at which a checkpoint is written.
     device: auto, or else the CPU.
     """
-    changes = [f"--training.checkpoints={json.dumps(list(stages))}", "--training.tracker=none"]
-    place = "auto" if device == "auto" else "cpu"
+    place = f"--training.device={device_of_training(device)}"
+    changes = [place, f"--training.checkpoints={json.dumps(list(stages))}", "--training.tracker=none"]
     package = config.split("/", maxsplit=1)[0]
-    run_command(TRAIN[package], ["--config", str(ROOT / config), "--out", str(out), f"--training.device={place}", *changes])
+    run_command(TRAIN[package], ["--config", str(ROOT / config), "--out", str(out), *changes])
     return out
 
 

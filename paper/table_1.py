@@ -9,12 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from blockspec.run import EstimateSettings
 from blockspec.style import styled
 from paper.distances import DEFINITIONS, RESOLVED, heterogeneity
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
-from paper.optimizers import ADAM, SGD, Subject, gaps, initial_spectra, trained
-from training.comparison import ComparisonSettings
+from paper.optimizers import ADAM, SGD, AdamAgainstSgd, Subject, gaps, initial_spectra, trained
 from training.curves import draw_curves
 
 LOSSES = ("held_out", "training")
@@ -53,7 +51,7 @@ PAPER = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(AdamAgainstSgd):
     """The models, and how they are compared and measured.
 
     images, windows: of the training data, that the initial Hessian is measured on.
@@ -61,16 +59,9 @@ class Settings:
     """
 
     models: Mapping[str, Subject] = field(default_factory=lambda: SMALL)
-    adam: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    sgd: tuple[float, ...] = (3e-2, 1e-1, 3e-1, 1.0)
-    num_steps: int = 150
-    tuning_seeds: tuple[int, ...] = (10,)
-    seeds: tuple[int, ...] = (1, 2, 3)
     measured_seeds: int = 2
     images: int = 64
     windows: int = 16
-    probes: int = 2
-    steps: int = 30
 
 
 def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
@@ -78,7 +69,7 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
     for name, subject in settings.models.items():
         out = context.runs / "compared" / name
         print(name, flush=True)
-        runs.append(trained(subject, _comparison(settings, context), out).assign(model=name))
+        runs.append(trained(subject, settings.comparison(context), out).assign(model=name))
         curves.append(pd.read_parquet(out / "curves.parquet").assign(model=name))
         js0 += [_heterogeneity(name, subject, seed, settings, context) for seed in settings.seeds[: settings.measured_seeds]]
     for tables, kind in ((runs, "runs"), (js0, "js0"), (curves, "curves")):
@@ -90,19 +81,6 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
     return {"overview": overview(table), "table_1": table, **joined}
 
 
-def _comparison(settings: Settings, context: Context) -> ComparisonSettings:
-    return ComparisonSettings(
-        rates={ADAM: settings.adam, SGD: settings.sgd},
-        num_steps=settings.num_steps,
-        warmup=settings.num_steps // 10,
-        tuning_seeds=settings.tuning_seeds,
-        seeds=settings.seeds,
-        measure_every=max(1, settings.num_steps // 10),
-        device=context.device if context.device == "auto" else "cpu",
-        workers=context.workers,
-    )
-
-
 def _heterogeneity(name: str, subject: Subject, seed: int, settings: Settings, context: Context) -> pd.DataFrame:
     images = {"count": settings.images, "batch_size": settings.images}
     arguments = {"num_batches": 1, "batch_size": settings.windows, "split": "train"} if subject.is_language else images
@@ -110,7 +88,7 @@ def _heterogeneity(name: str, subject: Subject, seed: int, settings: Settings, c
         subject,
         context.runs / "compared" / name,
         seed=seed,
-        estimate=EstimateSettings(num_probes=settings.probes, num_steps=settings.steps),
+        estimate=settings.estimate(),
         arguments=arguments,
         context=context,
     )
