@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .second_order import cross_entropy_curvature, cross_entropy_slope
+
 CHUNK_ROWS = 128  # at least: the head's matrix is read once per chunk
 CHUNK_ENTRIES = {"cpu": 2**20}  # of logits at once: what a cache takes
 CHUNK_ENTRIES_ELSEWHERE = 2**26  # few kernels
@@ -122,7 +124,7 @@ class _LinearCrossEntropyBackward(torch.autograd.Function):
         by_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
         by_bias = None if bias is None else torch.zeros_like(bias)
         for rows in _chunks(hidden, weight):
-            slope = _slope(probabilities[rows], labels[rows], gradient[rows])
+            slope = cross_entropy_slope(probabilities[rows], labels[rows], gradient[rows])
             torch.mm(slope, weight, out=by_hidden[rows])
             if by_weight is not None:
                 by_weight.addmm_(slope.T, hidden[rows])
@@ -141,25 +143,22 @@ class _LinearCrossEntropyBackward(torch.autograd.Function):
             for tensor, want in zip((gradient, hidden, weight, bias), wanted, strict=True)
         )
         for rows in _chunks(hidden, weight):
-            h, p, g, y = hidden[rows], probabilities[rows], gradient[rows], labels[rows, None]
+            h, p, g, y = hidden[rows], probabilities[rows], gradient[rows], labels[rows]
             t = None if along_hidden is None else along_hidden[rows]
             tangent = _tangent(h, weight, t, along_weight, along_bias)  # of the logits
             if tangent is None:
                 continue
-            chosen = tangent.gather(1, y).squeeze(1)
-            product = tangent.mul_(p)
-            total = product.sum(1)
+            along_gradient, product = cross_entropy_curvature(p, y, g, tangent)
             if by_gradient is not None:
-                by_gradient[rows] = total - chosen
-            product.addcmul_(p, total[:, None], value=-1).mul_(g[:, None])  # g (diag(p) - p p') t
+                by_gradient[rows] = along_gradient
             if by_hidden is not None:
                 torch.mm(product, weight, out=by_hidden[rows])
                 if along_weight is not None:
-                    by_hidden[rows].addmm_(_slope(p, labels[rows], g), along_weight)
+                    by_hidden[rows].addmm_(cross_entropy_slope(p, y, g), along_weight)
             if by_weight is not None:
                 by_weight.addmm_(product.T, h)
                 if t is not None:
-                    by_weight.addmm_(_slope(p, labels[rows], g).T, t)
+                    by_weight.addmm_(cross_entropy_slope(p, y, g).T, t)
             if by_bias is not None:
                 by_bias += product.sum(0)
         return by_gradient, by_hidden, by_weight, by_bias, None, None
@@ -177,12 +176,6 @@ def _tangent(
     if along_bias is None:
         return tangent
     return along_bias.repeat(len(hidden), 1) if tangent is None else tangent.add_(along_bias)
-
-
-def _slope(probabilities: Tensor, labels: Tensor, gradient: Tensor) -> Tensor:
-    """(n, V) g (p - onehot)"""
-    slope = probabilities * gradient[:, None]
-    return slope.scatter_add_(1, labels[:, None], -gradient[:, None])
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:

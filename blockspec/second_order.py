@@ -208,15 +208,24 @@ class _CrossEntropyBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, logits: Tensor, probabilities: Tensor, labels: Tensor) -> Tensor:
         ctx.save_for_backward(gradient, probabilities, labels)
-        slope = probabilities * gradient[:, None]
-        return slope.scatter_add_(1, labels[:, None], -gradient[:, None])
+        return cross_entropy_slope(probabilities, labels, gradient)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, p, labels = ctx.saved_tensors
-        product = p * tangent
-        total = product.sum(-1, keepdim=True)
-        by_gradient = total.squeeze(-1) - tangent.gather(1, labels[:, None]).squeeze(-1)
-        by_logits = torch.addcmul(product, p, total, value=-1).mul_(gradient[:, None])  # (diag(p) - p p') t
-        return by_gradient, by_logits, None, None
+        gradient, probabilities, labels = ctx.saved_tensors
+        return *cross_entropy_curvature(probabilities, labels, gradient, tangent), None, None
+
+
+def cross_entropy_slope(probabilities: Tensor, labels: Tensor, gradient: Tensor) -> Tensor:
+    """(N, C) probabilities p, (N,) labels, (N,) gradient g -> (N, C) the gradient by the logits: g (p - onehot)."""
+    slope = probabilities * gradient[:, None]
+    return slope.scatter_add_(1, labels[:, None], -gradient[:, None])
+
+
+def cross_entropy_curvature(probabilities: Tensor, labels: Tensor, gradient: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    """Along a tangent t (N, C), the slope's derivatives transposed: by g, (N,); by the logits, (N, C) g (diag(p) - p p') t."""
+    product = probabilities * tangent
+    total = product.sum(-1, keepdim=True)
+    by_gradient = total.squeeze(-1) - tangent.gather(1, labels[:, None]).squeeze(-1)
+    return by_gradient, product.addcmul_(probabilities, total, value=-1).mul_(gradient[:, None])
