@@ -19,6 +19,7 @@ from benchmarks.sweep import Size, model_of
 from blockspec import memory
 from blockspec.curvature import Products
 from blockspec.estimate import plan_spectra
+from blockspec.precision import reduced_multiplication
 from language_models.batches import causal_batch, fixed_batches
 from language_models.tokens import open_tokens
 
@@ -59,10 +60,8 @@ def measured(objective: blockspec.Objective, blocks: list[blockspec.Block], prec
     spectra = blockspec.estimate_spectra(first, blocks, "auto", "auto", tolerance=tolerance, precision=precision, memory=0.9)
     sweeps = max(int(s.steps.max()) for s in spectra.values())
     flops = float(plan.table["flops"].sum())
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    rate = matrix_rate(device, size=8192 if device.type == "cuda" else 512)
-    torch.backends.cuda.matmul.allow_tf32 = before
+    with reduced_multiplication(precision):
+        rate = matrix_rate(device, size=8192 if device.type == "cuda" else 512)
     return {
         "precision": precision or "float32",
         "a sweep (s)": seconds,

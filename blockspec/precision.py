@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -30,6 +31,6 @@ def reduced_multiplication(precision: str | None) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def reduced_model(precision: str | None, device: torch.device) -> torch.autocast:
+def reduced_model(precision: str | None, device: torch.device) -> AbstractContextManager[Any]:
     """``bfloat16``: the model is linearised under autocast; the products follow the types that it has chosen."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
