@@ -111,9 +111,7 @@ def bert():
     labels[:, ::2] = -100
     batches = [{"input_ids": tokens(2, 6, seed=6), "labels": labels}]
     logits = lambda call, batch: call(input_ids=batch["input_ids"]).logits[batch["labels"] != -100]  # noqa: E731
-    return Problem(
-        roughened(model), batches, losses.masked_token, logits, lambda batch: batch["labels"][batch["labels"] != -100]
-    )
+    return Problem(roughened(model), batches, losses.masked_token, logits, lambda batch: batch["labels"][batch["labels"] != -100])
 
 
 def _images(count, seed):
@@ -123,9 +121,7 @@ def _images(count, seed):
 
 def _classifier(model, output=lambda out: out.logits):
     batches = [_images(3, 0), _images(2, 1)]
-    return Problem(
-        roughened(model), batches, losses.classification, lambda call, b: output(call(b[0])), lambda batch: batch[1]
-    )
+    return Problem(roughened(model), batches, losses.classification, lambda call, b: output(call(b[0])), lambda batch: batch[1])
 
 
 def vit():

@@ -19,6 +19,7 @@ import pandas as pd
 import problems
 import pytest
 import torch
+from launching import accelerate
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -316,11 +317,9 @@ def on_two_processes(tmp_path, program):
     """Runs it under accelerate, on CPU with gloo, its folder as the argument."""
     script = tmp_path / "program.py"
     script.write_text(textwrap.dedent(program))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    options = ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
     paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "examples", ROOT / "tests"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    line = [*launcher, *options, str(script), str(tmp_path)]
+    line = [sys.executable, *accelerate(2), str(script), str(tmp_path)]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from launching import accelerate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from language_models.data import prepare
@@ -155,9 +156,7 @@ def test_killed_training_goes_on_with_the_same_losses(tmp_path):
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     """Through accelerate launch, on CPU with gloo; masked tokens, whose number differs between the processes."""
     arguments = ["--model.architecture=bert", "--training.micro_batches=2", "--training.num_steps=4"]
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
-    launched = (*launcher, "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no", "-m")
-    done = command(*arguments, "--out", str(tmp_path / "two"), launcher=launched)
+    done = command(*arguments, "--out", str(tmp_path / "two"), launcher=(*accelerate(2), "-m"))
     assert done.returncode == 0, done.stderr
     run_command(train, [*QUICK, *arguments, "--out", str(tmp_path / "one")])
     logs = [read_log(tmp_path / run) for run in ("one", "two")]

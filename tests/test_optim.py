@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launching import accelerate
 from torch import nn
 
 import blockspec
@@ -645,10 +646,7 @@ accelerator.end_training()
 def test_two_processes_with_micro_batches_do_what_one_without_does(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    port = str(20000 + os.getpid() % 20000)
-    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", port)
-    plain = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-    python(*launch, *plain, str(script), str(tmp_path / "rank"))
+    python(*accelerate(2), str(script), str(tmp_path / "rank"))
     (processes, first), (_, second) = (torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2))
     assert processes == 2
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from launching import accelerate
 from models import tiny_gpt2
 
 import blockspec
@@ -98,11 +99,9 @@ def test_sums_keep_shapes_and_types():
 
 
 def launch(out, processes, *arguments):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}",
-               "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
-               "-m", "blockspec", "run", "--model", "factories_for_runs:mortal", "--estimate.num_probes", "4",
-               "--estimate.num_steps", "12", "--blocks.by", "matrix", "--blocks.full", "false", "--plots", "false",
-               "--state_every", "0", "--out", str(out), *arguments]  # fmt: skip
+    command = [sys.executable, *accelerate(processes), "-m", "blockspec", "run", "--model", "factories_for_runs:mortal",
+               "--estimate.num_probes", "4", "--estimate.num_steps", "12", "--blocks.by", "matrix", "--blocks.full", "false",
+               "--plots", "false", "--state_every", "0", "--out", str(out), *arguments]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
