@@ -27,7 +27,6 @@ from benchmarks.record import clock, in_turns, write
 from benchmarks.sweep import Size, matrices, model_of
 from blockspec.accuracy import wasserstein
 from blockspec.curvature import Products
-from blockspec.dense import Columns
 from language_models.batches import causal_batch, fixed_batches
 from language_models.tokens import open_tokens
 
@@ -152,11 +151,7 @@ def dense_truth(objective: blockspec.Objective, blocks: list[blockspec.Block]) -
     """All eigenvalues of each block."""
     truth = {}
     for block in blocks:
-        columns = Columns(block.numel, dtype=torch.float32, device=torch.device("cpu"))
-        products = Products(objective)
-        while not columns.done:
-            columns.advance(products.sweep([(block, columns.vector)])[0])
-        values = columns.eigenvalues()
+        values = np.linalg.eigvalsh(blockspec.dense(objective, block))
         truth[block.name] = (values, np.full(len(values), 1 / len(values)))
     return truth
 

@@ -61,12 +61,12 @@ class Basis:
     def orthogonality(self) -> float:
         """max |Q'Q - I|, of the vectors as they are stored."""
         wide = torch.promote_types(self._dtype, torch.float32)
-        grams = [rows.to(wide) @ others.to(wide).T for i, rows in enumerate(self._rows()) for others in self._rows()[: i + 1]]
-        grams = self._ranks.sums(grams)
-        place = -1
-        for i in range(len(self._rows())):
-            place += i + 1
-            grams[place].diagonal().sub_(1)
+        chunks = self._rows()
+        pairs = [(i, j) for i in range(len(chunks)) for j in range(i + 1)]
+        grams = self._ranks.sums([chunks[i].to(wide) @ chunks[j].to(wide).T for i, j in pairs])
+        for (i, j), gram in zip(pairs, grams, strict=True):
+            if i == j:
+                gram.diagonal().sub_(1)
         return max(float(gram.abs().max()) for gram in grams)
 
     def matrix(self) -> Tensor:

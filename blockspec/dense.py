@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ranks import Ranks, Shared
+from .ranks import Shared
 
 
 class Columns:
@@ -39,10 +39,6 @@ class Columns:
         """Takes the product with :attr:`vector`. A generator, as that of a Lanczos process; it has nothing to sum."""
         self._columns.append(product.cpu())
         yield from ()
-
-    def advance(self, product: Tensor) -> None:
-        """One :meth:`step`."""
-        Ranks().together([self.step(product)])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What :meth:`restore` needs to go on."""

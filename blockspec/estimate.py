@@ -93,7 +93,7 @@ def estimate_spectra(
     schedule = _schedule(objective, own, accuracy, probing)
     if memory is not None:
         schedule.budget = fit(objective, schedule, products, parse(memory, objective.device))
-    identity = _identity(objective, own, accuracy, probing, curvature, precision) if state is not None else {}
+    identity = _identity(products, own, accuracy, probing) if state is not None else {}
     keeper = Keeper(None if state is None else Path(state), state_every, identity, ranks)
     keeper.restore(schedule)
 
@@ -146,19 +146,12 @@ def _schedule(objective: Objective, blocks: Sequence[Block], accuracy: Accuracy,
     return Schedule([Task(b, block_dtype(objective, b), objective.device, accuracy, probing) for b in blocks])
 
 
-def _identity(
-    objective: Objective,
-    blocks: Sequence[Block],
-    accuracy: Accuracy,
-    probing: Probing,
-    curvature: str,
-    precision: str | None,
-) -> dict[str, object]:
+def _identity(products: Products, blocks: Sequence[Block], accuracy: Accuracy, probing: Probing) -> dict[str, object]:
     """What a state has to be of, to go on from it."""
     settings = {name: str(value) for name, value in vars(probing).items() if name != "ranks"}
     names = hashlib.sha256("\n".join(block.name for block in blocks).encode()).hexdigest()[:16]
-    settings |= {"curvature": curvature, "precision": str(precision), "blocks": names}
-    return identity_of(objective, asdict(accuracy) | settings)
+    settings |= {"curvature": products.curvature, "precision": str(products.precision), "blocks": names}
+    return identity_of(products.objective, asdict(accuracy) | settings)
 
 
 def _probing(seed: int, distribution: str, reorthogonalize: bool, storage: Storage, ranks: Ranks) -> Probing:

@@ -78,9 +78,10 @@ def plan(schedule: Schedule, products: Products, *, limit: int | None = None) ->
     passes = 1 if schedule.budget is None else -(-at_once // max(schedule.budget, 1))
     sweeps = passes * max(table["products"] / [max(task.wanted, 1) for task in schedule.tasks])
     vectors = at_once if schedule.budget is None else min(at_once, schedule.budget)
-    graphs = count if count <= products.graphs else 1
+    kept = count <= products.graphs  # one linearisation serves every sweep
+    graphs = count if kept else 1
     peak = memory.used(objective.device) + graphs * int(MARGIN * _growth(products, blocks, None)) + vectors
-    total = float(table["seconds"].sum() + (1 if count <= products.graphs else sweeps) * count * shared)
+    total = float(table["seconds"].sum() + (1 if kept else sweeps) * count * shared)
     return Plan(table, gradient * count, total, objective.micro_batch, peak, limit, int(passes))
 
 
