@@ -108,7 +108,7 @@ TASKS = {
         clip=1.0,
         first=first_gpt2,
         train=partial(language.train_one, GPT2, TEXT, None),
-        rates=grids((0.1, 0.3, 1.0), (3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3)),
+        rates=grids((0.03, 0.1, 0.3), (1e-3, 3e-3, 1e-2), (0.1, 0.3, 1.0)),
     ),
     "ResNet14 on the digits": Task(
         num_steps=60,
@@ -116,7 +116,7 @@ TASKS = {
         clip=0.0,
         first=first_resnet,
         train=partial(vision.train_one, RESNET, DIGITS),
-        rates=grids((0.1, 0.3, 1.0), (3e-3, 1e-2, 3e-2), (0.1, 0.3, 1.0)),
+        rates=grids((0.03, 0.1, 0.3), (3e-3, 1e-2, 3e-2), (0.1, 0.3, 1.0)),
     ),
 }
 
