@@ -23,7 +23,7 @@ from blockspec.integrations import record
 
 PARTS = {  # what is timed, and where its callers find it
     "products": "blockspec.curvature.Products.sweep",
-    "Lanczos": "blockspec.lanczos.Lanczos.advance",
+    "Lanczos": "blockspec.ranks.Ranks.together",
     "distances and tables": "blockspec.integrations.recording.append_tables",
     "record of the run": "blockspec.integrations.recording.open_record",
 }
