@@ -139,15 +139,15 @@ def mark_eigenvalues(axes: Axes, spectrum: Spectrum, *, colour: Any) -> None:
     axes.plot(nodes, height, "|", color=colour, transform=along, markersize=5, markeredgewidth=0.5)
 
 
-def panel_of(parts: Mapping[str, Spectrum], *, by_kind: bool = False) -> Panel:
-    """A panel of one block or of the mixture of several, called by name or by kind."""
+def panel_of(parts: Mapping[str, Spectrum], names: Mapping[str, str], *, by_kind: bool = False) -> Panel:
+    """A panel of one block, called by its short name in ``names`` or by its kind, or of the mixture of several."""
     first = next(iter(parts))
     shown = look(first, parts[first].block.kind)
     if len(parts) > 1:
         layers = {part.block.layer for part in parts.values()}
         layer = short_name(first).split(".")[0] + " " if not by_kind and layers.isdisjoint({None}) and len(layers) == 1 else ""
         return Panel(f"{layer}{shown.label} ({len(parts)} blocks)", block_diagonal(parts), shown)
-    return Panel(shown.label if by_kind or first == "model" else short_name(first), parts[first], shown)
+    return Panel(shown.label if by_kind or first == "model" else names[first], parts[first], shown)
 
 
 def label_outer(axes: np.ndarray) -> None:

@@ -30,7 +30,7 @@ from .panels import (
     smoothing_note,
 )
 from .spectra import Spectra, Spectrum, block_diagonal
-from .style import KINDS, Look, eigenvalue_axis, matrix_name, spread, step_label, styled
+from .style import KINDS, Look, eigenvalue_axis, matrix_name, short_names, spread, step_label, styled
 from .style import save as save
 from .trends import compare_runs as compare_runs
 from .trends import heterogeneity_over_training as heterogeneity_over_training
@@ -83,18 +83,19 @@ def _rows(spectra: Mapping[str, Spectrum], max_layers: int) -> tuple[list[Row], 
     """Rows of panels, and what the title says of what is left out."""
     if not spectra:
         raise ValueError("no spectra to draw: the mapping is empty")
+    names = short_names(spectra)
     layers = sorted({s.block.layer for s in spectra.values() if s.block.layer is not None})
     present = {s.block.kind for s in spectra.values() if s.block.layer is not None}
     kinds = [kind for kind in KINDS if kind in present]
     if len(present - {"norm", "bias"}) < 3:
-        panels = [panel_of(parts) for parts in _cells(spectra, by_layer=False).values()]
+        panels = [panel_of(parts, names) for parts in _cells(spectra, by_layer=False).values()]
         shown = spread(panels, MOST_PANELS)
         return _wrapped("", shown, WRAP), f" ({len(shown)} of {len(panels)} panels)" if len(shown) < len(panels) else ""
     cells = _cells(spectra, by_layer=True)
     chosen = spread(layers, max_layers)
-    grid = {at: panel_of(parts, by_kind=True) for at, parts in cells.items() if at[0] in chosen}
+    grid = {at: panel_of(parts, names, by_kind=True) for at, parts in cells.items() if at[0] in chosen}
     rows = [Row(f"layer {layer}", tuple(grid.get((layer, kind)) for kind in kinds)) for layer in chosen]
-    outside = [panel_of(parts) for (layer, _), parts in cells.items() if layer is None]
+    outside = [panel_of(parts, names) for (layer, _), parts in cells.items() if layer is None]
     note = f" (layers {', '.join(map(str, chosen))} of {len(layers)})" if len(chosen) < len(layers) else ""
     return rows + _wrapped("outside\nlayers", outside, len(kinds)), note
 
@@ -265,7 +266,8 @@ def _lines(spectra: Mapping[str, Spectrum], max_blocks: int) -> tuple[list[Panel
         chosen = spread(layers, len(chosen) - 1)
         shown = [cell for cell in cells if next(iter(cell.values())).block.layer in (None, *chosen)]
     note = f" (layers {', '.join(map(str, chosen))} of {len(layers)})" if len(chosen) < len(layers) else ""
-    return [panel_of(cell) for cell in shown], note
+    names = short_names(spectra)
+    return [panel_of(cell, names) for cell in shown], note
 
 
 def _edge_scale(axes: Axes, table: pd.DataFrame) -> None:

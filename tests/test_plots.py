@@ -284,6 +284,17 @@ def test_panels_share_their_axes(figures: dict[str, Figure]) -> None:
     assert len(limits) == 1
 
 
+def test_blocks_of_one_kind_in_one_layer_have_names_of_their_own() -> None:
+    names = [f"blocks.{layer}.mlp_{what}.fc{i}.weight" for layer in (0, 1) for what in ("tokens", "channels") for i in (1, 2)]
+    kinds = ["mlp_in", "mlp_out"] * 4
+    spectra = Spectra(
+        exact(name, kind, i // 4, random_eigenvalues(i)) for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
+    )
+    expected = {name.removesuffix(".weight").replace("blocks.", "blocks") for name in names}
+    assert {axes.get_title() for axes in plots.esd_by_block(spectra).axes} - {""} == expected
+    assert {label.get_text() for label in plots.edges_by_block(spectra).axes[0].get_yticklabels()} == expected
+
+
 def test_chosen_layers_are_named(figures: dict[str, Figure]) -> None:
     assert "(layers 0, 4, 7, 11 of 12)" in figures["esd_by_block of 12 layers"].get_suptitle()
     rows = [text.get_text() for text in visible_texts(figures["esd_by_block of 12 layers"])]
