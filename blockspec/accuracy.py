@@ -15,6 +15,7 @@ from .lanczos import Tridiagonal
 from .quadrature import quadrature
 
 CONFIDENCE = 1.5  # times the expected probe error is exceeded in fewer than 5 % of trials: see tests/test_accuracy.py
+NOTHING = np.empty(0)
 NORM_KNOWN = 1e-2  # residual of the extreme Ritz value, relative: the tolerance is relative to the norm
 
 
@@ -56,7 +57,7 @@ def steps_error(tridiagonal: Tridiagonal) -> float:
     return min(bound, wasserstein((nodes, weights), quadrature(coarse)[:2]))
 
 
-def probe_error(nodes: np.ndarray, weights: np.ndarray, numel: int) -> float:
+def probe_error(nodes: np.ndarray, weights: np.ndarray, numel: float) -> float:
     """Expected distance between the measures of one probe and of the block: at most
     ``sqrt(2 / (P + 2)) * integral of sqrt(F (1 - F))`` with F the distribution function. The variance of F(x) over random
     unit vectors is 2 F (1 - F) / (P + 2), and no larger for Rademacher ones. K probes divide it by sqrt(K).
@@ -78,26 +79,45 @@ def wasserstein(p: tuple[np.ndarray, np.ndarray], q: tuple[np.ndarray, np.ndarra
     return float(np.abs(difference) @ np.diff(nodes[order]))
 
 
-def stands_still(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> bool:
+def stands_still(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy, known: np.ndarray = NOTHING) -> bool:
     """Whether one probe has taken enough steps: the spectral norm is known, and their error fits into what the probe's own error
-    leaves of the tolerance, or into half of it."""
+    leaves of the tolerance, or into half of it.
+
+    known: (c,) eigenvalues in whose complement the probe is.
+    """
     nodes, weights, residuals = quadrature(tridiagonal)
     extreme = int(np.argmax(np.abs(nodes)))
-    if residuals[extreme] > NORM_KNOWN * abs(nodes[extreme]):
+    if len(known) == 0 and residuals[extreme] > NORM_KNOWN * abs(nodes[extreme]):
         return False
-    allowed = accuracy.tolerance * float(np.abs(nodes).max())
-    noise = CONFIDENCE * probe_error(nodes, weights, numel)
-    return steps_error(tridiagonal) <= max(allowed - noise, allowed / 2)
+    steps, noise, allowed = _errors(nodes, weights, steps_error(tridiagonal), numel, accuracy, known)
+    return steps <= max(allowed - noise, allowed / 2)
 
 
-def probes_needed(tridiagonals: list[Tridiagonal], numel: int, accuracy: Accuracy) -> int:
-    """Number of probes that the tolerance needs, going by those that are done."""
+def probes_needed(tridiagonals: list[Tridiagonal], numel: int, accuracy: Accuracy, known: np.ndarray = NOTHING) -> int:
+    """Number of probes that the tolerance needs, going by those that are done; ``known`` as in :func:`stands_still`."""
     rows = [quadrature(t)[:2] for t in tridiagonals]
     nodes = np.concatenate([nodes for nodes, _ in rows])
     weights = np.concatenate([weights for _, weights in rows])
-    allowed = accuracy.tolerance * float(np.abs(nodes).max())
-    steps = float(np.mean([steps_error(t) for t in tridiagonals]))
-    noise = CONFIDENCE * probe_error(nodes, weights, numel)
+    return _probes(*_errors(nodes, weights, float(np.mean([steps_error(t) for t in tridiagonals])), numel, accuracy, known))
+
+
+def probes_needed_beyond(tridiagonal: Tridiagonal, found: np.ndarray, numel: int, accuracy: Accuracy) -> int:
+    """The number in the complement of those Ritz vectors, (m,) true or false, of a probe."""
+    nodes, weights, _ = quadrature(tridiagonal)
+    return _probes(*_errors(nodes[~found], weights[~found], steps_error(tridiagonal), numel, accuracy, nodes[found]))
+
+
+def _errors(
+    nodes: np.ndarray, weights: np.ndarray, steps: float, numel: int, accuracy: Accuracy, known: np.ndarray
+) -> tuple[float, float, float]:
+    """Of the whole spectrum: the error of the steps, the likely noise of one probe, and what is allowed for both."""
+    left = numel - len(known)
+    noise = CONFIDENCE * probe_error(nodes, weights, left)
+    allowed = accuracy.tolerance * float(np.abs([*nodes, *known]).max())
+    return left / numel * steps, left / numel * noise, allowed
+
+
+def _probes(steps: float, noise: float, allowed: float) -> int:
     if noise == 0:
         return 1
     return max(1, math.ceil((noise / max(allowed - steps, allowed / 2)) ** 2))

@@ -21,6 +21,7 @@ class Basis:
 
     def __init__(self, numel: int, *, dtype: torch.dtype, device: torch.device | str, ranks: Ranks | None = None) -> None:
         self._ranks = ranks or Ranks()
+        self._whole = numel
         self._part = self._ranks.share(numel)
         self.numel = self._part.stop - self._part.start
         """Entries of each vector that are kept here."""
@@ -33,12 +34,7 @@ class Basis:
 
     def append(self, vector: Tensor) -> None:
         """Stores a copy of ``vector`` (P,)."""
-        rows = self._rows_at_once()
-        place = self._length % rows
-        if place == 0:
-            self._chunks.append(torch.empty(rows, self.numel, dtype=self._dtype, device=self._device))
-        self._chunks[-1][place].copy_(vector[self._part])
-        self._length += 1
+        self._append(vector[self._part])
 
     def project_out(self, vector: Tensor) -> Shared[Tensor]:
         """Subtracts from ``vector`` (P,), in place, its part in the span, twice (the second time removes what rounding left);
@@ -69,21 +65,28 @@ class Basis:
                 gram.diagonal().sub_(1)
         return max(float(gram.abs().max()) for gram in grams)
 
+    def combined(self, coefficients: Tensor) -> Tensor:
+        """(c, m) coefficients of all vectors -> (c, P) their combinations, whole on every process."""
+        found = torch.zeros(len(coefficients), self._whole, dtype=self._dtype, device=self._device)
+        found[:, self._part] = coefficients.to(found) @ self.matrix()
+        return self._ranks.sums([found])[0]
+
     def matrix(self) -> Tensor:
         """(m, P) what is kept here of all of them, a copy."""
         return torch.cat([torch.empty(0, self.numel, dtype=self._dtype, device=self._device), *self._rows()])
 
     def restore(self, matrix: Tensor) -> None:
-        """Takes up what :meth:`matrix` gave."""
-        assert self._length == 0
-        assert matrix.shape[1] == self.numel
+        """Appends what :meth:`matrix` gave."""
+        for row in matrix:
+            self._append(row)
+
+    def _append(self, part: Tensor) -> None:
         rows = self._rows_at_once()
-        for start in range(0, len(matrix), rows):
-            chunk = torch.empty(rows, self.numel, dtype=self._dtype, device=self._device)
-            kept = matrix[start : start + rows]
-            chunk[: len(kept)].copy_(kept)
-            self._chunks.append(chunk)
-        self._length = len(matrix)
+        place = self._length % rows
+        if place == 0:
+            self._chunks.append(torch.empty(rows, self.numel, dtype=self._dtype, device=self._device))
+        self._chunks[-1][place].copy_(part)
+        self._length += 1
 
     def _rows_at_once(self) -> int:
         return ROWS if self.numel < LARGE else 1

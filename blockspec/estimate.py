@@ -204,7 +204,7 @@ def _spectrum(task: Task, curvature: str, precision_error: float) -> Spectrum:
         return exact_spectrum(task.block, task.columns.eigenvalues(), shape=shape, **settings)
     results = task.results()
     steps = task.accuracy.num_steps or max(len(t.alphas) for t in results)
-    return lanczos_spectrum(task.block, results, num_steps=steps, **settings)
+    return lanczos_spectrum(task.block, results, num_steps=steps, deflation=task.deflation, **settings)
 
 
 def block_dtype(objective: Objective, block: Block) -> torch.dtype:

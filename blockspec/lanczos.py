@@ -54,6 +54,7 @@ class Lanczos:
     num_steps: steps after which it is done, at most P of them; it is done earlier after a breakdown.
     reorthogonalize: False keeps two vectors instead of ``num_steps``, at the price of repeated copies of converged
         eigenvalues: densities are not hurt, but counts of eigenvalues must not be read from the result.
+    deflated: (c, P) orthonormal vectors; the process runs in their complement. With ``reorthogonalize`` only.
     storage: dtype and device of the kept vectors; None takes those of ``start``.
     ranks: processes that run this process together, with equal products, and share the kept vectors.
     """
@@ -64,13 +65,18 @@ class Lanczos:
         num_steps: int,
         *,
         reorthogonalize: bool = True,
+        deflated: Tensor | None = None,
         storage: tuple[torch.dtype, torch.device] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
+        given = () if deflated is None else deflated
+        self._deflated = len(given)
+        for vector in given:
+            start = start - _dot(vector, start) * vector
         norm = math.sqrt(_dot(start, start))
         if not 0 < norm < math.inf:
             raise ValueError(f"a start vector must have a positive finite norm, got {norm}")
-        self.num_steps = min(num_steps, start.numel())
+        self.num_steps = min(num_steps, start.numel() - self._deflated)
         self.alphas: list[float] = []
         self.betas: list[float] = []
         self.breakdown = False
@@ -80,6 +86,9 @@ class Lanczos:
         self._previous: Tensor | None = None
         dtype, device = storage or (start.dtype, start.device)
         self._basis = Basis(start.numel(), dtype=dtype, device=device, ranks=ranks) if reorthogonalize else None
+        for vector in given:
+            assert self._basis is not None
+            self._basis.append(vector)
 
     @property
     def done(self) -> bool:
@@ -123,6 +132,12 @@ class Lanczos:
             asymmetry=self.asymmetry,
         )
 
+    def combined(self, coefficients: np.ndarray) -> Tensor:
+        """(c, m) -> (c, P) combinations of the m Krylov vectors, which :meth:`finish` lets go."""
+        assert self._basis is not None
+        assert not self._deflated
+        return self._basis.combined(torch.from_numpy(coefficients)).to(self.vector)
+
     def finish(self) -> Tridiagonal:
         """The final result; the vectors are let go."""
         orthogonality = None if self._basis is None else self._basis.orthogonality()
@@ -136,7 +151,7 @@ class Lanczos:
         if self._previous is not None:
             tensors["previous"] = self._previous
         if self._basis is not None:
-            tensors["basis"] = self._basis.matrix()
+            tensors["basis"] = self._basis.matrix()[self._deflated :]
         return tensors, {"alphas": self.alphas, "betas": self.betas, "asymmetry": self.asymmetry}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -148,10 +163,11 @@ class Lanczos:
             self._basis.restore(tensors["basis"])
 
     def _project(self, product: Tensor, basis: Basis) -> Shared[float]:
-        """Removes the basis from ``product`` in two passes; returns alpha."""
+        """Removes the basis from ``product`` in two passes; returns alpha. What leads out of the complement of the deflated
+        vectors is no asymmetry."""
         basis.append(self.vector)
         coefficients = (yield from basis.project_out(product)).tolist()
-        self.asymmetry = max(self.asymmetry, math.hypot(*coefficients[:-2]))
+        self.asymmetry = max(self.asymmetry, math.hypot(*coefficients[self._deflated : -2]))
         return coefficients[-1]
 
     def _recurrence(self, product: Tensor) -> float:

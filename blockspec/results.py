@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .accuracy import steps_error
+from .accuracy import NOTHING, steps_error
 from .blocks import Block
+from .deflation import Deflation
 from .lanczos import Tridiagonal
 from .quadrature import cut, quadrature
 from .spectra import Spectrum
@@ -19,27 +20,46 @@ float32 on trained models (two CPUs). Symmetric ones do not show in ``Tridiagona
 
 
 def lanczos_spectrum(
-    block: Block, tridiagonals: Sequence[Tridiagonal], *, num_steps: int, dtype: torch.dtype, **settings: object
+    block: Block,
+    tridiagonals: Sequence[Tridiagonal],
+    *,
+    num_steps: int,
+    dtype: torch.dtype,
+    deflation: Deflation | None = None,
+    **settings: object,
 ) -> Spectrum:
-    """The spectrum of one block from the tridiagonal matrices of its K probes, padded to ``num_steps``."""
-    scale = max(float((np.abs(t.alphas) + t.betas).max()) for t in tridiagonals)
+    """The spectrum of one block from the tridiagonal matrices of its K probes, padded to ``num_steps``, in the complement of a
+    deflation, whose eigenvalues each row has too."""
+    known, known_residuals = (NOTHING, NOTHING) if deflation is None else (deflation.values, deflation.residuals)
+    scale = max(*(float((np.abs(t.alphas) + t.betas).max()) for t in tridiagonals), *np.abs(known), 0.0)
     ended = [cut(t, 32 * torch.finfo(dtype).eps * scale) for t in tridiagonals]
     noise = MATRIX_ROUNDING * torch.finfo(dtype).eps * scale
-    rows = [quadrature(t) for t in ended]
+    left = 1 - len(known) / block.numel
+    rows = []
+    for t in ended:
+        nodes, weights, residuals = quadrature(t)
+        row = (
+            np.concatenate([known, nodes]),
+            np.concatenate([np.full(len(known), 1 / block.numel), left * weights]),
+            np.hypot(np.concatenate([known_residuals, residuals]), max(noise, t.asymmetry)),
+            np.arange(len(known) + len(nodes)) < len(known),
+        )
+        rows.append(tuple(array[np.argsort(row[0], kind="stable")] for array in row))
+    width = num_steps + len(known)
+
+    def padded(which: int, mode: str) -> np.ndarray:
+        return np.stack([np.pad(row[which], (0, width - len(row[which])), mode=mode) for row in rows])  # type: ignore[call-overload]
+
     return Spectrum(
         block=block,
-        nodes=np.stack([np.pad(nodes, (0, num_steps - len(nodes)), mode="edge") for nodes, _, _ in rows]),
-        weights=np.stack([np.pad(weights, (0, num_steps - len(weights))) for _, weights, _ in rows]),
-        residuals=np.stack(
-            [
-                np.pad(np.hypot(residuals, max(noise, t.asymmetry)), (0, num_steps - len(residuals)), mode="edge")
-                for (_, _, residuals), t in zip(rows, ended, strict=True)
-            ]
-        ),
+        nodes=padded(0, "edge"),
+        weights=padded(1, "constant"),
+        residuals=padded(2, "edge"),
+        known=padded(3, "constant"),
         steps=np.array([len(t.alphas) for t in ended]),
         breakdown=np.array([t.breakdown for t in ended]),
         orthogonality=np.array([np.nan if t.orthogonality is None else t.orthogonality for t in ended]),
-        steps_error=np.array([steps_error(t) for t in ended]),
+        steps_error=left * np.array([steps_error(t) for t in ended]),
         exact=False,
         dtype=str(dtype).removeprefix("torch."),
         **settings,  # type: ignore[arg-type]
@@ -66,6 +86,7 @@ def exact_spectrum(
         nodes=rows(np.sort(eigenvalues), "edge"),
         weights=rows(np.full(size, 1 / size), "constant"),
         residuals=rows(np.full(size, rounding_noise), "edge"),
+        known=rows(np.full(size, True), "constant"),
         steps=np.full(num_probes, size),
         breakdown=np.full(num_probes, True),
         orthogonality=np.zeros(num_probes),

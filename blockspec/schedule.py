@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .accuracy import Accuracy, probes_needed, stands_still
+from .accuracy import NOTHING, Accuracy, probes_needed, stands_still
 from .blocks import Block
 from .curvature import Products
+from .deflation import Deflation, deflation, pays
 from .dense import Columns
 from .lanczos import Lanczos, Tridiagonal
 from .probes import draw_probe
@@ -49,10 +51,11 @@ class Task:
     device: torch.device
     accuracy: Accuracy
     probing: Probing
-    wanted: int = 0  # probes, as far as is known
+    wanted: int = 0  # probes, as far as is known, the one that was given up for a deflation among them
     started: int = 0
     tridiagonals: dict[int, Tridiagonal] = field(default_factory=dict)
     columns: Columns | None = None
+    deflation: Deflation | None = None
 
     def __post_init__(self) -> None:
         self.wanted = self.accuracy.num_probes or 1
@@ -66,10 +69,17 @@ class Task:
         if not self.accuracy.adaptive:
             assert self.accuracy.num_steps is not None
             return self.accuracy.num_steps
-        if not self.tridiagonals:
+        lengths = [len(t.alphas) for t in self.tridiagonals.values()]
+        if self.deflation is not None:
+            lengths.append(self.deflation.steps)
+        if not lengths:
             return max(ALWAYS_EXACT, self.accuracy.num_steps or 0)
-        steps = max(len(t.alphas) for t in self.tridiagonals.values())
-        return steps * (self.wanted - self.started)
+        return max(lengths) * (self.wanted - self.started)
+
+    @property
+    def known(self) -> np.ndarray:
+        """(c,) eigenvalues in whose complement the probes are."""
+        return NOTHING if self.deflation is None else self.deflation.values
 
     def pending(self) -> Iterator[Job]:
         """Starts the jobs that are known to be needed and not started, one at each step of the iteration."""
@@ -89,7 +99,15 @@ class Task:
         """The job of one probe, at its beginning."""
         p = self.probing
         steps = self.accuracy.num_steps or self.accuracy.max_steps
-        process = Lanczos(self.probe(probe), steps, reorthogonalize=p.reorthogonalize, storage=p.storage, ranks=p.ranks)
+        deflated = None if self.deflation is None else self.deflation.vectors
+        process = Lanczos(
+            self.probe(probe),
+            steps,
+            reorthogonalize=p.reorthogonalize,
+            deflated=deflated,
+            storage=p.storage,
+            ranks=p.ranks,
+        )
         return Job(self.block, probe, process)
 
     def probe(self, probe: int) -> Tensor:
@@ -103,16 +121,30 @@ class Task:
         process = job.process
         if process.done or isinstance(process, Columns) or self.accuracy.num_steps is not None:
             return process.done
-        return stands_still(process.tridiagonal(), self.block.numel, self.accuracy)
+        found = process.tridiagonal()
+        if not stands_still(found, self.block.numel, self.accuracy, self.known):
+            return False
+        return job.probe > 0 or not self._may_deflate or not pays(found, self.block.numel, self.accuracy)
 
     def collect(self, job: Job) -> None:
         """Takes the result of a job that is done, and decides whether more probes are needed."""
         if isinstance(job.process, Columns):
             return
+        done = {**self.tridiagonals, job.probe: job.process.tridiagonal()}
+        given_up = 0 if self.deflation is None else 1
+        if self.accuracy.num_probes is None and len(done) == self.started - given_up:
+            if job.probe == 0 and self._may_deflate and (found := deflation(job.process, self.block.numel, self.accuracy)):
+                self.deflation, beyond = found
+                self.wanted = 1 + min(beyond, self.accuracy.max_probes)
+                return
+            needed = probes_needed(list(done.values()), self.block.numel, self.accuracy, self.known)
+            self.wanted = max(self.wanted, given_up + min(needed, self.accuracy.max_probes))
         self.tridiagonals[job.probe] = job.process.finish()
-        if self.accuracy.num_probes is None and len(self.tridiagonals) == self.started:
-            needed = probes_needed(self.results(), self.block.numel, self.accuracy)
-            self.wanted = max(self.wanted, min(needed, self.accuracy.max_probes))
+
+    @property
+    def _may_deflate(self) -> bool:
+        """Whether the number of probes is free, and Ritz vectors can be made from what a process keeps."""
+        return self.accuracy.num_probes is None and self.probing.reorthogonalize and self.probing.storage is None
 
     def results(self) -> list[Tridiagonal]:
         """The tridiagonal matrices in the order of the probes."""
@@ -126,7 +158,8 @@ class Task:
         if not self.probing.reorthogonalize:
             return 3 * size
         kept = self.block.numel * (self.probing.storage[0] if self.probing.storage else self.dtype).itemsize
-        return 2 * size + (self.accuracy.num_steps or TYPICAL_STEPS) * kept // self.probing.ranks.rows
+        vectors = (self.accuracy.num_steps or TYPICAL_STEPS) + len(self.known)
+        return 2 * size + vectors * kept // self.probing.ranks.rows
 
 
 @dataclass(eq=False)

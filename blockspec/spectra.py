@@ -50,6 +50,8 @@ class Spectrum:
     weights: (K, M) quadrature weights; each row sums to 1. Places that an ended probe did not use have weight 0 and
         repeat its last node.
     residuals: (K, M) an eigenvalue lies within residual of the node.
+    known: (K, M) True where a node is an eigenvalue that has its exact weight 1/P, the same in all rows, because its vector is
+        known; only the rest is noisy. None: nowhere.
     steps: (K,) Lanczos steps done.
     breakdown: (K,) True where the probe ended in an invariant subspace: its nodes are eigenvalues.
     orthogonality: (K,) max |Q'Q - I| of the Krylov basis; nan where it was not kept.
@@ -77,6 +79,7 @@ class Spectrum:
     distribution: str
     seed: int
     precision_error: float = 0.0
+    known: np.ndarray | None = None
 
     @property
     def num_probes(self) -> int:
@@ -117,8 +120,16 @@ class Spectrum:
         precision = CONFIDENCE * self.precision_error
         if self.exact:
             return precision
-        probes = probe_error(self.nodes, self.weights, self.block.numel) / math.sqrt(self.num_probes)
+        noisy = ~self._known
+        share = float(self.weights[noisy].sum()) / self.num_probes
+        probes = (
+            share * probe_error(self.nodes[noisy], self.weights[noisy], share * self.block.numel) / math.sqrt(self.num_probes)
+        )
         return float(self.steps_error.mean()) + CONFIDENCE * probes + precision
+
+    @property
+    def _known(self) -> np.ndarray:
+        return np.zeros(self.nodes.shape, dtype=bool) if self.known is None else self.known
 
     def _ritz(self, place: np.intp) -> RitzValue:
         return RitzValue(float(self.nodes.flat[place]), float(self.residuals.flat[place]))
@@ -241,7 +252,7 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
     counts = {part.num_probes for part in parts if not part.exact}
     probes = counts.pop() if len(counts) == 1 else 1
     rows = [_rows(part, probes) for part in parts]
-    nodes, residuals = (np.concatenate([row[i] for row in rows], axis=1) for i in (0, 2))
+    nodes, residuals, known = (np.concatenate([row[i] for row in rows], axis=1) for i in (0, 2, 3))
     weights = np.concatenate([r[1] * p.block.numel / total for r, p in zip(rows, parts, strict=True)], axis=1)
     order = np.argsort(nodes, axis=1)
     return replace(
@@ -250,6 +261,7 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
         nodes=np.take_along_axis(nodes, order, 1),
         weights=np.take_along_axis(weights, order, 1),
         residuals=np.take_along_axis(residuals, order, 1),
+        known=np.take_along_axis(known, order, 1),
         steps=np.full(len(nodes), sum(int(part.steps.max()) for part in parts)),
         breakdown=np.full(len(nodes), all(part.breakdown.all() for part in parts)),
         orthogonality=np.full(len(nodes), max(part.orthogonality.max() for part in parts)),
@@ -260,17 +272,17 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
     )
 
 
-def _rows(part: Spectrum, probes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes, weights, residuals of ``probes`` rows: an exact row repeated, the probes themselves, or all of them in one."""
-    arrays = (part.nodes, part.weights, part.residuals)
+def _rows(part: Spectrum, probes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes, weights, residuals, known of ``probes`` rows: an exact row repeated, the probes themselves, or all in one."""
+    arrays = (part.nodes, part.weights, part.residuals, part._known)
     if part.exact:
-        nodes, weights, residuals = (np.tile(array[:1], (probes, 1)) for array in arrays)
+        nodes, weights, residuals, known = (np.tile(array[:1], (probes, 1)) for array in arrays)
     elif part.num_probes == probes:
-        nodes, weights, residuals = arrays
+        nodes, weights, residuals, known = arrays
     else:
-        nodes, weights, residuals = (array.reshape(1, -1) for array in arrays)
+        nodes, weights, residuals, known = (array.reshape(1, -1) for array in arrays)
         weights = weights / part.num_probes
-    return nodes, weights, residuals
+    return nodes, weights, residuals, known
 
 
 def load_spectra(path: str | os.PathLike[str], *, step: int | None = None) -> Spectra:
@@ -295,8 +307,8 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} is not a parquet file of spectra ({error}); run again to write it anew") from error
-    if "precision_error" not in table:  # written before there were other precisions
-        table = table.assign(precision_error=0.0)
+    missing_since = {"precision_error": 0.0, "known": False}  # what files of earlier versions lack
+    table = table.assign(**{name: value for name, value in missing_since.items() if name not in table})
     if missing := set(COLUMNS) - set(table.columns):
         raise ValueError(f"{path} is not a table of spectra: it lacks the columns {sorted(missing)}")
     return table
@@ -309,7 +321,7 @@ def spectra_of(table: pd.DataFrame) -> Spectra:
 
 PER_BLOCK = ("reorthogonalized", "exact", "curvature", "dtype", "distribution", "seed", "precision_error")
 PER_PROBE = ("steps", "breakdown", "orthogonality", "steps_error")
-PER_NODE = {"node": "nodes", "weight": "weights", "residual": "residuals"}
+PER_NODE = {"node": "nodes", "weight": "weights", "residual": "residuals", "known": "known"}
 COLUMNS = ("step", "block", "kind", "layer", "numel", "probe", "index", *PER_NODE, *PER_PROBE, *PER_BLOCK)
 
 
@@ -319,7 +331,8 @@ def _frame(spectrum: Spectrum, step: int) -> pd.DataFrame:
     columns: dict[str, object] = {"step": step, "block": block.name, "kind": block.kind, "layer": block.layer}
     columns |= {"numel": block.numel, "probe": np.repeat(np.arange(probes), places)}
     columns |= {"index": np.tile(np.arange(places), probes)}
-    columns |= {column: getattr(spectrum, name).ravel() for column, name in PER_NODE.items()}
+    columns |= {column: getattr(spectrum, name).ravel() for column, name in PER_NODE.items() if column != "known"}
+    columns |= {"known": spectrum._known.ravel()}
     columns |= {name: np.repeat(getattr(spectrum, name), places) for name in PER_PROBE}
     columns |= {name: getattr(spectrum, name) for name in PER_BLOCK}
     return pd.DataFrame(columns).astype({"layer": "Int64"})[list(COLUMNS)]

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .deflation import Deflation
 from .lanczos import Tridiagonal
 from .objective import Objective, fingerprint
 from .ranks import Ranks
@@ -114,7 +115,11 @@ def _content(schedule: Schedule) -> tuple[dict[str, Tensor], dict[str, Any]]:
         finished = task.columns is not None and task.columns.done
         if finished and task.columns is not None:
             tensors[f"columns/{task.block.name}"] = task.columns.state()[0]["columns"].contiguous()
-        tasks[task.block.name] = {"wanted": task.wanted, "started": task.started, "results": results, "exact": finished}
+        entry = {"wanted": task.wanted, "started": task.started, "results": results, "exact": finished}
+        if task.deflation is not None:
+            tensors[f"deflation/{task.block.name}"] = task.deflation.vectors.cpu()
+            entry["deflation"] = {name: _listed(value) for name, value in vars(task.deflation).items() if name != "vectors"}
+        tasks[task.block.name] = entry
     return tensors, {"jobs": jobs, "tasks": tasks, "products": schedule.products}
 
 
@@ -124,6 +129,9 @@ def _restore(schedule: Schedule, tensors: dict[str, Tensor], record: dict[str, A
         task = by_name[name]
         task.wanted, task.started = entry["wanted"], entry["started"]
         task.tridiagonals = {int(probe): _tridiagonal(plain) for probe, plain in entry["results"].items()}
+        if found := entry.get("deflation"):
+            arrays = {key: np.array(found[key]) for key in ("values", "residuals")}
+            task.deflation = Deflation(**arrays, vectors=tensors[f"deflation/{name}"].to(task.device), steps=found["steps"])
         if entry["exact"]:
             task.begin_columns().process.restore({"columns": tensors[f"columns/{name}"]}, {})
     for index, entry in enumerate(record["jobs"]):
@@ -137,7 +145,11 @@ def _restore(schedule: Schedule, tensors: dict[str, Tensor], record: dict[str, A
 
 
 def _plain(tridiagonal: Tridiagonal) -> dict[str, Any]:
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in asdict(tridiagonal).items()}
+    return {name: _listed(value) for name, value in asdict(tridiagonal).items()}
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _tridiagonal(plain: dict[str, Any]) -> Tridiagonal:

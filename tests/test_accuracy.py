@@ -5,9 +5,13 @@ import pytest
 import torch
 from scipy.stats import wasserstein_distance
 
-from blockspec.accuracy import CONFIDENCE, Accuracy, probe_error, probes_needed, stands_still, steps_error, wasserstein
-from blockspec.lanczos import Lanczos, tridiagonalize
+from blockspec.accuracy import CONFIDENCE, Accuracy, probe_error, steps_error, wasserstein
+from blockspec.blocks import Block
+from blockspec.lanczos import tridiagonalize
 from blockspec.quadrature import quadrature
+from blockspec.ranks import Ranks
+from blockspec.results import exact_spectrum, lanczos_spectrum
+from blockspec.schedule import Probing, Task
 
 
 def block_like(size, *, seed, kind):
@@ -20,6 +24,9 @@ def block_like(size, *, seed, kind):
     elif kind == "initial":
         values = values * 0.1
         values[0] = 1.0
+    elif kind == "repeated":
+        values = values.abs() * 10 ** (-4 * torch.rand(size, generator=generator, dtype=torch.float64)) * 0.05
+        values[:24] = torch.linspace(0.3, 1, 8, dtype=torch.float64).repeat(3)
     elif kind == "low rank":
         values[size // 10 :] = 0
     q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
@@ -30,31 +37,90 @@ def rademacher(probes, size, *, seed):
     return torch.empty(probes, size, dtype=torch.float64).bernoulli_(0.5, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def estimate(matrix, accuracy, *, seed):
-    """What the schedule does for one block, without a model."""
-    size = len(matrix)
-    results, wanted = [], 1
-    while len(results) < wanted:
-        process = Lanczos(rademacher(1, size, seed=1000 * seed + len(results))[0], accuracy.max_steps)
-        while not process.done and not (process.alphas and stands_still(process.tridiagonal(), size, accuracy)):
-            process.advance(matrix @ process.vector)
-        results.append(process.finish())
-        wanted = min(max(wanted, probes_needed(results, size, accuracy)), accuracy.max_probes)
-    rows = [quadrature(t) for t in results]
-    return np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows]) / len(rows), results
+def estimate(matrix, accuracy, *, seed, **probing):
+    """What the schedule does for one block, without a model; the spectrum, and the number of products."""
+    task = Task(
+        Block("a", "other", None, len(matrix)),
+        matrix.dtype,
+        matrix.device,
+        accuracy,
+        Probing(seed, "rademacher", **{"reorthogonalize": True} | probing),
+    )
+    products = 0
+    while jobs := list(task.pending()):
+        for job in jobs:
+            done = False
+            while not done:
+                Ranks().together([job.process.step(matrix @ job.process.vector)])
+                products, done = products + 1, task.is_done(job)
+            task.collect(job)
+    settings = {"curvature": "hessian", "reorthogonalized": True, "distribution": "rademacher", "seed": seed}
+    if task.exact:
+        return exact_spectrum(
+            task.block, task.columns.eigenvalues(), shape=(1, len(matrix)), dtype=matrix.dtype, **settings
+        ), products
+    results = task.results()
+    steps = max(len(t.alphas) for t in results)
+    found = lanczos_spectrum(task.block, results, num_steps=steps, dtype=matrix.dtype, deflation=task.deflation, **settings)
+    return found, products
 
 
-@pytest.mark.parametrize("kind", ["trained", "initial", "low rank"])
-def test_the_promised_accuracy_holds_in_95_of_100_seeds(kind):
-    accuracy = Accuracy(None, None, 4e-2)
-    matrix, values = block_like(256, seed=7, kind=kind)
+def distance(spectrum, values):
+    return wasserstein_distance(spectrum.nodes.ravel(), values, spectrum.weights.ravel())
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "tolerance", "deflated"),
+    [
+        ("trained", 256, 4e-2, False),
+        ("trained", 512, 2e-3, True),
+        ("repeated", 512, 1e-2, True),
+        ("initial", 256, 4e-2, False),
+        ("low rank", 256, 4e-2, False),
+        ("low rank", 512, 1e-2, True),
+    ],
+)
+def test_the_promised_accuracy_holds_in_95_of_100_seeds(kind, size, tolerance, deflated):
+    accuracy = Accuracy(None, None, tolerance)
+    matrix, values = block_like(size, seed=7, kind=kind)
     norm = np.abs(values).max()
-    errors = []
+    errors, promised, known = [], [], []
     for seed in range(100):
-        nodes, weights, _ = estimate(matrix, accuracy, seed=seed)
-        errors.append(wasserstein_distance(nodes, values, weights) / norm)
-    assert (np.array(errors) <= accuracy.tolerance).mean() >= 0.95
-    assert np.max(errors) > accuracy.tolerance / 50  # it does not overdo it
+        spectrum, _ = estimate(matrix, accuracy, seed=seed)
+        errors.append(distance(spectrum, values) / norm)
+        promised.append(spectrum.error / norm)
+        known.append(0 if spectrum.known is None else int(spectrum.known[0].sum()))
+        np.testing.assert_allclose(spectrum.weights.sum(1), 1, rtol=1e-12)
+    assert (np.array(errors) <= tolerance).mean() >= 0.95
+    assert (np.array(errors) <= np.array(promised) + 1e-12).mean() >= 0.95
+    assert np.max(errors) > tolerance / 50  # it does not overdo it
+    assert (np.median(known) > 0) == deflated
+
+
+def test_deflation_saves_products():
+    matrix, _ = block_like(512, seed=7, kind="low rank")
+    accuracy = Accuracy(None, None, 1e-2)
+    _, products = estimate(matrix, accuracy, seed=1)
+    without, more = estimate(matrix, accuracy, seed=1, storage=(torch.float64, torch.device("cpu")))
+    assert not without.exact
+    assert products < more / 3
+
+
+def test_deflated_eigenvalues_count_exactly_and_leave_their_copies_to_the_probes():
+    matrix, values = block_like(512, seed=7, kind="repeated")
+    spectrum, _ = estimate(matrix, Accuracy(None, None, 6e-3), seed=1)
+    count = spectrum.known[0].sum()
+    assert spectrum.num_probes > 4
+    assert count >= 8
+    np.testing.assert_array_equal(spectrum.weights[spectrum.known], 1 / 512)
+    known = spectrum.nodes[spectrum.known].reshape(-1, count)
+    assert (known == known[0]).all()
+    assert np.abs(known[0][:, None] - values).min(1).max() <= 1e-4 * np.abs(values).max()
+    copies = int((np.abs(known[0] - 1) < 1e-5).sum())
+    assert copies in (1, 2)  # of three
+    ones = (spectrum.weights * (np.abs(spectrum.nodes - 1) < 1e-5)).sum(1) * 512
+    assert ones.min() > copies  # the rest is in every probe
+    assert ones.mean() == pytest.approx(3, abs=1.5)
 
 
 @pytest.mark.parametrize("kind", ["trained", "initial", "low rank"])

@@ -19,6 +19,7 @@ from blockspec.ranks import Ranks
 SETTINGS = {
     "fixed": {"num_probes": 2, "num_steps": 6},
     "auto": {"num_probes": "auto", "num_steps": 6, "tolerance": 0.2},
+    "deflated": {"num_probes": "auto", "num_steps": "auto", "tolerance": 0.05},
     "no basis": {"num_probes": 2, "num_steps": 5, "reorthogonalize": False},
     "fisher": {"num_probes": 1, "num_steps": 4, "curvature": "fisher"},
 }

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from models import tiny_gpt2
@@ -52,8 +54,9 @@ def interrupted(state, *, after, **settings):
         if calls == after:
             raise Stop
 
+    settings = {"num_probes": 2, "num_steps": 8} | settings
     with pytest.raises(Stop):
-        blockspec.estimate_spectra(*make(), 2, 8, state=state, state_every=0.0, progress=progress, **settings)
+        blockspec.estimate_spectra(*make(), state=state, state_every=0.0, progress=progress, **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"reorthogonalize": False}, {"basis_dtype": "bfloat16"}, {"curvature": "ggn"}])
@@ -66,6 +69,41 @@ def test_a_stopped_estimate_goes_on_bit_by_bit_and_repeats_no_sweep(tmp_path, se
         np.testing.assert_array_equal(resumed[name].nodes, spectrum.nodes)
         np.testing.assert_array_equal(resumed[name].weights, spectrum.weights)
     assert list(Path(tmp_path).iterdir()) == []
+
+
+DEFLATED = {"num_probes": "auto", "num_steps": "auto", "tolerance": 0.02}
+
+
+@pytest.fixture(scope="module")
+def unbroken():
+    return blockspec.estimate_spectra(*make(), **DEFLATED)
+
+
+def test_what_was_deflated_is_kept_in_files_and_mixtures(tmp_path, unbroken):
+    unbroken.save(tmp_path / "spectra.parquet")
+    loaded = blockspec.load_spectra(tmp_path / "spectra.parquet")
+    for name, spectrum in unbroken.items():
+        np.testing.assert_array_equal(loaded[name].known, spectrum.known)
+        assert loaded[name].error == spectrum.error
+    mixture = blockspec.block_diagonal(unbroken)
+    assert mixture.known.sum() > 0
+    noisy = replace(mixture, known=None)
+    assert 0 < mixture.error < noisy.error
+    older = pd.read_parquet(tmp_path / "spectra.parquet").drop(columns="known")
+    older.to_parquet(tmp_path / "older.parquet")
+    assert not any(s.known.any() for s in blockspec.load_spectra(tmp_path / "older.parquet").values())
+
+
+@pytest.mark.parametrize("after", [40, 120])
+def test_a_deflated_estimate_goes_on_bit_by_bit(tmp_path, unbroken, after):
+    """Stopped in the probe that finds the eigenvalues, and in those beyond it."""
+    assert any(s.known.any() and not s.exact for s in unbroken.values())
+    interrupted(tmp_path, after=after, **DEFLATED)
+    resumed = blockspec.estimate_spectra(*make(), state=tmp_path, **DEFLATED)
+    assert resumed.cost.gradients == unbroken.cost.gradients - 2 * after
+    for name, spectrum in unbroken.items():
+        for kept in ("nodes", "weights", "known"):
+            np.testing.assert_array_equal(getattr(resumed[name], kept), getattr(spectrum, kept))
 
 
 @pytest.mark.parametrize(
