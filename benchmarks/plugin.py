@@ -30,7 +30,14 @@ PARTS = {  # what is timed, and where its callers find it
 
 
 def main(
-    *, layers: int = 2, width: int = 128, window: int = 64, batch: int = 8, probes: int = 4, steps: int = 20, measured: int = 2
+    *,
+    layers: int = 2,
+    width: int = 128,
+    window: int = 64,
+    batches: tuple[int, ...] = (8, 32),
+    probes: int = 4,
+    steps: int = 20,
+    measured: int = 2,
 ) -> None:
     """Measures and prints the shares.
 
@@ -38,15 +45,28 @@ def main(
         layers: Of the model.
         width: Of the model; a head has 32.
         window: Tokens in a window.
-        batch: Windows in the one held-out batch.
+        batches: Windows in the one held-out batch; each number is measured.
         probes: A block.
         steps: Lanczos steps.
         measured: Measurements; the first one, which begins the folder, counts as well.
     """
-    torch.manual_seed(0)
     sizes = {"n_layer": layers, "n_embd": width, "n_head": width // 32, "n_positions": window, "vocab_size": 512}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-    data = {"input_ids": torch.randint(512, (batch, window))}
+    tables = {}
+    for batch in batches:
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+        data = {"input_ids": torch.randint(512, (batch, window))}
+        seconds, blocks = shares(model, data, probes=probes, steps=steps, measured=measured)
+        table = pd.DataFrame({"seconds": seconds, "share": {name: value / seconds["all"] for name, value in seconds.items()}})
+        title = f"{batch * window} tokens: {measured} measurements of {blocks} blocks, {probes} probes of {steps} steps"
+        tables[title] = table.rename_axis("part")
+    write("plugin", tables, notes="CPU time.")
+
+
+def shares(
+    model: torch.nn.Module, data: dict[str, torch.Tensor], *, probes: int, steps: int, measured: int
+) -> tuple[dict[str, float], int]:
+    """Seconds of each part, and the number of blocks."""
     objective, blocks = Objective(model, [data], losses.next_token), partition(model, include="*weight*")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     seconds: dict[str, float] = {}
@@ -59,9 +79,7 @@ def main(
             optimizer.step()
             optimizer.zero_grad()
     seconds["everything else"] = 2 * seconds["all"] - sum(seconds.values())
-    table = pd.DataFrame({"seconds": seconds, "share": {name: value / seconds["all"] for name, value in seconds.items()}})
-    title = f"{measured} measurements of {len(blocks)} blocks, {probes} probes of {steps} steps"
-    write("plugin", {title: table.rename_axis("part")}, notes="CPU time.")
+    return seconds, len(blocks)
 
 
 @contextmanager
