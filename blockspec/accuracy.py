@@ -7,6 +7,7 @@ that measure differs from the block's (more probes help).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from .quadrature import quadrature
 
 CONFIDENCE = 1.5  # times the expected probe error is exceeded in fewer than 5 % of trials: see tests/test_accuracy.py
 NOTHING = np.empty(0)
+CERTAIN = 1e-3  # residual of an eigenvalue, relative to the norm
 NORM_KNOWN = 1e-2  # residual of the extreme Ritz value, relative: the tolerance is relative to the norm
 
 
@@ -79,41 +81,54 @@ def wasserstein(p: tuple[np.ndarray, np.ndarray], q: tuple[np.ndarray, np.ndarra
     return float(np.abs(difference) @ np.diff(nodes[order]))
 
 
+def likely_weights(nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, numel: float) -> np.ndarray:
+    """Weights to foresee noise with: an eigenvalue that is certain has 1 / P at least, however little of it a probe has seen."""
+    certain = (residuals <= CERTAIN * np.abs(nodes).max(initial=0)) & (weights > 0)
+    return np.where(certain, np.maximum(weights, 1 / numel), weights)
+
+
 def stands_still(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy, known: np.ndarray = NOTHING) -> bool:
     """Whether one probe has taken enough steps: the spectral norm is known, and their error fits into what the probe's own error
     leaves of the tolerance, or into half of it.
 
     known: (c,) eigenvalues in whose complement the probe is.
     """
-    nodes, weights, residuals = quadrature(tridiagonal)
+    nodes, _, residuals = quadrature(tridiagonal)
     extreme = int(np.argmax(np.abs(nodes)))
     if len(known) == 0 and residuals[extreme] > NORM_KNOWN * abs(nodes[extreme]):
         return False
-    steps, noise, allowed = _errors(nodes, weights, steps_error(tridiagonal), numel, accuracy, known)
+    steps, noise, allowed = _errors([tridiagonal], numel, accuracy, known)
     return steps <= max(allowed - noise, allowed / 2)
 
 
-def probes_needed(tridiagonals: list[Tridiagonal], numel: int, accuracy: Accuracy, known: np.ndarray = NOTHING) -> int:
+def probes_needed(tridiagonals: Sequence[Tridiagonal], numel: int, accuracy: Accuracy, known: np.ndarray = NOTHING) -> int:
     """Number of probes that the tolerance needs, going by those that are done; ``known`` as in :func:`stands_still`."""
-    rows = [quadrature(t)[:2] for t in tridiagonals]
-    nodes = np.concatenate([nodes for nodes, _ in rows])
-    weights = np.concatenate([weights for _, weights in rows])
-    return _probes(*_errors(nodes, weights, float(np.mean([steps_error(t) for t in tridiagonals])), numel, accuracy, known))
+    return _probes(*_errors(tridiagonals, numel, accuracy, known))
 
 
 def probes_needed_beyond(tridiagonal: Tridiagonal, found: np.ndarray, numel: int, accuracy: Accuracy) -> int:
     """The number in the complement of those Ritz vectors, (m,) true or false, of a probe."""
-    nodes, weights, _ = quadrature(tridiagonal)
-    return _probes(*_errors(nodes[~found], weights[~found], steps_error(tridiagonal), numel, accuracy, nodes[found]))
+    return _probes(*_errors([tridiagonal], numel, accuracy, quadrature(tridiagonal)[0][found], left_out=found))
 
 
 def _errors(
-    nodes: np.ndarray, weights: np.ndarray, steps: float, numel: int, accuracy: Accuracy, known: np.ndarray
+    tridiagonals: Sequence[Tridiagonal],
+    numel: int,
+    accuracy: Accuracy,
+    known: np.ndarray,
+    *,
+    left_out: np.ndarray | None = None,
 ) -> tuple[float, float, float]:
     """Of the whole spectrum: the error of the steps, the likely noise of one probe, and what is allowed for both."""
+    rows = [quadrature(t) for t in tridiagonals]
+    nodes, weights, residuals = (np.concatenate([row[i] for row in rows]) for i in range(3))
     left = numel - len(known)
-    noise = CONFIDENCE * probe_error(nodes, weights, left)
+    weights = likely_weights(nodes, weights, residuals, left)
     allowed = accuracy.tolerance * float(np.abs([*nodes, *known]).max())
+    if left_out is not None:
+        nodes, weights = nodes[~left_out], weights[~left_out]
+    noise = CONFIDENCE * probe_error(nodes, weights, left)
+    steps = float(np.mean([steps_error(t) for t in tridiagonals]))
     return left / numel * steps, left / numel * noise, allowed
 
 

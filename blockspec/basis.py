@@ -14,18 +14,29 @@ LARGE = 2**20  # entries
 class Basis:
     """Vectors q_1 ... q_m (P,) that are only ever appended to and projected out.
 
+    fixed: (c, P) orthonormal vectors that are projected out too and come first in coefficients; not copied, where their type and
+        place allow it.
     dtype, device: of the storage; None takes those of the vectors. bfloat16 halves the memory of float32 at the price of an
         orthogonality of about 2^-9 / sqrt(P) between vectors (see LOG.md); arithmetic is in the vectors' own dtype.
     ranks: processes that share the vectors, each keeping a part of every one.
     """
 
-    def __init__(self, numel: int, *, dtype: torch.dtype, device: torch.device | str, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        numel: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        fixed: Tensor | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self._ranks = ranks or Ranks()
         self._whole = numel
         self._part = self._ranks.share(numel)
         self.numel = self._part.stop - self._part.start
         """Entries of each vector that are kept here."""
         self._dtype, self._device = dtype, torch.device(device)
+        self._fixed = [] if fixed is None else [fixed[:, self._part].to(self._device, dtype)]
         self._chunks: list[Tensor] = []  # (rows, P), all full but the last
         self._length = 0
 
@@ -40,7 +51,8 @@ class Basis:
         """Subtracts from ``vector`` (P,), in place, its part in the span, twice (the second time removes what rounding left);
         returns its coefficients (m,) in float64. A generator, see :meth:`blockspec.ranks.Ranks.together`."""
         part = vector[self._part]
-        coefficients = torch.zeros(len(self), dtype=torch.float64, device=vector.device)
+        count = sum(len(rows) for rows in self._rows())
+        coefficients = torch.zeros(count, dtype=torch.float64, device=vector.device)
         for _ in range(2):
             found = yield torch.cat([rows.to(part) @ part for rows in self._rows()])
             start = 0
@@ -55,7 +67,7 @@ class Basis:
         return coefficients
 
     def orthogonality(self) -> float:
-        """max |Q'Q - I|, of the vectors as they are stored."""
+        """max |Q'Q - I|, of the vectors as they are stored, the fixed ones among them."""
         wide = torch.promote_types(self._dtype, torch.float32)
         chunks = self._rows()
         pairs = [(i, j) for i in range(len(chunks)) for j in range(i + 1)]
@@ -66,14 +78,17 @@ class Basis:
         return max(float(gram.abs().max()) for gram in grams)
 
     def combined(self, coefficients: Tensor) -> Tensor:
-        """(c, m) coefficients of all vectors -> (c, P) their combinations, whole on every process."""
+        """(c, m) coefficients of all that were appended -> (c, P) their combinations, whole on every process."""
         found = torch.zeros(len(coefficients), self._whole, dtype=self._dtype, device=self._device)
-        found[:, self._part] = coefficients.to(found) @ self.matrix()
+        start = 0
+        for rows in self._appended():
+            found[:, self._part].addmm_(coefficients[:, start : start + len(rows)].to(found), rows)
+            start += len(rows)
         return self._ranks.sums([found])[0]
 
     def matrix(self) -> Tensor:
-        """(m, P) what is kept here of all of them, a copy."""
-        return torch.cat([torch.empty(0, self.numel, dtype=self._dtype, device=self._device), *self._rows()])
+        """(m, P) what is kept here of all that were appended, a copy."""
+        return torch.cat([torch.empty(0, self.numel, dtype=self._dtype, device=self._device), *self._appended()])
 
     def restore(self, matrix: Tensor) -> None:
         """Appends what :meth:`matrix` gave."""
@@ -92,6 +107,9 @@ class Basis:
         return ROWS if self.numel < LARGE else 1
 
     def _rows(self) -> list[Tensor]:
+        return [*self._fixed, *self._appended()]
+
+    def _appended(self) -> list[Tensor]:
         left = self._length
         rows = []
         for chunk in self._chunks:

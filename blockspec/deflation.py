@@ -17,27 +17,29 @@ from .accuracy import Accuracy, probes_needed, probes_needed_beyond
 from .lanczos import Lanczos, Tridiagonal
 from .quadrature import quadrature, ritz_pairs
 
-CONVERGED = 3e-3  # residual, relative to the norm: each vector moves the spectrum by less than that over P
+CONVERGED = 1e-5  # residual, relative to the norm: together they move the spectrum by less than twice that over P
 SIMPLE = 8.0  # a single eigenvalue's share of a probe exceeds this many times 1 / P once in 200; more are several in one
 MOST_VECTORS = 128
-LARGEST = 2**17  # parameters: larger blocks need few probes
+LARGEST = 2**16  # parameters: larger blocks need few probes
 FEWEST_PROBES = 4  # that the first one is given up for
 STEPS_BEYOND = 20  # that a probe typically takes in the complement
 ASKED_EVERY = 8  # steps: the answer takes time itself
 LONGEST = 4  # times as many parameters as the first probe takes steps, at least
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Deflation:
     """c eigenpairs of a block.
 
     values, residuals: (c,) unit of an eigenvalue.
-    vectors: (c, P) orthonormal.
+    leak: what leads from the complement to the vectors, at most: the norm of all residuals.
+    vectors: (c, P) orthonormal; (0, P) when no process will need them.
     steps: of the process that found them.
     """
 
     values: np.ndarray
     residuals: np.ndarray
+    leak: float
     vectors: Tensor
     steps: int
 
@@ -71,7 +73,19 @@ def deflation(process: Lanczos, numel: int, accuracy: Accuracy) -> tuple[Deflati
         return None
     nodes, vectors, residuals = ritz_pairs(tridiagonal)
     pairs = process.combined(np.ascontiguousarray(vectors[:, found].T))
-    return Deflation(nodes[found], residuals[found], torch.linalg.qr(pairs.T).Q.T.contiguous(), len(nodes)), beyond
+    found_deflation = Deflation(
+        values=nodes[found],
+        residuals=np.hypot(residuals[found], tridiagonal.asymmetry),
+        leak=float(np.linalg.norm(residuals[found])),
+        vectors=torch.linalg.qr(pairs.T).Q.T.contiguous(),
+        steps=len(nodes),
+    )
+    return found_deflation, beyond
+
+
+def longest_first_probe(numel: int, accuracy: Accuracy) -> int:
+    """Steps that the first probe of a block takes at most, to foresee its memory."""
+    return min(accuracy.max_steps, numel // LONGEST)
 
 
 def _found(tridiagonal: Tridiagonal, numel: int) -> np.ndarray:

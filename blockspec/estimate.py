@@ -59,7 +59,9 @@ def estimate_spectra(
 
     objective: what is differentiated; checked to be deterministic first.
     blocks: from :func:`blockspec.partition`; they may overlap (``model`` beside its parts).
-    num_probes: K start vectors a block, or ``"auto"``: per block, as many as ``tolerance`` needs (large blocks: one).
+    num_probes: K start vectors a block, or ``"auto"``: per block, as many as ``tolerance`` needs (large blocks: one). Where
+        these are many, the first one is given up for the eigenvalues that it finds, see :mod:`blockspec.deflation`; not with a
+        ``basis_dtype``, a ``basis_device`` or without reorthogonalisation.
     num_steps: M Lanczos steps a probe, or ``"auto"``: per block, until its spectrum stands still. A block with at most M
         parameters is done exactly instead: all of its eigenvalues; with ``"auto"``, every block for which that is cheaper.
     tolerance: used where one of them is ``"auto"``: Wasserstein-1 distance between the estimated and the true spectrum,

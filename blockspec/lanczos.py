@@ -85,10 +85,10 @@ class Lanczos:
         """(P,) the vector whose product is wanted next."""
         self._previous: Tensor | None = None
         dtype, device = storage or (start.dtype, start.device)
-        self._basis = Basis(start.numel(), dtype=dtype, device=device, ranks=ranks) if reorthogonalize else None
-        for vector in given:
-            assert self._basis is not None
-            self._basis.append(vector)
+        assert reorthogonalize or deflated is None
+        self._basis = None
+        if reorthogonalize:
+            self._basis = Basis(start.numel(), dtype=dtype, device=device, fixed=deflated, ranks=ranks)
 
     @property
     def done(self) -> bool:
@@ -135,7 +135,6 @@ class Lanczos:
     def combined(self, coefficients: np.ndarray) -> Tensor:
         """(c, m) -> (c, P) combinations of the m Krylov vectors, which :meth:`finish` lets go."""
         assert self._basis is not None
-        assert not self._deflated
         return self._basis.combined(torch.from_numpy(coefficients)).to(self.vector)
 
     def finish(self) -> Tridiagonal:
@@ -151,7 +150,7 @@ class Lanczos:
         if self._previous is not None:
             tensors["previous"] = self._previous
         if self._basis is not None:
-            tensors["basis"] = self._basis.matrix()[self._deflated :]
+            tensors["basis"] = self._basis.matrix()
         return tensors, {"alphas": self.alphas, "betas": self.betas, "asymmetry": self.asymmetry}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ def lanczos_spectrum(
     """The spectrum of one block from the tridiagonal matrices of its K probes, padded to ``num_steps``, in the complement of a
     deflation, whose eigenvalues each row has too."""
     known, known_residuals = (NOTHING, NOTHING) if deflation is None else (deflation.values, deflation.residuals)
+    leak = 0.0 if deflation is None else deflation.leak
     scale = max(*(float((np.abs(t.alphas) + t.betas).max()) for t in tridiagonals), *np.abs(known), 0.0)
     ended = [cut(t, 32 * torch.finfo(dtype).eps * scale) for t in tridiagonals]
     noise = MATRIX_ROUNDING * torch.finfo(dtype).eps * scale
@@ -41,7 +42,7 @@ def lanczos_spectrum(
         row = (
             np.concatenate([known, nodes]),
             np.concatenate([np.full(len(known), 1 / block.numel), left * weights]),
-            np.hypot(np.concatenate([known_residuals, residuals]), max(noise, t.asymmetry)),
+            np.hypot(np.concatenate([known_residuals, np.hypot(residuals, leak)]), max(noise, t.asymmetry)),
             np.arange(len(known) + len(nodes)) < len(known),
         )
         rows.append(tuple(array[np.argsort(row[0], kind="stable")] for array in row))

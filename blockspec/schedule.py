@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .accuracy import NOTHING, Accuracy, probes_needed, stands_still
 from .blocks import Block
 from .curvature import Products
-from .deflation import Deflation, deflation, pays
+from .deflation import LARGEST, Deflation, deflation, longest_first_probe, pays
 from .dense import Columns
 from .lanczos import Lanczos, Tridiagonal
 from .probes import draw_probe
@@ -56,25 +56,11 @@ class Task:
     tridiagonals: dict[int, Tridiagonal] = field(default_factory=dict)
     columns: Columns | None = None
     deflation: Deflation | None = None
+    exact: bool = False  # all eigenvalues are computed: they cost fewer products
 
     def __post_init__(self) -> None:
         self.wanted = self.accuracy.num_probes or 1
-
-    @property
-    def exact(self) -> bool:
-        """Whether all eigenvalues are computed: they cost fewer products."""
-        return self.columns is not None or self.block.numel <= self._exact_limit()
-
-    def _exact_limit(self) -> int:
-        if not self.accuracy.adaptive:
-            assert self.accuracy.num_steps is not None
-            return self.accuracy.num_steps
-        lengths = [len(t.alphas) for t in self.tridiagonals.values()]
-        if self.deflation is not None:
-            lengths.append(self.deflation.steps)
-        if not lengths:
-            return max(ALWAYS_EXACT, self.accuracy.num_steps or 0)
-        return max(lengths) * (self.wanted - self.started)
+        self.exact = self.block.numel <= max(ALWAYS_EXACT if self.accuracy.adaptive else 0, self.accuracy.num_steps or 0)
 
     @property
     def known(self) -> np.ndarray:
@@ -85,7 +71,7 @@ class Task:
         """Starts the jobs that are known to be needed and not started, one at each step of the iteration."""
         if self.exact and self.columns is None:
             yield self.begin_columns()
-        while self.columns is None and self.started < self.wanted:
+        while not self.exact and self.started < self.wanted:
             job = self.lanczos(self.started)
             self.started += 1
             yield job
@@ -130,16 +116,25 @@ class Task:
         """Takes the result of a job that is done, and decides whether more probes are needed."""
         if isinstance(job.process, Columns):
             return
-        done = {**self.tridiagonals, job.probe: job.process.tridiagonal()}
         given_up = 0 if self.deflation is None else 1
-        if self.accuracy.num_probes is None and len(done) == self.started - given_up:
-            if job.probe == 0 and self._may_deflate and (found := deflation(job.process, self.block.numel, self.accuracy)):
-                self.deflation, beyond = found
-                self.wanted = 1 + min(beyond, self.accuracy.max_probes)
-                return
-            needed = probes_needed(list(done.values()), self.block.numel, self.accuracy, self.known)
+        if self.accuracy.num_probes is not None or len(self.tridiagonals) + 1 < self.wanted - given_up:
+            self.tridiagonals[job.probe] = job.process.finish()
+            return
+        if job.probe == 0 and self._may_deflate and (found := deflation(job.process, self.block.numel, self.accuracy)):
+            self.deflation, beyond = found
+            self.wanted = 1 + min(beyond, self.accuracy.max_probes)
+        else:
+            self.tridiagonals[job.probe] = job.process.finish()
+            needed = probes_needed(self.results(), self.block.numel, self.accuracy, self.known)
             self.wanted = max(self.wanted, given_up + min(needed, self.accuracy.max_probes))
-        self.tridiagonals[job.probe] = job.process.finish()
+        self.exact = self.block.numel <= self._longest * (self.wanted - self.started)
+        if self.deflation is not None and (self.exact or self.started == self.wanted):
+            self.deflation = replace(self.deflation, vectors=self.deflation.vectors[:0].clone())
+
+    @property
+    def _longest(self) -> int:
+        """Steps of the longest process."""
+        return max([0 if self.deflation is None else self.deflation.steps, *(len(t.alphas) for t in self.tridiagonals.values())])
 
     @property
     def _may_deflate(self) -> bool:
@@ -158,8 +153,19 @@ class Task:
         if not self.probing.reorthogonalize:
             return 3 * size
         kept = self.block.numel * (self.probing.storage[0] if self.probing.storage else self.dtype).itemsize
-        vectors = (self.accuracy.num_steps or TYPICAL_STEPS) + len(self.known)
-        return 2 * size + vectors * kept // self.probing.ranks.rows
+        steps = self.accuracy.num_steps or TYPICAL_STEPS
+        if self.accuracy.num_steps is None and self._may_deflate and self._is_first and self.block.numel <= LARGEST:
+            steps = max(steps, longest_first_probe(self.block.numel, self.accuracy))
+        return 2 * size + steps * kept // self.probing.ranks.rows
+
+    @property
+    def _is_first(self) -> bool:
+        return not self.tridiagonals and self.deflation is None
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that is held beside that of jobs."""
+        return 0 if self.deflation is None else self.deflation.vectors.nbytes
 
 
 @dataclass(eq=False)
@@ -222,7 +228,7 @@ class Schedule:
         self.active = still
 
     def _admit(self) -> None:
-        used = sum(self._task[job.block.name].job_bytes() for job in self.active)
+        used = sum(self._task[job.block.name].job_bytes() for job in self.active) + sum(task.held_bytes for task in self.tasks)
         for task in self.tasks:
             jobs = task.pending()
             while self.budget is None or not self.active or used + task.job_bytes() <= self.budget:

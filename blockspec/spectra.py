@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .accuracy import CONFIDENCE, probe_error
+from .accuracy import CONFIDENCE, likely_weights, probe_error
 from .blocks import Block
 from .density import RELATIVE_WIDTH, smooth
 
@@ -52,7 +52,7 @@ class Spectrum:
     residuals: (K, M) an eigenvalue lies within residual of the node.
     known: (K, M) True where a node is an eigenvalue that has its exact weight 1/P, the same in all rows, because its vector is
         known; only the rest is noisy. None: nowhere.
-    steps: (K,) Lanczos steps done.
+    steps: (K,) Lanczos steps done; without those of a probe that found what is known, and is no part of this.
     breakdown: (K,) True where the probe ended in an invariant subspace: its nodes are eigenvalues.
     orthogonality: (K,) max |Q'Q - I| of the Krylov basis; nan where it was not kept.
     steps_error: (K,) how far each probe's quadrature is from the probe's spectral measure: Wasserstein-1 distance, in units of
@@ -121,21 +121,21 @@ class Spectrum:
         if self.exact:
             return precision
         noisy = ~self._known
+        likely = likely_weights(self.nodes, self.weights, self.residuals, self.block.numel)
         share = float(self.weights[noisy].sum()) / self.num_probes
-        probes = (
-            share * probe_error(self.nodes[noisy], self.weights[noisy], share * self.block.numel) / math.sqrt(self.num_probes)
-        )
+        probes = share * probe_error(self.nodes[noisy], likely[noisy], share * self.block.numel) / math.sqrt(self.num_probes)
         return float(self.steps_error.mean()) + CONFIDENCE * probes + precision
 
     @property
     def _known(self) -> np.ndarray:
-        return np.zeros(self.nodes.shape, dtype=bool) if self.known is None else self.known
+        return np.full(self.nodes.shape, self.exact) if self.known is None else self.known
 
     def _ritz(self, place: np.intp) -> RitzValue:
         return RitzValue(float(self.nodes.flat[place]), float(self.residuals.flat[place]))
 
     def moment(self, k: int) -> Estimate:
-        """tr(H^k) / P: the mean over probes of ``v' H^k v`` with v of norm 1; exact per probe for k <= 2M - 1."""
+        """tr(H^k) / P: the mean over probes of ``v' H^k v`` with v of norm 1; exact per probe for k <= 2M - 1,
+        without known eigenvalues."""
         return self.mean(lambda nodes: nodes**k)
 
     def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
@@ -307,8 +307,9 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} is not a parquet file of spectra ({error}); run again to write it anew") from error
-    missing_since = {"precision_error": 0.0, "known": False}  # what files of earlier versions lack
-    table = table.assign(**{name: value for name, value in missing_since.items() if name not in table})
+    for name, value in {"precision_error": 0.0, "known": False}.items():  # what files, or stages, of earlier versions lack
+        column = table[name] if name in table else pd.Series(value, index=table.index)
+        table[name] = column.astype(object).where(column.notna(), value).astype(type(value))
     if missing := set(COLUMNS) - set(table.columns):
         raise ValueError(f"{path} is not a table of spectra: it lacks the columns {sorted(missing)}")
     return table

@@ -115,7 +115,7 @@ def _content(schedule: Schedule) -> tuple[dict[str, Tensor], dict[str, Any]]:
         finished = task.columns is not None and task.columns.done
         if finished and task.columns is not None:
             tensors[f"columns/{task.block.name}"] = task.columns.state()[0]["columns"].contiguous()
-        entry = {"wanted": task.wanted, "started": task.started, "results": results, "exact": finished}
+        entry = {"wanted": task.wanted, "started": task.started, "results": results, "exact": task.exact, "finished": finished}
         if task.deflation is not None:
             tensors[f"deflation/{task.block.name}"] = task.deflation.vectors.cpu()
             entry["deflation"] = {name: _listed(value) for name, value in vars(task.deflation).items() if name != "vectors"}
@@ -127,12 +127,12 @@ def _restore(schedule: Schedule, tensors: dict[str, Tensor], record: dict[str, A
     by_name = {task.block.name: task for task in schedule.tasks}
     for name, entry in record["tasks"].items():
         task = by_name[name]
-        task.wanted, task.started = entry["wanted"], entry["started"]
+        task.wanted, task.started, task.exact = entry["wanted"], entry["started"], entry["exact"]
         task.tridiagonals = {int(probe): _tridiagonal(plain) for probe, plain in entry["results"].items()}
         if found := entry.get("deflation"):
             arrays = {key: np.array(found[key]) for key in ("values", "residuals")}
-            task.deflation = Deflation(**arrays, vectors=tensors[f"deflation/{name}"].to(task.device), steps=found["steps"])
-        if entry["exact"]:
+            task.deflation = Deflation(**(found | arrays), vectors=tensors[f"deflation/{name}"].to(task.device))
+        if entry["finished"]:
             task.begin_columns().process.restore({"columns": tensors[f"columns/{name}"]}, {})
     for index, entry in enumerate(record["jobs"]):
         task = by_name[entry["block"]]

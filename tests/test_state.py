@@ -91,7 +91,12 @@ def test_what_was_deflated_is_kept_in_files_and_mixtures(tmp_path, unbroken):
     assert 0 < mixture.error < noisy.error
     older = pd.read_parquet(tmp_path / "spectra.parquet").drop(columns="known")
     older.to_parquet(tmp_path / "older.parquet")
-    assert not any(s.known.any() for s in blockspec.load_spectra(tmp_path / "older.parquet").values())
+    for s in blockspec.load_spectra(tmp_path / "older.parquet").values():
+        assert not s.known.any()
+    both = pd.concat([older.assign(step=0), pd.read_parquet(tmp_path / "spectra.parquet").assign(step=1)])
+    both.to_parquet(tmp_path / "both.parquet")
+    for step in (0, 1):
+        assert (blockspec.load_spectra(tmp_path / "both.parquet", step=step).summary()["error"] >= 0).all()
 
 
 @pytest.mark.parametrize("after", [40, 120])
