@@ -28,7 +28,7 @@ ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-11}
 not far above. float64: rounding of the first steps, amplified by later small betas, was seen at 1e-12."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tridiagonal:
     """The matrix T = Q' A Q of one probe after m steps, and what tells how far to trust it.
 

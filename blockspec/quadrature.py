@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
@@ -15,6 +17,7 @@ def quadrature(tridiagonal: Tridiagonal) -> tuple[np.ndarray, np.ndarray, np.nda
     return nodes, vectors[0] ** 2, residuals
 
 
+@lru_cache(maxsize=16)  # the same matrix is asked about several times in a row
 def ritz_pairs(tridiagonal: Tridiagonal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ritz values (m,) in ascending order, the coefficients of their vectors in the columns of (m, m), and residuals (m,)."""
     nodes, vectors = eigh_tridiagonal(tridiagonal.alphas, tridiagonal.betas[:-1])
