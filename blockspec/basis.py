@@ -51,14 +51,13 @@ class Basis:
         """Subtracts from ``vector`` (P,), in place, its part in the span, twice (the second time removes what rounding left);
         returns its coefficients (m,) in float64. A generator, see :meth:`blockspec.ranks.Ranks.together`."""
         part = vector[self._part]
-        count = sum(len(rows) for rows in self._rows())
-        coefficients = torch.zeros(count, dtype=torch.float64, device=vector.device)
+        chunks = self._rows()
+        sizes = [len(rows) for rows in chunks]
+        coefficients = torch.zeros(sum(sizes), dtype=torch.float64, device=vector.device)
         for _ in range(2):
-            found = yield torch.cat([rows.to(part) @ part for rows in self._rows()])
-            start = 0
-            for rows in self._rows():
-                part.addmv_(rows.to(part).T, found[start : start + len(rows)], alpha=-1)
-                start += len(rows)
+            found = yield torch.cat([rows.to(part) @ part for rows in chunks])
+            for rows, along in zip(chunks, found.split(sizes), strict=True):
+                part.addmv_(rows.to(part).T, along, alpha=-1)
             coefficients += found
         if self._ranks.rows > 1:
             vector[: self._part.start] = 0
@@ -80,10 +79,9 @@ class Basis:
     def combined(self, coefficients: Tensor) -> Tensor:
         """(c, m) coefficients of all that were appended -> (c, P) their combinations, whole on every process."""
         found = torch.zeros(len(coefficients), self._whole, dtype=self._dtype, device=self._device)
-        start = 0
-        for rows in self._appended():
-            found[:, self._part].addmm_(coefficients[:, start : start + len(rows)].to(found), rows)
-            start += len(rows)
+        chunks = self._appended()
+        for rows, share in zip(chunks, coefficients.split([len(rows) for rows in chunks], dim=1), strict=True):
+            found[:, self._part].addmm_(share.to(found), rows)
         return self._ranks.sums([found])[0]
 
     def matrix(self) -> Tensor:

@@ -48,7 +48,7 @@ def pays(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> bool:
     """Whether the first probe, which stands still, should go on, to find more eigenvalues: while it has taken fewer products than
     the probes beyond it would."""
     steps = len(tridiagonal.alphas)
-    if LONGEST * steps >= numel or not deflatable(tridiagonal, numel, accuracy):
+    if LONGEST * steps >= numel or _needed(tridiagonal, numel, accuracy) < FEWEST_PROBES:
         return False
     if steps % ASKED_EVERY > 0:
         return True
@@ -56,20 +56,16 @@ def pays(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> bool:
     return steps < STEPS_BEYOND * probes_needed_beyond(tridiagonal, found, numel, accuracy)
 
 
-def deflatable(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> bool:
-    """Whether enough probes are needed, of a block that is small enough."""
-    return numel <= LARGEST and not tridiagonal.breakdown and probes_needed([tridiagonal], numel, accuracy) >= FEWEST_PROBES
-
-
 def deflation(process: Lanczos, numel: int, accuracy: Accuracy) -> tuple[Deflation, int] | None:
     """What the first probe of a block has found, before its vectors are let go, and how many probes are needed beyond it; None
     where that saves no probe."""
     tridiagonal = process.tridiagonal()
-    if not deflatable(tridiagonal, numel, accuracy):
+    needed = _needed(tridiagonal, numel, accuracy)
+    if needed < FEWEST_PROBES:
         return None
     found = _found(tridiagonal, numel)
     beyond = probes_needed_beyond(tridiagonal, found, numel, accuracy)
-    if 1 + beyond >= probes_needed([tridiagonal], numel, accuracy):
+    if 1 + beyond >= needed:
         return None
     nodes, vectors, residuals = ritz_pairs(tridiagonal)
     pairs = process.combined(np.ascontiguousarray(vectors[:, found].T))
@@ -86,6 +82,11 @@ def deflation(process: Lanczos, numel: int, accuracy: Accuracy) -> tuple[Deflati
 def longest_first_probe(numel: int, accuracy: Accuracy) -> int:
     """Steps that the first probe of a block takes at most, to foresee its memory."""
     return min(accuracy.max_steps, numel // LONGEST)
+
+
+def _needed(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> int:
+    """Probes that are needed without a deflation; 0 of a block that is too large for one, and after a breakdown."""
+    return 0 if numel > LARGEST or tridiagonal.breakdown else probes_needed([tridiagonal], numel, accuracy)
 
 
 def _found(tridiagonal: Tridiagonal, numel: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class Spectrum:
         repeat its last node.
     residuals: (K, M) an eigenvalue lies within residual of the node.
     known: (K, M) True where a node is an eigenvalue that has its exact weight 1/P, the same in all rows, because its vector is
-        known; only the rest is noisy. None: nowhere.
+        known; only the rest is noisy. Left out: everywhere where ``exact``, else nowhere.
     steps: (K,) Lanczos steps done; without those of a probe that found what is known, and is no part of this.
     breakdown: (K,) True where the probe ended in an invariant subspace: its nodes are eigenvalues.
     orthogonality: (K,) max |Q'Q - I| of the Krylov basis; nan where it was not kept.
@@ -79,7 +79,11 @@ class Spectrum:
     distribution: str
     seed: int
     precision_error: float = 0.0
-    known: np.ndarray | None = None
+    known: np.ndarray = field(default=None)  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        if self.known is None:
+            object.__setattr__(self, "known", np.full(self.nodes.shape, self.exact))
 
     @property
     def num_probes(self) -> int:
@@ -120,15 +124,11 @@ class Spectrum:
         precision = CONFIDENCE * self.precision_error
         if self.exact:
             return precision
-        noisy = ~self._known
+        noisy = ~self.known
         likely = likely_weights(self.nodes, self.weights, self.residuals, self.block.numel)
         share = float(self.weights[noisy].sum()) / self.num_probes
         probes = share * probe_error(self.nodes[noisy], likely[noisy], share * self.block.numel) / math.sqrt(self.num_probes)
         return float(self.steps_error.mean()) + CONFIDENCE * probes + precision
-
-    @property
-    def _known(self) -> np.ndarray:
-        return np.full(self.nodes.shape, self.exact) if self.known is None else self.known
 
     def _ritz(self, place: np.intp) -> RitzValue:
         return RitzValue(float(self.nodes.flat[place]), float(self.residuals.flat[place]))
@@ -274,7 +274,7 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
 
 def _rows(part: Spectrum, probes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Nodes, weights, residuals, known of ``probes`` rows: an exact row repeated, the probes themselves, or all in one."""
-    arrays = (part.nodes, part.weights, part.residuals, part._known)
+    arrays = (part.nodes, part.weights, part.residuals, part.known)
     if part.exact:
         nodes, weights, residuals, known = (np.tile(array[:1], (probes, 1)) for array in arrays)
     elif part.num_probes == probes:
@@ -308,8 +308,10 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
             raise
         raise ValueError(f"{path} is not a parquet file of spectra ({error}); run again to write it anew") from error
     for name, value in {"precision_error": 0.0, "known": False}.items():  # what files, or stages, of earlier versions lack
-        column = table[name] if name in table else pd.Series(value, index=table.index)
-        table[name] = column.astype(object).where(column.notna(), value).astype(type(value))
+        if name not in table:
+            table[name] = value
+        elif table[name].isna().any():
+            table[name] = table[name].astype(object).where(table[name].notna(), value).astype(type(value))
     if missing := set(COLUMNS) - set(table.columns):
         raise ValueError(f"{path} is not a table of spectra: it lacks the columns {sorted(missing)}")
     return table
@@ -332,8 +334,7 @@ def _frame(spectrum: Spectrum, step: int) -> pd.DataFrame:
     columns: dict[str, object] = {"step": step, "block": block.name, "kind": block.kind, "layer": block.layer}
     columns |= {"numel": block.numel, "probe": np.repeat(np.arange(probes), places)}
     columns |= {"index": np.tile(np.arange(places), probes)}
-    columns |= {column: getattr(spectrum, name).ravel() for column, name in PER_NODE.items() if column != "known"}
-    columns |= {"known": spectrum._known.ravel()}
+    columns |= {column: getattr(spectrum, name).ravel() for column, name in PER_NODE.items()}
     columns |= {name: np.repeat(getattr(spectrum, name), places) for name in PER_PROBE}
     columns |= {name: getattr(spectrum, name) for name in PER_BLOCK}
     return pd.DataFrame(columns).astype({"layer": "Int64"})[list(COLUMNS)]

@@ -112,10 +112,9 @@ def _content(schedule: Schedule) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tasks = {}
     for task in schedule.tasks:
         results = {str(probe): _plain(t) for probe, t in task.tridiagonals.items()}
-        finished = task.columns is not None and task.columns.done
-        if finished and task.columns is not None:
+        if task.columns is not None and task.columns.done:
             tensors[f"columns/{task.block.name}"] = task.columns.state()[0]["columns"].contiguous()
-        entry = {"wanted": task.wanted, "started": task.started, "results": results, "exact": task.exact, "finished": finished}
+        entry = {"wanted": task.wanted, "started": task.started, "results": results, "exact": task.exact}
         if task.deflation is not None:
             tensors[f"deflation/{task.block.name}"] = task.deflation.vectors.cpu()
             entry["deflation"] = {name: _listed(value) for name, value in vars(task.deflation).items() if name != "vectors"}
@@ -132,8 +131,8 @@ def _restore(schedule: Schedule, tensors: dict[str, Tensor], record: dict[str, A
         if found := entry.get("deflation"):
             arrays = {key: np.array(found[key]) for key in ("values", "residuals")}
             task.deflation = Deflation(**(found | arrays), vectors=tensors[f"deflation/{name}"].to(task.device))
-        if entry["finished"]:
-            task.begin_columns().process.restore({"columns": tensors[f"columns/{name}"]}, {})
+        if (columns := tensors.get(f"columns/{name}")) is not None:
+            task.begin_columns().process.restore({"columns": columns}, {})
     for index, entry in enumerate(record["jobs"]):
         task = by_name[entry["block"]]
         job: Job = task.begin_columns() if entry["probe"] < 0 else task.lanczos(entry["probe"])
