@@ -7,6 +7,7 @@ The full matrix is the same code with one block that holds every parameter.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -110,7 +111,7 @@ class Products:
         results = iter(parts)
         products = [[next(results) for _ in targets] for _, _, targets in requests]
         for (block, _, _), found in zip(requests, products, strict=True):
-            if not all(torch.isfinite(part).all() for part in found):
+            if not all(_is_finite(part) for part in found):
                 raise ValueError(
                     f"a product with block {block.name!r} holds NaN or infinite values; check the checkpoint and the "
                     "data, or use a wider dtype (model.double())"
@@ -229,6 +230,11 @@ def _gauss_newton(outputs: Tensor, parameters: Tensors, middle: Callable[[Tensor
         return _grad([outputs], wanted, grad_outputs=[middle(tangent[""])], retain_graph=True)
 
     return apply
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Several times faster than a tensor of truth values; NaN carries over to both ends."""
+    return not tensor.numel() or all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
 
 
 LINEARISATIONS = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher, "residual": _residual}

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .attention import twice_differentiable
 from .averaging import SpatialAveraging, averaging
+from .second_order import ACTIVATIONS, cheap_modules
 
 LIMITS = {"lr": math.inf, "eps": math.inf, "weight_decay": math.inf, "hessian_power": 1.0}  # all of them from 0 on
 
@@ -161,8 +162,10 @@ class AdaHessian(torch.optim.Optimizer):
         return self.param_groups[0]["num_steps"] % self.update_each == 0
 
     def second_order(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within it attention can be differentiated twice, if the next step is due; otherwise nothing is changed."""
-        return twice_differentiable(model) if self.due else nullcontext()
+        """Within it attention can be differentiated twice, and activations cheaply, if the next step is due; otherwise
+        nothing is changed. A loss that is made of gradients itself cannot be computed within it: these activations have no
+        third derivatives."""
+        return _second_order(model) if self.due else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """``loss.backward()``, and if the next step is due, the measurement; the graph is freed."""
@@ -280,6 +283,12 @@ class AdaHessian(torch.optim.Optimizer):
             for pair in zip(group.get("param_names", ()), group["params"], strict="param_names" in group)
         ]
         return dict(pairs)
+
+
+@contextmanager
+def _second_order(model: nn.Module) -> Iterator[None]:
+    with twice_differentiable(model), cheap_modules(model, ACTIVATIONS):
+        yield
 
 
 def _keep_freed_memory() -> None:

@@ -50,12 +50,13 @@ def run_all(
 
 
 def _in_order(names: Sequence[str], options: dict[str, object], workers: int) -> dict[str, str]:
-    """Runs each exhibit after those that it needs, longest chains first; returns why some have failed."""
+    """Runs each exhibit after those that it needs, longest chains first, and the ends of chains before what stands alone; returns
+    why some have failed."""
     needs, failed = _needs(names)
     waiting, running = list(needs), dict[Future[str | None], str]()
     with ThreadPoolExecutor(workers) as pool:
         while waiting or running:
-            for name in sorted(waiting, key=lambda name: -_chain(name, needs)):
+            for name in sorted(waiting, key=lambda name: (-_chain(name, needs), not needs[name])):
                 if lost := needs[name] & failed.keys():
                     failed[name] = f"needs {', '.join(sorted(lost))}"
                     waiting.remove(name)

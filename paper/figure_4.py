@@ -86,8 +86,8 @@ class Model:
 
 
 SMALL_VISION = {"count": 64, "batch_size": 64}
-TWO_PROBES = EstimateSettings(num_probes=2, num_steps=40)
-ONE_PROBE = EstimateSettings(num_probes=1, num_steps=16)
+TWO_PROBES = EstimateSettings(num_probes=2, num_steps=30)
+ONE_PROBE = EstimateSettings(num_probes=1, num_steps=12)
 NANO_SHAPE = {"num_layers": 6, "num_heads": 6, "width": 384, "bias": False}
 GPT2_SHAPE = {"num_layers": 12, "num_heads": 12, "width": 768, "bias": False, "vocabulary": 50304}
 
@@ -281,7 +281,7 @@ EXHIBIT = Exhibit(
             Settings(),
             "Digits (8x8) for ResNet14, a VGG of 6 layers, a ViT and a mixer of 4; the embedded text for a BERT of 2 layers, "
             "GPT2-nano (6 layers, D=384, 128 tokens) and GPT2 (12 layers, D=768, vocabulary 50304, 64 tokens), all with random "
-            "weights; 40 Lanczos steps of 2 probes, for the last two 16 of 1. Batch norm has the statistics of the batch.",
+            "weights; 30 Lanczos steps of 2 probes, for the last two 12 of 1. Batch norm has the statistics of the batch.",
             "Some ten minutes on one core, 8 GiB.",
         ),
         "paper": Scale(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.activations import ACT2FN
 
 from blockspec import Objective, losses, partition
 from blockspec.curvature import Products
@@ -30,6 +31,16 @@ BATCH_NORMS = {
     "without parameters": (nn.BatchNorm2d(3, affine=False), (2, 3, 4, 3)),
     "of the batch": (nn.BatchNorm2d(3, track_running_stats=False), (2, 3, 4, 3)),
     "in train mode": (nn.BatchNorm2d(3), (2, 3, 4, 3)),
+}
+ACTIVATIONS = {
+    "GELU": nn.GELU(),
+    "GELU by tanh": nn.GELU(approximate="tanh"),
+    "SiLU": nn.SiLU(),
+    "softplus": nn.Softplus(),
+    **{
+        f"{name} of Hugging Face": ACT2FN[name]
+        for name in ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "silu")
+    },
 }
 CASES = {**{f"convolution, {k}": v for k, v in CONVOLUTIONS.items()}, **{f"batch norm {k}": v for k, v in BATCH_NORMS.items()}}
 
@@ -66,6 +77,27 @@ def test_values_and_both_derivatives_are_those_of_the_module(name):
     assert float(expected[2].abs().max()) > 1e-3
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_and_both_derivatives_are_those_of_the_module(name):
+    module = ACTIVATIONS[name]
+    x = torch.linspace(-12, 12, 97, dtype=torch.float64, requires_grad=True)
+    expected = jet(module, x)
+    with cheap_modules(module):
+        found = jet(module, x)
+        single = jet(module, x.detach().float().requires_grad_())
+    for ours, theirs, rounded in zip(found, expected, single, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(rounded.double(), theirs, rtol=1e-6, atol=5e-6)
+
+
+def jet(module, x):
+    """A function of every entry, and its first and second derivative; the backward passes get a gradient that is not 1."""
+    value = module(x)
+    (first,) = torch.autograd.grad(value, x, torch.full_like(x, 3), create_graph=True)
+    (second,) = torch.autograd.grad(first, x, torch.full_like(x, 2))
+    return value.detach(), first.detach() / 3, second / 6
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
