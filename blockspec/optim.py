@@ -211,9 +211,12 @@ class AdaHessian(torch.optim.Optimizer):
             if parameter.grad.requires_grad:
                 parameter.grad = parameter.grad.detach()  # it holds the graph, the graph the parameter: never freed otherwise
         for group in self.param_groups:
-            known = [p for p in group["params"] if p.grad is not None and "hessian_diag_sq" in self.state[p]]
-            if known:
-                _update(group, known, [self.state[p] for p in known])
+            alike: dict[int, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None and "hessian_diag_sq" in self.state[parameter]:
+                    alike.setdefault(self.state[parameter].get("step", 0), []).append(parameter)
+            for behind, parameters in alike.items():
+                _update(group, behind, parameters, [self.state[p] for p in parameters])
             group["num_steps"] += 1
         return loss
 
@@ -317,7 +320,7 @@ class _Measured(torch.autograd.Function):
 def _unpacked(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """(n,) bytes -> (8 n,) signs: only bits are drawn on the CPU and travel to the device."""
     bits = torch.arange(256, device=packed.device)[:, None] >> torch.arange(8, device=packed.device) & 1
-    return (2 * bits - 1).to(dtype)[packed.int()].view(-1)
+    return (2 * bits - 1).to(dtype).index_select(0, packed.int()).view(-1)
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
@@ -357,30 +360,27 @@ def _mean_over_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_div(tensors, dist.get_world_size()))
 
 
-def _update(group: Mapping[str, Any], parameters: list[Tensor], states: list[dict[str, Any]]) -> None:
-    """The step of the class's docstring, for all parameters of a group at once."""
+def _update(group: Mapping[str, Any], step: int, parameters: list[Tensor], states: list[dict[str, Any]]) -> None:
+    """The step of the class's docstring, for all parameters of a group that have the same number of steps behind them."""
     for parameter, state in zip(parameters, states, strict=True):
-        if "step" not in state:
-            state["step"] = 0
+        if not step:
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_hessian_diag_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
+        state["step"] = step + 1
     beta1, beta2 = group["betas"]
     lr = float(group["lr"])
     mean = [state["exp_avg"] for state in states]
     square = [state["exp_hessian_diag_sq"] for state in states]
-    measured = [state["hessian_diag_sq"] for state in states]
     torch._foreach_lerp_(mean, [p.grad for p in parameters if p.grad is not None], 1 - beta1)
-    torch._foreach_lerp_(square, measured, 1 - beta2)
+    torch._foreach_lerp_(square, [state["hessian_diag_sq"] for state in states], 1 - beta2)
     # Both bias corrections go into numbers: two passes over the tensors less.
     half_power = group["hessian_power"] / 2
-    corrections = [(1 - beta2 ** state["step"]) ** half_power for state in states]
+    correction = (1 - beta2 ** (step + 1)) ** half_power
     denominator = torch._foreach_pow(square, half_power)
-    torch._foreach_add_(denominator, [group["eps"] * correction for correction in corrections])
+    torch._foreach_add_(denominator, group["eps"] * correction)
     if group["weight_decay"]:
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-    rates = [-lr * c / (1 - beta1 ** state["step"]) for c, state in zip(corrections, states, strict=True)]
-    torch._foreach_addcdiv_(parameters, mean, denominator, rates)
+    torch._foreach_addcdiv_(parameters, mean, denominator, value=-lr * correction / (1 - beta1 ** (step + 1)))
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,13 @@ from .spectra import Spectrum
 MATRIX_ROUNDING = 128
 """Roundings of a forward and two backward passes move eigenvalues by this many eps of the norm, at most: up to 9e-6 were seen in
 float32 on trained models (two CPUs). Symmetric ones do not show in ``Tridiagonal.asymmetry``."""
+
+PADDING: dict[str, Literal["edge", "constant"]] = {
+    "nodes": "edge",
+    "weights": "constant",
+    "residuals": "edge",
+    "known": "constant",
+}
 
 
 def lanczos_spectrum(
@@ -39,24 +47,17 @@ def lanczos_spectrum(
     rows = []
     for t in ended:
         nodes, weights, residuals = quadrature(t)
-        row = (
-            np.concatenate([known, nodes]),
-            np.concatenate([np.full(len(known), 1 / block.numel), left * weights]),
-            np.hypot(np.concatenate([known_residuals, np.hypot(residuals, leak)]), max(noise, t.asymmetry)),
-            np.arange(len(known) + len(nodes)) < len(known),
-        )
-        rows.append(tuple(array[np.argsort(row[0], kind="stable")] for array in row))
-    width = num_steps + len(known)
-
-    def padded(which: int, mode: str) -> np.ndarray:
-        return np.stack([np.pad(row[which], (0, width - len(row[which])), mode=mode) for row in rows])  # type: ignore[call-overload]
-
+        row = {
+            "nodes": np.concatenate([known, nodes]),
+            "weights": np.concatenate([np.full(len(known), 1 / block.numel), left * weights]),
+            "residuals": np.hypot(np.concatenate([known_residuals, np.hypot(residuals, leak)]), max(noise, t.asymmetry)),
+            "known": np.arange(len(known) + len(nodes)) < len(known),
+        }
+        order = np.argsort(row["nodes"], kind="stable")
+        rows.append({name: array[order] for name, array in row.items()})
     return Spectrum(
         block=block,
-        nodes=padded(0, "edge"),
-        weights=padded(1, "constant"),
-        residuals=padded(2, "edge"),
-        known=padded(3, "constant"),
+        **_padded(rows, num_steps + len(known)),
         steps=np.array([len(t.alphas) for t in ended]),
         breakdown=np.array([t.breakdown for t in ended]),
         orthogonality=np.array([np.nan if t.orthogonality is None else t.orthogonality for t in ended]),
@@ -79,15 +80,15 @@ def exact_spectrum(
     assert size == block.numel <= num_steps
     rounding_noise = MATRIX_ROUNDING * torch.finfo(dtype).eps * float(np.abs(eigenvalues).max())
 
-    def rows(values: np.ndarray, mode: str) -> np.ndarray:
-        return np.tile(np.pad(values, (0, num_steps - size), mode=mode), (num_probes, 1))  # type: ignore[call-overload]
-
+    row = {
+        "nodes": np.sort(eigenvalues),
+        "weights": np.full(size, 1 / size),
+        "residuals": np.full(size, rounding_noise),
+        "known": np.full(size, True),
+    }
     return Spectrum(
         block=block,
-        nodes=rows(np.sort(eigenvalues), "edge"),
-        weights=rows(np.full(size, 1 / size), "constant"),
-        residuals=rows(np.full(size, rounding_noise), "edge"),
-        known=rows(np.full(size, True), "constant"),
+        **_padded([row] * num_probes, num_steps),
         steps=np.full(num_probes, size),
         breakdown=np.full(num_probes, True),
         orthogonality=np.zeros(num_probes),
@@ -96,3 +97,11 @@ def exact_spectrum(
         dtype=str(dtype).removeprefix("torch."),
         **settings,  # type: ignore[arg-type]
     )
+
+
+def _padded(rows: Sequence[Mapping[str, np.ndarray]], width: int) -> dict[str, Any]:
+    """Arrays (K, width) out of K rows by name: the last node is repeated, with weight zero."""
+    return {
+        name: np.stack([np.pad(row[name], (0, width - len(row[name])), mode=mode) for row in rows])
+        for name, mode in PADDING.items()
+    }
