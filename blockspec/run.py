@@ -45,15 +45,18 @@ class BlockSettings:
 
     Args:
         by: Cut by tensor, matrix, head, neuron, layer or model; or a mapping of block names to patterns.
-        include: Globs on block names to keep; all if left out.
-        exclude: Globs on block names to leave out.
+        include: Globs on block names to keep, or one glob; all if left out.
+        exclude: Globs on block names to leave out, or one.
         full: Also the full matrix, as a block named model.
     """
 
     by: str | dict[str, str | list[str]] = "matrix"
-    include: list[str] | None = None
-    exclude: list[str] | None = None
+    include: list[str] | str | None = None
+    exclude: list[str] | str | None = None
     full: bool = True
+
+    def __post_init__(self) -> None:
+        _list_patterns(self, "include", "exclude")
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class RunSettings:
     Args:
         model: A factory module:function that returns (model, batches, loss), or a Hugging Face name or folder.
         model_args: Keyword arguments of the factory.
-        checkpoints: Folders or files of checkpoints (globs allowed); each is given to the factory as checkpoint=.
+        checkpoints: Folders or files of checkpoints, or one (globs allowed); each is given to the factory as checkpoint=.
         blocks: Which blocks.
         estimate: How well.
         batch_norm: eval (running statistics) or train (statistics of each batch).
@@ -120,11 +123,21 @@ class RunSettings:
 
     model: str
     model_args: dict[str, Any] = field(default_factory=dict)
-    checkpoints: list[str] = field(default_factory=list)
+    checkpoints: list[str] | str = field(default_factory=list)
     blocks: BlockSettings = field(default_factory=BlockSettings)
     estimate: EstimateSettings = field(default_factory=EstimateSettings)
     batch_norm: Literal["eval", "train"] = "eval"
     dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        _list_patterns(self, "checkpoints")
+
+
+def _list_patterns(settings: object, *names: str) -> None:
+    """A single pattern becomes a list of one, so that records of a run compare equal."""
+    for name in names:
+        if isinstance(pattern := getattr(settings, name), str):
+            object.__setattr__(settings, name, [pattern])
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,18 @@ def test_globs_of_checkpoints(tmp_path):
     assert set(table_of(tmp_path / "run")["step"]) == {10, 20}
 
 
+def test_a_single_pattern_needs_no_list(tmp_path):
+    checkpoints(tmp_path, [10, 20])
+    out, pattern = tmp_path / "run", str(tmp_path / "checkpoints" / "*.pt")
+    assert run(out, "--checkpoints", pattern, "--blocks.exclude", "*ln_f*").code == 0
+    found = table_of(out)
+    assert set(found["step"]) == {10, 20}
+    assert not found["block"].str.contains("ln_f").any()
+    factories.reset()
+    assert run(out, "--checkpoints", json.dumps([pattern]), "--blocks.exclude", '["*ln_f*"]').code == 0  # the same settings
+    assert factories.calls["loss"] == 0
+
+
 def test_a_second_call_does_nothing_again(tmp_path):
     out, given = tmp_path / "run", checkpoints(tmp_path, [10, 20])
     run(out, "--checkpoints", given)
