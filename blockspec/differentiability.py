@@ -48,6 +48,8 @@ def explained() -> Iterator[None]:
         text = str(error)
         if ("derivative" in text and "is not implemented" in text) or "once_differentiable" in text:
             raise ValueError(_remedy(text)) from error
+        if "Expected mat_a to be" in text:
+            raise ValueError(f"fused experts ({text}): call model.set_experts_implementation('eager') first") from error
         raise
 
 

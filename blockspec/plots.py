@@ -226,7 +226,9 @@ def edges_by_block(spectra: Mapping[str, Spectrum], *, max_blocks: int = 60) -> 
     axes.set_xlabel(EIGENVALUE)
     axes.set_ylabel("block")
     figure.legend(loc="outside lower center", ncols=3)
-    figure.suptitle(f"{matrix_name(spectra)}: eigenvalues of each block{note}")
+    figure.suptitle(
+        f"{matrix_name(spectra)}: eigenvalues of each block{note}\nbars: residuals of the ends, ± 1 standard error of the mean"
+    )
     return figure
 
 

@@ -155,7 +155,7 @@ def _rich(frame: pd.DataFrame, title: str) -> Table:
     for column in frame.columns:
         table.add_column(column, justify="right")
     for name, row in frame.iterrows():
-        cells = [f"{int(row[c]):,}" if c in ("blocks", "parameters") else _number(row[c]) for c in frame.columns]
+        cells = [f"{int(row[c]):,}" if c in ("blocks", "parameters", "step") else _number(row[c]) for c in frame.columns]
         table.add_row(str(name), *cells)
     return table
 

@@ -26,10 +26,14 @@ Jet = tuple[Tensor, Tensor, Tensor]
 def _elementwise(module: nn.Module, jet: Callable[[Tensor], Jet] | None = None) -> Callable[[Tensor], Tensor]:
     function = module.forward
 
-    def forward(x: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return function(x)
-        return _Elementwise.apply(x, *(jet(x.detach()) if jet else _jet_by_autograd(function, x)))
+    def forward(input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and input.requires_grad):
+            return function(input)
+        point = input.detach()
+        if jet is None:
+            return _Elementwise.apply(input, *_jet_by_autograd(function, point))
+        wide = point.float() if point.dtype.itemsize < 4 else point  # x^2 overflows in float16, and is coarse in bfloat16
+        return _Elementwise.apply(input, *(part.to(point.dtype) for part in jet(wide)))
 
     return forward
 
@@ -119,15 +123,15 @@ def _convolution(module: Any) -> Callable[[Tensor], Tensor]:
     """
     original = module.forward
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(input: Tensor) -> Tensor:
         weight, bias, padding = module.weight, module.bias, module.padding
-        plain = module.padding_mode == "zeros" and not isinstance(padding, str) and x.dim() == weight.dim()
-        if not (plain and torch.is_grad_enabled()) or torch.is_autocast_enabled(x.device.type):
-            return original(x)
+        plain = module.padding_mode == "zeros" and not isinstance(padding, str) and input.dim() == weight.dim()
+        if not (plain and torch.is_grad_enabled()) or torch.is_autocast_enabled(input.device.type):
+            return original(input)
         how = (module.stride, padding, module.dilation, module.groups)
-        y = _ConvolutionOfInput.apply(x, [weight], how)
+        y = _ConvolutionOfInput.apply(input, [weight], how)
         if weight.requires_grad:
-            y = y + _ConvolutionOfWeight.apply(weight, [x], how, y.shape)
+            y = y + _ConvolutionOfWeight.apply(weight, [input], how, y.shape)
         return y if bias is None else y + _by_channel(bias, y)
 
     return forward
@@ -176,17 +180,17 @@ def _batch_norm(module: Any) -> Callable[[Tensor], Tensor]:
     """With fixed statistics it is a scale and a shift for each channel."""
     original = module.forward
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(input: Tensor) -> Tensor:
         mean, variance = module.running_mean, module.running_var
-        if module.training or variance is None or variance.dtype != x.dtype or not torch.is_grad_enabled():
-            return original(x)
+        if module.training or variance is None or variance.dtype != input.dtype or not torch.is_grad_enabled():
+            return original(input)
         scale = torch.rsqrt(variance + module.eps)
         if module.affine:
             scale = scale * module.weight
         shift = -mean * scale
         if module.affine:
             shift = shift + module.bias
-        return x * _by_channel(scale, x) + _by_channel(shift, x)
+        return input * _by_channel(scale, input) + _by_channel(shift, input)
 
     return forward
 

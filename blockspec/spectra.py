@@ -22,7 +22,8 @@ RESOLUTION = 1e-4  # eigenvalues closer to zero than this, relative to the large
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error over probes; None where it cannot be known (one probe), 0 where it is exact."""
+    """A number and its standard error over probes; None where it cannot be known (one probe), 0 where it is exact. Over K probes
+    it has K - 1 degrees of freedom: intervals take Student's t."""
 
     value: float
     stderr: float | None

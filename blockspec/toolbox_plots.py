@@ -57,8 +57,9 @@ def coupling_heatmap(found: Coupling, *, relative: bool = True) -> Figure:
     share, stderr = found.off_diagonal_share
     known = "" if stderr is None else f" ± {100 * stderr:.2g}"
     matrix = MATRICES.get(found.curvature, "matrix")
+    probes = len(found.samples)
     figure.suptitle(
-        f"{matrix}: Frobenius norms of {size} x {size} blocks, {len(found.samples)} probes\n"
+        f"{matrix}: Frobenius norms of {size} x {size} blocks, {probes} probe{'s' * (probes > 1)}\n"
         f"{100 * share:.3g}{known} % of the squared norm is off the block diagonal"
     )
     return figure

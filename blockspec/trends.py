@@ -89,7 +89,8 @@ def trace_by_kind_over_training(table: pd.DataFrame, quantity: str = "mean") -> 
     step_axis(axes, steps, width=3.8)
     axes.set_ylabel(QUANTITIES[quantity])
     figure.legend(loc="outside right center", title="at the last step,\nlargest first")
-    figure.suptitle("Curvature by kind of block (bars: ± 1 standard error)")
+    bars = " (bars: ± 1 standard error)" if rows["stderr"].notna().any() else ""
+    figure.suptitle(f"Curvature by kind of block{bars}")
     return figure
 
 

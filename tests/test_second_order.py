@@ -92,6 +92,26 @@ def test_activations_and_both_derivatives_are_those_of_the_module(name):
         torch.testing.assert_close(rounded.double(), theirs, rtol=1e-6, atol=5e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_derivatives_in_half_precision_are_rounded_once(dtype):
+    x = torch.tensor([-300.0, -3.0, 0.7, 300.0])
+    expected = jet(ACTIVATIONS["gelu_new of Hugging Face"], x.to(dtype).double().requires_grad_())
+    with cheap_modules(ACTIVATIONS["gelu_new of Hugging Face"]):
+        found = jet(ACTIVATIONS["gelu_new of Hugging Face"], x.to(dtype).requires_grad_())
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.GELU(), nn.Conv1d(2, 2, 2), nn.BatchNorm1d(2).eval()], ids=lambda module: type(module).__name__
+)
+def test_the_input_may_be_named(module):
+    x = torch.randn(2, 2, 3)
+    expected = module(x)
+    with cheap_modules(module):
+        torch.testing.assert_close(module(input=x.requires_grad_()), expected)
+
+
 def jet(module, x):
     """A function of every entry, and its first and second derivative; the backward passes get a gradient that is not 1."""
     value = module(x)
