@@ -2,7 +2,7 @@
 # From nothing to the blockwise Hessian spectra of a GPT-2 along its training.
 #
 #   bash run_gpt2.sh                         English text that every CPython ships, a GPT-2 of 137,000 parameters:
-#                                            at most 5 minutes on two cores and 2 GiB, after set-up
+#                                            five to six minutes and 2 GiB, after set-up
 #   bash run_gpt2.sh openwebtext             GPT-2 124M on OpenWebText with the settings of arXiv 2402.16788: 54 GB of disk for
 #                                            the data and hours to prepare it, days of training on 8 GPUs, hours of spectra on one
 #   --out FOLDER                             default: runs/embedded_tiny or runs/gpt2_124m
@@ -45,6 +45,7 @@ else
     config=embedded_tiny
     out="${out:-runs/embedded_tiny}"
     launcher=(python)
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"    # matrices are small: two threads are no faster, and spin where others work
 fi
 spectra=language_models/configs/spectra/${config/_tiny/}.yaml
 
