@@ -51,4 +51,4 @@ spectra=language_models/configs/spectra/${config/_tiny/}.yaml
 
 "${launcher[@]}" -m language_models.train --config "language_models/configs/$config.yaml" --out "$out" \
     --training.device "$trainer_device"
-blockspec run --config "$spectra" --checkpoints "[\"$out/step_*\"]" --out "$out/spectra" --device "$device"
+blockspec run --config "$spectra" --checkpoints "$out/step_*" --out "$out/spectra" --device "$device"

@@ -69,14 +69,14 @@ def deflation(process: Lanczos, numel: int, accuracy: Accuracy) -> tuple[Deflati
         return None
     nodes, vectors, residuals = ritz_pairs(tridiagonal)
     pairs = process.combined(np.ascontiguousarray(vectors[:, found].T))
-    found_deflation = Deflation(
+    known = Deflation(
         values=nodes[found],
         residuals=np.hypot(residuals[found], tridiagonal.asymmetry),
         leak=float(np.linalg.norm(residuals[found])),
         vectors=torch.linalg.qr(pairs.T).Q.T.contiguous(),
         steps=len(nodes),
     )
-    return found_deflation, beyond
+    return known, beyond
 
 
 def longest_first_probe(numel: int, accuracy: Accuracy) -> int:

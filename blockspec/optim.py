@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -161,11 +161,16 @@ class AdaHessian(torch.optim.Optimizer):
         """Whether the next step measures the diagonal, so that its backward pass must go through this optimizer."""
         return self.param_groups[0]["num_steps"] % self.update_each == 0
 
-    def second_order(self, model: nn.Module) -> AbstractContextManager[None]:
+    @contextmanager
+    def second_order(self, model: nn.Module) -> Iterator[None]:
         """Within it attention can be differentiated twice, and activations cheaply, if the next step is due; otherwise
         nothing is changed. A loss that is made of gradients itself cannot be computed within it: these activations have no
         third derivatives."""
-        return _second_order(model) if self.due else nullcontext()
+        if not self.due:
+            yield
+            return
+        with twice_differentiable(model), cheap_modules(model, ACTIVATIONS):
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """``loss.backward()``, and if the next step is due, the measurement; the graph is freed."""
@@ -286,12 +291,6 @@ class AdaHessian(torch.optim.Optimizer):
             for pair in zip(group.get("param_names", ()), group["params"], strict="param_names" in group)
         ]
         return dict(pairs)
-
-
-@contextmanager
-def _second_order(model: nn.Module) -> Iterator[None]:
-    with twice_differentiable(model), cheap_modules(model, ACTIVATIONS):
-        yield
 
 
 def _keep_freed_memory() -> None:

@@ -29,11 +29,10 @@ def _elementwise(module: nn.Module, jet: Callable[[Tensor], Jet] | None = None) 
     def forward(input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and input.requires_grad):
             return function(input)
-        point = input.detach()
         if jet is None:
-            return _Elementwise.apply(input, *_jet_by_autograd(function, point))
-        wide = point.float() if point.dtype.itemsize < 4 else point  # x^2 overflows in float16, and is coarse in bfloat16
-        return _Elementwise.apply(input, *(part.to(point.dtype) for part in jet(wide)))
+            return _Elementwise.apply(input, *_jet_by_autograd(function, input))
+        wide = torch.promote_types(input.dtype, torch.float32)  # x^2 overflows in float16, and is coarse in bfloat16
+        return _Elementwise.apply(input, *(part.to(input.dtype) for part in jet(input.detach().to(wide))))
 
     return forward
 

@@ -40,8 +40,7 @@ def trained(config: str, out: Path, *, stages: Sequence[float], device: str) -> 
 
 def measured(config: str, checkpoints: Path, out: Path, *, device: str) -> pd.DataFrame:
     """The tidy table of the spectra of all checkpoints in a folder, by a configuration of ``blockspec run``."""
-    paths = json.dumps([str(checkpoints / "step_*")])
-    where = ["--out", str(out), "--checkpoints", paths, "--device", device]
+    where = ["--out", str(out), "--checkpoints", str(checkpoints / "step_*"), "--device", device]
     cli.main(["run", "--config", str(ROOT / config), *where, "--plots=false"])
     return read_table(out / "spectra.parquet")
 

@@ -95,9 +95,10 @@ def test_activations_and_both_derivatives_are_those_of_the_module(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_derivatives_in_half_precision_are_rounded_once(dtype):
     x = torch.tensor([-300.0, -3.0, 0.7, 300.0])
-    expected = jet(ACTIVATIONS["gelu_new of Hugging Face"], x.to(dtype).double().requires_grad_())
-    with cheap_modules(ACTIVATIONS["gelu_new of Hugging Face"]):
-        found = jet(ACTIVATIONS["gelu_new of Hugging Face"], x.to(dtype).requires_grad_())
+    module = ACTIVATIONS["gelu_new of Hugging Face"]
+    expected = jet(module, x.to(dtype).double().requires_grad_())
+    with cheap_modules(module):
+        found = jet(module, x.to(dtype).requires_grad_())
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
 

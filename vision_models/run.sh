@@ -50,7 +50,7 @@ imagenet() {
         arguments=(--model_args.root "$images/train")
         if [ "$train" = yes ]; then
             accelerate launch -m vision_models.train --config "$configs/imagenet_$model.yaml" --out "$out/$model" --data.name "$images"
-            arguments+=(--checkpoints "[\"$out/$model/step_*\"]")
+            arguments+=(--checkpoints "$out/$model/step_*")
         fi
         blockspec run --config "$configs/spectra/imagenet_${model}.yaml" --out "$out/spectra/$model" --device "$device" \
             "${arguments[@]}"
