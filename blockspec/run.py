@@ -8,11 +8,11 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -32,7 +32,7 @@ from .heterogeneity import DEFINITIONS, js0, js_distances
 from .objective import Objective, fingerprint
 from .plan import Plan
 from .spectra import Spectra, write_parquet
-from .state import differences
+from .state import clear, differences
 
 VERSIONED = ("blockspec", "torch", "transformers", "numpy", "scipy", "pandas")
 Progress = Callable[[str, int, int], None]
@@ -196,7 +196,7 @@ def measure(
             if first:
                 append_tables(out, spectra, step=stage.step)
                 append_stage(out, record, entry)
-                shutil.rmtree(out / "state", ignore_errors=True)
+                _remove_state(out / "state" / f"step_{stage.step}")
 
 
 def _check_same(stage: Stage, done: str | None, out: Path) -> None:
@@ -207,6 +207,13 @@ def _check_same(stage: Stage, done: str | None, out: Path) -> None:
             f"step {stage.step} of {out} is that of {done!r}, and here of {path!r}: name checkpoints by their training step, "
             "or choose another --out"
         )
+
+
+def _remove_state(folder: Path) -> None:
+    clear(folder)
+    for empty in (folder, folder.parent):
+        with suppress(OSError):  # not empty, or not there
+            empty.rmdir()
 
 
 def is_first() -> bool:

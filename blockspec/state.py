@@ -23,6 +23,8 @@ from .objective import Objective, fingerprint
 from .ranks import Ranks
 from .schedule import Job, Schedule
 
+STATE_FILE = re.compile(r"state-\d+of\d+-\d+of\d+-\d{8}\.(safetensors|\d+\.partial)")
+
 
 @dataclass
 class Keeper:
@@ -83,14 +85,20 @@ class Keeper:
 
     def clear(self) -> None:
         """Removes the files of this process: the estimate is complete."""
-        if self.folder is not None and self.folder.exists():
-            for path in self.folder.glob(f"{self._prefix}*"):
-                path.unlink()
+        if self.folder is not None:
+            clear(self.folder, self._prefix)
 
     @property
     def _prefix(self) -> str:
         ranks = self.ranks
         return f"state-{ranks.column}of{ranks.columns}-{ranks.row}of{ranks.rows}-"
+
+
+def clear(folder: Path, prefix: str = "") -> None:
+    """Removes the states in a folder, and nothing else: what others put there is theirs."""
+    for path in folder.glob("state-*"):
+        if path.name.startswith(prefix) and STATE_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def identity_of(objective: Objective, settings: Mapping[str, Any]) -> dict[str, Any]:

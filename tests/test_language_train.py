@@ -145,7 +145,7 @@ def test_killed_training_goes_on_with_the_same_losses(tmp_path):
     line = [sys.executable, "-c", textwrap.dedent(program)]
     killed = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [path.name for path in (tmp_path / "cut/state").iterdir()] == ["step_00000008"]
+    assert [path.name for path in (tmp_path / "cut/training_state").iterdir()] == ["step_00000008"]
     for run in ("cut", "whole"):
         run_command(train, [*QUICK, *arguments, "--out", str(tmp_path / run)])
     pd.testing.assert_frame_equal(read_log(tmp_path / "cut"), read_log(tmp_path / "whole"))

@@ -39,6 +39,17 @@ def test_a_run_leaves_its_folder_and_nothing_else(tmp_path):
     assert contents(out) == ["heterogeneity.parquet", "run.json", "spectra.parquet"]
 
 
+def test_a_run_deletes_nothing_that_it_did_not_make(tmp_path):
+    out = tmp_path / "run"
+    theirs = ["step_00000008/model.safetensors", "step_0/notes.txt", "mine.txt", "step_0/state-of-play.safetensors"]
+    for name in theirs:
+        (out / "state" / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / "state" / name).write_text("kept")
+    (out / "state/step_0/state-0of1-0of2-00000003.safetensors").write_text("of a killed run on two processes")
+    assert run(out).code == 0
+    assert contents(out / "state") == sorted(theirs)
+
+
 def test_run_json_says_what_was_run(tmp_path):
     out = tmp_path / "run"
     run(out, "--model_args.shift", "0.01", "--estimate.seed", "7")

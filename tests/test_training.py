@@ -133,7 +133,7 @@ def test_dropout_is_drawn_in_training(tmp_path):
 
 def test_a_complete_run_is_not_trained_again_and_keeps_no_state(tmp_path):
     last = train(make_model(), batch_at, loss, settings=SETTINGS, out=tmp_path)
-    assert not (tmp_path / "state").exists()
+    assert not (tmp_path / "training_state").exists()
 
     def never(index: int):
         raise AssertionError("a complete run asked for a batch")

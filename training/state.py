@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from training.checkpoints import write_json
 
 SETTINGS = "settings.json"
-STATE = "state"
+STATE = "training_state"  # not `state`, where the spectra of `blockspec run` into the same folder keep theirs
 COMPLETE = "complete"  # an empty file
 
 
@@ -55,7 +55,10 @@ def finish(out: Path, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (out / COMPLETE).touch()
-        shutil.rmtree(out / STATE, ignore_errors=True)
+        for state in (out / STATE).glob("step_[0-9]*"):  # partial ones too
+            shutil.rmtree(state)
+        with suppress(OSError):  # not empty, or not there
+            (out / STATE).rmdir()
     accelerator.wait_for_everyone()
 
 

@@ -85,7 +85,7 @@ def train(
             be stored, and it does not depend on the number of processes.
         loss: ``loss(model, batch) -> (sum of the loss terms, number of terms)``.
         settings: See ``TrainingSettings``.
-        out: Folder of the run: ``step_<step>/`` checkpoints, ``log.jsonl``, ``settings.json``, and ``state/`` until it
+        out: Folder of the run: ``step_<step>/`` checkpoints, ``log.jsonl``, ``settings.json``, and ``training_state/`` until it
             is complete.
         save: ``save(model, folder)`` writes the weights of a checkpoint.
         measure: Named numbers of the model (held-out loss, accuracy) at checkpoints and every ``measure_every`` steps.
