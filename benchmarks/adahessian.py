@@ -98,13 +98,19 @@ class Contest:
             "AdaHessian, update_each=1": (self.ours(update_each=1), 2),
             "AdaHessian, update_each=10": (self.ours(update_each=10), 10),
             "AdaHessian, num_probes=2": (self.ours(num_probes=2), 2),
-            "AdaHessian, loss.backward(create_graph=True)": (self.create_graph(AdaHessian(parameters(), lr=LR)), 2),
+            "AdaHessian, loss.backward(create_graph=True)": (
+                self.create_graph(AdaHessian(parameters(), lr=LR)),
+                2,
+            ),
         }
         if importlib.util.find_spec("torch_optimizer"):
             import torch_optimizer
 
             theirs = torch_optimizer.Adahessian(parameters(), lr=LR)
-            found["torch_optimizer.Adahessian, loss.backward(create_graph=True)"] = (self.create_graph(theirs), 2)
+            found["torch_optimizer.Adahessian, loss.backward(create_graph=True)"] = (
+                self.create_graph(theirs),
+                2,
+            )
         return found
 
 
@@ -132,8 +138,14 @@ def measure(contest: Contest, turns: int) -> dict[str, list[float]]:
 
 
 def table(costs: dict[str, list[float]]) -> pd.DataFrame:
-    rows = {name: statistics.quantiles(values, n=4) for name, values in costs.items() if name != "gradient"}
-    found = pd.DataFrame.from_dict(rows, orient="index", columns=["lower quartile", "gradients", "upper quartile"])
+    rows = {
+        name: statistics.quantiles(values, n=4)
+        for name, values in costs.items()
+        if name != "gradient"
+    }
+    found = pd.DataFrame.from_dict(
+        rows, orient="index", columns=["lower quartile", "gradients", "upper quartile"]
+    )
     return found[["gradients", "lower quartile", "upper quartile"]].rename_axis("step")
 
 

@@ -16,10 +16,10 @@ from jsonargparse import CLI
 import blockspec
 from benchmarks.record import write
 from benchmarks.sweep import Size, model_of
-from blockspec import memory
-from blockspec.curvature import Products
-from blockspec.estimate import plan_spectra
-from blockspec.precision import reduced_multiplication
+from blockspec.engine.estimate import plan_spectra
+from blockspec.numerics import memory
+from blockspec.products.curvature import Products
+from blockspec.products.precision import reduced_multiplication
 from language_models.batches import causal_batch, fixed_batches
 from language_models.tokens import open_tokens
 
@@ -44,7 +44,12 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measured(objective: blockspec.Objective, blocks: list[blockspec.Block], precision: str | None, tolerance: float) -> dict:
+def measured(
+    objective: blockspec.Objective,
+    blocks: list[blockspec.Block],
+    precision: str | None,
+    tolerance: float,
+) -> dict:
     """One sweep over all blocks and batches, and what follows from it."""
     device = objective.device
     plan = plan_spectra(objective, blocks, 1, 1, precision=precision, memory=0.9)
@@ -57,7 +62,9 @@ def measured(objective: blockspec.Objective, blocks: list[blockspec.Block], prec
         seconds = time.perf_counter() - start
     first = blockspec.Objective(objective.model, [next(objective.whole_batches())], objective.loss)
     first.micro_batch = objective.micro_batch
-    spectra = blockspec.estimate_spectra(first, blocks, "auto", "auto", tolerance=tolerance, precision=precision, memory=0.9)
+    spectra = blockspec.estimate_spectra(
+        first, blocks, "auto", "auto", tolerance=tolerance, precision=precision, memory=0.9
+    )
     sweeps = max(int(s.steps.max()) for s in spectra.values())
     flops = float(plan.table["flops"].sum())
     with reduced_multiplication(precision):
@@ -67,7 +74,9 @@ def measured(objective: blockspec.Objective, blocks: list[blockspec.Block], prec
         "a sweep (s)": seconds,
         "share of the matrix rate": flops / seconds / rate,
         "peak memory (GiB)": peak.peak / 2**30,
-        "error of the precision, largest, relative": max(s.precision_error / s.norm for s in spectra.values() if s.norm),
+        "error of the precision, largest, relative": max(
+            s.precision_error / s.norm for s in spectra.values() if s.norm
+        ),
         "products on one batch to the tolerance": sum(int(s.steps.sum()) for s in spectra.values()),
         "steps of the slowest block": sweeps,
         "projected to the tolerance, at most (min)": sweeps * seconds / 60,
@@ -99,12 +108,18 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model_of(Size(layers, width, heads, vocabulary, batch_size, tokens)).to(device)
     text = open_tokens("embedded", "train", window=tokens, vocabulary=vocabulary)
-    data = fixed_batches(text, causal_batch, num_batches=batches, batch_size=batch_size, window=tokens)
+    data = fixed_batches(
+        text, causal_batch, num_batches=batches, batch_size=batch_size, window=tokens
+    )
     objective = blockspec.Objective(model, data, blockspec.losses.next_token)
-    chosen = [f"transformer.h.{layer}.{part}" for layer in LAYERS if layer < layers for part in PARTS]
+    chosen = [
+        f"transformer.h.{layer}.{part}" for layer in LAYERS if layer < layers for part in PARTS
+    ]
     blocks = list(blockspec.partition(model, include=["transformer.wte.weight", *chosen]))
     rows = [measured(objective, blocks, precision, tolerance) for precision in (None, "tf32")]
-    title = f"{len(blocks)} blocks, {batches * batch_size * tokens:,} tokens, tolerance {tolerance:g}"
+    title = (
+        f"{len(blocks)} blocks, {batches * batch_size * tokens:,} tokens, tolerance {tolerance:g}"
+    )
     write("gpt2_gpu", {title: pd.DataFrame(rows).set_index("precision").T.rename_axis("what")})
 
 

@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks.record import in_turns, write
-from blockspec.losses import Loss, classification
-from blockspec.style import save, styled
+from blockspec.figures.style import save, styled
+from blockspec.model.losses import Loss, classification
 from language_models import compare_optimizers as language
 from language_models.models import ModelSettings as LanguageModel
 from language_models.train import DataSettings as LanguageData
@@ -55,13 +55,19 @@ class Contestant:
     equal_time: bool = False
 
 
-ADAHESSIAN = {"name": "adahessian", "betas": (0.9, 0.999), "spatial_averaging": "rows"}  # the authors' betas
+ADAHESSIAN = {
+    "name": "adahessian",
+    "betas": (0.9, 0.999),
+    "spatial_averaging": "rows",
+}  # the authors' betas
 CONTESTANTS = {
     "SGD": Contestant({"name": "sgd", "momentum": 0.9}),
     "AdamW": Contestant({"name": "adamw", "betas": (0.9, 0.95)}),
     "AdaHessian": Contestant(ADAHESSIAN),
     "AdaHessian, equal time": Contestant(ADAHESSIAN, equal_time=True),
-    "AdaHessian, every 10th step, equal time": Contestant(ADAHESSIAN | {"update_each": 10}, equal_time=True),
+    "AdaHessian, every 10th step, equal time": Contestant(
+        ADAHESSIAN | {"update_each": 10}, equal_time=True
+    ),
 }
 
 
@@ -96,7 +102,9 @@ def first_resnet() -> tuple[nn.Module, Any, Loss]:
     return build(RESNET).train(), batches(0), classification
 
 
-def grids(sgd: Sequence[float], adamw: Sequence[float], adahessian: Sequence[float]) -> dict[str, tuple[float, ...]]:
+def grids(
+    sgd: Sequence[float], adamw: Sequence[float], adahessian: Sequence[float]
+) -> dict[str, tuple[float, ...]]:
     rates = {"sgd": sgd, "adamw": adamw, "adahessian": adahessian}
     return {name: tuple(rates[it.settings["name"]]) for name, it in CONTESTANTS.items()}
 
@@ -144,9 +152,16 @@ def main(*, workers: int = 2, rounds: int = 7, out: str = "runs/optimizers") -> 
             workers=workers,
             tuning_seeds=(10,),
         )
-        table = compare(partial(train_one, name, steps), comparison, out=folder).set_index("optimizer")
+        table = compare(partial(train_one, name, steps), comparison, out=folder).set_index(
+            "optimizer"
+        )
         table = table.rename(
-            columns={"lr": "best learning rate", "mean": "held-out loss", "std": "its deviation", "count": "seeds"}
+            columns={
+                "lr": "best learning rate",
+                "mean": "held-out loss",
+                "std": "its deviation",
+                "count": "seeds",
+            }
         )
         table.insert(0, "gradients a step", pd.Series(costs))
         table.insert(1, "steps", pd.Series(steps))
@@ -155,7 +170,10 @@ def main(*, workers: int = 2, rounds: int = 7, out: str = "runs/optimizers") -> 
         curves[name] = pd.read_parquet(folder / "curves.parquet")
         curves[name]["gradients"] = curves[name]["step"] * curves[name]["optimizer"].map(costs)
     minutes = (time.perf_counter() - start) / 60
-    rates = "\n".join(f"- {name}: " + "; ".join(f"{c} {task.rates[c]}" for c in CONTESTANTS) for name, task in TASKS.items())
+    rates = "\n".join(
+        f"- {name}: " + "; ".join(f"{c} {task.rates[c]}" for c in CONTESTANTS)
+        for name, task in TASKS.items()
+    )
     notes = (
         "Deviations are over seeds. AdaHessian averages its curvature over rows and kernels. Rates rise over a sixteenth of the "
         f"steps, then fall along a cosine to a tenth. Grids, tried on another seed:\n\n{rates}\n\n"
@@ -175,7 +193,9 @@ def step_costs(task: Task, known: Path, *, rounds: int) -> dict[str, float]:
     turns = {"gradient": partial(gradients, model, batch, loss)}
     for name, contestant in CONTESTANTS.items():
         own = copy.deepcopy(model)
-        turns[name] = partial(updates, own, make_optimizer(own, settings_of(contestant)), batch, loss)
+        turns[name] = partial(
+            updates, own, make_optimizer(own, settings_of(contestant)), batch, loss
+        )
     seconds = in_turns(turns, rounds=rounds)
     costs = {name: seconds[name] / seconds["gradient"] for name in CONTESTANTS}
     known.parent.mkdir(parents=True, exist_ok=True)
@@ -206,10 +226,14 @@ def updates(model: nn.Module, optimizer: Any, batch: Any, loss: Loss) -> None:
 def num_steps(task: Task, costs: Mapping[str, float]) -> dict[str, int]:
     """Steps of each contestant."""
     fitting = {name: round(task.num_steps * costs["AdamW"] / cost) for name, cost in costs.items()}
-    return {name: fitting[name] if it.equal_time else task.num_steps for name, it in CONTESTANTS.items()}
+    return {
+        name: fitting[name] if it.equal_time else task.num_steps for name, it in CONTESTANTS.items()
+    }
 
 
-def train_one(task: str, steps: Mapping[str, int], settings: TrainingSettings, folder: Path) -> None:
+def train_one(
+    task: str, steps: Mapping[str, int], settings: TrainingSettings, folder: Path
+) -> None:
     """A run of the contestant that is called ``settings.optimizer.name``."""
     name = settings.optimizer.name
     optimizer = dataclasses.replace(settings.optimizer, **CONTESTANTS[name].settings)
@@ -242,7 +266,9 @@ def plot(trials: Mapping[str, pd.DataFrame], curves: Mapping[str, pd.DataFrame])
             axes.get_legend().remove()
         for axes in (steps, times):
             axes.set_ylabel("")
-    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    figure.legend(
+        *rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names)
+    )
     return figure
 
 

@@ -25,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import blockspec
 from benchmarks.record import clock, in_turns, write
 from benchmarks.sweep import Size, matrices, model_of
-from blockspec.accuracy import wasserstein
-from blockspec.curvature import Products
+from blockspec.numerics.measures import wasserstein
+from blockspec.products.curvature import Products
 from language_models.batches import causal_batch, fixed_batches
 from language_models.tokens import open_tokens
 
@@ -44,7 +44,9 @@ def trained(size: Size, steps: int) -> blockspec.Objective:
     """A GPT-2 after some steps on the embedded text, and one batch of text that it has not seen."""
     model = model_of(size)
     tokens = open_tokens("embedded", "train", window=size.tokens, vocabulary=size.vocabulary)
-    batches = fixed_batches(tokens, causal_batch, num_batches=max(steps, 1), batch_size=size.batch, window=size.tokens)
+    batches = fixed_batches(
+        tokens, causal_batch, num_batches=max(steps, 1), batch_size=size.batch, window=size.tokens
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for batch in batches[:steps]:
         total, count = blockspec.losses.next_token(model, batch)
@@ -52,7 +54,9 @@ def trained(size: Size, steps: int) -> blockspec.Objective:
         optimizer.step()
         optimizer.zero_grad()
     held_out = open_tokens("embedded", "val", window=size.tokens, vocabulary=size.vocabulary)
-    batches = fixed_batches(held_out, causal_batch, num_batches=1, batch_size=size.batch, window=size.tokens)
+    batches = fixed_batches(
+        held_out, causal_batch, num_batches=1, batch_size=size.batch, window=size.tokens
+    )
     return blockspec.Objective(model, batches, blockspec.losses.next_token)
 
 
@@ -83,7 +87,9 @@ class Peers:
     def _operator(self, name: str) -> Any:
         import hessian_eigenthings as peer
 
-        return peer.HessianOperator(self.model, [self.tokens], mean_loss, param_filter=peer.match_names(name))
+        return peer.HessianOperator(
+            self.model, [self.tokens], mean_loss, param_filter=peer.match_names(name)
+        )
 
 
 def mean_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -95,7 +101,9 @@ def eigenthings() -> bool:
     return importlib.util.find_spec("hessian_eigenthings") is not None
 
 
-def ways(objective: blockspec.Objective, blocks: list[blockspec.Block]) -> dict[str, Callable[[], object]]:
+def ways(
+    objective: blockspec.Objective, blocks: list[blockspec.Block]
+) -> dict[str, Callable[[], object]]:
     peers = Peers(objective, blocks)
     vectors = [torch.randn(block.numel) for block in blocks]
     found: dict[str, Callable[[], object]] = {
@@ -127,8 +135,16 @@ def to_accuracy(
     ours = clock() - start
     assert spectra.cost is not None
     costs = {"blockspec": (ours, spectra.cost.products)}
-    costs |= {way: (count * seconds[way], count * len(blocks)) for way, count in SWEEPS.items() if way in seconds}
-    times = pd.DataFrame(costs, index=["seconds", "products"]).T.astype({"products": int}).rename_axis("way")
+    costs |= {
+        way: (count * seconds[way], count * len(blocks))
+        for way, count in SWEEPS.items()
+        if way in seconds
+    }
+    times = (
+        pd.DataFrame(costs, index=["seconds", "products"])
+        .T.astype({"products": int})
+        .rename_axis("way")
+    )
     times["ratio to blockspec"] = times["seconds"] / ours
     times["certified"] = ["yes" if way == "blockspec" else "no" for way in times.index]
     references = truth(objective, blocks)
@@ -141,7 +157,10 @@ def to_accuracy(
             "probes": s.num_probes,
             "products of these": block.numel if s.exact else int(s.steps.sum()),
             "promised": s.error / s.norm,
-            "error": wasserstein((s.nodes.ravel(), s.weights.ravel() / s.num_probes), references[block.name]) / s.norm,
+            "error": wasserstein(
+                (s.nodes.ravel(), s.weights.ravel() / s.num_probes), references[block.name]
+            )
+            / s.norm,
         }
         for block in blocks
         for s in [spectra[block.name]]
@@ -149,7 +168,9 @@ def to_accuracy(
     return times, pd.DataFrame(rows).set_index("block")
 
 
-def dense_truth(objective: blockspec.Objective, blocks: list[blockspec.Block]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def dense_truth(
+    objective: blockspec.Objective, blocks: list[blockspec.Block]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """All eigenvalues of each block."""
     truth = {}
     for block in blocks:
@@ -158,10 +179,14 @@ def dense_truth(objective: blockspec.Objective, blocks: list[blockspec.Block]) -
     return truth
 
 
-def converged(objective: blockspec.Objective, blocks: list[blockspec.Block]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def converged(
+    objective: blockspec.Objective, blocks: list[blockspec.Block]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """150 steps of 3 other probes."""
     spectra = blockspec.estimate_spectra(objective, blocks, 3, 150, seed=1)
-    return {name: (s.nodes.ravel(), s.weights.ravel() / s.num_probes) for name, s in spectra.items()}
+    return {
+        name: (s.nodes.ravel(), s.weights.ravel() / s.num_probes) for name, s in spectra.items()
+    }
 
 
 def main(rounds: int = 3, threads: int = 1) -> None:
@@ -174,10 +199,14 @@ def main(rounds: int = 3, threads: int = 1) -> None:
     torch.set_num_threads(threads)
     tables = {"One product with every block, 12 layers, D=256, V=8192": sweeps(rounds)}
     for name in ("D=32", "D=16"):
-        times, errors = to_accuracy(SIZES[name], rounds, truth=dense_truth, chosen=lambda b: 1024 <= b.numel <= 8192)
+        times, errors = to_accuracy(
+            SIZES[name], rounds, truth=dense_truth, chosen=lambda b: 1024 <= b.numel <= 8192
+        )
         tables[f"Time to 2e-3 on every block of 1,024 to 8,192 parameters, {name}"] = times
         tables[f"The same, block by block, against all eigenvalues, {name}"] = errors
-    times, errors = to_accuracy(SIZES["large"], rounds, truth=converged, chosen=lambda b: b.numel >= 65_536)
+    times, errors = to_accuracy(
+        SIZES["large"], rounds, truth=converged, chosen=lambda b: b.numel >= 65_536
+    )
     tables["Time to 2e-3 on every block of 65,536 and more parameters"] = times
     tables["The same, block by block, against 150 steps of 3 other probes"] = errors
     write("peers", tables)

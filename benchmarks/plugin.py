@@ -22,8 +22,8 @@ from blockspec import Objective, losses, partition
 from blockspec.integrations import record
 
 PARTS = {  # what is timed, and where its callers find it
-    "products": "blockspec.curvature.Products.sweep",
-    "Lanczos": "blockspec.ranks.Ranks.together",
+    "products": "blockspec.products.curvature.Products.sweep",
+    "Lanczos": "blockspec.numerics.ranks.Ranks.together",
     "distances and tables": "blockspec.integrations.recording.append_tables",
     "record of the run": "blockspec.integrations.recording.open_record",
 }
@@ -50,14 +50,25 @@ def main(
         steps: Lanczos steps.
         measured: Measurements; the first one, which begins the folder, counts as well.
     """
-    sizes = {"n_layer": layers, "n_embd": width, "n_head": width // 32, "n_positions": window, "vocab_size": 512}
+    sizes = {
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": width // 32,
+        "n_positions": window,
+        "vocab_size": 512,
+    }
     tables = {}
     for batch in batches:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
         data = {"input_ids": torch.randint(512, (batch, window))}
         seconds, blocks = shares(model, data, probes=probes, steps=steps, measured=measured)
-        table = pd.DataFrame({"seconds": seconds, "share": {name: value / seconds["all"] for name, value in seconds.items()}})
+        table = pd.DataFrame(
+            {
+                "seconds": seconds,
+                "share": {name: value / seconds["all"] for name, value in seconds.items()},
+            }
+        )
         title = f"{batch * window} tokens: {measured} measurements of {blocks} blocks, {probes} probes of {steps} steps"
         tables[title] = table.rename_axis("part")
     write("plugin", tables, notes="CPU time.")
@@ -67,7 +78,10 @@ def shares(
     model: torch.nn.Module, data: dict[str, torch.Tensor], *, probes: int, steps: int, measured: int
 ) -> tuple[dict[str, float], int]:
     """Seconds of each part, and the number of blocks."""
-    objective, blocks = Objective(model, [data], losses.next_token), partition(model, include="*weight*")
+    objective, blocks = (
+        Objective(model, [data], losses.next_token),
+        partition(model, include="*weight*"),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as out, timed(seconds):
@@ -94,7 +108,9 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
         yield
 
 
-def _timer(function: Callable[..., Any], name: str, seconds: dict[str, float]) -> Callable[..., Any]:
+def _timer(
+    function: Callable[..., Any], name: str, seconds: dict[str, float]
+) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         start = clock()
         try:

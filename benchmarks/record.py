@@ -35,9 +35,19 @@ def in_turns(contestants: Mapping[str, Callable[[], object]], *, rounds: int) ->
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def write(name: str, tables: Mapping[str, pd.DataFrame], *, notes: str = "", packages: tuple[str, ...] = PACKAGES) -> Path:
+def write(
+    name: str,
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    notes: str = "",
+    packages: tuple[str, ...] = PACKAGES,
+) -> Path:
     """Prints the tables and writes them as ``benchmarks/results/<name>_<hardware>_<date>.md``."""
-    hardware = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else f"cpu{torch.get_num_threads()}"
+    hardware = (
+        torch.cuda.get_device_name().replace(" ", "-")
+        if torch.cuda.is_available()
+        else f"cpu{torch.get_num_threads()}"
+    )
     today = datetime.date.today().isoformat()
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
     module = Path(sys.argv[0]).resolve().stem
@@ -63,7 +73,10 @@ def write(name: str, tables: Mapping[str, pd.DataFrame], *, notes: str = "", pac
 def _markdown(table: pd.DataFrame) -> list[str]:
     frame = table.reset_index() if table.index.name else table
     header = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + "---|" * len(frame.columns)]
-    return header + ["| " + " | ".join(_cell(value) for value in row) + " |" for row in frame.itertuples(index=False)]
+    return header + [
+        "| " + " | ".join(_cell(value) for value in row) + " |"
+        for row in frame.itertuples(index=False)
+    ]
 
 
 def _cell(value: object) -> str:

@@ -24,8 +24,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import blockspec
 from benchmarks.record import write
 from benchmarks.sweep import Size, matrices, model_of
-from blockspec import memory
-from blockspec.estimate import plan_spectra
+from blockspec.engine.estimate import plan_spectra
+from blockspec.numerics import memory
 
 SIZE = Size(6, 128, 4, 2048, 4, 64)
 STEPS = 10
@@ -34,7 +34,9 @@ STEPS = 10
 def problem() -> tuple[blockspec.Objective, list[blockspec.Block]]:
     """A GPT-2 of 6 layers, two batches, every matrix."""
     model = model_of(SIZE)
-    batches = [{"input_ids": torch.randint(SIZE.vocabulary, (SIZE.batch, SIZE.tokens))} for _ in range(2)]
+    batches = [
+        {"input_ids": torch.randint(SIZE.vocabulary, (SIZE.batch, SIZE.tokens))} for _ in range(2)
+    ]
     objective = blockspec.Objective(model, batches, blockspec.losses.next_token)
     return objective, matrices(objective)
 
@@ -61,12 +63,26 @@ def worker(columns: int) -> None:
 def launched(processes: int, columns: int) -> float:
     """Median seconds of the estimate on that many processes of one thread."""
     command = [sys.executable, "-m", "benchmarks.scale", f"--columns={columns}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
     started = []
     for rank in range(processes):  # what a launcher sets
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
+        own = (
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            if processes > 1
+            else {}
+        )
         started.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment | own)
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=environment | own,
+            )
         )
     outputs = [process.communicate()[0] for process in started]
     assert all(process.returncode == 0 for process in started), outputs
@@ -83,7 +99,8 @@ def processes() -> pd.DataFrame:
     one = launched(1, 1)
     rows = [{"way": "one process", "seconds": one}]
     rows += [
-        {"way": f"two, split by {axis}", "seconds": launched(2, columns)} for axis, columns in (("blocks", 2), ("batches", 1))
+        {"way": f"two, split by {axis}", "seconds": launched(2, columns)}
+        for axis, columns in (("blocks", 2), ("batches", 1))
     ]
     table = pd.DataFrame(rows).set_index("way")
     table["speed-up"] = one / table["seconds"]
@@ -110,7 +127,15 @@ def states() -> pd.DataFrame:
             seconds(state=folder, state_every=0.0, progress=stop)
         except Stop:
             resumed = time.perf_counter() - start + seconds(state=folder)
-    table = pd.DataFrame({"seconds": {"unbroken": unbroken, "saving every second": saving, "stopped and resumed": resumed}})
+    table = pd.DataFrame(
+        {
+            "seconds": {
+                "unbroken": unbroken,
+                "saving every second": saving,
+                "stopped and resumed": resumed,
+            }
+        }
+    )
     table["ratio"] = table["seconds"] / unbroken
     return table.rename_axis("way")
 
@@ -119,7 +144,9 @@ def gpt2(limit: str, steps: int) -> pd.DataFrame:
     """GPT-2 124M with random weights, one window of 1,024 tokens, every matrix, one probe."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(use_cache=False))
-    objective = blockspec.Objective(model, [{"input_ids": torch.randint(50257, (1, 1024))}], blockspec.losses.next_token)
+    objective = blockspec.Objective(
+        model, [{"input_ids": torch.randint(50257, (1, 1024))}], blockspec.losses.next_token
+    )
     blocks = matrices(objective)
     cost = plan_spectra(objective, blocks, 1, steps, memory=limit)
     start = time.perf_counter()
@@ -127,13 +154,21 @@ def gpt2(limit: str, steps: int) -> pd.DataFrame:
         blockspec.estimate_spectra(objective, blocks, 1, steps, memory=limit)
     took = time.perf_counter() - start
     rows = {
-        "peak memory": (memory.readable(cost.peak), memory.readable(peak.peak), cost.peak / peak.peak),
+        "peak memory": (
+            memory.readable(cost.peak),
+            memory.readable(peak.peak),
+            cost.peak / peak.peak,
+        ),
         "seconds": (f"{cost.seconds:.0f}", f"{took:.0f}", cost.seconds / took),
     }
-    return pd.DataFrame(rows, index=["planned", "measured", "planned / measured"]).T.rename_axis("what")
+    return pd.DataFrame(rows, index=["planned", "measured", "planned / measured"]).T.rename_axis(
+        "what"
+    )
 
 
-def main(gpt2_too: bool = False, columns: int | None = None, limit: str = "20GiB", steps: int = 2) -> None:
+def main(
+    gpt2_too: bool = False, columns: int | None = None, limit: str = "20GiB", steps: int = 2
+) -> None:
     """Measures and writes the tables.
 
     Args:

@@ -17,10 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import blockspec
 from benchmarks.record import in_turns, write
-from blockspec.basis import Basis
-from blockspec.curvature import Products
-from blockspec.lanczos import Lanczos, tridiagonalize
-from blockspec.results import lanczos_spectrum
+from blockspec.engine.results import lanczos_spectrum
+from blockspec.numerics.basis import Basis
+from blockspec.numerics.lanczos import Lanczos, tridiagonalize
+from blockspec.products.curvature import Products
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ class Contest:
             torch.autograd.grad(self.objective.loss_sum(batch)[0], list(self.parameters.values()))
 
     def shared_and_pruned(self) -> list[torch.Tensor]:
-        return Products(self.objective).sweep([(b, self.vectors[b.name].flatten()) for b in self.blocks])
+        return Products(self.objective).sweep(
+            [(b, self.vectors[b.name].flatten()) for b in self.blocks]
+        )
 
     def graph_per_block(self) -> list[torch.Tensor]:
         products = Products(self.objective)
@@ -94,7 +96,9 @@ class Contest:
                 gradients = torch.autograd.grad(total, wanted, create_graph=True)
                 for i, block in enumerate(self.blocks):
                     inner = (gradients[i] * self.vectors[block.name]).sum()
-                    results.append(torch.autograd.grad(inner, wanted, retain_graph=True)[i].flatten() / count)
+                    results.append(
+                        torch.autograd.grad(inner, wanted, retain_graph=True)[i].flatten() / count
+                    )
         return results
 
     def full_product(self) -> None:
@@ -102,14 +106,26 @@ class Contest:
 
     def agree(self) -> float:
         """Largest relative difference between the three ways."""
-        ours, others = self.shared_and_pruned(), (self.graph_per_block(), self.back_to_all_parameters())
-        return max(float((a - b).norm() / a.norm()) for other in others for a, b in zip(ours, other, strict=True))
+        ours, others = (
+            self.shared_and_pruned(),
+            (self.graph_per_block(), self.back_to_all_parameters()),
+        )
+        return max(
+            float((a - b).norm() / a.norm())
+            for other in others
+            for a, b in zip(ours, other, strict=True)
+        )
 
 
 def densities(blocks: int = 50, probes: int = 10, steps: int = 100, points: int = 50_000) -> float:
     """Seconds for the densities of many blocks on a fine grid."""
     generator = torch.Generator().manual_seed(0)
-    settings = {"curvature": "hessian", "reorthogonalized": True, "distribution": "gaussian", "seed": 0}
+    settings = {
+        "curvature": "hessian",
+        "reorthogonalized": True,
+        "distribution": "gaussian",
+        "seed": 0,
+    }
     seconds = 0.0
     for index in range(blocks):
         bulk = torch.randn(2000, generator=generator, dtype=torch.float64) * 1e-2
@@ -117,7 +133,9 @@ def densities(blocks: int = 50, probes: int = 10, steps: int = 100, points: int 
         starts = torch.randn(probes, len(values), generator=generator, dtype=torch.float64)
         results = tridiagonalize(lambda rows, values=values: rows * values, starts, steps)
         block = blockspec.Block(str(index), "other", None, len(values))
-        spectrum = lanczos_spectrum(block, results, num_steps=steps, dtype=torch.float64, **settings)
+        spectrum = lanczos_spectrum(
+            block, results, num_steps=steps, dtype=torch.float64, **settings
+        )
         start = time.perf_counter()
         spectrum.density(spectrum.grid(points))
         seconds += time.perf_counter() - start
@@ -149,7 +167,13 @@ def main(rounds: int = 3, threads: int = 1) -> None:
     for title, size in SIZES.items():
         contest = Contest(objective_of(size))
         assert contest.agree() < 1e-3
-        ways = ("gradient", "shared_and_pruned", "graph_per_block", "back_to_all_parameters", "full_product")
+        ways = (
+            "gradient",
+            "shared_and_pruned",
+            "graph_per_block",
+            "back_to_all_parameters",
+            "full_product",
+        )
         seconds = in_turns({way: getattr(contest, way) for way in ways}, rounds=rounds)
         ours, unit = seconds["shared_and_pruned"], seconds["gradient"]
         rows.append(
@@ -179,7 +203,9 @@ def main(rounds: int = 3, threads: int = 1) -> None:
     ).set_index("measure")
     growth = table["every block (gradients)"] * table["gradient (s)"]
     notes = f"Twice the layers (6 to 12, D=256) cost {growth.iloc[-1] / growth.iloc[-2]:.2f} x for all blocks."
-    write("sweep", {"One product with every block": table, "Beside the products": others}, notes=notes)
+    write(
+        "sweep", {"One product with every block": table, "Beside the products": others}, notes=notes
+    )
 
 
 if __name__ == "__main__":

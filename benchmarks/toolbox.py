@@ -19,11 +19,11 @@ from scipy.sparse.linalg import LinearOperator, eigsh, lobpcg
 import blockspec
 from benchmarks.record import PACKAGES, clock, write
 from benchmarks.sweep import Size, matrices, objective_of
-from blockspec.blocks import Block
-from blockspec.curvature import Products
-from blockspec.eigenpairs import ORDERS
-from blockspec.restarts import Search
-from blockspec.sweeps import run
+from blockspec.model.blocks import Block
+from blockspec.numerics.algorithms import run
+from blockspec.numerics.restarts import Search
+from blockspec.products.curvature import Products
+from blockspec.toolbox.eigenpairs import ORDERS
 
 SCIPY = {"largest": "LA", "smallest": "SA", "magnitude": "LM"}
 
@@ -34,7 +34,9 @@ def seconds(function: Callable[[], object]) -> float:
     return clock() - start
 
 
-def trace_ratio(objective: blockspec.Objective, blocks: list[Block], turns: int, num_probes: int) -> list[float]:
+def trace_ratio(
+    objective: blockspec.Objective, blocks: list[Block], turns: int, num_probes: int
+) -> list[float]:
     """Time of the traces of all blocks over that of the trace of the full matrix, turn by turn."""
     (full,) = blockspec.partition(objective.model, "model")
     ratios = []
@@ -70,9 +72,18 @@ class Counted:
 
     def operator(self) -> LinearOperator:
         def columns(matrix: np.ndarray) -> np.ndarray:
-            return self.rows(torch.from_numpy(np.ascontiguousarray(matrix.reshape(self.size, -1).T))).numpy().T
+            return (
+                self.rows(torch.from_numpy(np.ascontiguousarray(matrix.reshape(self.size, -1).T)))
+                .numpy()
+                .T
+            )
 
-        return LinearOperator((self.size, self.size), matvec=lambda v: columns(v)[:, 0], matmat=columns, dtype=np.float64)
+        return LinearOperator(
+            (self.size, self.size),
+            matvec=lambda v: columns(v)[:, 0],
+            matmat=columns,
+            dtype=np.float64,
+        )
 
 
 def operators() -> dict[str, Counted]:
@@ -82,11 +93,14 @@ def operators() -> dict[str, Counted]:
     (full,) = blockspec.partition(objective.model, "model")
     products = Products(objective)
     found = {
-        "Hessian of GPT-2, P = 70,000": Counted(lambda rows: torch.stack(products.sweep([(full, v) for v in rows])), full.numel)
+        "Hessian of GPT-2, P = 70,000": Counted(
+            lambda rows: torch.stack(products.sweep([(full, v) for v in rows])), full.numel
+        )
     }
     bulk = torch.linspace(-0.1, 0.1, 490, dtype=torch.float64)
     tops = {
-        "two clusters of 5, width 4e-4": [1.2 + 1e-4 * i for i in range(5)] + [1 + 1e-4 * i for i in range(5)],
+        "two clusters of 5, width 4e-4": [1.2 + 1e-4 * i for i in range(5)]
+        + [1 + 1e-4 * i for i in range(5)],
         "1 and 2, 5 times each": [1.0] * 5 + [2.0] * 5,
     }
     for name, top in tops.items():
@@ -101,7 +115,9 @@ def ours(it: Counted, k: int, which: str, tolerance: float) -> tuple[np.ndarray,
     it.count = 0
     generator = torch.Generator().manual_seed(0)
     draw = lambda number: torch.randn(it.size, generator=generator, dtype=torch.float64)  # noqa: E731
-    search = Search(draw, k, ORDERS[which], tolerance=tolerance, basis=max(2 * k + 1, 20), max_products=2000)
+    search = Search(
+        draw, k, ORDERS[which], tolerance=tolerance, basis=max(2 * k + 1, 20), max_products=2000
+    )
     found = run(search.run(), it.rows)
     return np.sort(found.values), it.count
 
@@ -109,14 +125,20 @@ def ours(it: Counted, k: int, which: str, tolerance: float) -> tuple[np.ndarray,
 def arpack(it: Counted, k: int, which: str, tolerance: float) -> tuple[np.ndarray, int]:
     it.count = 0
     start = np.random.default_rng(0).normal(size=it.size)
-    values = eigsh(it.operator(), k=k, which=SCIPY[which], tol=tolerance, v0=start, return_eigenvectors=False)
+    values = eigsh(
+        it.operator(), k=k, which=SCIPY[which], tol=tolerance, v0=start, return_eigenvectors=False
+    )
     return np.sort(values), it.count
 
 
-def locally_optimal(it: Counted, k: int, which: str, tolerance: float, norm: float) -> tuple[np.ndarray, int]:
+def locally_optimal(
+    it: Counted, k: int, which: str, tolerance: float, norm: float
+) -> tuple[np.ndarray, int]:
     it.count = 0
     start = np.random.default_rng(0).normal(size=(it.size, k))
-    values, _ = lobpcg(it.operator(), start, largest=which != "smallest", tol=tolerance * norm, maxiter=200)
+    values, _ = lobpcg(
+        it.operator(), start, largest=which != "smallest", tol=tolerance * norm, maxiter=200
+    )
     return np.sort(values), it.count
 
 
@@ -128,21 +150,42 @@ def eigenpairs_table(k: int, tolerance: float) -> pd.DataFrame:
             values, count = ours(it, k, which, tolerance)
             others, arpack_count = arpack(it, k, which, tolerance)
             lobpcg_values, lobpcg_count = locally_optimal(it, k, which, tolerance, norm)
-            differences = [float(np.abs(values - other).max() / norm) for other in (others, lobpcg_values)]
+            differences = [
+                float(np.abs(values - other).max() / norm) for other in (others, lobpcg_values)
+            ]
             rows.append((name, f"{which} {k}", count, arpack_count, lobpcg_count, *differences))
-    columns = ["matrix", "which", "ours", "ARPACK", "LOBPCG", "ARPACK's difference", "LOBPCG's difference"]
+    columns = [
+        "matrix",
+        "which",
+        "ours",
+        "ARPACK",
+        "LOBPCG",
+        "ARPACK's difference",
+        "LOBPCG's difference",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
-def sharing_table(objective: blockspec.Objective, blocks: list[Block], turns: int, probes: int) -> pd.DataFrame:
+def sharing_table(
+    objective: blockspec.Objective, blocks: list[Block], turns: int, probes: int
+) -> pd.DataFrame:
     (full,) = blockspec.partition(objective.model, "model")
-    traced, whole = (blockspec.trace(objective, some, num_probes=probes).cost.products for some in (blocks, full))
+    traced, whole = (
+        blockspec.trace(objective, some, num_probes=probes).cost.products for some in (blocks, full)
+    )
     coupled = blockspec.coupling(objective, blocks, 1).cost.products
     ratios = {
         f"traces, {probes} probes": (traced, whole, trace_ratio(objective, blocks, turns, probes)),
         "coupling, 1 probe": (coupled, 1, coupling_ratio(objective, blocks, turns)),
     }
-    columns = ["what", "full products", "of the full matrix alone", "times as long", "lower quartile", "upper quartile"]
+    columns = [
+        "what",
+        "full products",
+        "of the full matrix alone",
+        "times as long",
+        "lower quartile",
+        "upper quartile",
+    ]
     rows = []
     for name, (products, alone, times) in ratios.items():
         low, middle, high = statistics.quantiles(times, n=4)
@@ -164,8 +207,12 @@ def main(layers: int = 12, turns: int = 9, k: int = 8, tolerance: float = 1e-3) 
     objective = objective_of(Size(layers, 64, 4, 256, 4, 64))
     blocks = matrices(objective)
     tables = {
-        f"{len(blocks)} blocks: {layers} layers, D=64, V=256, B=4, T=64": sharing_table(objective, blocks, turns, probes=8),
-        f"Products for {k} eigenpairs to a relative residual of {tolerance:g}": eigenpairs_table(k, tolerance),
+        f"{len(blocks)} blocks: {layers} layers, D=64, V=256, B=4, T=64": sharing_table(
+            objective, blocks, turns, probes=8
+        ),
+        f"Products for {k} eigenpairs to a relative residual of {tolerance:g}": eigenpairs_table(
+            k, tolerance
+        ),
     }
     notes = (
         "ARPACK takes its tolerance relative to each eigenvalue, the others relative to the norm; ours includes the search for "

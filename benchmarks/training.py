@@ -75,7 +75,9 @@ def main(*, steps: int = 100, turns: int = 5, lr: float = 1e-3) -> None:
         },
         rounds=turns,
     )
-    table = pd.DataFrame({"ms a step": {name: 1e3 * value / steps for name, value in seconds.items()}})
+    table = pd.DataFrame(
+        {"ms a step": {name: 1e3 * value / steps for name, value in seconds.items()}}
+    )
     table["over the bare loop"] = table["ms a step"] / table["ms a step"]["bare loop"]
     write(
         "training",

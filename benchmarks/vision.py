@@ -30,7 +30,14 @@ def gradient(objective: blockspec.Objective) -> None:
         torch.autograd.grad(objective.loss_sum(batch)[0], list(objective.parameters().values()))
 
 
-def main(images: int = 512, batch_size: int = 128, depth: int = 20, steps: int = 30, rounds: int = 3, threads: int = 1) -> None:
+def main(
+    images: int = 512,
+    batch_size: int = 128,
+    depth: int = 20,
+    steps: int = 30,
+    rounds: int = 3,
+    threads: int = 1,
+) -> None:
     """Measures and writes the table.
 
     Args:
@@ -54,9 +61,15 @@ def main(images: int = 512, batch_size: int = 128, depth: int = 20, steps: int =
         spectra = blockspec.estimate_spectra(objective, blocks, num_probes=1, num_steps=steps)
         assert spectra.cost is not None
         products = spectra.cost.products // len(list(objective.batches()))
-        rows[f"{title} ({len(blocks)})"] = (products, time.perf_counter() - start[0], time.process_time() - start[1])
+        rows[f"{title} ({len(blocks)})"] = (
+            products,
+            time.perf_counter() - start[0],
+            time.process_time() - start[1],
+        )
         gradients += seconds_of(lambda: gradient(objective), rounds)
-    table = pd.DataFrame(rows, index=["products", "time (s)", "CPU time (s)"]).T.rename_axis("blocks")
+    table = pd.DataFrame(rows, index=["products", "time (s)", "CPU time (s)"]).T.rename_axis(
+        "blocks"
+    )
     table.loc[f"all ({sum(map(len, parts.values()))})"] = table.sum()
     cost = statistics.median(gradients)
     table["a product (gradients)"] = table["CPU time (s)"] / table["products"] / cost

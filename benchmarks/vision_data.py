@@ -20,7 +20,7 @@ from jsonargparse import CLI
 from PIL import Image
 
 from benchmarks.record import PACKAGES, write
-from blockspec.losses import classification
+from blockspec.model.losses import classification
 from vision_models.data import fixed_batches
 from vision_models.image_folder import image_folder
 from vision_models.models import ModelSettings, build
@@ -31,7 +31,9 @@ def write_photographs(folder: Path, count: int) -> None:
     generator = np.random.default_rng(0)
     for i in range(count):
         coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        field = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32)
+        field = np.asarray(
+            Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32
+        )
         noisy = field + generator.normal(0, 20, field.shape)
         path = folder / f"class_{i % 8}" / f"{i}.JPEG"
         path.parent.mkdir(exist_ok=True)
@@ -93,10 +95,18 @@ def main(
         for number in workers:
             rates = [
                 images / seconds
-                for seconds in seconds_of_decoding(Path(folder), batch=min(batch, 32), workers=number, passes=passes)
+                for seconds in seconds_of_decoding(
+                    Path(folder), batch=min(batch, 32), workers=number, passes=passes
+                )
             ]
             one = batch / statistics.median(rates)
-            rows[number] = (statistics.median(rates), min(rates), max(rates), one, 100 * one / gradient)
+            rows[number] = (
+                statistics.median(rates),
+                min(rates),
+                max(rates),
+                one,
+                100 * one / gradient,
+            )
     columns = ["images / s", "slowest", "fastest", "s a batch", "% of forward and backward"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("workers")
     title = f"{images} JPEG files of {size / 1e3:.0f} kB on average; ViT-base/16 on {device}, batch {batch}"

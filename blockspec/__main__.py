@@ -1,5 +1,5 @@
 """``python -m blockspec`` is the command ``blockspec``."""
 
-from .cli import main
+from blockspec.runs.cli import main
 
 main()

@@ -47,17 +47,32 @@ def main(
         num_steps: Lanczos steps of a measurement.
         seed: Of everything.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # else two processes without a GPU do not find each other
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available()
+    )  # else two processes without a GPU do not find each other
     set_seed(seed)
-    config = GPT2Config(vocab_size=256, n_positions=WINDOW, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=256,
+        n_positions=WINDOW,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     loader = DataLoader(windows(128, start=0), batch_size=8, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    held_out = list(DataLoader(windows(16, start=200_000), batch_size=8))  # the same on every process
+    held_out = list(
+        DataLoader(windows(16, start=200_000), batch_size=8)
+    )  # the same on every process
     plain = accelerator.unwrap_model(model)
-    objective, blocks = Objective(plain, held_out, losses.next_token), partition(plain, include="*c_*.weight*")  # 1
+    objective, blocks = (
+        Objective(plain, held_out, losses.next_token),
+        partition(plain, include="*c_*.weight*"),
+    )  # 1
 
     history: list[float] = []
     for _ in range(epochs):

@@ -22,7 +22,15 @@ BATCH, WINDOW = 8, 64
 
 def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=256, n_positions=WINDOW, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=256,
+        n_positions=WINDOW,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -48,7 +56,9 @@ def train_adamw(model: GPT2LMHeadModel, steps: int, lr: float) -> None:
 
 
 def train_adahessian(model: GPT2LMHeadModel, steps: int, lr: float, update_each: int) -> None:
-    optimizer = AdaHessian(model.named_parameters(), lr=lr, update_each=update_each, spatial_averaging="rows")
+    optimizer = AdaHessian(
+        model.named_parameters(), lr=lr, update_each=update_each, spatial_averaging="rows"
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for batch in batches(steps, seed=0):
         with optimizer.second_order(model):  # a line more than for AdamW
@@ -81,7 +91,9 @@ def main(steps: int = 300, lr_adamw: float = 1e-3, lr_adahessian: float = 0.15) 
     runs = {
         "AdamW": lambda model: train_adamw(model, steps, lr_adamw),
         "AdaHessian": lambda model: train_adahessian(model, steps, lr_adahessian, 1),
-        "AdaHessian, update_each=10": lambda model: train_adahessian(model, steps, lr_adahessian, 10),
+        "AdaHessian, update_each=10": lambda model: train_adahessian(
+            model, steps, lr_adahessian, 10
+        ),
     }
     for name, train in runs.items():
         model = tiny_gpt2()

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import blockspec
-from blockspec.blocks import Block, Piece
-from blockspec.toolbox_plots import save
+from blockspec.figures.toolbox import save
+from blockspec.model.blocks import Block, Piece
 
 INPUTS, WIDTH = 32, 8
 
@@ -27,7 +27,9 @@ INPUTS, WIDTH = 32, 8
 def objective_of(classes: int, seed: int, examples: int) -> blockspec.Objective:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(INPUTS, WIDTH, bias=False), nn.ReLU(), nn.Linear(WIDTH, classes, bias=False)).double()
+    model = nn.Sequential(
+        nn.Linear(INPUTS, WIDTH, bias=False), nn.ReLU(), nn.Linear(WIDTH, classes, bias=False)
+    ).double()
     x = torch.randn(examples, INPUTS, generator=generator, dtype=torch.float64)
     y = torch.randint(classes, (examples,), generator=generator)
     return blockspec.Objective(model, [(x, y)], blockspec.losses.classification)
@@ -35,7 +37,10 @@ def objective_of(classes: int, seed: int, examples: int) -> blockspec.Objective:
 
 def rows(name: str, count: int, width: int) -> list[Block]:
     """A block for each row of a weight."""
-    return [Block(f"{name}/{i}", "other", None, width, (Piece(name, 0, slice(i, i + 1)),)) for i in range(count)]
+    return [
+        Block(f"{name}/{i}", "other", None, width, (Piece(name, 0, slice(i, i + 1)),))
+        for i in range(count)
+    ]
 
 
 def ratio(found: blockspec.Coupling) -> tuple[float, float]:
@@ -52,7 +57,15 @@ def measure(classes: int, seed: int, examples: int, num_probes: int) -> list[dic
     table = []
     for layer, blocks in layers.items():
         relative, share = ratio(blockspec.coupling(objective, blocks, num_probes, seed=seed))
-        table.append({"layer": layer, "classes": classes, "seed": seed, "ratio": relative, "off_diagonal_share": share})
+        table.append(
+            {
+                "layer": layer,
+                "classes": classes,
+                "seed": seed,
+                "ratio": relative,
+                "off_diagonal_share": share,
+            }
+        )
     return table
 
 
@@ -60,7 +73,9 @@ def slopes(table: pd.DataFrame) -> dict[str, float]:
     """Exponent of C in the ratio, a straight line in logarithms over the upper half of the numbers of classes."""
     mean = table.groupby(["layer", "classes"])["ratio"].mean().unstack("layer")
     upper = mean.iloc[len(mean) // 2 :]
-    return {layer: float(np.polyfit(np.log(upper.index), np.log(upper[layer]), 1)[0]) for layer in upper}
+    return {
+        layer: float(np.polyfit(np.log(upper.index), np.log(upper[layer]), 1)[0]) for layer in upper
+    }
 
 
 def draw(table: pd.DataFrame, exponents: dict[str, float]) -> Figure:
@@ -69,7 +84,15 @@ def draw(table: pd.DataFrame, exponents: dict[str, float]) -> Figure:
     for layer, colour, marker in (("hidden", "#332288", "o"), ("output", "#CC6677", "s")):
         some = table[table["layer"] == layer].groupby("classes")["ratio"]
         label = f"{layer} layer, slope {exponents[layer]:.2f}"
-        axes.errorbar(some.mean().index, some.mean(), some.std(), color=colour, marker=marker, markersize=4, label=label)
+        axes.errorbar(
+            some.mean().index,
+            some.mean(),
+            some.std(),
+            color=colour,
+            marker=marker,
+            markersize=4,
+            label=label,
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("number of classes")
@@ -79,7 +102,10 @@ def draw(table: pd.DataFrame, exponents: dict[str, float]) -> Figure:
 
 
 def main(
-    classes: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128), seeds: int = 3, examples: int = 500, out: str = "runs/classes"
+    classes: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128),
+    seeds: int = 3,
+    examples: int = 500,
+    out: str = "runs/classes",
 ) -> None:
     """Ratio of off-diagonal to diagonal blocks by number of classes.
 
@@ -90,10 +116,20 @@ def main(
         out: Folder of table and figure.
     """
     torch.set_num_threads(1)
-    results = [row for c in classes for seed in range(seeds) for row in measure(c, seed, examples, num_probes=4)]
+    results = [
+        row
+        for c in classes
+        for seed in range(seeds)
+        for row in measure(c, seed, examples, num_probes=4)
+    ]
     table = pd.DataFrame(results)
     exponents = slopes(table)
-    print(table.groupby(["layer", "classes"])[["ratio", "off_diagonal_share"]].mean().round(4).to_string())
+    print(
+        table.groupby(["layer", "classes"])[["ratio", "off_diagonal_share"]]
+        .mean()
+        .round(4)
+        .to_string()
+    )
     print({layer: round(value, 2) for layer, value in exponents.items()})
     print(save(draw(table, exponents), Path(out), "classes"))
     table.to_csv(Path(out) / "classes.csv", index=False)

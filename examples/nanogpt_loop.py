@@ -43,9 +43,14 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.size()
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(self.n_embd, dim=2))
+        q, k, v = (
+            part.view(B, T, self.n_head, -1).transpose(1, 2)
+            for part in self.c_attn(x).split(self.n_embd, dim=2)
+        )
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True
+        )  # (B, nh, T, hs)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C)))
 
 
@@ -101,14 +106,20 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
         logits = self.lm_head(x)
-        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        return logits, F.cross_entropy(
+            logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1
+        )
 
 
-TEXT = torch.frombuffer(bytearray("".join(topics[name] for name in sorted(topics)).encode()), dtype=torch.uint8).long()
+TEXT = torch.frombuffer(
+    bytearray("".join(topics[name] for name in sorted(topics)).encode()), dtype=torch.uint8
+).long()
 DATA = {"train": TEXT[: 9 * len(TEXT) // 10], "val": TEXT[9 * len(TEXT) // 10 :]}
 
 
-def get_batch(split: str, *, batch_size: int, block_size: int, device: str) -> tuple[Tensor, Tensor]:
+def get_batch(
+    split: str, *, batch_size: int, block_size: int, device: str
+) -> tuple[Tensor, Tensor]:
     data = DATA[split]
     ix = torch.randint(len(data) - block_size, (batch_size,))
     x = torch.stack([data[i : i + block_size] for i in ix])
@@ -145,21 +156,34 @@ def main(
     """
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ctx = torch.amp.autocast(device_type=device, dtype=torch.bfloat16) if device == "cuda" else nullcontext()
+    ctx = (
+        torch.amp.autocast(device_type=device, dtype=torch.bfloat16)
+        if device == "cuda"
+        else nullcontext()
+    )
     config = GPTConfig()
     model = GPT(config).to(device)
     sizes = {"batch_size": batch_size, "block_size": config.block_size, "device": device}
     held_out = [get_batch("val", **sizes) for _ in range(2)]
-    objective, blocks = Objective(model, held_out, losses.next_token), partition(model, exclude="*.ln_*")  # 1: before compile
+    objective, blocks = (
+        Objective(model, held_out, losses.next_token),
+        partition(model, exclude="*.ln_*"),
+    )  # 1: before compile
     if compile:
         model = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
 
     history = []
     X, Y = get_batch("train", **sizes)
     for iter_num in range(max_iters + 1):
         if out is not None and iter_num in measured:  # 2
-            print(record(out, iter_num, objective, blocks, num_probes=2, num_steps=num_steps)["spectrum/js0"])  # 3
+            print(
+                record(out, iter_num, objective, blocks, num_probes=2, num_steps=num_steps)[
+                    "spectrum/js0"
+                ]
+            )  # 3
         if iter_num == max_iters:
             break
         for _ in range(gradient_accumulation_steps):

@@ -6,7 +6,7 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
-from blockspec.losses import Loss, masked_token
+from blockspec.model.losses import Loss, masked_token
 from language_models.batches import Batch, fixed_batches, masked_batch
 from language_models.loading import load_pretrained
 from language_models.models import freeze_biases, trained_record
@@ -85,7 +85,11 @@ def pretrained(
     model = load_pretrained(checkpoint or name, "masked", trust_remote_code=trust_remote_code)
     longest_window(model.config, num_tokens)
     encoder = tokenizer_for(data, tokenizer or name)
-    tokens = open_tokens(data, split, window=num_tokens, vocabulary=model.config.vocab_size, encoder=encoder)
-    make = partial(masked_batch, mask=mask_token(data, encoder), vocabulary=tokens.vocabulary, seed=seed)
+    tokens = open_tokens(
+        data, split, window=num_tokens, vocabulary=model.config.vocab_size, encoder=encoder
+    )
+    make = partial(
+        masked_batch, mask=mask_token(data, encoder), vocabulary=tokens.vocabulary, seed=seed
+    )
     size = {"num_batches": num_batches, "batch_size": batch_size, "window": num_tokens}
     return model, fixed_batches(tokens, make, **size), masked_token

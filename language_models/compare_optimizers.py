@@ -44,8 +44,16 @@ def compare(
     return table
 
 
-def train_one(model: ModelSettings, data: DataSettings, start: str | None, settings: TrainingSettings, folder: Path) -> Path:
-    return train(out=str(folder), model=model, data=data, training=settings, start=start, progress=False)
+def train_one(
+    model: ModelSettings,
+    data: DataSettings,
+    start: str | None,
+    settings: TrainingSettings,
+    folder: Path,
+) -> Path:
+    return train(
+        out=str(folder), model=model, data=data, training=settings, start=start, progress=False
+    )
 
 
 if __name__ == "__main__":

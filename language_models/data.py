@@ -126,18 +126,24 @@ def _check_limits(num_documents: int | None, num_tokens: int | None, val_share: 
     if not 0 < val_share < 1:
         raise ValueError(f"val_share is {val_share}; it must lie between 0 and 1")
     if any(limit is not None and limit < 1 for limit in (num_documents, num_tokens)):
-        raise ValueError(f"num_documents is {num_documents}, num_tokens {num_tokens}; they must be at least 1, or left out")
+        raise ValueError(
+            f"num_documents is {num_documents}, num_tokens {num_tokens}; they must be at least 1, or left out"
+        )
 
 
 def _refuse_others(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     changed = differences({name: stored.get(name) for name in settings}, dict(settings))
     if changed:
-        raise ValueError(f"{folder} was made with other settings ({'; '.join(changed)}): delete it or choose another --out")
+        raise ValueError(
+            f"{folder} was made with other settings ({'; '.join(changed)}): delete it or choose another --out"
+        )
 
 
 def is_val(number: int, val_share: float) -> bool:
     """Whether document ``number`` (from 0) goes to val: 1, then one in ``1 / val_share``."""
-    return number > 0 and (number == 1 or int((number - 1) * val_share) > int((number - 2) * val_share))
+    return number > 0 and (
+        number == 1 or int((number - 1) * val_share) > int((number - 2) * val_share)
+    )
 
 
 def _resume(partial: Path, settings: dict[str, Any]) -> State:
@@ -158,16 +164,22 @@ def _resume(partial: Path, settings: dict[str, Any]) -> State:
 
 def _wanted(state: State) -> bool:
     documents, tokens = state.settings["num_documents"], state.settings["num_tokens"]
-    return (documents is None or state.documents < documents) and (tokens is None or state.tokens < tokens)
+    return (documents is None or state.documents < documents) and (
+        tokens is None or state.tokens < tokens
+    )
 
 
-def _encode(texts: list[str], documents: Documents, encoder: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+def _encode(
+    texts: list[str], documents: Documents, encoder: PreTrainedTokenizerBase
+) -> Iterator[np.ndarray]:
     end = [end_token(encoder)] if documents.ends else []
     for row in encoder(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         yield np.array(row + end, dtype=DTYPE)
 
 
-def _tokenize(documents: Documents, encoder: PreTrainedTokenizerBase, partial: Path, state: State) -> None:
+def _tokenize(
+    documents: Documents, encoder: PreTrainedTokenizerBase, partial: Path, state: State
+) -> None:
     """Appends to both files until the documents or what is wanted of them are at an end."""
     columns = (
         TextColumn("{task.description}"),
@@ -185,7 +197,9 @@ def _tokenize(documents: Documents, encoder: PreTrainedTokenizerBase, partial: P
         for name, file in files.items():  # what was written after the last state is written again
             file.truncate(state.counts[name].tokens * DTYPE.itemsize)
             file.seek(0, 2)
-        task = bar.add_task("tokens", total=state.settings["num_tokens"] or state.settings["num_documents"])
+        task = bar.add_task(
+            "tokens", total=state.settings["num_tokens"] or state.settings["num_documents"]
+        )
         texts, written = iter(documents), time.monotonic()
         while _wanted(state) and (batch := list(itertools.islice(texts, _batch_size(state)))):
             _append(batch, documents, encoder, files, state)
@@ -193,7 +207,11 @@ def _tokenize(documents: Documents, encoder: PreTrainedTokenizerBase, partial: P
                 _store(documents, files, partial, state)
                 written = time.monotonic()
             done = state.tokens if state.settings["num_tokens"] else state.documents
-            bar.update(task, completed=done, description=f"{state.documents:,} documents, {state.tokens:,} tokens")
+            bar.update(
+                task,
+                completed=done,
+                description=f"{state.documents:,} documents, {state.tokens:,} tokens",
+            )
         _store(documents, files, partial, state)
 
 
@@ -220,7 +238,9 @@ def _append(
         count.largest = max(count.largest, int(row.max(initial=0)))
 
 
-def _store(documents: Documents, files: Mapping[str, BinaryIO], partial: Path, state: State) -> None:
+def _store(
+    documents: Documents, files: Mapping[str, BinaryIO], partial: Path, state: State
+) -> None:
     for file in files.values():
         file.flush()
     state.position = documents.state_dict()

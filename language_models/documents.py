@@ -40,7 +40,9 @@ class Documents:
     whole lines, so that a large one needs no memory and both splits get some of it.
     """
 
-    def __init__(self, source: str, *, subset: str | None = None, split: str = "train", field: str = "text") -> None:
+    def __init__(
+        self, source: str, *, subset: str | None = None, split: str = "train", field: str = "text"
+    ) -> None:
         self.field = field
         self.ends = not _is_single_text(source)
         self.stream = _open(source, subset, split)
@@ -93,7 +95,9 @@ def _open(source: str, subset: str | None, split: str) -> datasets.IterableDatas
 def _read(files: list[Path], *, sample_by: str) -> datasets.IterableDataset:
     reader = READERS.get(files[0].suffix)
     if reader is None:
-        raise ValueError(f"{files[0]} ends in {files[0].suffix or 'nothing'}; files end in one of {', '.join(READERS)}")
+        raise ValueError(
+            f"{files[0]} ends in {files[0].suffix or 'nothing'}; files end in one of {', '.join(READERS)}"
+        )
     options = {"sample_by": sample_by, "keep_linebreaks": True} if reader == "text" else {}
     names = [str(file) for file in files]
     return datasets.load_dataset(reader, data_files=names, split="train", streaming=True, **options)
@@ -105,7 +109,9 @@ def _files(folder: Path) -> list[Path]:
     kinds = Counter(READERS[path.suffix] for path in files)
     if len(kinds) != 1:
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
-        raise ValueError(f"{folder} must hold files of one kind out of {', '.join(READERS)}; it has {found}")
+        raise ValueError(
+            f"{folder} must hold files of one kind out of {', '.join(READERS)}; it has {found}"
+        )
     return files
 
 
@@ -123,4 +129,6 @@ def _from_hub(name: str, subset: str | None, split: str) -> datasets.IterableDat
         try:
             return datasets.load_dataset(name, subset, split=split, streaming=True)
         except RuntimeError as error:  # data sets that consist of a script
-            raise ValueError(f"{name}: {error}; give a data set of parquet, JSON, CSV or text files") from error
+            raise ValueError(
+                f"{name}: {error}; give a data set of parquet, JSON, CSV or text files"
+            ) from error

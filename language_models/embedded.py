@@ -43,7 +43,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator(topics(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, mask_token=MASK)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, mask_token=MASK
+    )
 
 
 def meta() -> dict[str, Any]:
@@ -67,5 +69,7 @@ def split_topic(text: str) -> dict[str, str]:
 def token_ids(split: str, encoder: PreTrainedTokenizerBase) -> np.ndarray:
     """All tokens of ``train`` or ``val`` in one row, each topic ended by the end-of-text (or separator) token."""
     end = encoder.eos_token_id if encoder.eos_token_id is not None else encoder.sep_token_id
-    rows = encoder([split_topic(text)[split] for text in topics()], add_special_tokens=False, verbose=False)["input_ids"]
+    rows = encoder(
+        [split_topic(text)[split] for text in topics()], add_special_tokens=False, verbose=False
+    )["input_ids"]
     return np.array([token for row in rows for token in (*row, end)])

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from blockspec.losses import Loss
+from blockspec.model.losses import Loss
 from language_models.batches import Batch, fixed_batches
 from language_models.models import ModelSettings
 from language_models.tokens import open_tokens
@@ -41,4 +41,8 @@ def fresh(
     task = make_task(shape, DataSettings(source=data, num_tokens=num_tokens), seed=seed)
     tokens = open_tokens(data, split, window=num_tokens)
     size = {"num_batches": num_batches, "batch_size": batch_size, "window": num_tokens}
-    return make_model(shape, task, seed=seed).eval(), fixed_batches(tokens, task.make, **size), task.loss
+    return (
+        make_model(shape, task, seed=seed).eval(),
+        fixed_batches(tokens, task.make, **size),
+        task.loss,
+    )

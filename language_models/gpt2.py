@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from blockspec.losses import Loss, next_token
+from blockspec.model.losses import Loss, next_token
 from language_models.batches import Batch, causal_batch, fixed_batches
 from language_models.loading import load_pretrained
 from language_models.models import freeze_biases, trained_record
@@ -38,10 +38,14 @@ def checkpoint(
     if not record["model"]["bias"]:
         freeze_biases(model)
     window = num_tokens or record["data"]["num_tokens"]
-    tokens = open_tokens(data or record["data"]["source"], split, window=window, vocabulary=model.config.vocab_size)
+    tokens = open_tokens(
+        data or record["data"]["source"], split, window=window, vocabulary=model.config.vocab_size
+    )
     return (
         model,
-        fixed_batches(tokens, causal_batch, num_batches=num_batches, batch_size=batch_size, window=window),
+        fixed_batches(
+            tokens, causal_batch, num_batches=num_batches, batch_size=batch_size, window=window
+        ),
         next_token,
     )
 
@@ -85,6 +89,8 @@ def pretrained(
     )
     return (
         model,
-        fixed_batches(tokens, causal_batch, num_batches=num_batches, batch_size=batch_size, window=num_tokens),
+        fixed_batches(
+            tokens, causal_batch, num_batches=num_batches, batch_size=batch_size, window=num_tokens
+        ),
         next_token,
     )

@@ -16,7 +16,9 @@ from training.hub import hub_or_cache
 KINDS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 
 
-def load_pretrained(name: str, kind: Literal["causal", "masked"], *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_pretrained(
+    name: str, kind: Literal["causal", "masked"], *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A causal or masked language model in float32 and eval mode.
 
     Args:
@@ -28,14 +30,22 @@ def load_pretrained(name: str, kind: Literal["causal", "masked"], *, trust_remot
     Raises:
         ValueError: it cannot be read, or does not hold every weight of the model.
     """
-    options = {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options = {
+        "trust_remote_code": trust_remote_code,
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
     with _as_one_line(name), quiet_transformers():
         model, report = _from_pretrained(KINDS[kind], name, dtype=torch.float32, **options)
     if kind == "causal" and any("MaskedLM" in cls for cls in model.config.architectures or ()):
-        raise ValueError(f"{name} is a masked language model, which sees the tokens that a causal one predicts")
+        raise ValueError(
+            f"{name} is a masked language model, which sees the tokens that a causal one predicts"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(f"{name} lacks {len(missing)} tensors of its {kind} model, such as {missing[0]}")
+        raise ValueError(
+            f"{name} lacks {len(missing)} tensors of its {kind} model, such as {missing[0]}"
+        )
     mismatched = sorted(report["mismatched_keys"])  # (name, shape in the file, shape in the model)
     if mismatched:
         tensor, found, wanted = mismatched[0]

@@ -37,7 +37,9 @@ class ModelSettings:
     tied: bool = True
 
 
-def _gpt2(settings: ModelSettings, vocabulary: int, window: int, end_token: int | None) -> PreTrainedModel:
+def _gpt2(
+    settings: ModelSettings, vocabulary: int, window: int, end_token: int | None
+) -> PreTrainedModel:
     config = GPT2Config(
         vocab_size=vocabulary,
         n_positions=window,
@@ -55,7 +57,9 @@ def _gpt2(settings: ModelSettings, vocabulary: int, window: int, end_token: int 
     return GPT2LMHeadModel(config)
 
 
-def _bert(settings: ModelSettings, vocabulary: int, window: int, end_token: int | None) -> PreTrainedModel:
+def _bert(
+    settings: ModelSettings, vocabulary: int, window: int, end_token: int | None
+) -> PreTrainedModel:
     config = BertConfig(
         vocab_size=vocabulary,
         max_position_embeddings=window,
@@ -78,7 +82,9 @@ BUILDERS: Mapping[str, Callable[[ModelSettings, int, int, int | None], PreTraine
 }
 
 
-def build(settings: ModelSettings, *, vocabulary: int, window: int, end_token: int | None) -> PreTrainedModel:
+def build(
+    settings: ModelSettings, *, vocabulary: int, window: int, end_token: int | None
+) -> PreTrainedModel:
     """A model with fresh weights, drawn from torch's global generator.
 
     Args:
@@ -88,10 +94,14 @@ def build(settings: ModelSettings, *, vocabulary: int, window: int, end_token: i
         end_token: The token between documents, if there is one.
     """
     if settings.width % settings.num_heads:
-        raise ValueError(f"width is {settings.width}; it must be a multiple of num_heads, {settings.num_heads}")
+        raise ValueError(
+            f"width is {settings.width}; it must be a multiple of num_heads, {settings.num_heads}"
+        )
     size = settings.vocabulary or vocabulary
     if size < vocabulary:
-        raise ValueError(f"the model's vocabulary is {size}, the data's is {vocabulary}: set model.vocabulary to it or more")
+        raise ValueError(
+            f"the model's vocabulary is {size}, the data's is {vocabulary}: set model.vocabulary to it or more"
+        )
     model = BUILDERS[settings.architecture](settings, size, window, end_token)
     if not settings.bias:
         freeze_biases(model)
@@ -111,5 +121,7 @@ def trained_record(checkpoint: str, architecture: str) -> dict[str, Any]:
     record = read_record(checkpoint)
     found = record["model"].get("architecture")
     if found != architecture:
-        raise ValueError(f"{checkpoint} is a {found}, not a {architecture}: take the factory of its own kind")
+        raise ValueError(
+            f"{checkpoint} is a {found}, not a {architecture}: take the factory of its own kind"
+        )
     return record

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from blockspec.losses import Loss, next_token
+from blockspec.model.losses import Loss, next_token
 from language_models.batches import Batch, causal_batch, fixed_batches, pair_batches
 from language_models.models import freeze_biases
 from language_models.tokens import longest_window, open_tokens
@@ -32,21 +32,33 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and numbers and was refused: it could run code") from error
+        raise ValueError(
+            f"{path} holds more than tensors and numbers and was refused: it could run code"
+        ) from error
     except (RuntimeError, EOFError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} cannot be read, it is cut short or no checkpoint of torch: {reason}") from error
+        raise ValueError(
+            f"{path} cannot be read, it is cut short or no checkpoint of torch: {reason}"
+        ) from error
     if not isinstance(content, dict) or "model" not in content or "model_args" not in content:
-        found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} is no checkpoint of nanoGPT: it has {found} in place of 'model' and 'model_args'")
+        found = (
+            sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+        )
+        raise ValueError(
+            f"{path} is no checkpoint of nanoGPT: it has {found} in place of 'model' and 'model_args'"
+        )
     absent = [name for name in SHAPE if name not in content["model_args"]]
     if absent:
         raise ValueError(f"{path}: its model_args lack {', '.join(absent)}")
     weights = {PREFIXES.sub("", name): tensor for name, tensor in content["model"].items()}
-    return content["model_args"], {name: tensor for name, tensor in weights.items() if not BUFFERS.search(name)}
+    return content["model_args"], {
+        name: tensor for name, tensor in weights.items() if not BUFFERS.search(name)
+    }
 
 
-def to_gpt2(arguments: Mapping[str, Any], weights: Mapping[str, Tensor], *, activation: str = "gelu") -> GPT2LMHeadModel:
+def to_gpt2(
+    arguments: Mapping[str, Any], weights: Mapping[str, Tensor], *, activation: str = "gelu"
+) -> GPT2LMHeadModel:
     """The same function as a Hugging Face GPT-2.
 
     Args:
@@ -72,10 +84,16 @@ def to_gpt2(arguments: Mapping[str, Any], weights: Mapping[str, Tensor], *, acti
     has_biases = any(name.endswith(".bias") for name in weights)
     if not has_biases:
         freeze_biases(model)
-    ours = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    theirs = {name: tensor.t() if CONV1D.search(name) else tensor for name, tensor in weights.items()}
+    ours = {
+        name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
+    theirs = {
+        name: tensor.t() if CONV1D.search(name) else tensor for name, tensor in weights.items()
+    }
     _compare(ours, theirs)
-    model.load_state_dict(theirs, strict=False)  # _compare was strict about all but the biases that there are none of
+    model.load_state_dict(
+        theirs, strict=False
+    )  # _compare was strict about all but the biases that there are none of
     return model.eval()
 
 
@@ -89,7 +107,9 @@ def _compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
         )
     for name, tensor in ours.items():
         if tensor.shape != theirs[name].shape:
-            raise ValueError(f"{name} has shape {tuple(theirs[name].shape)}; model_args make it {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(theirs[name].shape)}; model_args make it {tuple(tensor.shape)}"
+            )
 
 
 def checkpoint(
@@ -123,7 +143,9 @@ def checkpoint(
     tokens = open_tokens(data, split, window=window, vocabulary=arguments["vocab_size"])
     return (
         model,
-        fixed_batches(tokens, causal_batch, num_batches=num_batches, batch_size=batch_size, window=window),
+        fixed_batches(
+            tokens, causal_batch, num_batches=num_batches, batch_size=batch_size, window=window
+        ),
         next_token,
     )
 
@@ -156,11 +178,17 @@ def original(
     module = _load_code(Path(code))
     model = module.GPT(module.GPTConfig(**arguments))
     _compare(dict(model.named_parameters(remove_duplicate=False)), weights)
-    model.load_state_dict(weights, strict=False)  # all but the causal masks, which the model has made
+    model.load_state_dict(
+        weights, strict=False
+    )  # all but the causal masks, which the model has made
     model.eval()
     window = num_tokens or arguments["block_size"]
     tokens = open_tokens(data, split, window=window + 1, vocabulary=arguments["vocab_size"])
-    return model, pair_batches(tokens, num_batches=num_batches, batch_size=batch_size, window=window), next_token
+    return (
+        model,
+        pair_batches(tokens, num_batches=num_batches, batch_size=batch_size, window=window),
+        next_token,
+    )
 
 
 def _load_code(path: Path) -> Any:

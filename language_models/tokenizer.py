@@ -23,9 +23,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         with hub_or_cache():
             encoder = AutoTokenizer.from_pretrained(name)
     if len(encoder) > LARGEST + 1:
-        raise ValueError(f"the tokenizer {name} has {len(encoder)} tokens; token files are uint16: {LARGEST + 1} at most")
+        raise ValueError(
+            f"the tokenizer {name} has {len(encoder)} tokens; token files are uint16: {LARGEST + 1} at most"
+        )
     if end_token(encoder) is None:
-        raise ValueError(f"the tokenizer {name} has neither an end-of-text nor a separator token to put between documents")
+        raise ValueError(
+            f"the tokenizer {name} has neither an end-of-text nor a separator token to put between documents"
+        )
     return encoder
 
 

@@ -37,7 +37,11 @@ class Tokens:
     def windows(self, starts: np.ndarray, size: int) -> np.ndarray:
         """``size`` tokens from each start: (B,) -> (B, size) int64."""
         # a new map each time: pages of the old one would stay counted as this process's memory
-        row = self.source if isinstance(self.source, np.ndarray) else np.memmap(self.source, dtype=DTYPE, mode="r")
+        row = (
+            self.source
+            if isinstance(self.source, np.ndarray)
+            else np.memmap(self.source, dtype=DTYPE, mode="r")
+        )
         return np.stack([row[start : start + size] for start in starts]).astype(np.int64)
 
 
@@ -65,7 +69,9 @@ def _known_largest(path: Path, size: int) -> int | None:
         return None
     count = json.loads(meta.read_text(encoding="utf-8"))["splits"][path.stem]
     if count["tokens"] * DTYPE.itemsize != size:
-        raise ValueError(f"{path} has {size} bytes, {META} says {count['tokens']} tokens: it is cut short or another's")
+        raise ValueError(
+            f"{path} has {size} bytes, {META} says {count['tokens']} tokens: it is cut short or another's"
+        )
     return count["largest"]
 
 
@@ -73,7 +79,9 @@ def check_bin(path: Path, *, vocabulary: int, window: int) -> int:
     """The number of tokens in a ``.bin`` file; ValueError says why it cannot be used."""
     size = path.stat().st_size
     if size % DTYPE.itemsize:
-        raise ValueError(f"{path} has {size} bytes, an odd number: tokens are uint16, so it is cut short or no token file")
+        raise ValueError(
+            f"{path} has {size} bytes, an odd number: tokens are uint16, so it is cut short or no token file"
+        )
     length = size // DTYPE.itemsize
     _check_length(str(path), length, window)
     largest = _known_largest(path, size)
@@ -83,14 +91,20 @@ def check_bin(path: Path, *, vocabulary: int, window: int) -> int:
 
 def _check_length(name: str, length: int, window: int) -> None:
     if window < 2:
-        raise ValueError(f"a window has {window} tokens; it needs two at least, one to predict the other from")
+        raise ValueError(
+            f"a window has {window} tokens; it needs two at least, one to predict the other from"
+        )
     if length < window:
-        raise ValueError(f"{name} has {length} tokens, one window needs {window}: prepare more text or shorten the window")
+        raise ValueError(
+            f"{name} has {length} tokens, one window needs {window}: prepare more text or shorten the window"
+        )
 
 
 def _check_largest(name: str, largest: int, vocabulary: int) -> None:
     if largest >= vocabulary:
-        raise ValueError(f"{name} has token {largest}, the vocabulary ends at {vocabulary - 1}: it was made by another tokenizer")
+        raise ValueError(
+            f"{name} has token {largest}, the vocabulary ends at {vocabulary - 1}: it was made by another tokenizer"
+        )
 
 
 def open_tokens(
@@ -124,7 +138,9 @@ def open_tokens(
             f"{path} does not exist: prepare it with 'python -m language_models.data', or give 'embedded' or a folder "
             "that has train.bin and val.bin"
         )
-    return Tokens(str(path), path, check_bin(path, vocabulary=vocabulary, window=window), vocabulary)
+    return Tokens(
+        str(path), path, check_bin(path, vocabulary=vocabulary, window=window), vocabulary
+    )
 
 
 def tokenizer_for(data: str, name: str) -> PreTrainedTokenizerBase | None:
@@ -136,7 +152,9 @@ def mask_token(data: str, encoder: PreTrainedTokenizerBase | None = None) -> int
     """The token that stands for a masked one."""
     token = encoder.mask_token_id if encoder is not None else read_meta(data).get("mask_token")
     if token is None:
-        raise ValueError(f"the tokenizer of {data} has no mask token: prepare the data with one that has, such as BERT's")
+        raise ValueError(
+            f"the tokenizer of {data} has no mask token: prepare the data with one that has, such as BERT's"
+        )
     return token
 
 

@@ -16,9 +16,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from blockspec.losses import Loss, masked_token, next_token
+from blockspec.model.losses import Loss, masked_token, next_token
 from language_models import embedded
-from language_models.batches import Batch, MakeBatch, causal_batch, fixed_batches, masked_batch, random_windows
+from language_models.batches import (
+    Batch,
+    MakeBatch,
+    causal_batch,
+    fixed_batches,
+    masked_batch,
+    random_windows,
+)
 from language_models.loading import load_pretrained, quiet_transformers
 from language_models.models import ModelSettings, build
 from language_models.tokens import Tokens, mask_token, open_tokens, read_meta
@@ -57,7 +64,9 @@ class Task:
     def batch_at(self, index: int) -> Batch:
         """Batch number ``index`` of the training text."""
         data = self.data
-        windows = random_windows(self.tokens, index, batch_size=data.batch_size, window=data.num_tokens, seed=self.seed)
+        windows = random_windows(
+            self.tokens, index, batch_size=data.batch_size, window=data.num_tokens, seed=self.seed
+        )
         return self.make(windows, index)
 
     def held_out(self) -> list[Batch]:
@@ -72,11 +81,15 @@ def make_task(model: ModelSettings, data: DataSettings, *, seed: int) -> Task:
     tokens = open_tokens(data.source, "train", window=data.num_tokens)
     if model.architecture == "gpt2":
         return Task(next_token, causal_batch, tokens, data, seed)
-    masked = partial(masked_batch, mask=mask_token(data.source), vocabulary=tokens.vocabulary, seed=seed)
+    masked = partial(
+        masked_batch, mask=mask_token(data.source), vocabulary=tokens.vocabulary, seed=seed
+    )
     return Task(masked_token, masked, tokens, data, seed)
 
 
-def make_model(model: ModelSettings, task: Task, *, seed: int, start: str | None = None) -> PreTrainedModel:
+def make_model(
+    model: ModelSettings, task: Task, *, seed: int, start: str | None = None
+) -> PreTrainedModel:
     """The model with the weights of that seed, or of the checkpoint ``start``; ValueError if they do not fit."""
     torch.manual_seed(seed)
     network = build(
@@ -137,7 +150,11 @@ def train(
         out=out,
         save=save_with_tokenizer(data.source),
         measure=lambda network: {"held_out_loss": mean_loss(network, held_out, task.loss)},
-        record={"model": dataclasses.asdict(model), "data": dataclasses.asdict(data), "start": start},
+        record={
+            "model": dataclasses.asdict(model),
+            "data": dataclasses.asdict(data),
+            "start": start,
+        },
         progress=progress,
     )
 

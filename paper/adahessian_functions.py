@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from blockspec.figures.style import RUN_MARKERS, RUNS, styled
 from blockspec.optim import AdaHessian
-from blockspec.style import RUN_MARKERS, RUNS, styled
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command
 
 START = (-2.0, -1.0)
@@ -43,7 +43,9 @@ class Settings:
     drawn: float = 0.5
 
 
-def path(function: str, *, betas: tuple[float, float], lr: float, seed: int, steps: int) -> pd.DataFrame:
+def path(
+    function: str, *, betas: tuple[float, float], lr: float, seed: int, steps: int
+) -> pd.DataFrame:
     """A row a step: the point that AdaHessian is at, and the function's value there."""
     point = torch.tensor(START, dtype=torch.float64, requires_grad=True)
     optimizer = AdaHessian([point], lr=lr, betas=betas, eps=0.0, seed=seed)
@@ -54,12 +56,18 @@ def path(function: str, *, betas: tuple[float, float], lr: float, seed: int, ste
         optimizer.zero_grad()
         optimizer.backward(value)
         optimizer.step()
-    return pd.DataFrame(rows, columns=["step", "x", "y", "value"]).assign(function=function, betas=str(betas), lr=lr, seed=seed)
+    return pd.DataFrame(rows, columns=["step", "x", "y", "value"]).assign(
+        function=function, betas=str(betas), lr=lr, seed=seed
+    )
 
 
 def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
     seeds = range(context.seed, context.seed + settings.seeds)
-    one = [path(name, betas=WITHOUT, lr=1.0, seed=seed, steps=1) for name in (BOWL, COUPLED) for seed in seeds]
+    one = [
+        path(name, betas=WITHOUT, lr=1.0, seed=seed, steps=1)
+        for name in (BOWL, COUPLED)
+        for seed in seeds
+    ]
     noisy = [
         path(NOISY, betas=betas, lr=lr, seed=seed, steps=settings.steps)
         for betas in (WITHOUT, WITH)
@@ -67,8 +75,16 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
         for seed in seeds
     ]
     ends = [rows.iloc[[-1]] for rows in noisy]
-    drawn = [rows for rows in noisy if rows["lr"].iloc[0] == settings.drawn and rows["seed"].iloc[0] == seeds[0]]
-    return {"one_step": pd.concat(one, ignore_index=True), "ends": pd.concat(ends), "paths": pd.concat(drawn)}
+    drawn = [
+        rows
+        for rows in noisy
+        if rows["lr"].iloc[0] == settings.drawn and rows["seed"].iloc[0] == seeds[0]
+    ]
+    return {
+        "one_step": pd.concat(one, ignore_index=True),
+        "ends": pd.concat(ends),
+        "paths": pd.concat(drawn),
+    }
 
 
 @styled
@@ -76,7 +92,10 @@ def plot_paths(tables: Tables) -> Figure:
     """Where AdaHessian goes from (-2, -1): one step on the bowls, many on the noisy function; the last point in red."""
     one = tables["one_step"].groupby("function", sort=False)
     panels = {f"{name}\none step": rows[rows["seed"] == rows["seed"].min()] for name, rows in one}
-    panels |= {f"{NOISY}\nbetas {betas}": rows for betas, rows in tables["paths"].groupby("betas", sort=False)}
+    panels |= {
+        f"{NOISY}\nbetas {betas}": rows
+        for betas, rows in tables["paths"].groupby("betas", sort=False)
+    }
     figure = Figure(figsize=(7.4, 2.35), layout="constrained")
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True)
     for place, (title, rows) in zip(axes, panels.items(), strict=True):
@@ -102,23 +121,44 @@ def plot_rates(ends: pd.DataFrame) -> Figure:
     """The value after the last step by learning rate: median over the seeds, and every seed."""
     figure = Figure(figsize=(3.8, 2.5), layout="constrained")
     axes = figure.subplots()
-    for (betas, rows), colour, marker in zip(ends.groupby("betas", sort=False), RUNS, RUN_MARKERS, strict=False):
+    for (betas, rows), colour, marker in zip(
+        ends.groupby("betas", sort=False), RUNS, RUN_MARKERS, strict=False
+    ):
         median = rows.groupby("lr")["value"].median().clip(lower=REACHED)
-        axes.plot(rows["lr"], rows["value"].clip(lower=REACHED), marker, color=colour, alpha=0.3, markersize=2.5)
+        axes.plot(
+            rows["lr"],
+            rows["value"].clip(lower=REACHED),
+            marker,
+            color=colour,
+            alpha=0.3,
+            markersize=2.5,
+        )
         axes.plot(median.index, median, color=colour, marker=marker, label=f"betas {betas}")
-    axes.set(yscale="log", xlabel="learning rate", ylabel=f"last value (drawn at {REACHED:g} if below)", title=NOISY)
+    axes.set(
+        yscale="log",
+        xlabel="learning rate",
+        ylabel=f"last value (drawn at {REACHED:g} if below)",
+        title=NOISY,
+    )
     axes.legend()
     return figure
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
-    return {"adahessian_functions": plot_paths(tables), "adahessian_functions_rates": plot_rates(tables["ends"])}
+    return {
+        "adahessian_functions": plot_paths(tables),
+        "adahessian_functions_rates": plot_rates(tables["ends"]),
+    }
 
 
 def judge(tables: Tables) -> list[Finding]:
     one = tables["one_step"][tables["one_step"]["step"] == 1].groupby("function")["value"]
     bowl, coupled = one.get_group(BOWL), one.get_group(COUPLED)
-    found = (tables["ends"]["value"] < REACHED).groupby([tables["ends"]["betas"], tables["ends"]["lr"]]).mean()
+    found = (
+        (tables["ends"]["value"] < REACHED)
+        .groupby([tables["ends"]["betas"], tables["ends"]["lr"]])
+        .mean()
+    )
     means = {name: found[str(betas)] for name, betas in (("without", WITHOUT), ("with", WITH))}
     always = means["with"].index[means["with"] == 1]
     there = means["without"][always]
@@ -164,7 +204,9 @@ EXHIBIT = Exhibit(
     measure=measure,
     draw=draw,
     judge=judge,
-    scales={name: Scale(Settings(), SETUP, "Two minutes on one core.") for name in ("small", "paper")},
+    scales={
+        name: Scale(Settings(), SETUP, "Two minutes on one core.") for name in ("small", "paper")
+    },
 )
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import blockspec
-from blockspec import toolbox_plots
-from blockspec.blocks import Block
+from blockspec.figures import toolbox as toolbox_plots
+from blockspec.model.blocks import Block
 from paper.block_diagonality import finding, shares, square, tidy
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
 
@@ -56,8 +56,17 @@ class Settings:
 
 
 def tiny_transformer(seed: int) -> GPT2LMHeadModel:
-    sizes = {"vocab_size": TOKENS, "n_positions": WINDOW, "n_embd": WIDTH, "n_layer": 1, "n_head": 4, "n_inner": HIDDEN}
-    config = GPT2Config(**sizes, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, use_cache=False)
+    sizes = {
+        "vocab_size": TOKENS,
+        "n_positions": WINDOW,
+        "n_embd": WIDTH,
+        "n_layer": 1,
+        "n_head": 4,
+        "n_inner": HIDDEN,
+    }
+    config = GPT2Config(
+        **sizes, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, use_cache=False
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config).double()
@@ -66,10 +75,14 @@ def tiny_transformer(seed: int) -> GPT2LMHeadModel:
 def language(count: int, seed: int) -> Tensor:
     """(count, WINDOW) tokens; each is followed by one of few."""
     generator = torch.Generator().manual_seed(seed)
-    chances = (4 * torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(1))).softmax(-1)
+    chances = (4 * torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(1))).softmax(
+        -1
+    )
     tokens = torch.randint(TOKENS, (count, 1), generator=generator)
     for _ in range(WINDOW - 1):
-        tokens = torch.cat([tokens, torch.multinomial(chances[tokens[:, -1]], 1, generator=generator)], dim=1)
+        tokens = torch.cat(
+            [tokens, torch.multinomial(chances[tokens[:, -1]], 1, generator=generator)], dim=1
+        )
     return tokens
 
 
@@ -89,12 +102,21 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
         train(gpt, settings.steps)
         held_out = [{"input_ids": language(settings.batch, seed=10**6)}]
         objective = blockspec.Objective(gpt, held_out, blockspec.losses.next_token)
-        blocks = {block.kind: block for block in blockspec.partition(gpt, "matrix") if block.kind in PARTS}
+        blocks = {
+            block.kind: block for block in blockspec.partition(gpt, "matrix") if block.kind in PARTS
+        }
         for kind in settings.kinds:
             for curvature in CURVATURES:
-                matrix = _by_output(blocks[kind], blockspec.dense(objective, blocks[kind], curvature=curvature))
+                matrix = _by_output(
+                    blocks[kind], blockspec.dense(objective, blocks[kind], curvature=curvature)
+                )
                 row = {"kind": kind, "curvature": curvature, "seed": context.seed + run}
-                found.append(row | shares(matrix, np.repeat(np.arange(PARTS[kind][1]), len(matrix) // PARTS[kind][1])))
+                found.append(
+                    row
+                    | shares(
+                        matrix, np.repeat(np.arange(PARTS[kind][1]), len(matrix) // PARTS[kind][1])
+                    )
+                )
                 if run == 0 and curvature == "hessian":
                     entries.append(tidy(matrix).assign(kind=kind))
     return {"shares": pd.DataFrame(found), "entries": pd.concat(entries, ignore_index=True)}
@@ -142,7 +164,9 @@ EXHIBIT = Exhibit(
     scales={
         "small": Scale(Settings(), f"{SETUP} After 100 steps.", "Two minutes on one core."),
         "paper": Scale(
-            Settings(steps=2000, runs=10, batch=64), f"{SETUP} After 2,000 steps.", "Half an hour on one core (estimated)."
+            Settings(steps=2000, runs=10, batch=64),
+            f"{SETUP} After 2,000 steps.",
+            "Half an hour on one core (estimated).",
         ),
     },
 )

@@ -43,9 +43,14 @@ def run_all(
     failed = _in_order(names, options, workers)
     folder = Path(out) / scale
     there = [name for name in EXHIBITS if (folder / name / "findings.json").exists()]
-    print(f"{reproduction.write(folder, there, folder)}  ({(time.perf_counter() - start) / 60:.1f} minutes)")
+    print(
+        f"{reproduction.write(folder, there, folder)}  ({(time.perf_counter() - start) / 60:.1f} minutes)"
+    )
     if failed:
-        print(f"failed: {', '.join(f'{name} ({reason})' for name, reason in failed.items())}", file=sys.stderr)
+        print(
+            f"failed: {', '.join(f'{name} ({reason})' for name, reason in failed.items())}",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 
@@ -89,7 +94,9 @@ def _needs(names: Sequence[str]) -> tuple[dict[str, set[str]], dict[str, str]]:
 
 def _chain(name: str, needs: Mapping[str, set[str]]) -> int:
     """How many exhibits wait for this one, one after the other."""
-    return 1 + max((_chain(other, needs) for other, needed in needs.items() if name in needed), default=0)
+    return 1 + max(
+        (_chain(other, needs) for other, needed in needs.items() if name in needed), default=0
+    )
 
 
 def _run(name: str, options: dict[str, object]) -> str | None:
@@ -101,8 +108,13 @@ def _run(name: str, options: dict[str, object]) -> str | None:
     threads = {"OMP_NUM_THREADS": "1"} if options["scale"] == "small" else {}
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         command = [sys.executable, "-m", f"paper.{name}", *arguments]
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | threads, check=False).returncode
-    print(f"{name}: {'done' if code == 0 else 'FAILED'} after {time.perf_counter() - start:.0f} s", flush=True)
+        code = subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | threads, check=False
+        ).returncode
+    print(
+        f"{name}: {'done' if code == 0 else 'FAILED'} after {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
     return None if code == 0 else f"exit code {code}, see {folder / 'log.txt'}"
 
 

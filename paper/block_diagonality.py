@@ -21,7 +21,10 @@ def off_blocks(matrix: np.ndarray, block: np.ndarray) -> float:
 
 def shares(matrix: np.ndarray, block: np.ndarray) -> dict[str, float]:
     """That of a matrix, and that of a matrix without structure: of ones."""
-    return {"off_blocks": off_blocks(matrix, block), "entries_off_blocks": off_blocks(np.ones_like(matrix), block)}
+    return {
+        "off_blocks": off_blocks(matrix, block),
+        "entries_off_blocks": off_blocks(np.ones_like(matrix), block),
+    }
 
 
 def tidy(matrix: np.ndarray) -> pd.DataFrame:

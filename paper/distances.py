@@ -16,12 +16,17 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from blockspec import Estimate, js0, js_distances
-from blockspec.heterogeneity import PAPER_WIDTH, jensen_shannon
-from blockspec.panels import even_grid, resolution, resolved_density
-from blockspec.spectra import Spectrum
+from blockspec.figures.panels import even_grid, resolution, resolved_density
+from blockspec.spectra.heterogeneity import PAPER_WIDTH, jensen_shannon
+from blockspec.spectra.spectrum import Spectrum
 
 MARGIN = 1.0  # of the grid, on the scale asinh(x / linear): ten widths
-RESOLVED, DEFAULT, KL, PUBLISHED = "resolved Jensen-Shannon", "jensen-shannon", "symmetrised-kl", "symmetrised-kl as published"
+RESOLVED, DEFAULT, KL, PUBLISHED = (
+    "resolved Jensen-Shannon",
+    "jensen-shannon",
+    "symmetrised-kl",
+    "symmetrised-kl as published",
+)
 DEFINITIONS = (RESOLVED, DEFAULT, KL, PUBLISHED)
 
 Spectra = Mapping[str, Spectrum]
@@ -35,16 +40,25 @@ def resolved_distances(spectra: Spectra) -> pd.DataFrame:
     asinh(eigenvalue / that median).
     """
     parts = list(spectra.values())
-    linear = float(np.median([math.sqrt(part.moment(2).value) for part in parts if not part.is_zero] or [1.0]))
-    ends = np.arcsinh(np.array([min(p.nodes.min() for p in parts), max(p.nodes.max() for p in parts)]) / linear)
+    linear = float(
+        np.median([math.sqrt(part.moment(2).value) for part in parts if not part.is_zero] or [1.0])
+    )
+    ends = np.arcsinh(
+        np.array([min(p.nodes.min() for p in parts), max(p.nodes.max() for p in parts)]) / linear
+    )
     grid = even_grid(*(linear * np.sinh(ends + np.array([-MARGIN, MARGIN]))), linear)
     cells = np.gradient(grid)
     distances = np.zeros((len(parts), len(parts)))
     for i, first in enumerate(parts):
         for j, second in enumerate(parts[:i]):
-            pair = (resolved_density(first, grid, linear, like=second)[0], resolved_density(second, grid, linear, like=first)[0])
+            pair = (
+                resolved_density(first, grid, linear, like=second)[0],
+                resolved_density(second, grid, linear, like=first)[0],
+            )
             masses = np.stack(pair) * cells
-            distances[i, j] = distances[j, i] = jensen_shannon(masses / masses.sum(1, keepdims=True))[0, 1]
+            distances[i, j] = distances[j, i] = jensen_shannon(
+                masses / masses.sum(1, keepdims=True)
+            )[0, 1]
     return pd.DataFrame(distances, index=list(spectra), columns=list(spectra))
 
 
@@ -59,7 +73,11 @@ def distances(spectra: Spectra, definition: str) -> pd.DataFrame:
     symmetrised-kl has the floor 1e-258 and the 50,000 points of the published code, and the width :func:`coarsest`; as published,
     the width is sqrt(1e-5) in units of an eigenvalue, whatever Lanczos resolves.
     """
-    return resolved_distances(spectra) if definition == RESOLVED else js_distances(spectra, **_options(spectra, definition))
+    return (
+        resolved_distances(spectra)
+        if definition == RESOLVED
+        else js_distances(spectra, **_options(spectra, definition))
+    )
 
 
 def _options(spectra: Spectra, definition: str) -> dict[str, Any]:
@@ -76,26 +94,38 @@ def mean_distance(spectra: Spectra, definition: str) -> Estimate:
     probes = min((part.num_probes for part in spectra.values() if not part.exact), default=0)
     if probes < 2:
         return Estimate(value, None if probes else 0.0)
-    left_out = [over_pairs(resolved_distances({n: _without(s, k) for n, s in spectra.items()})).mean() for k in range(probes)]
+    left_out = [
+        over_pairs(resolved_distances({n: _without(s, k) for n, s in spectra.items()})).mean()
+        for k in range(probes)
+    ]
     return Estimate(value, math.sqrt((probes - 1) * np.var(left_out)))
 
 
 def _without(spectrum: Spectrum, probe: int) -> Spectrum:
     if spectrum.exact:
         return spectrum
-    kept = {name: np.delete(getattr(spectrum, name), probe, axis=0) for name in ("nodes", "weights", "residuals")}
+    kept = {
+        name: np.delete(getattr(spectrum, name), probe, axis=0)
+        for name in ("nodes", "weights", "residuals")
+    }
     return replace(spectrum, **kept)
 
 
 def heterogeneity(spectra: Spectra) -> pd.DataFrame:
     """A row a definition: JS^0 and its standard error over probes."""
     means = {definition: mean_distance(spectra, definition) for definition in DEFINITIONS}
-    return pd.DataFrame([{"definition": d, "js0": mean.value, "stderr": mean.stderr} for d, mean in means.items()])
+    return pd.DataFrame(
+        [{"definition": d, "js0": mean.value, "stderr": mean.stderr} for d, mean in means.items()]
+    )
 
 
 def tidy(table: pd.DataFrame) -> pd.DataFrame:
     """Distances (blocks x blocks) as columns block, other, distance."""
-    return table.rename_axis("block").reset_index().melt("block", var_name="other", value_name="distance")
+    return (
+        table.rename_axis("block")
+        .reset_index()
+        .melt("block", var_name="other", value_name="distance")
+    )
 
 
 def square(rows: pd.DataFrame) -> pd.DataFrame:
@@ -118,7 +148,12 @@ def nearness(table: pd.DataFrame, pairs: Collection[tuple[str, str]]) -> tuple[f
     """
     rows, columns = np.tril_indices(len(table), -1)
     wanted = {frozenset(pair) for pair in pairs}
-    inside = np.array([frozenset((table.index[i], table.index[j])) in wanted for i, j in zip(rows, columns, strict=True)])
+    inside = np.array(
+        [
+            frozenset((table.index[i], table.index[j])) in wanted
+            for i, j in zip(rows, columns, strict=True)
+        ]
+    )
     values = over_pairs(table)
     ranks, n, m = rankdata(values), inside.sum(), (~inside).sum()
     farther = (ranks[inside].sum() - n * (n + 1) / 2) / (n * m)  # Mann-Whitney

@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from blockspec.plots import save
-from blockspec.run import VERSIONED, git_commit, read_json, write_json
-from blockspec.spectra import write_parquet
-from blockspec.state import differences
+from blockspec.engine.state import differences
+from blockspec.figures.plots import save
+from blockspec.runs.run import VERSIONED, git_commit, read_json, write_json
+from blockspec.spectra.collection import write_parquet
 from training.command import run_command
 
 Tables = Mapping[str, pd.DataFrame]
@@ -134,10 +134,21 @@ def reproduce(
         ValueError: unknown settings, or a folder that holds a measurement of other ones.
     """
     folder = Path(out) / scale / exhibit.name
-    tables = measured(exhibit, scale=scale, out=out, seed=seed, settings=settings or {}, workers=workers, device=device)
+    tables = measured(
+        exhibit,
+        scale=scale,
+        out=out,
+        seed=seed,
+        settings=settings or {},
+        workers=workers,
+        device=device,
+    )
     for name, figure in exhibit.draw(tables).items():
         print(save(figure, folder / "figures", name))
-    write_json({"findings": [dataclasses.asdict(finding) for finding in exhibit.judge(tables)]}, folder / "findings.json")
+    write_json(
+        {"findings": [dataclasses.asdict(finding) for finding in exhibit.judge(tables)]},
+        folder / "findings.json",
+    )
     return folder
 
 
@@ -174,7 +185,10 @@ def measured(
 
 def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
     """The tables of an exhibit, by name."""
-    return {name: pd.read_parquet(folder / f"{name}.parquet") for name in read_json(folder / "record.json")["tables"]}
+    return {
+        name: pd.read_parquet(folder / f"{name}.parquet")
+        for name in read_json(folder / "record.json")["tables"]
+    }
 
 
 def read_findings(folder: Path) -> list[Finding]:
@@ -205,11 +219,21 @@ def command(exhibit: Exhibit, arguments: Sequence[str] | None = None) -> None:
     ) -> None:
         if scale == "small":
             torch.set_num_threads(1)  # the models are too small for more
-        folder = reproduce(exhibit, scale=scale, out=out, seed=seed, settings=settings, workers=workers, device=device)
+        folder = reproduce(
+            exhibit,
+            scale=scale,
+            out=out,
+            seed=seed,
+            settings=settings,
+            workers=workers,
+            device=device,
+        )
         for finding in read_findings(folder):
             print(f"{finding.verdict}: {finding.claim}\n    {finding.measured}")
 
-    costs = "; ".join(f"{name}: {scale.setup} {scale.cost}" for name, scale in exhibit.scales.items())
+    costs = "; ".join(
+        f"{name}: {scale.setup} {scale.cost}" for name, scale in exhibit.scales.items()
+    )
     run.__doc__ = f"""{exhibit.title} ({exhibit.source}). {costs}
 
     Args:
@@ -240,7 +264,9 @@ def _read(folder: Path, asked: Mapping[str, Any]) -> Tables | None:
     if not (folder / "record.json").exists():
         return None
     if different := differences(read_json(folder / "record.json")["settings"], asked):
-        raise ValueError(f"{folder} holds other settings ({'; '.join(different)}): delete it or choose another --out")
+        raise ValueError(
+            f"{folder} holds other settings ({'; '.join(different)}): delete it or choose another --out"
+        )
     return read_tables(folder)
 
 

@@ -13,10 +13,11 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from blockspec.panels import Panel, draw_density, mark_eigenvalues, scale_of, smoothing_note
-from blockspec.plots import divided, tenth_largest
-from blockspec.spectra import Spectrum, spectra_of
-from blockspec.style import Look, styled
+from blockspec.figures.panels import Panel, draw_density, mark_eigenvalues, scale_of, smoothing_note
+from blockspec.figures.plots import divided, tenth_largest
+from blockspec.figures.style import Look, styled
+from blockspec.spectra.collection import spectra_of
+from blockspec.spectra.spectrum import Spectrum
 from paper.distances import RESOLVED, mean_distance
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
 from paper.runs import measured, trained
@@ -40,13 +41,21 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
     return {"spectra": spectra, "losses": losses, "stages": _stages(spectra, losses)}
 
 
-def _measure(config: str, settings: Settings, context: Context) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _measure(
+    config: str, settings: Settings, context: Context
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     folder, name = config.rsplit("/", maxsplit=1)
-    run = trained(f"{config}.yaml", context.runs / name, stages=settings.stages, device=context.device)
-    spectra = measured(f"{folder}/spectra/{name}.yaml", run, context.runs / name / "spectra", device=context.device)
+    run = trained(
+        f"{config}.yaml", context.runs / name, stages=settings.stages, device=context.device
+    )
+    spectra = measured(
+        f"{folder}/spectra/{name}.yaml", run, context.runs / name / "spectra", device=context.device
+    )
     records = [read_record(path) for path in list_checkpoints(run)]
     losses = pd.DataFrame(records)[["step", "held_out_loss"]].assign(model=name)
-    return spectra.assign(model=name), losses.assign(fraction=sorted(settings.stages))  # as asked: steps round them
+    return spectra.assign(model=name), losses.assign(
+        fraction=sorted(settings.stages)
+    )  # as asked: steps round them
 
 
 def _stages(spectra: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
@@ -55,13 +64,22 @@ def _stages(spectra: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for fraction in sorted(losses["fraction"].unique()):
         steps = losses[losses["fraction"] == fraction].set_index("model")["step"]
-        parts = {name: spectra_of(spectra[(spectra["model"] == name) & (spectra["step"] == steps[name])]) for name in names}
+        parts = {
+            name: spectra_of(spectra[(spectra["model"] == name) & (spectra["step"] == steps[name])])
+            for name in names
+        }
         units = {name: tenth_largest(parts[name][FULL]) for name in names}
-        between = mean_distance({name: divided(parts[name][FULL], units[name]) for name in names}, RESOLVED)
+        between = mean_distance(
+            {name: divided(parts[name][FULL], units[name]) for name in names}, RESOLVED
+        )
         row = {"fraction": fraction, "between": between.value, "between_stderr": between.stderr}
         for name in names:
             blocks = mean_distance(parts[name].select(exclude=FULL), RESOLVED)
-            row |= {f"tenth_{name}": units[name], f"blocks_{name}": blocks.value, f"blocks_{name}_stderr": blocks.stderr}
+            row |= {
+                f"tenth_{name}": units[name],
+                f"blocks_{name}": blocks.value,
+                f"blocks_{name}_stderr": blocks.stderr,
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -71,7 +89,9 @@ def full_spectra(tables: Tables) -> dict[str, dict[float, Spectrum]]:
     found: dict[str, dict[float, Spectrum]] = {}
     for row in tables["losses"].itertuples():
         table = tables["spectra"]
-        rows = table[(table["model"] == row.model) & (table["step"] == row.step) & (table["block"] == FULL)]
+        rows = table[
+            (table["model"] == row.model) & (table["step"] == row.step) & (table["block"] == FULL)
+        ]
         spectrum = spectra_of(rows)[FULL]
         found.setdefault(row.model, {})[row.fraction] = divided(spectrum, tenth_largest(spectrum))
     return found
@@ -86,11 +106,20 @@ def plot_stages(models: Mapping[str, Mapping[float, Spectrum]]) -> Figure:
     figure = Figure(figsize=(7.0, 1.0 * len(fractions) + 0.9), layout="constrained")
     axes = figure.subplots(len(fractions), len(models), sharex=True, sharey=True, squeeze=False)
     for column, (name, stages) in zip(axes.T, models.items(), strict=True):
-        for place, (fraction, spectrum), shade in zip(column, stages.items(), np.linspace(0.05, 0.8, len(stages)), strict=True):
-            draw_density(place, Panel("", spectrum, Look("", "", colormaps["viridis"](shade), "")), scale, width=3.0)
+        for place, (fraction, spectrum), shade in zip(
+            column, stages.items(), np.linspace(0.05, 0.8, len(stages)), strict=True
+        ):
+            draw_density(
+                place,
+                Panel("", spectrum, Look("", "", colormaps["viridis"](shade), "")),
+                scale,
+                width=3.0,
+            )
             mark_eigenvalues(place, spectrum, colour="0.2")
             place.set_title(f"{100 * fraction:g} % of training", loc="right", y=0.74)
-        column[0].annotate(name, (0.5, 1.08), xycoords="axes fraction", ha="center", fontweight="bold")
+        column[0].annotate(
+            name, (0.5, 1.08), xycoords="axes fraction", ha="center", fontweight="bold"
+        )
     figure.supxlabel("eigenvalue / 10th largest eigenvalue of the stage (no unit)", fontsize=8)
     figure.supylabel("spectral density (no unit)", fontsize=8)
     figure.suptitle(f"Full Hessian; marks: converged eigenvalues\n{smoothing_note(everything)}")

@@ -11,8 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import blockspec
-from blockspec import toolbox_plots
-from blockspec.losses import classification
+from blockspec.figures import toolbox as toolbox_plots
+from blockspec.model.losses import classification
 from paper.block_diagonality import finding, shares, square, tidy
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command
 from paper.runs import device_of_training
@@ -65,7 +65,11 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
             seed = context.seed + run
             for folder in _train(outputs, settings, seed, context):
                 matrix, loss = _hessian(folder, outputs)
-                stage = {"outputs": outputs, "fraction": read_record(folder)["fraction"], "seed": seed}
+                stage = {
+                    "outputs": outputs,
+                    "fraction": read_record(folder)["fraction"],
+                    "seed": seed,
+                }
                 found.append(stage | {"loss": loss} | shares(matrix, neurons(outputs)))
                 if run == 0:
                     hessians.append(tidy(matrix).assign(**stage))
@@ -102,7 +106,9 @@ def _train(outputs: int, settings: Settings, seed: int, context: Context) -> lis
 def _hessian(checkpoint: Path, outputs: int) -> tuple[np.ndarray, float]:
     """(P, P) the Hessian of the mean loss over the training images, and that loss, in float64."""
     model = models.load(checkpoint).double()
-    batches = [(x.double(), y) for x, y in fixed_batches(images(outputs), count=None, batch_size=2048)]
+    batches = [
+        (x.double(), y) for x, y in fixed_batches(images(outputs), count=None, batch_size=2048)
+    ]
     objective = blockspec.Objective(model, batches, classification)
     (whole,) = blockspec.partition(model, "model")
     return blockspec.dense(objective, whole), objective.value()
@@ -119,15 +125,28 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 
 def judge(tables: Tables) -> list[Finding]:
-    return [_judge(*stage, part) for stage, part in tables["shares"].groupby(["outputs", "fraction"])]
+    return [
+        _judge(*stage, part) for stage, part in tables["shares"].groupby(["outputs", "fraction"])
+    ]
 
 
 def _judge(outputs: int, fraction: float, part: pd.DataFrame) -> Finding:
-    claim = f"near block diagonal, with a block for each neuron, at {100 * fraction:g} % of training"
-    found = finding(claim if outputs == PAPER_OUTPUTS else f"the same with {outputs} outputs, at {100 * fraction:g} %", part)
+    claim = (
+        f"near block diagonal, with a block for each neuron, at {100 * fraction:g} % of training"
+    )
+    found = finding(
+        claim
+        if outputs == PAPER_OUTPUTS
+        else f"the same with {outputs} outputs, at {100 * fraction:g} %",
+        part,
+    )
     if outputs == PAPER_OUTPUTS:
         return found
-    return replace(found, verdict="not comparable", why="the paper has 2 outputs: this shows what the number of classes does")
+    return replace(
+        found,
+        verdict="not comparable",
+        why="the paper has 2 outputs: this shows what the number of classes does",
+    )
 
 
 SETUP = (

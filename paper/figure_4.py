@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from blockspec.plots import distance_heatmaps
-from blockspec.run import BlockSettings, EstimateSettings, RunSettings
-from blockspec.style import short_name
+from blockspec.figures.plots import distance_heatmaps
+from blockspec.figures.style import short_name
+from blockspec.runs.run import BlockSettings, EstimateSettings, RunSettings
 from paper.distances import (
     DEFAULT,
     DEFINITIONS,
@@ -35,23 +35,50 @@ GPT2_LAYERS = (0, 3, 7, 11)
 GPT2 = BlockSettings(
     include=[
         "transformer.wte.weight",
-        *(f"transformer.h.{layer}.{block}" for layer in GPT2_LAYERS for block in ("attn.c_attn.weight/*", "*.c_*.weight")),
+        *(
+            f"transformer.h.{layer}.{block}"
+            for layer in GPT2_LAYERS
+            for block in ("attn.c_attn.weight/*", "*.c_*.weight")
+        ),
     ],
     full=False,
 )
 NANO = BlockSettings(
-    by="tensor", include=["transformer.wpe.weight", "*.c_attn.weight", "*.ln_2.weight", "*.mlp.c_proj.weight"], full=False
+    by="tensor",
+    include=["transformer.wpe.weight", "*.c_attn.weight", "*.ln_2.weight", "*.mlp.c_proj.weight"],
+    full=False,
 )
-BERT = BlockSettings(by="matrix", exclude=["*.bias*", "*LayerNorm*", "*position_embeddings*"], full=False)
+BERT = BlockSettings(
+    by="matrix", exclude=["*.bias*", "*LayerNorm*", "*position_embeddings*"], full=False
+)
 
 
 def vit_blocks(layers: Sequence[int], depth: int) -> BlockSettings:
     """timm's blocks of the paper, of Hugging Face's ViT: query, key and value in one."""
-    parts = {"qkv": "attention.[qkv]_proj", "proj": "attention.o_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-    by = {f"blocks.{l}.{name}": [f"vit.layers.{l}.{path}.weight"] for l in layers for name, path in parts.items()}
-    left = [f"vit.layers.{l}.{path}.weight" for l in range(depth) if l not in layers for path in parts.values()]
+    parts = {
+        "qkv": "attention.[qkv]_proj",
+        "proj": "attention.o_proj",
+        "fc1": "mlp.fc1",
+        "fc2": "mlp.fc2",
+    }
+    by = {
+        f"blocks.{l}.{name}": [f"vit.layers.{l}.{path}.weight"]
+        for l in layers
+        for name, path in parts.items()
+    }
+    left = [
+        f"vit.layers.{l}.{path}.weight"
+        for l in range(depth)
+        if l not in layers
+        for path in parts.values()
+    ]
     rest = ["*.bias", "*layernorm*", "*cls_token", "*position_embeddings", *left]
-    by = {"patch_embed": ["*.patch_embeddings.projection.weight"], **by, "head": ["classifier.weight"], "rest": rest}
+    by = {
+        "patch_embed": ["*.patch_embeddings.projection.weight"],
+        **by,
+        "head": ["classifier.weight"],
+        "rest": rest,
+    }
     return BlockSettings(by=by, exclude=["rest"], full=False)
 
 
@@ -59,15 +86,25 @@ def weights(*exclude: str) -> BlockSettings:
     return BlockSettings(exclude=["*.bias", *exclude], full=False)
 
 
-def vision(model: str, blocks: BlockSettings, estimate: EstimateSettings, **arguments: Any) -> RunSettings:
+def vision(
+    model: str, blocks: BlockSettings, estimate: EstimateSettings, **arguments: Any
+) -> RunSettings:
     """A fresh vision model; batch norm with the statistics of the batch, as in training."""
-    factory, arguments = ("image_folder", arguments) if "root" in arguments else ("digits", arguments)
+    factory, arguments = (
+        ("image_folder", arguments) if "root" in arguments else ("digits", arguments)
+    )
     arguments = {"model": model, **arguments}
-    return RunSettings(f"vision_models.factories:{factory}", arguments, [], blocks, estimate, batch_norm="train")
+    return RunSettings(
+        f"vision_models.factories:{factory}", arguments, [], blocks, estimate, batch_norm="train"
+    )
 
 
-def language(settings: dict[str, Any], blocks: BlockSettings, estimate: EstimateSettings, **arguments: Any) -> RunSettings:
-    return RunSettings("language_models.fresh:fresh", {"settings": settings, **arguments}, [], blocks, estimate)
+def language(
+    settings: dict[str, Any], blocks: BlockSettings, estimate: EstimateSettings, **arguments: Any
+) -> RunSettings:
+    return RunSettings(
+        "language_models.fresh:fresh", {"settings": settings, **arguments}, [], blocks, estimate
+    )
 
 
 @dataclass(frozen=True)
@@ -92,20 +129,28 @@ NANO_SHAPE = {"num_layers": 6, "num_heads": 6, "width": 384, "bias": False}
 GPT2_SHAPE = {"num_layers": 12, "num_heads": 12, "width": 768, "bias": False, "vocabulary": 50304}
 
 SMALL = {
-    "ResNet": Model(vision("digits_resnet", weights("*bn*", "*downsample.1.*"), TWO_PROBES, **SMALL_VISION)),
+    "ResNet": Model(
+        vision("digits_resnet", weights("*bn*", "*downsample.1.*"), TWO_PROBES, **SMALL_VISION)
+    ),
     "VGG": Model(vision("digits_vgg", weights(), TWO_PROBES, **SMALL_VISION)),
     "ViT": Model(vision("digits_vit", vit_blocks((0, 2, 3), 4), TWO_PROBES, **SMALL_VISION)),
     "mixer": Model(vision("digits_mixer", weights("*norm*"), TWO_PROBES, **SMALL_VISION)),
-    "BERT": Model(language({"architecture": "bert"}, BERT, TWO_PROBES, num_batches=1, batch_size=16)),
+    "BERT": Model(
+        language({"architecture": "bert"}, BERT, TWO_PROBES, num_batches=1, batch_size=16)
+    ),
     "GPT2-nano": Model(language(NANO_SHAPE, NANO, ONE_PROBE, num_batches=1, batch_size=2), seeds=3),
-    "GPT2": Model(language(GPT2_SHAPE, GPT2, ONE_PROBE, num_batches=1, batch_size=1, num_tokens=64)),
+    "GPT2": Model(
+        language(GPT2_SHAPE, GPT2, ONE_PROBE, num_batches=1, batch_size=1, num_tokens=64)
+    ),
 }
 
 TOLERANCE = EstimateSettings(num_probes="auto", num_steps="auto")
 IMAGENET = {"root": "imagenet/train", "count": 256, "batch_size": 256, "workers": 8}
 OPENWEBTEXT = {"data": "data/openwebtext", "num_batches": 60, "batch_size": 8, "num_tokens": 1024}
 PAPER_MODELS = {
-    "ResNet": Model(vision("resnet18", weights("*bn*", "*downsample.1.*"), TOLERANCE, **IMAGENET), memory="90%"),
+    "ResNet": Model(
+        vision("resnet18", weights("*bn*", "*downsample.1.*"), TOLERANCE, **IMAGENET), memory="90%"
+    ),
     "VGG": Model(vision("vgg16", weights(), TOLERANCE, **IMAGENET), memory="90%"),
     "ViT": Model(vision("vit", vit_blocks((0, 6, 11), 12), TOLERANCE, **IMAGENET), memory="90%"),
     "mixer": Model(vision("mixer", weights("*norm*"), TOLERANCE, **IMAGENET), memory="90%"),
@@ -118,7 +163,9 @@ PAPER_MODELS = {
         ),
         memory="90%",
     ),
-    "GPT2-nano": Model(language(NANO_SHAPE, NANO, TOLERANCE, **OPENWEBTEXT | {"num_tokens": 256}), memory="90%"),
+    "GPT2-nano": Model(
+        language(NANO_SHAPE, NANO, TOLERANCE, **OPENWEBTEXT | {"num_tokens": 256}), memory="90%"
+    ),
     "GPT2": Model(language(GPT2_SHAPE, GPT2, TOLERANCE, **OPENWEBTEXT), memory="90%"),
 }
 
@@ -135,9 +182,19 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
             run = replace(model.run, model_args={**model.run.model_args, "seed": seed})
             folder = context.runs / "initial" / name / f"seed_{seed}"
             found = spectra(run, folder, device=context.device, memory=model.memory)
-            means.append(heterogeneity(found).assign(model=name, seed=seed, blocks=len(found), width=coarsest(found)))
-            pairs += [tidy(distances(found, d)).assign(model=name, seed=seed, definition=d) for d in DEFINITIONS]
-    tables = {"distances": pd.concat(pairs, ignore_index=True), "js0": pd.concat(means, ignore_index=True)}
+            means.append(
+                heterogeneity(found).assign(
+                    model=name, seed=seed, blocks=len(found), width=coarsest(found)
+                )
+            )
+            pairs += [
+                tidy(distances(found, d)).assign(model=name, seed=seed, definition=d)
+                for d in DEFINITIONS
+            ]
+    tables = {
+        "distances": pd.concat(pairs, ignore_index=True),
+        "js0": pd.concat(means, ignore_index=True),
+    }
     return {**tables, "patterns": patterns(tables)}
 
 
@@ -158,7 +215,10 @@ def draw(tables: Tables) -> dict[str, Figure]:
         f"figure_4_{group}_{name}": distance_heatmaps(
             {m: heatmap(tables, m, definition) for m in models if m in there}, shown, top=top
         )
-        for name, definition, shown, top in (("resolved", RESOLVED, DEFAULT, None), ("as_published", PUBLISHED, KL, 3.0))
+        for name, definition, shown, top in (
+            ("resolved", RESOLVED, DEFAULT, None),
+            ("as_published", PUBLISHED, KL, 3.0),
+        )
         for group, models in GROUPS.items()
         if set(models) & set(there)
     }
@@ -178,7 +238,11 @@ def query_and_key(names: Sequence[str]) -> Pairs:
 
 
 def within_late_layers(names: Sequence[str]) -> Pairs:
-    return [pair for layer in GPT2_LAYERS[2:] for pair in combinations([n for n in names if n.startswith(f"h{layer}.")], 2)]
+    return [
+        pair
+        for layer in GPT2_LAYERS[2:]
+        for pair in combinations([n for n in names if n.startswith(f"h{layer}.")], 2)
+    ]
 
 
 def second_norms(names: Sequence[str]) -> Pairs:
@@ -200,11 +264,22 @@ class Pattern:
 
 
 PATTERNS = (
-    Pattern("GPT2", "wte and layer 0 except query and key are far from everything else", first_and_rest, near=False),
+    Pattern(
+        "GPT2",
+        "wte and layer 0 except query and key are far from everything else",
+        first_and_rest,
+        near=False,
+    ),
     Pattern("GPT2", "query and key of one layer are nearly alike", query_and_key, near=True),
     Pattern("GPT2", "within layers 7 and 11 all blocks are near", within_late_layers, near=True),
     Pattern("GPT2-nano", "all ln_2 are nearly alike", second_norms, near=True),
-    Pattern("ViT", "all pairs are far but proj and fc2 of the last layer", last_projections, near=True, comparable=False),
+    Pattern(
+        "ViT",
+        "all pairs are far but proj and fc2 of the last layer",
+        last_projections,
+        near=True,
+        comparable=False,
+    ),
 )
 CLEAR = 0.8  # of the other pairs must be farther (or nearer) than one of the group
 
@@ -213,13 +288,24 @@ def patterns(tables: Tables) -> pd.DataFrame:
     """A row a pattern, definition and seed: median distance of its pairs over that of all pairs, and the share of the other
     pairs that are farther (or nearer, for patterns of far pairs) than one of them."""
     rows = []
-    for pattern in (pattern for pattern in PATTERNS if pattern.model in set(tables["js0"]["model"])):
+    for pattern in (
+        pattern for pattern in PATTERNS if pattern.model in set(tables["js0"]["model"])
+    ):
         for seed in tables["js0"].loc[tables["js0"]["model"] == pattern.model, "seed"].unique():
             for definition in DEFINITIONS:
-                table = heatmap(tables, pattern.model, definition, seed).rename(index=_short, columns=_short)
+                table = heatmap(tables, pattern.model, definition, seed).rename(
+                    index=_short, columns=_short
+                )
                 ratio, nearer = nearness(table, pattern.pairs(list(table.index)))
-                named = {"model": pattern.model, "claim": pattern.claim, "definition": definition, "seed": seed}
-                rows.append(named | {"ratio": ratio, "share": nearer if pattern.near else 1 - nearer})
+                named = {
+                    "model": pattern.model,
+                    "claim": pattern.claim,
+                    "definition": definition,
+                    "seed": seed,
+                }
+                rows.append(
+                    named | {"ratio": ratio, "share": nearer if pattern.near else 1 - nearer}
+                )
     return pd.DataFrame(rows)
 
 
@@ -232,7 +318,10 @@ JUDGED = {
 def judge(tables: Tables) -> list[Finding]:
     by_claim = tables["patterns"].set_index(["model", "claim", "definition"]).sort_index()
     there = [pattern for pattern in PATTERNS if (pattern.model, pattern.claim) in by_claim.index]
-    return [*(_judge(p, d, by_claim.loc[p.model, p.claim, d]) for p in there for d in JUDGED), _means(tables)]
+    return [
+        *(_judge(p, d, by_claim.loc[p.model, p.claim, d]) for p in there for d in JUDGED),
+        _means(tables),
+    ]
 
 
 def _judge(pattern: Pattern, definition: str, seeds: pd.DataFrame) -> Finding:

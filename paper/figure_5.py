@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from blockspec.run import BlockSettings, EstimateSettings, RunSettings
-from blockspec.style import RUN_MARKERS, RUNS, styled
+from blockspec.figures.style import RUN_MARKERS, RUNS, styled
+from blockspec.runs.run import BlockSettings, EstimateSettings, RunSettings
 from paper.distances import RESOLVED, mean_distance
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
 from paper.optimizers import ADAM, SGD
@@ -54,7 +54,9 @@ class Settings:
 
 
 def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
-    table = pd.concat([_compared(settings, scale, context) for scale in settings.scales], ignore_index=True)
+    table = pd.concat(
+        [_compared(settings, scale, context) for scale in settings.scales], ignore_index=True
+    )
     return {"perceptrons": table}
 
 
@@ -67,7 +69,13 @@ def _compared(settings: Settings, scale: float, context: Context) -> pd.DataFram
     factory, arguments = FACTORIES[settings.images]
     run = RunSettings(
         f"vision_models.factories:{factory}",
-        {"model": model.name, "settings": model.settings, "count": 512, "seed": context.seed, **arguments},
+        {
+            "model": model.name,
+            "settings": model.settings,
+            "count": 512,
+            "seed": context.seed,
+            **arguments,
+        },
         blocks=BlockSettings(exclude=["*.bias"], full=False),
         estimate=EstimateSettings(num_probes=4, num_steps=40),
     )
@@ -82,7 +90,9 @@ def plot_perceptrons(table: pd.DataFrame) -> Figure:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for name, colour, marker in zip((ADAM, SGD), RUNS, RUN_MARKERS, strict=False):
         rows = table[table["optimizer"] == name]
-        above.errorbar(rows["scale"], rows["mean"], yerr=rows["std"], color=colour, marker=marker, label=name)
+        above.errorbar(
+            rows["scale"], rows["mean"], yerr=rows["std"], color=colour, marker=marker, label=name
+        )
     rows = table.drop_duplicates("scale")
     below.errorbar(rows["scale"], rows["js0"], yerr=rows["js0_stderr"], color="0.3", marker="d")
     above.set(yscale="log", ylabel="final training loss (nats)")
@@ -99,7 +109,9 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 def judge(tables: Tables) -> list[Finding]:
     ratios = log_ratios(tables["perceptrons"])
-    each = "; ".join(f"c = {row.Index:g}: {with_error(row.ratio, row.stderr)}" for row in ratios.itertuples())
+    each = "; ".join(
+        f"c = {row.Index:g}: {with_error(row.ratio, row.stderr)}" for row in ratios.itertuples()
+    )
     growth = ratios["ratio"].iloc[-1] - ratios["ratio"].iloc[0]
     error = float(np.hypot(ratios["stderr"].iloc[-1], ratios["stderr"].iloc[0]))
     return [
@@ -107,7 +119,8 @@ def judge(tables: Tables) -> list[Finding]:
             "the more heterogeneous the perceptron is made, the worse SGD does against Adam",
             f"log10 of SGD's final loss over Adam's: {each}; growth from the least to the largest c {with_error(growth, error)}",
             "agrees" if growth > 2 * error else "disagrees",
-            "standard errors over seeds; growth of more than two of them is needed" + _edges(tables["perceptrons"]),
+            "standard errors over seeds; growth of more than two of them is needed"
+            + _edges(tables["perceptrons"]),
         )
     ]
 
@@ -120,9 +133,16 @@ def _edges(table: pd.DataFrame) -> str:
 
 def log_ratios(table: pd.DataFrame) -> pd.DataFrame:
     """By scale: log10 of the mean final loss of SGD over that of Adam, with its standard error over seeds."""
-    table = table.assign(log=np.log10(table["mean"]), error=table["std"] / table["mean"] / np.sqrt(table["count"]) / np.log(10))
-    log, error = (table.pivot(index="scale", columns="optimizer", values=name) for name in ("log", "error"))
-    return pd.DataFrame({"ratio": log[SGD] - log[ADAM], "stderr": np.hypot(error[SGD], error[ADAM])})
+    table = table.assign(
+        log=np.log10(table["mean"]),
+        error=table["std"] / table["mean"] / np.sqrt(table["count"]) / np.log(10),
+    )
+    log, error = (
+        table.pivot(index="scale", columns="optimizer", values=name) for name in ("log", "error")
+    )
+    return pd.DataFrame(
+        {"ratio": log[SGD] - log[ADAM], "stderr": np.hypot(error[SGD], error[ADAM])}
+    )
 
 
 SETUP = (
@@ -139,12 +159,18 @@ EXHIBIT = Exhibit(
     judge=judge,
     shown=("perceptrons",),
     scales={
-        "small": Scale(Settings(), f"{SETUP} Digits (8x8), 64-64-64-10, 200 steps.", "Three minutes on one core."),
+        "small": Scale(
+            Settings(),
+            f"{SETUP} Digits (8x8), 64-64-64-10, 200 steps.",
+            "Three minutes on one core.",
+        ),
         "paper": Scale(
             Settings(
                 images="mnist",
                 sizes=(784, 128, 128, 10),
-                comparison=replace(Settings().comparison, num_steps=4680, warmup=100, measure_every=468),
+                comparison=replace(
+                    Settings().comparison, num_steps=4680, warmup=100, measure_every=468
+                ),
             ),
             f"{SETUP} MNIST, 784-128-128-10, 10 epochs.",
             "Not run. Estimated: an hour of one GPU.",

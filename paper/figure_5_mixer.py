@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from blockspec.plots import distance_heatmaps
-from blockspec.style import styled
+from blockspec.figures.plots import distance_heatmaps
+from blockspec.figures.style import styled
 from paper.distances import RESOLVED, over_pairs
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
 from paper.figure_4 import heatmap
@@ -26,8 +26,13 @@ class Settings:
 
 def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
     tables = context.needed["table_1"]
-    trained = {name: tables[name][tables[name]["model"] == settings.model] for name in ("runs", "curves")}
-    return {"distances": heatmap(context.needed["figure_4"], settings.model, RESOLVED).reset_index(), **trained}
+    trained = {
+        name: tables[name][tables[name]["model"] == settings.model] for name in ("runs", "curves")
+    }
+    return {
+        "distances": heatmap(context.needed["figure_4"], settings.model, RESOLVED).reset_index(),
+        **trained,
+    }
 
 
 @styled
@@ -42,7 +47,9 @@ def plot_training(curves: pd.DataFrame) -> Figure:
 
 def draw(tables: Tables) -> dict[str, Figure]:
     return {
-        "figure_5_mixer_distances": distance_heatmaps({"mixer at initialisation": tables["distances"].set_index("block")}),
+        "figure_5_mixer_distances": distance_heatmaps(
+            {"mixer at initialisation": tables["distances"].set_index("block")}
+        ),
         "figure_5_mixer_training": plot_training(tables["curves"]),
     }
 
@@ -70,7 +77,11 @@ EXHIBIT = Exhibit(
     judge=judge,
     needs=("figure_4", "table_1"),
     scales={
-        name: Scale(Settings(), "The map of figure 4, and the trainings of table 1.", "Seconds after figure 4 and table 1.")
+        name: Scale(
+            Settings(),
+            "The map of figure 4, and the trainings of table 1.",
+            "Seconds after figure 4 and table 1.",
+        )
         for name in ("small", "paper")
     },
 )

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from blockspec.plots import distance_heatmaps
-from blockspec.style import styled
+from blockspec.figures.plots import distance_heatmaps
+from blockspec.figures.style import styled
 from language_models.data import prepare
 from paper.distances import DEFINITIONS, RESOLVED, distances, heterogeneity, square, tidy
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
@@ -37,10 +37,15 @@ class Settings(AdamAgainstSgd):
 
 def subjects(settings: Settings, context: Context) -> dict[str, Subject]:
     """The same model on the same text, with fresh and with trained weights."""
-    start = trained_by_config(settings.config, context.runs / "pretrained", stages=(1.0,), device=context.device)
+    start = trained_by_config(
+        settings.config, context.runs / "pretrained", stages=(1.0,), device=context.device
+    )
     (checkpoint,) = start.glob("step_*")
     data = {"source": settings.data or str(python_source(context.runs / "python_source"))}
-    return {FRESH: Subject(settings.config, data=data), PRETRAINED: Subject(settings.config, data=data, start=str(checkpoint))}
+    return {
+        FRESH: Subject(settings.config, data=data),
+        PRETRAINED: Subject(settings.config, data=data, start=str(checkpoint)),
+    }
 
 
 def python_source(out: Path) -> Path:
@@ -49,30 +54,53 @@ def python_source(out: Path) -> Path:
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("[a-d]*.py"))]
     out.mkdir(parents=True, exist_ok=True)
     pd.DataFrame({"text": texts}).to_parquet(out / "source.parquet")
-    return prepare(str(out / "source.parquet"), out=str(out / "tokens"), tokenizer="embedded", val_share=0.1)
+    return prepare(
+        str(out / "source.parquet"), out=str(out / "tokens"), tokenizer="embedded", val_share=0.1
+    )
 
 
 def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
     arguments = {"num_batches": 1, "batch_size": settings.windows}
-    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in ("runs", "trials", "curves", "distances", "js0")}
+    tables: dict[str, list[pd.DataFrame]] = {
+        name: [] for name in ("runs", "trials", "curves", "distances", "js0")
+    }
     for name, subject in subjects(settings, context).items():
         out = context.runs / "compared" / f"GPT2 {name} on other text"
-        tables["runs"].append(trained(subject, settings.comparison(context), out).assign(model=name))
+        tables["runs"].append(
+            trained(subject, settings.comparison(context), out).assign(model=name)
+        )
         for kind in ("trials", "curves"):
             tables[kind].append(pd.read_parquet(out / f"{kind}.parquet").assign(model=name))
-        for seed in settings.seeds[:1] if subject.start else settings.seeds:  # all seeds start from the same trained weights
-            found = initial_spectra(subject, out, seed=seed, estimate=settings.estimate(), arguments=arguments, context=context)
-            tables["distances"].append(tidy(distances(found, RESOLVED)).assign(model=name, seed=seed))
+        for seed in (
+            settings.seeds[:1] if subject.start else settings.seeds
+        ):  # all seeds start from the same trained weights
+            found = initial_spectra(
+                subject,
+                out,
+                seed=seed,
+                estimate=settings.estimate(),
+                arguments=arguments,
+                context=context,
+            )
+            tables["distances"].append(
+                tidy(distances(found, RESOLVED)).assign(model=name, seed=seed)
+            )
             tables["js0"].append(heterogeneity(found).assign(model=name, seed=seed))
     return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
-    return {"figure_6_distances": distance_heatmaps(_maps(tables["distances"])), "figure_6_training": plot_training(tables)}
+    return {
+        "figure_6_distances": distance_heatmaps(_maps(tables["distances"])),
+        "figure_6_training": plot_training(tables),
+    }
 
 
 def _maps(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    return {model: square(rows[rows["seed"] == rows["seed"].min()]) for model, rows in table.groupby("model", sort=False)}
+    return {
+        model: square(rows[rows["seed"] == rows["seed"].min()])
+        for model, rows in table.groupby("model", sort=False)
+    }
 
 
 @styled
@@ -82,7 +110,9 @@ def plot_training(tables: Mapping[str, pd.DataFrame]) -> Figure:
     figure = Figure(figsize=(7.0, 2.0 * len(models) + 0.4), layout="constrained")
     axes = figure.subplots(len(models), 2, width_ratios=(1, 1.4), sharey="row", squeeze=False)
     for (left, right), model in zip(axes, models, strict=True):
-        trials, curves = (tables[name][tables[name]["model"] == model] for name in ("trials", "curves"))
+        trials, curves = (
+            tables[name][tables[name]["model"] == model] for name in ("trials", "curves")
+        )
         draw_rates(left, trials, [ADAM, SGD])
         draw_curves(right, curves, [ADAM, SGD], x="step")
         left.get_legend().remove()
@@ -129,8 +159,14 @@ def _more_alike(definition: str, js0: pd.DataFrame) -> Finding:
 def _edges(runs: pd.DataFrame) -> str:
     """Which learning rates are the first or last of their grid, so that a better one may lie beyond."""
     rows = runs[runs["at_edge_of_grid"]].drop_duplicates(["model", "optimizer"])
-    names: Sequence[str] = [f"{row.optimizer} {row.lr:g} ({row.model})" for row in rows.itertuples()]
-    return f"; at the edge of the grid: {', '.join(names)}" if names else ", none at the edge of its grid"
+    names: Sequence[str] = [
+        f"{row.optimizer} {row.lr:g} ({row.model})" for row in rows.itertuples()
+    ]
+    return (
+        f"; at the edge of the grid: {', '.join(names)}"
+        if names
+        else ", none at the edge of its grid"
+    )
 
 
 EXHIBIT = Exhibit(

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from blockspec.style import RUNS, styled
+from blockspec.figures.style import RUNS, styled
 from paper.distances import DEFINITIONS, KL, PUBLISHED
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command
 from paper.optimizers import gaps
@@ -34,7 +34,13 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
         gap = {name: gaps(runs, loss).to_numpy() for name, runs in tables["runs"].groupby("model")}
         for definition in DEFINITIONS:
             js0 = tables["js0"][tables["js0"]["definition"] == definition]
-            rows.append({"definition": definition, "loss": loss, **rank_correlation(_seeds(js0), gap, settings.samples, rng)})
+            rows.append(
+                {
+                    "definition": definition,
+                    "loss": loss,
+                    **rank_correlation(_seeds(js0), gap, settings.samples, rng),
+                }
+            )
     return {"correlations": pd.DataFrame(rows), "table_1": tables["table_1"]}
 
 
@@ -57,16 +63,28 @@ def rank_correlation(
         chosen = rng.choice(names, len(names))
         if len(set(chosen)) < 3:  # two models have a rank correlation of one, whatever they are
             continue
-        means = ([rng.choice(values[name], len(values[name])).mean() for name in chosen] for values in (x, y))
+        means = (
+            [rng.choice(values[name], len(values[name])).mean() for name in chosen]
+            for values in (x, y)
+        )
         drawn.append(spearmanr(*means).statistic)
     low, high = np.quantile(drawn, INTERVAL)
-    return {"models": len(names), "spearman": found.statistic, "low": low, "high": high, "p": found.pvalue}
+    return {
+        "models": len(names),
+        "spearman": found.statistic,
+        "low": low,
+        "high": high,
+        "p": found.pvalue,
+    }
 
 
 @styled
 def plot_gaps(tables: Tables) -> Figure:
     """Gap (held-out loss) by JS^0, a panel a definition; bars: deviation over seeds of JS^0, standard error of the gap."""
-    table, correlations = tables["table_1"], tables["correlations"].set_index(["loss", "definition"])
+    table, correlations = (
+        tables["table_1"],
+        tables["correlations"].set_index(["loss", "definition"]),
+    )
     figure = Figure(figsize=(2.2 * len(DEFINITIONS) + 1.4, 2.9), layout="constrained")
     loss = LOSSES[0]
     panels = figure.subplots(1, len(DEFINITIONS), sharey=True, squeeze=False)[0]
@@ -76,10 +94,20 @@ def plot_gaps(tables: Tables) -> Figure:
             colour = RUNS[1] if str(row["model"]).startswith(TRANSFORMERS) else RUNS[0]
             errors = {"xerr": row[f"{definition}, seeds"], "yerr": row[f"gap ({loss}), seeds"]}
             place.errorbar(
-                row[definition], row[f"gap ({loss})"], **errors, fmt=marker, color=colour, elinewidth=0.6, label=row["model"]
+                row[definition],
+                row[f"gap ({loss})"],
+                **errors,
+                fmt=marker,
+                color=colour,
+                elinewidth=0.6,
+                label=row["model"],
             )
         found = correlations.loc[loss, definition]
-        place.set_title(f"Spearman {found['spearman']:.2f} ({found['low']:.2f} to {found['high']:.2f})".replace("-", "−"))
+        place.set_title(
+            f"Spearman {found['spearman']:.2f} ({found['low']:.2f} to {found['high']:.2f})".replace(
+                "-", "−"
+            )
+        )
         place.set_xlabel(f"JS$^0$ (nats):\n{definition}")
         if definition in (KL, PUBLISHED):  # unbounded
             place.set_xscale("log")
@@ -115,7 +143,10 @@ EXHIBIT = Exhibit(
     measure=measure,
     draw=draw,
     judge=judge,
-    scales={name: Scale(Settings(), "The models of table 1.", "Seconds after table 1.") for name in ("small", "paper")},
+    scales={
+        name: Scale(Settings(), "The models of table 1.", "Seconds after table 1.")
+        for name in ("small", "paper")
+    },
     needs=("table_1",),
     shown=("correlations",),
 )

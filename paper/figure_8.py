@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blockspec.style import RUNS, styled
+from blockspec.figures.style import RUNS, styled
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command
 
 LARGEST = 5000.0
@@ -70,7 +70,9 @@ def draw_problems(blocks: np.ndarray, count: int, generator: np.random.Generator
     matrices = np.zeros((count, blocks.size, blocks.size))
     for l, eigenvalues in enumerate(blocks):
         basis, triangle = np.linalg.qr(generator.standard_normal((count, size, size)))
-        basis *= np.sign(np.diagonal(triangle, axis1=1, axis2=2))[:, None, :]  # makes the distribution uniform
+        basis *= np.sign(np.diagonal(triangle, axis1=1, axis2=2))[
+            :, None, :
+        ]  # makes the distribution uniform
         place = slice(l * size, (l + 1) * size)
         matrices[:, place, place] = basis * eigenvalues @ basis.transpose(0, 2, 1)
     starts = generator.standard_normal((count, blocks.size))
@@ -101,7 +103,9 @@ def adam_bound(problems: Problems, blocks: np.ndarray) -> tuple[np.ndarray, np.n
     return least, 1 - least / (largest * kappa)
 
 
-def descend(problems: Problems, optimizer: str, rates: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+def descend(
+    problems: Problems, optimizer: str, rates: np.ndarray, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Losses and gradient norms, (steps + 1, S) each."""
     divisor = problems.scale if optimizer == ADAM else np.ones_like(problems.scale)
     w = problems.starts.copy()
@@ -124,18 +128,32 @@ def measured_rate(losses: np.ndarray) -> np.ndarray:
 def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
     rates, curves, bounds = [], [], []
     for number, (case, blocks) in enumerate(CASES.items()):
-        problems = draw_problems(blocks, settings.starts, np.random.default_rng([context.seed, number]))
+        problems = draw_problems(
+            blocks, settings.starts, np.random.default_rng([context.seed, number])
+        )
         for optimizer in (GD, ADAM):
             lr, factor = rule(problems, optimizer)
             losses, _ = descend(problems, optimizer, lr, settings.rate_steps)
             best, norms = _tuned(problems, optimizer, lr, settings)
-            found = {"lr": lr, "measured_rate": measured_rate(losses), "theory_rate": -np.log(factor)}
+            found = {
+                "lr": lr,
+                "measured_rate": measured_rate(losses),
+                "theory_rate": -np.log(factor),
+            }
             found |= {"tuned_multiple": best, "final_norm": norms[-1] / norms[0]}
-            rates.append(pd.DataFrame({"case": case, "optimizer": optimizer, "start": range(settings.starts), **found}))
+            rates.append(
+                pd.DataFrame(
+                    {"case": case, "optimizer": optimizer, "start": range(settings.starts), **found}
+                )
+            )
             curves.append(_quantiles(norms / norms[0]).assign(case=case, optimizer=optimizer))
         lr, bound = adam_bound(problems, blocks)
         losses, _ = descend(problems, ADAM, lr, settings.steps)
-        bounds.append(pd.DataFrame({"case": case, "lr": lr, "bound": bound, "worst_factor": _worst_factor(losses)}))
+        bounds.append(
+            pd.DataFrame(
+                {"case": case, "lr": lr, "bound": bound, "worst_factor": _worst_factor(losses)}
+            )
+        )
     tables = {"rates": rates, "curves": curves, "bounds": bounds}
     return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
 
@@ -146,7 +164,9 @@ def _worst_factor(losses: np.ndarray) -> np.ndarray:
     return np.where(losses[1:] > ROUNDING * losses[0], factors, 0).max(axis=0)
 
 
-def _tuned(problems: Problems, optimizer: str, lr: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+def _tuned(
+    problems: Problems, optimizer: str, lr: np.ndarray, settings: Settings
+) -> tuple[np.ndarray, np.ndarray]:
     """For each start the multiple of the rule's learning rate with the least final gradient, and the norms (steps + 1, S)."""
     best, found = np.full(len(lr), np.nan), np.full((settings.steps + 1, len(lr)), np.inf)
     with np.errstate(over="ignore", invalid="ignore"):  # rates above the rule's diverge
@@ -176,13 +196,27 @@ def plot_quadratics(tables: Tables) -> Figure:
         parts = {name: table[table["case"] == case] for name, table in tables.items()}
         _panel(panel, parts["curves"])
         steps = np.unique(parts["curves"]["step"])
-        theory = parts["rates"].groupby("optimizer")["theory_rate"].median()[GD], -np.log(parts["bounds"]["bound"].median())
-        for rate, colour, name in zip(theory, RUNS, ("GD: $(1 - 2/(\\kappa + 1))^t$", "Adam: bound"), strict=False):
-            panel.plot(steps, np.exp(-rate * steps / 2), "--", color=colour, linewidth=0.8, label=name)
-        panel.set(yscale="log", ylim=(1e-15, 3), xlabel="step", title=f"case {case.replace(', ', chr(10))}")
+        theory = (
+            parts["rates"].groupby("optimizer")["theory_rate"].median()[GD],
+            -np.log(parts["bounds"]["bound"].median()),
+        )
+        for rate, colour, name in zip(
+            theory, RUNS, ("GD: $(1 - 2/(\\kappa + 1))^t$", "Adam: bound"), strict=False
+        ):
+            panel.plot(
+                steps, np.exp(-rate * steps / 2), "--", color=colour, linewidth=0.8, label=name
+            )
+        panel.set(
+            yscale="log",
+            ylim=(1e-15, 3),
+            xlabel="step",
+            title=f"case {case.replace(', ', chr(10))}",
+        )
     panels[0].set_ylabel("gradient norm / that at the start")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle(f"median and 10 to 90 % of {tables['rates']['start'].nunique()} starts; bound of the median start")
+    figure.suptitle(
+        f"median and 10 to 90 % of {tables['rates']['start'].nunique()} starts; bound of the median start"
+    )
     return figure
 
 
@@ -190,7 +224,9 @@ def _panel(panel: Axes, curves: pd.DataFrame) -> None:
     for optimizer, colour in zip((GD, ADAM), RUNS, strict=False):
         rows = curves[curves["optimizer"] == optimizer]
         panel.plot(rows["step"], rows["median"], color=colour, label=f"{optimizer}, tuned")
-        panel.fill_between(rows["step"], rows["low"], rows["high"], color=colour, alpha=0.2, linewidth=0)
+        panel.fill_between(
+            rows["step"], rows["low"], rows["high"], color=colour, alpha=0.2, linewidth=0
+        )
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
@@ -199,7 +235,9 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 def judge(tables: Tables) -> list[Finding]:
     rates, bounds = tables["rates"], tables["bounds"]
-    gd, adam = (rates[rates["optimizer"] == name].set_index(["case", "start"]) for name in (GD, ADAM))
+    gd, adam = (
+        rates[rates["optimizer"] == name].set_index(["case", "start"]) for name in (GD, ADAM)
+    )
     off = 100 * (gd["measured_rate"] / gd["theory_rate"] - 1)
     holds = bounds["worst_factor"] <= bounds["bound"] * (1 + 1e-9)
     return [
@@ -221,7 +259,9 @@ def judge(tables: Tables) -> list[Finding]:
 
 def _advantage(case: str, gd: pd.DataFrame, adam: pd.DataFrame) -> Finding:
     """How much faster Adam is, over the starts."""
-    low, median, high = (adam["measured_rate"] / gd["measured_rate"]).quantile(list(QUANTILES.values()))
+    low, median, high = (adam["measured_rate"] / gd["measured_rate"]).quantile(
+        list(QUANTILES.values())
+    )
     lower = int((adam["final_norm"] < gd["final_norm"]).sum())
     heterogeneous = "heterogeneous" in case
     slower = "; Adam is slower" if high < 1 else ""

@@ -13,10 +13,10 @@ import pandas as pd
 import yaml
 from torch import nn
 
-from blockspec.blocks import partition
-from blockspec.factories import find_factory
-from blockspec.run import BlockSettings, EstimateSettings, RunSettings
-from blockspec.spectra import Spectra
+from blockspec.model.blocks import partition
+from blockspec.runs.factories import find_factory
+from blockspec.runs.run import BlockSettings, EstimateSettings, RunSettings
+from blockspec.spectra.collection import Spectra
 from language_models import compare_optimizers as language
 from language_models.models import ModelSettings as LanguageModel
 from language_models.train import DataSettings as LanguageData
@@ -56,7 +56,9 @@ class Subject:
         content = yaml.safe_load((ROOT / self.config).read_text(encoding="utf-8"))
         model, data = content["model"] | self.model, content["data"] | self.data
         if self.is_language:
-            return partial(language.train_one, LanguageModel(**model), LanguageData(**data), self.start)
+            return partial(
+                language.train_one, LanguageModel(**model), LanguageData(**data), self.start
+            )
         return partial(vision.train_one, VisionModel(**model), VisionData(**data))
 
     @property
@@ -116,7 +118,9 @@ def trained(subject: Subject, comparison: ComparisonSettings, out: Path) -> pd.D
                 "seed": seed,
                 "first": held_out.iloc[0],
                 "held_out": held_out.iloc[-1] if whole else np.inf,
-                "training": losses.tail(max(1, round(LAST * len(losses)))).mean() if whole else np.inf,
+                "training": losses.tail(max(1, round(LAST * len(losses)))).mean()
+                if whole
+                else np.inf,
             }
         )
     return pd.DataFrame(rows)
@@ -128,12 +132,20 @@ def gaps(runs: pd.DataFrame, loss: str = "held_out") -> pd.Series:
     can be compared, which differences of losses cannot."""
     table = runs.pivot(index="seed", columns="optimizer", values=loss).replace(np.inf, np.nan)
     first = runs.groupby("seed")["first"].mean()
-    table = table.fillna({name: first.mean() for name in (ADAM, SGD)})  # a run that diverged has learnt nothing
+    table = table.fillna(
+        {name: first.mean() for name in (ADAM, SGD)}
+    )  # a run that diverged has learnt nothing
     return (table[SGD] - table[ADAM]) / (first - table[ADAM])
 
 
 def initial_spectra(
-    subject: Subject, out: Path, *, seed: int, estimate: EstimateSettings, arguments: Mapping[str, Any], context: Context
+    subject: Subject,
+    out: Path,
+    *,
+    seed: int,
+    estimate: EstimateSettings,
+    arguments: Mapping[str, Any],
+    context: Context,
 ) -> Spectra:
     """Spectra of the weight matrices of the model that the runs of that seed in ``out`` start from.
 
@@ -142,11 +154,17 @@ def initial_spectra(
     (checkpoint,) = out.glob(f"runs/{ADAM}_lr*_seed{seed}/step_000000")
     model, *_ = find_factory(subject.factory)(checkpoint=str(checkpoint), **arguments)
     blocks = BlockSettings(include=weight_matrices(model), full=False)
-    settings = RunSettings(subject.factory, dict(arguments), [str(checkpoint)], blocks, estimate, batch_norm="train")
+    settings = RunSettings(
+        subject.factory, dict(arguments), [str(checkpoint)], blocks, estimate, batch_norm="train"
+    )
     return spectra(settings, out / "spectra" / f"seed_{seed}", device=context.device)
 
 
 def weight_matrices(model: nn.Module) -> list[str]:
     """Names of the blocks of more than one dimension, but for positions."""
     shapes = {name: parameter.squeeze().shape for name, parameter in model.named_parameters()}
-    return [b.name for b in partition(model) if b.kind != "position" and len(shapes[b.name.split("/")[0]]) > 1]
+    return [
+        b.name
+        for b in partition(model)
+        if b.kind != "position" and len(shapes[b.name.split("/")[0]]) > 1
+    ]

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import blockspec
-from blockspec.run import find_device
-from blockspec.style import styled
+from blockspec.figures.style import styled
+from blockspec.runs.run import find_device
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
 from paper.pyhessian_traces import folder_of
 from training.checkpoints import last_checkpoint
@@ -40,7 +40,9 @@ class Settings:
 
 
 def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
-    trained = context.needed["pyhessian_traces"]["traces"][["depth", "variant", "seed"]].drop_duplicates()
+    trained = context.needed["pyhessian_traces"]["traces"][
+        ["depth", "variant", "seed"]
+    ].drop_duplicates()
     tables = []
     for row in trained.to_dict("records"):
         folder = folder_of(context, row["seed"]) / Network(row["depth"], row["variant"], {}).folder
@@ -50,10 +52,14 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
 
 def _landscape(checkpoint: Path | None, settings: Settings, context: Context) -> pd.DataFrame:
     """A row a point of the plane: steps along the two eigenvectors, and the loss."""
-    model, batches, loss = factories.checkpoint(str(checkpoint), count=settings.count, batch_size=settings.batch_size)
+    model, batches, loss = factories.checkpoint(
+        str(checkpoint), count=settings.count, batch_size=settings.batch_size
+    )
     objective = blockspec.Objective(model.to(find_device(context.device)), batches, loss)
     (whole,) = blockspec.partition(model, "model")
-    found = blockspec.landscape(objective, whole, radius=settings.radius, points=settings.points, seed=context.seed)
+    found = blockspec.landscape(
+        objective, whole, radius=settings.radius, points=settings.points, seed=context.seed
+    )
     first, second = (axis.ravel() for axis in np.meshgrid(*found.steps, indexing="ij"))
     return pd.DataFrame({"first": first, "second": second, "loss": found.losses.ravel()})
 
@@ -67,11 +73,24 @@ def plot_surfaces(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(1.9 * len(variants), 1.95 * len(depths) + 0.2), layout="constrained")
     for i, depth in enumerate(depths):
         for j, variant in enumerate(variants):
-            place: Any = figure.add_subplot(len(depths), len(variants), i * len(variants) + j + 1, projection="3d")
+            place: Any = figure.add_subplot(
+                len(depths), len(variants), i * len(variants) + j + 1, projection="3d"
+            )
             rows = table[(table["depth"] == depth) & (table["variant"] == variant)]
-            surface = rows.assign(height=heights[rows.index]).pivot(index="first", columns="second", values="height")
+            surface = rows.assign(height=heights[rows.index]).pivot(
+                index="first", columns="second", values="height"
+            )
             across, along = np.meshgrid(surface.index, surface.columns, indexing="ij")
-            place.plot_surface(across, along, surface.to_numpy(), cmap="viridis", norm=norm, rstride=1, cstride=1, linewidth=0)
+            place.plot_surface(
+                across,
+                along,
+                surface.to_numpy(),
+                cmap="viridis",
+                norm=norm,
+                rstride=1,
+                cstride=1,
+                linewidth=0,
+            )
             place.set_zlim(norm.vmin, norm.vmax)
             place.set_title(f"depth {depth}, {variant}", pad=-4)
             place.tick_params(pad=-3, labelsize=5.5)
@@ -79,7 +98,9 @@ def plot_surfaces(table: pd.DataFrame) -> Figure:
                 axis.set_major_locator(MaxNLocator(4))
             place.view_init(elev=28, azim=-60)
             place.set_box_aspect(None, zoom=0.86)
-    figure.suptitle("log10 of the loss by steps along the eigenvectors of the two largest eigenvalues")
+    figure.suptitle(
+        "log10 of the loss by steps along the eigenvectors of the two largest eigenvalues"
+    )
     return figure
 
 
@@ -92,7 +113,9 @@ def rises(table: pd.DataFrame) -> pd.Series:
     """By depth, variant and seed: the mean rise of the loss from the parameters to the edge of the plane."""
 
     def rise(plane: pd.DataFrame) -> float:
-        edge = (plane[["first", "second"]].abs() == plane[["first", "second"]].abs().max()).any(axis=1)
+        edge = (plane[["first", "second"]].abs() == plane[["first", "second"]].abs().max()).any(
+            axis=1
+        )
         centre = plane.loc[plane[["first", "second"]].abs().sum(axis=1).idxmin(), "loss"]
         return float(plane.loc[edge, "loss"].mean() - centre)
 
@@ -101,7 +124,9 @@ def rises(table: pd.DataFrame) -> pd.Series:
 
 def judge(tables: Tables) -> list[Finding]:
     found = rises(tables["landscapes"])
-    return [_smoother(found, int(depth)) for depth in found.index.unique("depth")] + [_residual(found)]
+    return [_smoother(found, int(depth)) for depth in found.index.unique("depth")] + [
+        _residual(found)
+    ]
 
 
 def _ratio(found: pd.Series, depth: int, variant: str) -> tuple[float, float]:
@@ -144,7 +169,9 @@ EXHIBIT = Exhibit(
     judge=judge,
     needs=("pyhessian_traces",),
     scales={
-        "small": Scale(Settings(), f"{SETUP} 128 digits.", "Three minutes on one core, after the traces."),
+        "small": Scale(
+            Settings(), f"{SETUP} 128 digits.", "Three minutes on one core, after the traces."
+        ),
         "paper": Scale(
             Settings(points=41, count=4096, batch_size=1024),
             f"{SETUP} 4,096 images of CIFAR-10.",

@@ -11,15 +11,23 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import blockspec
-from blockspec.run import find_device
-from blockspec.spectra import Spectra, read_table, spectra_of
-from blockspec.style import RUN_MARKERS, RUNS, styled
+from blockspec.figures.style import RUN_MARKERS, RUNS, styled
+from blockspec.runs.run import find_device
+from blockspec.spectra.collection import Spectra, read_table, spectra_of
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
 from training.checkpoints import read_record
 from training.optimizers import ScheduleSettings
 from training.trainer import TrainingSettings
 from vision_models import factories
-from vision_models.ablation import DIGITS, STAGES, VARIANTS, Measuring, Network, ablation, train_network
+from vision_models.ablation import (
+    DIGITS,
+    STAGES,
+    VARIANTS,
+    Measuring,
+    Network,
+    ablation,
+    train_network,
+)
 from vision_models.ablation_figures import plot_course, plot_densities
 from vision_models.sources import DataSettings
 
@@ -89,18 +97,31 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
         workers=context.workers,
     )
     spectra = [_whole_spectra(network, first) for network in networks(settings)]
-    return {"traces": pd.DataFrame(rows), "course": course, "spectra": pd.concat(spectra, ignore_index=True)}
+    return {
+        "traces": pd.DataFrame(rows),
+        "course": course,
+        "spectra": pd.concat(spectra, ignore_index=True),
+    }
 
 
 def _traces(checkpoint: Path, settings: Settings, context: Context) -> list[dict[str, Any]]:
     """Of the whole network and of its stages, from the same probes; with what the trainer measured."""
-    model, batches, loss = factories.checkpoint(str(checkpoint), count=settings.count, batch_size=settings.count)
+    model, batches, loss = factories.checkpoint(
+        str(checkpoint), count=settings.count, batch_size=settings.count
+    )
     objective = blockspec.Objective(model.to(find_device(context.device)), batches, loss)
     blocks = blockspec.partition(model, "model") + blockspec.partition(model, STAGES)
     found = blockspec.trace(objective, blocks, num_probes=settings.num_probes, seed=context.seed)
     record = read_record(checkpoint)
-    measured = {"fraction": record["fraction"], "accuracy": record["accuracy"], "loss": objective.value()}
-    return [{"block": name, "trace": trace.value, "stderr": trace.stderr, **measured} for name, trace in found.items()]
+    measured = {
+        "fraction": record["fraction"],
+        "accuracy": record["accuracy"],
+        "loss": objective.value(),
+    }
+    return [
+        {"block": name, "trace": trace.value, "stderr": trace.stderr, **measured}
+        for name, trace in found.items()
+    ]
 
 
 def _whole_spectra(network: Network, out: Path) -> pd.DataFrame:
@@ -126,9 +147,17 @@ def plot_traces(traces: pd.DataFrame) -> Figure:
     for column, depth in zip(axes.T, depths, strict=True):
         rows = whole[whole["depth"] == depth]
         places = rows["variant"].map(variants.index)
-        for place, name, colour, marker in zip(column, ("trace", "accuracy"), RUNS, RUN_MARKERS, strict=False):
+        for place, name, colour, marker in zip(
+            column, ("trace", "accuracy"), RUNS, RUN_MARKERS, strict=False
+        ):
             place.plot(places, rows[name], marker, color=colour, alpha=0.6, markersize=3)
-            place.plot(range(len(variants)), rows.groupby("variant")[name].mean()[variants], "_", color=colour, markersize=16)
+            place.plot(
+                range(len(variants)),
+                rows.groupby("variant")[name].mean()[variants],
+                "_",
+                color=colour,
+                markersize=16,
+            )
             place.set_xlim(-0.6, len(variants) - 0.4)
         column[0].set_title(f"depth {depth}")
         column[1].set_xticks(range(len(variants)), variants, rotation=40, ha="right")
@@ -152,7 +181,10 @@ def judge(tables: Tables) -> list[Finding]:
     return [
         _trace_finding(whole, shallow, "lower", -1),
         _trace_finding(whole, deep, "higher", 1),
-        *(_accuracy_finding(whole, variant, shallow, deep) for variant in ("no batch norm", "no residual")),
+        *(
+            _accuracy_finding(whole, variant, shallow, deep)
+            for variant in ("no batch norm", "no residual")
+        ),
     ]
 
 
@@ -160,7 +192,9 @@ def _trace_finding(whole: pd.DataFrame, depth: int, word: str, sign: int) -> Fin
     """Without batch norm against with, paired by seed."""
     table = whole[whole["depth"] == depth].pivot(index="seed", columns="variant", values="trace")
     difference = table["no batch norm"] - table["all"]
-    each = " against ".join(with_error(table[name].mean(), table[name].sem()) for name in ("no batch norm", "all"))
+    each = " against ".join(
+        with_error(table[name].mean(), table[name].sem()) for name in ("no batch norm", "all")
+    )
     accuracy = whole[whole["depth"] == depth].groupby("variant")["accuracy"].mean()
     return Finding(
         f"the trace of ResNet{depth} is {word} without batch norm",
@@ -176,7 +210,10 @@ def _accuracy_finding(whole: pd.DataFrame, variant: str, shallow: int, deep: int
     table = 100 * whole.pivot_table(index="seed", columns=["depth", "variant"], values="accuracy")
     lost = {depth: table[depth, "all"] - table[depth, variant] for depth in (shallow, deep)}
     more = lost[deep] - lost[shallow]
-    each = ", ".join(f"{with_error(lost[depth].mean(), lost[depth].sem())} points at depth {depth}" for depth in lost)
+    each = ", ".join(
+        f"{with_error(lost[depth].mean(), lost[depth].sem())} points at depth {depth}"
+        for depth in lost
+    )
     return Finding(
         f"{variant} costs test accuracy, and the more, the deeper the network",
         f"it costs {each} (standard errors over {len(table)} trainings)",
@@ -216,7 +253,9 @@ EXHIBIT = Exhibit(
                     state_every=1950,
                     tracker="none",
                     optimizer=replace(DIGITS.optimizer, lr=0.1),
-                    schedule=ScheduleSettings(shape="steps", milestones=(31_200, 46_800), factor=0.1),
+                    schedule=ScheduleSettings(
+                        shape="steps", milestones=(31_200, 46_800), factor=0.1
+                    ),
                 ),
                 seeds=1,
                 num_probes=64,

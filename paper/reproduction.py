@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pandas as pd
 from PIL import Image
 
-from blockspec.run import read_json
+from blockspec.runs.run import read_json
 from paper import EXHIBITS
 from paper.exhibit import Exhibit, Finding, as_json, find, read_findings, read_tables
 from training.command import run_command
@@ -28,7 +28,9 @@ a result. Rules of what counts as agreement stand beside each verdict, and were 
 """
 
 
-def write_document(*, out: str = "runs/paper", scale: Literal["small", "paper"] = "small", to: str = ".") -> Path:
+def write_document(
+    *, out: str = "runs/paper", scale: Literal["small", "paper"] = "small", to: str = "."
+) -> Path:
     """Writes REPRODUCTION.md, and its images below docs/paper.
 
     Args:
@@ -84,17 +86,25 @@ def _section(exhibit: Exhibit, folder: Path, findings: Sequence[Finding], to: Pa
     parts += [markdown(tables[name]) for name in exhibit.shown]
     names = ", ".join(f"`{name}`" for name in tables)
     made = f"{record['seconds']:.0f} s, commit {record['git_commit']}"
-    parts.append(f"`python -m paper.{exhibit.name}{_options(exhibit, folder.parent.name, record)}`: {made}; tables: {names}.")
+    parts.append(
+        f"`python -m paper.{exhibit.name}{_options(exhibit, folder.parent.name, record)}`: {made}; tables: {names}."
+    )
     return "\n\n".join(parts) + "\n"
 
 
 def _options(exhibit: Exhibit, scale: str, record: dict[str, Any]) -> str:
     """What the command line had that is not the default."""
     usual = {"seed": 0, **as_json(exhibit.scales[scale].settings)}
-    changed = {name: value for name, value in record["settings"].items() if usual.get(name) != value}
+    changed = {
+        name: value for name, value in record["settings"].items() if usual.get(name) != value
+    }
     names = {name: "seed" if name == "seed" else f"settings.{name}" for name in changed}
-    options = [f"--{names[name]}={shlex.quote(json.dumps(value))}" for name, value in changed.items()]
-    return "".join(f" {option}" for option in ([] if scale == "small" else [f"--scale={scale}"]) + options)
+    options = [
+        f"--{names[name]}={shlex.quote(json.dumps(value))}" for name, value in changed.items()
+    ]
+    return "".join(
+        f" {option}" for option in ([] if scale == "small" else [f"--scale={scale}"]) + options
+    )
 
 
 def _images(exhibit: Exhibit, folder: Path, to: Path) -> Iterator[str]:
@@ -102,10 +112,14 @@ def _images(exhibit: Exhibit, folder: Path, to: Path) -> Iterator[str]:
     images = to / "docs" / "paper"
     images.mkdir(parents=True, exist_ok=True)
     for source in sorted((folder / "figures").glob("*.png")):
-        name = source.stem if source.stem.startswith(exhibit.name) else f"{exhibit.name}_{source.stem}"
+        name = (
+            source.stem if source.stem.startswith(exhibit.name) else f"{exhibit.name}_{source.stem}"
+        )
         with Image.open(source) as image:
             height = round(image.height * min(1, WIDTH / image.width))
-            small = image.convert("RGB").resize((min(image.width, WIDTH), height), Image.Resampling.LANCZOS)
+            small = image.convert("RGB").resize(
+                (min(image.width, WIDTH), height), Image.Resampling.LANCZOS
+            )
             small.quantize(256).save(images / f"{name}.png", optimize=True)
         yield f"![{exhibit.title}](docs/paper/{name}.png)"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from blockspec import cli
-from blockspec.factories import find_factory
-from blockspec.run import Resources, RunSettings, measure
-from blockspec.spectra import Spectra, read_table, spectra_of
+from blockspec.runs import cli
+from blockspec.runs.factories import find_factory
+from blockspec.runs.run import Resources, RunSettings, measure
+from blockspec.spectra.collection import Spectra, read_table, spectra_of
 from language_models.train import train as train_language
 from training.command import run_command
 from vision_models.train import train as train_vision
@@ -32,7 +32,11 @@ def trained(config: str, out: Path, *, stages: Sequence[float], device: str) -> 
     device: auto, or else the CPU.
     """
     place = f"--training.device={device_of_training(device)}"
-    changes = [place, f"--training.checkpoints={json.dumps(list(stages))}", "--training.tracker=none"]
+    changes = [
+        place,
+        f"--training.checkpoints={json.dumps(list(stages))}",
+        "--training.tracker=none",
+    ]
     package = config.split("/", maxsplit=1)[0]
     run_command(TRAIN[package], ["--config", str(ROOT / config), "--out", str(out), *changes])
     return out
@@ -45,7 +49,14 @@ def measured(config: str, checkpoints: Path, out: Path, *, device: str) -> pd.Da
     return read_table(out / "spectra.parquet")
 
 
-def spectra(settings: RunSettings, out: Path, *, device: str, memory: str | float | None = None) -> Spectra:
+def spectra(
+    settings: RunSettings, out: Path, *, device: str, memory: str | float | None = None
+) -> Spectra:
     """The spectra of one model."""
-    measure(settings, find_factory(settings.model), out, resources=Resources(device=device, memory=memory))
+    measure(
+        settings,
+        find_factory(settings.model),
+        out,
+        resources=Resources(device=device, memory=memory),
+    )
     return spectra_of(read_table(out / "spectra.parquet"))

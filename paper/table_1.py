@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from blockspec.style import styled
+from blockspec.figures.style import styled
 from paper.distances import DEFINITIONS, RESOLVED, heterogeneity
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
 from paper.optimizers import ADAM, SGD, AdamAgainstSgd, Subject, gaps, initial_spectra, trained
@@ -21,13 +21,20 @@ SIZES = [64, 64, 64, 64, 10]
 
 def mlp(c: float) -> dict[str, object]:
     """Layers' Hessian blocks from the first to the last are scaled by factors from c to 1 / c."""
-    return {"settings": {"sizes": SIZES, "scales": [round(float(c**x), 6) for x in (0.5, 1 / 6, -1 / 6, -0.5)]}}
+    return {
+        "settings": {
+            "sizes": SIZES,
+            "scales": [round(float(c**x), 6) for x in (0.5, 1 / 6, -1 / 6, -0.5)],
+        }
+    }
 
 
 CONFIGS = "vision_models/configs"
 SMALL = {
     "ResNet": Subject(f"{CONFIGS}/digits_resnet.yaml", {"settings": {"depth": 8}}),
-    "ResNet, no BN": Subject(f"{CONFIGS}/digits_resnet.yaml", {"settings": {"depth": 8, "batch_norm": False}}),
+    "ResNet, no BN": Subject(
+        f"{CONFIGS}/digits_resnet.yaml", {"settings": {"depth": 8, "batch_norm": False}}
+    ),
     "VGG": Subject(f"{CONFIGS}/digits_vgg.yaml"),
     "VGG, BN": Subject(f"{CONFIGS}/digits_vgg.yaml", {"settings": {"batch_norm": True}}),
     "MLP, c = 1": Subject(f"{CONFIGS}/digits_mlp.yaml", mlp(1)),
@@ -41,9 +48,13 @@ FROM_FIGURE_6 = {"fresh weights": "GPT2", "pretrained": "GPT2, fine-tuned"}
 IMAGENET = {"held_out": 10000}
 PAPER = {
     "ResNet18": Subject(f"{CONFIGS}/imagenet_resnet18.yaml", data=IMAGENET),
-    "ResNet18, no BN": Subject(f"{CONFIGS}/imagenet_resnet18.yaml", {"settings": {"batch_norm": False}}, IMAGENET),
+    "ResNet18, no BN": Subject(
+        f"{CONFIGS}/imagenet_resnet18.yaml", {"settings": {"batch_norm": False}}, IMAGENET
+    ),
     "VGG16": Subject(f"{CONFIGS}/imagenet_vgg16.yaml", data=IMAGENET),
-    "VGG16, BN": Subject(f"{CONFIGS}/imagenet_vgg16.yaml", {"settings": {"batch_norm": True}}, IMAGENET),
+    "VGG16, BN": Subject(
+        f"{CONFIGS}/imagenet_vgg16.yaml", {"settings": {"batch_norm": True}}, IMAGENET
+    ),
     "mixer": Subject(f"{CONFIGS}/imagenet_mixer.yaml", data=IMAGENET),
     "ViT-base": Subject(f"{CONFIGS}/imagenet_vit_base.yaml", data=IMAGENET),
     "BERT": Subject("language_models/configs/bert_base.yaml"),
@@ -71,7 +82,10 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
         print(name, flush=True)
         runs.append(trained(subject, settings.comparison(context), out).assign(model=name))
         curves.append(pd.read_parquet(out / "curves.parquet").assign(model=name))
-        js0 += [_heterogeneity(name, subject, seed, settings, context) for seed in settings.seeds[: settings.measured_seeds]]
+        js0 += [
+            _heterogeneity(name, subject, seed, settings, context)
+            for seed in settings.seeds[: settings.measured_seeds]
+        ]
     for tables, kind in ((runs, "runs"), (js0, "js0"), (curves, "curves")):
         found = context.needed["figure_6"][kind]
         tables.append(found.assign(model=found["model"].map(FROM_FIGURE_6)))
@@ -81,9 +95,15 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
     return {"overview": overview(table), "table_1": table, **joined}
 
 
-def _heterogeneity(name: str, subject: Subject, seed: int, settings: Settings, context: Context) -> pd.DataFrame:
+def _heterogeneity(
+    name: str, subject: Subject, seed: int, settings: Settings, context: Context
+) -> pd.DataFrame:
     images = {"count": settings.images, "batch_size": settings.images}
-    arguments = {"num_batches": 1, "batch_size": settings.windows, "split": "train"} if subject.is_language else images
+    arguments = (
+        {"num_batches": 1, "batch_size": settings.windows, "split": "train"}
+        if subject.is_language
+        else images
+    )
     found = initial_spectra(
         subject,
         context.runs / "compared" / name,
@@ -102,14 +122,19 @@ def summary(tables: Tables) -> pd.DataFrame:
     for name, runs in tables["runs"].groupby("model", sort=False):
         row: dict[str, object] = {"model": name}
         for definition in DEFINITIONS:
-            js0 = tables["js0"][(tables["js0"]["model"] == name) & (tables["js0"]["definition"] == definition)]
+            js0 = tables["js0"][
+                (tables["js0"]["model"] == name) & (tables["js0"]["definition"] == definition)
+            ]
             row |= {definition: js0["js0"].mean(), f"{definition}, probes": js0["stderr"].mean()}
             row |= {f"{definition}, seeds": js0["js0"].std(ddof=1)}
         for loss in LOSSES:
             gap = gaps(runs, loss)
             row |= {f"gap ({loss})": gap.mean(), f"gap ({loss}), seeds": gap.sem()}
         for optimizer, part in runs.groupby("optimizer"):
-            row |= {f"lr {optimizer}": part["lr"].iloc[0], f"{optimizer} at edge": bool(part["at_edge_of_grid"].iloc[0])}
+            row |= {
+                f"lr {optimizer}": part["lr"].iloc[0],
+                f"{optimizer} at edge": bool(part["at_edge_of_grid"].iloc[0]),
+            }
         rows.append(row)
     return pd.DataFrame(rows).sort_values(RESOLVED, ignore_index=True)
 
@@ -118,7 +143,9 @@ def overview(table: pd.DataFrame) -> pd.DataFrame:
     """The table to read: JS^0 with its standard error over probes, the gaps with theirs over seeds; * marks a learning rate at
     the edge of its grid."""
     columns = {"model": table["model"]}
-    errors = {name: f"{name}, probes" for name in DEFINITIONS} | {f"gap ({x})": f"gap ({x}), seeds" for x in LOSSES}
+    errors = {name: f"{name}, probes" for name in DEFINITIONS} | {
+        f"gap ({x})": f"gap ({x}), seeds" for x in LOSSES
+    }
     for name, error in errors.items():
         columns[name] = [with_error(*pair) for pair in zip(table[name], table[error], strict=True)]
     for optimizer in (ADAM, SGD):
@@ -143,7 +170,9 @@ def plot_curves(curves: pd.DataFrame) -> Figure:
         place.set(title=model, xlabel="", ylabel="")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.supxlabel("training step", fontsize=8)
-    figure.supylabel(f"held-out loss (nats): mean and range of {curves['seed'].nunique()} seeds", fontsize=8)
+    figure.supylabel(
+        f"held-out loss (nats): mean and range of {curves['seed'].nunique()} seeds", fontsize=8
+    )
     return figure
 
 

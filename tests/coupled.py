@@ -23,7 +23,9 @@ class Coupled(nn.Module):
 def coupled(matrix, sizes):
     """The objective and its blocks."""
     model = Coupled(matrix, sizes)
-    return Objective(model, [torch.zeros(1)], lambda model, batch: (model(), 1)), partition(model, "tensor")
+    return Objective(model, [torch.zeros(1)], lambda model, batch: (model(), 1)), partition(
+        model, "tensor"
+    )
 
 
 def matrix_with_decay(size, *, power=1.0, seed=0):

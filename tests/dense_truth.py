@@ -17,7 +17,10 @@ def of_primitives(model):
     """Eval mode, with attention and norms that every way of differentiating gets right."""
     flag = model.training
     model.eval()
-    with sdpa_kernel(SDPBackend.MATH), mock.patch.multiple(F, layer_norm=_layer_norm, batch_norm=_batch_norm):
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        mock.patch.multiple(F, layer_norm=_layer_norm, batch_norm=_batch_norm),
+    ):
         yield
     model.train(flag)
 
@@ -64,7 +67,11 @@ def positions(model, block):
     for piece in block.pieces:
         tensor = tensors[piece.parameter]
         if piece.axis is not None:
-            index = range(tensor.shape[piece.axis])[piece.index] if isinstance(piece.index, slice) else piece.index
+            index = (
+                range(tensor.shape[piece.axis])[piece.index]
+                if isinstance(piece.index, slice)
+                else piece.index
+            )
             tensor = tensor.index_select(piece.axis, torch.tensor(list(index)))
         pieces.append(tensor.reshape(-1))
     return torch.cat(pieces)
@@ -118,12 +125,18 @@ def largest_eigenvalue(model, batches, terms, index=None):
     def product(vector):
         tangent = torch.zeros_like(flat)
         tangent[index] = torch.from_numpy(np.ascontiguousarray(vector.ravel()))
-        return jvp(grad(lambda point: function(point).mean()), (flat,), (tangent,))[1].detach()[index].numpy()
+        return (
+            jvp(grad(lambda point: function(point).mean()), (flat,), (tangent,))[1]
+            .detach()[index]
+            .numpy()
+        )
 
     with of_primitives(model):
         operator = LinearOperator((len(index), len(index)), matvec=product, dtype=np.float64)
         start = np.random.default_rng(0).normal(size=len(index))
-        return float(eigsh(operator, k=1, which="LA", return_eigenvectors=False, tol=1e-6, v0=start)[0])
+        return float(
+            eigsh(operator, k=1, which="LA", return_eigenvectors=False, tol=1e-6, v0=start)[0]
+        )
 
 
 def jacobian(model, batches, outputs):

@@ -22,7 +22,9 @@ def _made(build: Callable[[], nn.Module], seed: int, dtype: torch.dtype) -> nn.M
         return build().to(dtype)
 
 
-def tiny_gpt2(seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2, **settings: object) -> nn.Module:
+def tiny_gpt2(
+    seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2, **settings: object
+) -> nn.Module:
     """GPT2LMHeadModel, its head tied to the embedding."""
     sizes = {"n_embd": 16, "n_layer": layers, "n_head": 4, "n_positions": 16}
     tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
@@ -30,25 +32,46 @@ def tiny_gpt2(seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2
     return _made(lambda: transformers.GPT2LMHeadModel(config), seed, dtype)
 
 
-def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2, **settings: object) -> nn.Module:
+def tiny_llama(
+    seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2, **settings: object
+) -> nn.Module:
     """LlamaForCausalLM: 4 query heads, 2 key heads."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers, "max_position_embeddings": 16}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": layers,
+        "max_position_embeddings": 16,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
     config = transformers.LlamaConfig(**{**sizes, **heads, **settings})
     return _made(lambda: transformers.LlamaForCausalLM(config), seed, dtype)
 
 
-def tiny_bert(seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2, **settings: object) -> nn.Module:
+def tiny_bert(
+    seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2, **settings: object
+) -> nn.Module:
     """BertForMaskedLM, its decoder tied to the embedding."""
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+    }
     tokens = {"vocab_size": VOCABULARY, "max_position_embeddings": 16}
     config = transformers.BertConfig(**{**sizes, **tokens, **settings})
     return _made(lambda: transformers.BertForMaskedLM(config), seed, dtype)
 
 
-def tiny_vit(seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2, **settings: object) -> nn.Module:
+def tiny_vit(
+    seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2, **settings: object
+) -> nn.Module:
     """ViTForImageClassification on images (3, 8, 8) with 4 patches and 5 classes."""
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+    }
     images = {"image_size": 8, "patch_size": 4, "num_labels": 5}
     config = transformers.ViTConfig(**{**sizes, **images, **settings})
     return _made(lambda: transformers.ViTForImageClassification(config), seed, dtype)
@@ -56,12 +79,20 @@ def tiny_vit(seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2,
 
 def tiny_resnet(seed: int = 0, dtype: torch.dtype = torch.float64, **settings: object) -> nn.Module:
     """ResNetForImageClassification: stages of 2 and 1 layers, 5 classes."""
-    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [2, 1], "layer_type": "basic", "num_labels": 5}
+    sizes = {
+        "embedding_size": 4,
+        "hidden_sizes": [4, 8],
+        "depths": [2, 1],
+        "layer_type": "basic",
+        "num_labels": 5,
+    }
     config = transformers.ResNetConfig(**{**sizes, **settings})
     return _made(lambda: transformers.ResNetForImageClassification(config), seed, dtype)
 
 
-def nanogpt(flash: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2) -> nn.Module:
+def nanogpt(
+    flash: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2
+) -> nn.Module:
     """nanoGPT's GPT: ``model(idx, targets) -> (logits, loss)``."""
     config = GPTConfig(block_size=16, vocab_size=VOCABULARY, n_layer=layers, n_head=4, n_embd=16)
     return _made(lambda: GPT(config, flash), seed, dtype)
@@ -79,18 +110,45 @@ def tiny_vgg(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def alexnet(classes: int = 3) -> nn.Module:
     """torchvision's AlexNet, names and in-place ReLUs as there, for images (1, 8, 8)."""
-    features = [nn.Conv2d(1, 2, 3, stride=2, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)]
+    features = [
+        nn.Conv2d(1, 2, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    ]
     features += [nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(inplace=True)]
-    classifier = [nn.Dropout(), nn.Linear(12, 4), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(4, classes)]
-    parts = {"features": nn.Sequential(*features), "avgpool": nn.AdaptiveAvgPool2d(2), "flatten": nn.Flatten()}
+    classifier = [
+        nn.Dropout(),
+        nn.Linear(12, 4),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(4, classes),
+    ]
+    parts = {
+        "features": nn.Sequential(*features),
+        "avgpool": nn.AdaptiveAvgPool2d(2),
+        "flatten": nn.Flatten(),
+    }
     return nn.Sequential(OrderedDict(parts, classifier=nn.Sequential(*classifier)))
 
 
 def squeezenet(classes: int = 3) -> nn.Module:
     """torchvision's SqueezeNet with one fire module, for images of one channel."""
-    features = [nn.Conv2d(1, 3, 3, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, ceil_mode=True), Fire(3, 2, 2)]
-    classifier = [nn.Dropout(), nn.Conv2d(4, classes, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier)))
+    features = [
+        nn.Conv2d(1, 3, 3, stride=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2, ceil_mode=True),
+        Fire(3, 2, 2),
+    ]
+    classifier = [
+        nn.Dropout(),
+        nn.Conv2d(4, classes, 1),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ]
+    return nn.Sequential(
+        OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier))
+    )
 
 
 class Fire(nn.Module):
@@ -110,10 +168,16 @@ def densenet(classes: int = 3) -> nn.Module:
     """torchvision's DenseNet with one block of two layers, for images of one channel."""
     block = nn.Sequential(OrderedDict(denselayer1=DenseLayer(2, 2), denselayer2=DenseLayer(4, 2)))
     transition = nn.Sequential(
-        OrderedDict(norm=nn.BatchNorm2d(6), relu=nn.ReLU(inplace=True), conv=nn.Conv2d(6, 3, 1, bias=False))
+        OrderedDict(
+            norm=nn.BatchNorm2d(6), relu=nn.ReLU(inplace=True), conv=nn.Conv2d(6, 3, 1, bias=False)
+        )
     )
-    stem = OrderedDict(conv0=nn.Conv2d(1, 2, 3, stride=2, padding=1, bias=False), norm0=nn.BatchNorm2d(2))
-    features = nn.Sequential(OrderedDict(stem, denseblock1=block, transition1=transition, norm5=nn.BatchNorm2d(3)))
+    stem = OrderedDict(
+        conv0=nn.Conv2d(1, 2, 3, stride=2, padding=1, bias=False), norm0=nn.BatchNorm2d(2)
+    )
+    features = nn.Sequential(
+        OrderedDict(stem, denseblock1=block, transition1=transition, norm5=nn.BatchNorm2d(3))
+    )
     parts = {"features": features, "pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
     return nn.Sequential(OrderedDict(parts, classifier=nn.Linear(3, classes)))
 
@@ -176,7 +240,9 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         if self.flash:
             dropout = self.dropout if self.training else 0
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=dropout, is_causal=True)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=None, dropout_p=dropout, is_causal=True
+            )
         else:
             att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
             att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
@@ -305,7 +371,9 @@ class ViTBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, image: int, patch: int, width: int, depth: int, num_heads: int, classes: int) -> None:
+    def __init__(
+        self, image: int, patch: int, width: int, depth: int, num_heads: int, classes: int
+    ) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 1e-6)
         self.pos_embed = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, width) * 0.02)
@@ -332,7 +400,10 @@ class VGG(nn.Module):
             if isinstance(step, str):
                 layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
             else:
-                layers += [nn.Conv2d(channels, step, kernel_size=3, padding=1), nn.ReLU(inplace=True)]
+                layers += [
+                    nn.Conv2d(channels, step, kernel_size=3, padding=1),
+                    nn.ReLU(inplace=True),
+                ]
                 channels = step
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d((2, 2))

@@ -38,7 +38,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         b, t, c = x.shape
-        q, k, v = (part.view(b, t, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(c, dim=2))
+        q, k, v = (
+            part.view(b, t, self.n_head, -1).transpose(1, 2)
+            for part in self.c_attn(x).split(c, dim=2)
+        )
         if self.flash:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -54,7 +57,10 @@ class Block(nn.Module):
         width, bias = config.n_embd, config.bias
         self.ln_1, self.ln_2 = LayerNorm(width, bias), LayerNorm(width, bias)
         self.attn = Attention(config)
-        linear = {"c_fc": nn.Linear(width, 4 * width, bias=bias), "c_proj": nn.Linear(4 * width, width, bias=bias)}
+        linear = {
+            "c_fc": nn.Linear(width, 4 * width, bias=bias),
+            "c_proj": nn.Linear(4 * width, width, bias=bias),
+        }
         self.mlp = nn.ModuleDict(linear)
 
     def forward(self, x):

@@ -48,7 +48,10 @@ def tokens(*shape, seed=0):
 
 def _padded():
     """Two batches of unequal size; the first has padding on the right, the second labels that are left out."""
-    first = {"input_ids": tokens(2, 6), "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
+    first = {
+        "input_ids": tokens(2, 6),
+        "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2]),
+    }
     second = {"input_ids": tokens(1, 5, seed=1), "labels": tokens(1, 5, seed=1)}
     second["labels"][0, 2] = -100
     return [first, second]
@@ -80,7 +83,13 @@ def gpt2(**settings):
 
 
 def llama(**settings):
-    small = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "layers": 1}
+    small = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "layers": 1,
+    }
     model = models.tiny_llama(**small | {"vocab_size": VOCABULARY} | settings)
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
@@ -98,40 +107,68 @@ def nanogpt(*, flash=True, dropout=0.0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = roughened(models.GPT(config, flash).double())
-    batches = [(tokens(2, 6, seed=2), tokens(2, 6, seed=3)), (tokens(1, 4, seed=4), tokens(1, 4, seed=5))]
+    batches = [
+        (tokens(2, 6, seed=2), tokens(2, 6, seed=3)),
+        (tokens(1, 4, seed=4), tokens(1, 4, seed=5)),
+    ]
     batches[0][1][1, 3:] = -1
     logits = lambda call, batch: call(*batch)[0][batch[1] != -1]  # noqa: E731
-    return Problem(model, batches, losses.next_token, logits, lambda batch: batch[1][batch[1] != -1])
+    return Problem(
+        model, batches, losses.next_token, logits, lambda batch: batch[1][batch[1] != -1]
+    )
 
 
 def bert():
-    small = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "max_position_embeddings": 6}
+    small = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 6,
+    }
     model = models.tiny_bert(layers=1, vocab_size=VOCABULARY, **small)
     labels = tokens(2, 6, seed=7)
     labels[:, ::2] = -100
     batches = [{"input_ids": tokens(2, 6, seed=6), "labels": labels}]
     logits = lambda call, batch: call(input_ids=batch["input_ids"]).logits[batch["labels"] != -100]  # noqa: E731
-    return Problem(roughened(model), batches, losses.masked_token, logits, lambda batch: batch["labels"][batch["labels"] != -100])
+    return Problem(
+        roughened(model),
+        batches,
+        losses.masked_token,
+        logits,
+        lambda batch: batch["labels"][batch["labels"] != -100],
+    )
 
 
 def _images(count, seed):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(count) % 5
+    return torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(
+        count
+    ) % 5
 
 
 def _classifier(model, output=lambda out: out.logits):
     batches = [_images(3, 0), _images(2, 1)]
-    return Problem(roughened(model), batches, losses.classification, lambda call, b: output(call(b[0])), lambda batch: batch[1])
+    return Problem(
+        roughened(model),
+        batches,
+        losses.classification,
+        lambda call, b: output(call(b[0])),
+        lambda batch: batch[1],
+    )
 
 
 def vit():
-    return _classifier(models.tiny_vit(layers=1, hidden_size=8, intermediate_size=12, num_attention_heads=2))
+    return _classifier(
+        models.tiny_vit(layers=1, hidden_size=8, intermediate_size=12, num_attention_heads=2)
+    )
 
 
 def timm_vit():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = models.VisionTransformer(image=8, patch=4, width=8, depth=1, num_heads=2, classes=5).double()
+        model = models.VisionTransformer(
+            image=8, patch=4, width=8, depth=1, num_heads=2, classes=5
+        ).double()
     return _classifier(model, lambda out: out)
 
 

@@ -5,13 +5,14 @@ import pytest
 import torch
 from scipy.stats import wasserstein_distance
 
-from blockspec.accuracy import CONFIDENCE, Accuracy, probe_error, steps_error, wasserstein
-from blockspec.blocks import Block
-from blockspec.lanczos import tridiagonalize
-from blockspec.quadrature import quadrature
-from blockspec.ranks import Ranks
-from blockspec.results import exact_spectrum, lanczos_spectrum
-from blockspec.schedule import Probing, Task
+from blockspec.engine.accuracy import Accuracy, steps_error
+from blockspec.engine.results import exact_spectrum, lanczos_spectrum
+from blockspec.engine.schedule import Probing, Task
+from blockspec.model.blocks import Block
+from blockspec.numerics.lanczos import tridiagonalize
+from blockspec.numerics.measures import CONFIDENCE, probe_error, wasserstein
+from blockspec.numerics.quadrature import quadrature
+from blockspec.numerics.ranks import Ranks
 
 
 def block_like(size, *, seed, kind):
@@ -19,13 +20,21 @@ def block_like(size, *, seed, kind):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(size, generator=generator, dtype=torch.float64)
     if kind == "trained":
-        values = values.abs() * 10 ** (-4 * torch.rand(size, generator=generator, dtype=torch.float64)) * 0.05
+        values = (
+            values.abs()
+            * 10 ** (-4 * torch.rand(size, generator=generator, dtype=torch.float64))
+            * 0.05
+        )
         values[:8] = torch.rand(8, generator=generator, dtype=torch.float64)
     elif kind == "initial":
         values = values * 0.1
         values[0] = 1.0
     elif kind == "repeated":
-        values = values.abs() * 10 ** (-4 * torch.rand(size, generator=generator, dtype=torch.float64)) * 0.05
+        values = (
+            values.abs()
+            * 10 ** (-4 * torch.rand(size, generator=generator, dtype=torch.float64))
+            * 0.05
+        )
         values[:24] = torch.linspace(0.3, 1, 8, dtype=torch.float64).repeat(3)
     elif kind == "low rank":
         values[size // 10 :] = 0
@@ -34,7 +43,13 @@ def block_like(size, *, seed, kind):
 
 
 def rademacher(probes, size, *, seed):
-    return torch.empty(probes, size, dtype=torch.float64).bernoulli_(0.5, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (
+        torch.empty(probes, size, dtype=torch.float64).bernoulli_(
+            0.5, generator=torch.Generator().manual_seed(seed)
+        )
+        * 2
+        - 1
+    )
 
 
 def estimate(matrix, accuracy, *, seed, **probing):
@@ -54,14 +69,30 @@ def estimate(matrix, accuracy, *, seed, **probing):
                 Ranks().together([job.process.step(matrix @ job.process.vector)])
                 products, done = products + 1, task.is_done(job)
             task.collect(job)
-    settings = {"curvature": "hessian", "reorthogonalized": True, "distribution": "rademacher", "seed": seed}
+    settings = {
+        "curvature": "hessian",
+        "reorthogonalized": True,
+        "distribution": "rademacher",
+        "seed": seed,
+    }
     if task.exact:
         return exact_spectrum(
-            task.block, task.columns.eigenvalues(), shape=(1, len(matrix)), dtype=matrix.dtype, **settings
+            task.block,
+            task.columns.eigenvalues(),
+            shape=(1, len(matrix)),
+            dtype=matrix.dtype,
+            **settings,
         ), products
     results = task.results()
     steps = max(len(t.alphas) for t in results)
-    found = lanczos_spectrum(task.block, results, num_steps=steps, dtype=matrix.dtype, deflation=task.deflation, **settings)
+    found = lanczos_spectrum(
+        task.block,
+        results,
+        num_steps=steps,
+        dtype=matrix.dtype,
+        deflation=task.deflation,
+        **settings,
+    )
     return found, products
 
 
@@ -134,7 +165,10 @@ def test_the_error_of_the_steps_is_estimated_from_above(kind):
         for steps in (6, 10, 20, 40):
             (tridiagonal,) = tridiagonalize(lambda rows: rows @ matrix, start, steps)
             nodes, weights, _ = quadrature(tridiagonal)
-            held.append(wasserstein_distance(nodes, values.numpy(), weights, measure) <= 1.05 * steps_error(tridiagonal) + 1e-12)
+            held.append(
+                wasserstein_distance(nodes, values.numpy(), weights, measure)
+                <= 1.05 * steps_error(tridiagonal) + 1e-12
+            )
     assert np.mean(held) >= 0.9
 
 
@@ -145,7 +179,12 @@ def test_the_error_of_the_probes_is_bounded_in_the_mean_and_exceeded_rarely(size
     ascending = np.sort(values)
     bound = probe_error(ascending, np.full(size, 1 / size), size)
     measures = (((rademacher(200, size, seed=5) @ vectors) ** 2) / size).numpy()
-    errors = np.array([wasserstein_distance(ascending, ascending, measure, np.full(size, 1 / size)) for measure in measures])
+    errors = np.array(
+        [
+            wasserstein_distance(ascending, ascending, measure, np.full(size, 1 / size))
+            for measure in measures
+        ]
+    )
     assert bound / 3 < errors.mean() <= bound
     assert (errors <= CONFIDENCE * bound).mean() >= 0.95
 
@@ -156,12 +195,16 @@ def test_wasserstein_agrees_with_scipy():
         (generator.normal(size=7), generator.dirichlet(np.ones(7))),
         (generator.normal(size=5), generator.dirichlet(np.ones(5))),
     )
-    assert wasserstein(p, q) == pytest.approx(wasserstein_distance(p[0], q[0], p[1], q[1]), rel=1e-12)
+    assert wasserstein(p, q) == pytest.approx(
+        wasserstein_distance(p[0], q[0], p[1], q[1]), rel=1e-12
+    )
 
 
 def test_a_probe_in_an_invariant_subspace_has_no_error_of_steps():
     matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
-    (tridiagonal,) = tridiagonalize(lambda rows: rows @ matrix, torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64), 4)
+    (tridiagonal,) = tridiagonalize(
+        lambda rows: rows @ matrix, torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64), 4
+    )
     assert tridiagonal.breakdown
     assert steps_error(tridiagonal) == 0
 
@@ -171,7 +214,9 @@ def test_an_outlier_that_the_first_probe_hardly_sees_is_not_forgotten():
     values = torch.linspace(0, 1e-3, 300, dtype=torch.float64)
     values[-1] = 1
     matrix = torch.diag(values)
-    q, _ = torch.linalg.qr(torch.randn(300, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    q, _ = torch.linalg.qr(
+        torch.randn(300, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
     matrix = q @ matrix @ q.T
     accuracy = Accuracy(None, None, 1.5e-3)
     found = [estimate(matrix, accuracy, seed=seed)[0] for seed in range(100)]

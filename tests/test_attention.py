@@ -11,7 +11,7 @@ from problems import Problem, gpt2, llama, nanogpt, tokens, vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockspec import Objective, estimate_spectra, losses, partition
-from blockspec.attention import twice_differentiable
+from blockspec.model.attention import twice_differentiable
 
 BACKENDS = {
     "flash": torch.backends.cuda.flash_sdp_enabled,
@@ -52,7 +52,9 @@ def test_every_implementation_gives_the_same_spectrum(make, implementation):
     blocks = [block for block in partition(it.model) if block.kind in ("query", "key")]
     eager = copy.deepcopy(it.model)
     eager.config._attn_implementation = "eager"
-    expected = estimate_spectra(Objective(eager, it.batches, it.loss), blocks, num_probes=1, num_steps=4)
+    expected = estimate_spectra(
+        Objective(eager, it.batches, it.loss), blocks, num_probes=1, num_steps=4
+    )
     it.model.config._attn_implementation = implementation
     spectra = estimate_spectra(it.objective(), blocks, num_probes=1, num_steps=4)
     tolerance = 1e-5 if make is llama else 1e-9  # Llama's eager softmax is float32
@@ -69,7 +71,9 @@ def test_nanogpt_with_its_flash_flag_is_as_without():
     a = estimate_spectra(fused.objective(), blocks, num_probes=1, num_steps=4)
     b = estimate_spectra(plain.objective(), blocks, num_probes=1, num_steps=4)
     for name in a:
-        torch.testing.assert_close(torch.tensor(a[name].nodes), torch.tensor(b[name].nodes), rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(
+            torch.tensor(a[name].nodes), torch.tensor(b[name].nodes), rtol=1e-9, atol=1e-15
+        )
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -92,7 +96,10 @@ def test_implementations_and_backends_are_restored(fails):
             assert fails
         assert enabled() == chosen
     assert enabled() == before
-    assert (model.config._attn_implementation, part._attn_implementation) == ("flash_attention_2", "flex_attention")
+    assert (model.config._attn_implementation, part._attn_implementation) == (
+        "flash_attention_2",
+        "flex_attention",
+    )
 
 
 def test_what_can_be_differentiated_already_is_left_alone():
@@ -116,7 +123,9 @@ def test_a_kernel_that_cannot_be_replaced_is_an_error_with_a_remedy():
 
     x = torch.randn(1, 3, 4, dtype=torch.float64)
     objective = Objective(Fused(), [(x, torch.tensor([1]))], losses.classification)
-    with pytest.raises(ValueError, match=r"cannot be differentiated twice.*attn_implementation='eager'"):
+    with pytest.raises(
+        ValueError, match=r"cannot be differentiated twice.*attn_implementation='eager'"
+    ):
         estimate_spectra(objective, partition(objective.model), num_probes=1, num_steps=2)
 
 
@@ -153,12 +162,22 @@ BATCH = (torch.ones(1, 4, dtype=torch.float64), torch.tensor([1]))
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
-@pytest.mark.parametrize("backward", [torch.autograd.function.once_differentiable(plainly), untracked], ids=["once", "untracked"])
-def test_a_backward_pass_without_a_derivative_is_an_error_and_not_a_wrong_number(backward, curvature):
+@pytest.mark.parametrize(
+    "backward",
+    [torch.autograd.function.once_differentiable(plainly), untracked],
+    ids=["once", "untracked"],
+)
+def test_a_backward_pass_without_a_derivative_is_an_error_and_not_a_wrong_number(
+    backward, curvature
+):
     """autograd leaves such terms out without a word."""
     objective = Objective(square(backward), [BATCH], losses.classification)
-    with pytest.raises(ValueError, match=r"cannot be differentiated twice.*switch it off in the model"):
-        estimate_spectra(objective, partition(objective.model), num_probes=1, num_steps=2, curvature=curvature)
+    with pytest.raises(
+        ValueError, match=r"cannot be differentiated twice.*switch it off in the model"
+    ):
+        estimate_spectra(
+            objective, partition(objective.model), num_probes=1, num_steps=2, curvature=curvature
+        )
 
 
 def test_a_function_of_ones_own_that_can_be_differentiated_twice_is_fine():
@@ -166,7 +185,10 @@ def test_a_function_of_ones_own_that_can_be_differentiated_twice_is_fine():
     squared = losses.Loss(lambda model, batch: model(batch[0]) ** 2, losses.classification.terms)
     plain = Objective(torch.nn.Linear(4, 3, dtype=torch.float64), [BATCH], squared)
     plain.model.load_state_dict(own.model.state_dict())
-    one, two = (estimate_spectra(o, partition(o.model), num_probes=1, num_steps=12)["weight"] for o in (own, plain))
+    one, two = (
+        estimate_spectra(o, partition(o.model), num_probes=1, num_steps=12)["weight"]
+        for o in (own, plain)
+    )
     np.testing.assert_allclose(one.nodes, two.nodes, atol=1e-12)
     assert one.norm > 0.1
 
@@ -190,14 +212,23 @@ def test_attention_of_a_models_own_making_through_the_functional_interface():
             self.q, self.k = (torch.nn.Linear(8, width, dtype=torch.float64) for width in (8, 4))
 
         def forward(self, x):
-            q, k = self.q(x).view(2, 5, 4, 2).transpose(1, 2), self.k(x).view(2, 5, 2, 2).transpose(1, 2)
+            q, k = (
+                self.q(x).view(2, 5, 4, 2).transpose(1, 2),
+                self.k(x).view(2, 5, 2, 2).transpose(1, 2),
+            )
             mask = torch.ones(5, 5, dtype=torch.bool).tril()
             y = F.scaled_dot_product_attention(q, k, k, attn_mask=mask, enable_gqa=True)
             return y.transpose(1, 2).reshape(2, 5, 8)[:, -1]
 
     torch.manual_seed(0)
     model, x = Own(), torch.randn(2, 5, 8, dtype=torch.float64)
-    it = Problem(model, [(x, torch.tensor([1, 7]))], losses.classification, lambda call, b: call(b[0]), lambda b: b[1])
+    it = Problem(
+        model,
+        [(x, torch.tensor([1, 7]))],
+        losses.classification,
+        lambda call, b: call(b[0]),
+        lambda b: b[1],
+    )
     (block,) = partition(model, include="q.weight")
     spectrum = estimate_spectra(it.objective(), block, num_probes=1, num_steps=3)["q.weight"]
     assert spectrum.norm > 0

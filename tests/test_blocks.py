@@ -5,11 +5,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from models import nanogpt, timm_vit, tiny_bert, tiny_gpt2, tiny_llama, tiny_resnet, tiny_vgg, tiny_vit
+from models import (
+    nanogpt,
+    timm_vit,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_resnet,
+    tiny_vgg,
+    tiny_vit,
+)
 from torch import nn
 
-from blockspec.architectures import role
-from blockspec.blocks import GRANULARITIES, Block, gather, partition, scatter
+from blockspec.model.architectures import role
+from blockspec.model.blocks import GRANULARITIES, Block, gather, partition, scatter
 
 KINDS = {"query", "key", "value", "qkv", "attention_output", "mlp_in", "mlp_out", "mlp_gate"}
 KINDS |= {"embedding", "position", "norm", "head", "conv", "bias", "other"}
@@ -43,7 +52,12 @@ LANGUAGE = {
     "opt": lambda: hf("opt", ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=16),
 }
 VISION = {"vit": tiny_vit, "timm_vit": timm_vit, "resnet": tiny_resnet, "vgg": tiny_vgg}
-MODELS = {**LANGUAGE, **VISION, "encoder": encoder, "plain": lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))}
+MODELS = {
+    **LANGUAGE,
+    **VISION,
+    "encoder": encoder,
+    "plain": lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)),
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -144,7 +158,9 @@ def moved(model, block, monkeypatch):
         after = attention_inputs(model, monkeypatch)
         for name, change in step.items():
             parameters[name] -= change
-    changes = [(new - old).abs().amax(dim=(0, 2, 3)) > 1e-9 for old, new in zip(before, after, strict=True)]
+    changes = [
+        (new - old).abs().amax(dim=(0, 2, 3)) > 1e-9 for old, new in zip(before, after, strict=True)
+    ]
     return [set(torch.nonzero(change).flatten().tolist()) for change in changes]
 
 
@@ -184,13 +200,22 @@ def test_query_key_and_value_are_what_the_attention_receives(family, monkeypatch
 
 
 def key_heads(family):
-    return {"llama": 2, "qwen2": 2, "phi3": 2, "falcon_grouped": 2, "falcon_one_key": 1, "bigcode_one_key": 1}.get(family, 4)
+    return {
+        "llama": 2,
+        "qwen2": 2,
+        "phi3": 2,
+        "falcon_grouped": 2,
+        "falcon_one_key": 1,
+        "bigcode_one_key": 1,
+    }.get(family, 4)
 
 
 # What a neuron and a token are, seen at the outputs of their module.
 
 
-@pytest.mark.parametrize("family", ["gpt2", "nanogpt", "llama", "bert", "vit", "timm_vit", "encoder"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "nanogpt", "llama", "bert", "vit", "timm_vit", "encoder"]
+)
 def test_a_neuron_moves_one_output_and_a_token_one_row(family):
     torch.manual_seed(0)
     model = MODELS[family]()
@@ -202,7 +227,11 @@ def test_a_neuron_moves_one_output_and_a_token_one_row(family):
         (name,) = block.parameters
         module = modules[name.removesuffix(".weight")]
         unit, number = block.name.rpartition("/")[2].split("_")
-        inputs = torch.arange(32) if isinstance(module, nn.Embedding) else torch.rand(3, linear_inputs(module)).double()
+        inputs = (
+            torch.arange(32)
+            if isinstance(module, nn.Embedding)
+            else torch.rand(3, linear_inputs(module)).double()
+        )
         with torch.no_grad():
             before = module(inputs)
             change = scatter(block, torch.ones(block.numel, dtype=torch.float64), parameters)[name]
@@ -211,7 +240,9 @@ def test_a_neuron_moves_one_output_and_a_token_one_row(family):
             parameters[name] -= change
         axis = 0 if isinstance(module, nn.Embedding) else 1
         touched = torch.nonzero(difference.abs().amax(dim=1 - axis) > 1e-9).flatten().tolist()
-        offset = 2 * difference.shape[1] // 3 if block.name.endswith(f"/value/{unit}_{number}") else 0
+        offset = (
+            2 * difference.shape[1] // 3 if block.name.endswith(f"/value/{unit}_{number}") else 0
+        )
         assert touched == [offset + int(number)], block.name
         assert unit == ("token" if block.kind in ("embedding", "head") else "neuron")
         seen.add(block.kind)
@@ -228,11 +259,17 @@ def test_the_rule_of_adam_mini_on_gpt2():
     blocks = named(partition(tiny_gpt2(), by="neuron"))
     layer = {"query/head_": 4, "key/head_": 4, "value/neuron_": 16}
     for part, count in layer.items():
-        assert sum(fnmatch(n, f"transformer.h.1.attn.c_attn.weight/{part}*") for n in blocks) == count
+        assert (
+            sum(fnmatch(n, f"transformer.h.1.attn.c_attn.weight/{part}*") for n in blocks) == count
+        )
     assert sum("h.1.mlp.c_fc.weight/neuron_" in name for name in blocks) == 64
     assert sum("h.1.mlp.c_proj.weight/neuron_" in name for name in blocks) == 16
     assert sum("wte.weight/token_" in name for name in blocks) == 32
-    whole = ["transformer.wpe.weight", "transformer.h.1.ln_1.weight", "transformer.h.1.mlp.c_fc.bias"]
+    whole = [
+        "transformer.wpe.weight",
+        "transformer.h.1.ln_1.weight",
+        "transformer.h.1.mlp.c_fc.bias",
+    ]
     assert not {
         *whole,
         "transformer.h.1.attn.c_attn.bias/value",
@@ -242,7 +279,10 @@ def test_the_rule_of_adam_mini_on_gpt2():
     vit = named(partition(tiny_vit(), by="neuron"))
     assert {"classifier.weight", "vit.embeddings.patch_embeddings.projection.weight"} <= set(vit)
     mlm = named(partition(tiny_bert(), by="neuron"))
-    assert {"bert.embeddings.word_embeddings.weight/token_3", "bert.embeddings.token_type_embeddings.weight"} <= set(mlm)
+    assert {
+        "bert.embeddings.word_embeddings.weight/token_3",
+        "bert.embeddings.token_type_embeddings.weight",
+    } <= set(mlm)
 
 
 # Names and kinds.
@@ -400,7 +440,9 @@ def test_fused_tensors_stay_whole_by_tensor():
 
 
 def test_without_a_number_of_heads_matrices_stay_whole():
-    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "qkv": nn.Linear(4, 12), "query_key_value": nn.Linear(4, 12)})
+    model = nn.ModuleDict(
+        {"q_proj": nn.Linear(4, 4), "qkv": nn.Linear(4, 12), "query_key_value": nn.Linear(4, 12)}
+    )
     names = [b.name for b in partition(model, by="head") if b.kind != "bias"]
     assert names == [
         "q_proj.weight",
@@ -448,7 +490,11 @@ def test_wrapped_models(attribute):
 def test_layers_are_numbered_in_order_and_frozen_ones_count():
     layers = {b.name: b.layer for b in partition(tiny_resnet(), by="layer") if b.layer is not None}
     prefix = "resnet.encoder.stages"
-    assert layers == {f"{prefix}.0.layers.0": 0, f"{prefix}.0.layers.1": 1, f"{prefix}.1.layers.0": 2}
+    assert layers == {
+        f"{prefix}.0.layers.0": 0,
+        f"{prefix}.0.layers.1": 1,
+        f"{prefix}.1.layers.0": 2,
+    }
     model = tiny_gpt2(layers=3)
     model.transformer.h[0].requires_grad_(False)
     model.transformer.wte.requires_grad_(False)
@@ -491,18 +537,33 @@ def test_containers_of_layers(name, layer):
 def test_the_blocks_of_the_paper():
     layers = ("0", "6", "11")
     timm = ["patch_embed.proj.weight", "head.weight"]
-    timm += [f"blocks.{l}.{m}.weight" for l in layers for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    timm += [
+        f"blocks.{l}.{m}.weight"
+        for l in layers
+        for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ]
     blocks = partition(timm_vit(layers=12), by="tensor", include=timm)
     assert sorted(b.name for b in blocks) == sorted(timm)
     assert len(blocks) == 14
-    parts = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
+    parts = (
+        "attention.q_proj",
+        "attention.k_proj",
+        "attention.v_proj",
+        "attention.o_proj",
+        "mlp.fc1",
+        "mlp.fc2",
+    )
     hf_names = ["vit.embeddings.patch_embeddings.projection.weight", "classifier.weight"]
     hf_names += [f"vit.layers.{l}.{part}.weight" for l in layers for part in parts]
     model = tiny_vit(layers=12)
     assert sorted(b.name for b in partition(model, include=hf_names)) == sorted(hf_names)
     fused = {f"blocks.{l}.qkv": f"vit.layers.{l}.attention.[qkv]_proj.weight" for l in layers}
     rest = [name for name in hf_names if not fnmatch(name, "*[qkv]_proj*")]
-    others = {name: name for name, _ in model.named_parameters() if not any(fnmatch(name, g) for g in fused.values())}
+    others = {
+        name: name
+        for name, _ in model.named_parameters()
+        if not any(fnmatch(name, g) for g in fused.values())
+    }
     chosen = partition(model, by={**others, **fused}, include=[*fused, *rest])
     assert len(chosen) == 14
     assert named(chosen)["blocks.6.qkv"].numel == 3 * 16 * 16
@@ -511,9 +572,13 @@ def test_the_blocks_of_the_paper():
 def test_include_and_exclude():
     model = tiny_gpt2()
     names = [b.name for b in partition(model, include=["*/query", "*wte*"], exclude="*.bias/*")]
-    assert names == ["transformer.wte.weight"] + [f"transformer.h.{l}.attn.c_attn.weight/query" for l in (0, 1)]
+    assert names == ["transformer.wte.weight"] + [
+        f"transformer.h.{l}.attn.c_attn.weight/query" for l in (0, 1)
+    ]
     everything = partition(model)
-    assert [b.name for b in partition(model, exclude="*.bias*")] == [b.name for b in everything if ".bias" not in b.name]
+    assert [b.name for b in partition(model, exclude="*.bias*")] == [
+        b.name for b in everything if ".bias" not in b.name
+    ]
 
 
 OWN = {
@@ -526,9 +591,13 @@ def test_own_blocks():
     model = tiny_gpt2()
     attention, rest = partition(model, by=OWN)
     assert (attention.name, attention.kind, attention.layer) == ("attention", "other", None)
-    assert attention.numel == sum(p.numel() for h in model.transformer.h for p in h.attn.parameters())
+    assert attention.numel == sum(
+        p.numel() for h in model.transformer.h for p in h.attn.parameters()
+    )
     assert attention.numel + rest.numel == sum(p.numel() for p in model.parameters())
-    assert all(piece.axis is None for piece in attention.pieces)  # the three parts of c_attn together are the tensor
+    assert all(
+        piece.axis is None for piece in attention.pieces
+    )  # the three parts of c_attn together are the tensor
 
 
 def test_own_blocks_of_parts_of_tensors():
@@ -552,7 +621,10 @@ def test_own_blocks_of_parts_of_tensors():
             {**OWN, "mlp": "*mlp.c_fc.bias"},
             r"blocks 'rest' and 'mlp' overlap: both hold transformer\.h\.0\.mlp\.c_fc\.bias",
         ),
-        ({"attention": OWN["attention"]}, r"no block holds transformer\.wte\.weight, .* and \d+ more: .*exclude="),
+        (
+            {"attention": OWN["attention"]},
+            r"no block holds transformer\.wte\.weight, .* and \d+ more: .*exclude=",
+        ),
         ({**OWN, "head": "lm_haed*"}, r"block 'head': 'lm_haed\*' matches no block"),
     ],
 )
@@ -570,8 +642,14 @@ def test_refused_own_blocks(own, message):
             r"include: .*c_fd.* matches no block; the nearest .*h\.0\.mlp\.c_fc\.weight",
         ),
         ({"exclude": ["*wte*", "*key*", "*wke*"]}, r"exclude: '\*wke\*' matches no block"),
-        ({"by": "neuron", "include": "transformer.wte.weight/tokens_3"}, r"nearest .*wte\.weight/token_\*"),
-        ({"include": "*wte*", "exclude": "*w?e*"}, r"partition is empty: include='\*wte\*' without exclude='\*w\?e\*'"),
+        (
+            {"by": "neuron", "include": "transformer.wte.weight/tokens_3"},
+            r"nearest .*wte\.weight/token_\*",
+        ),
+        (
+            {"include": "*wte*", "exclude": "*w?e*"},
+            r"partition is empty: include='\*wte\*' without exclude='\*w\?e\*'",
+        ),
     ],
 )
 def test_refused_arguments(arguments, message):
@@ -580,7 +658,10 @@ def test_refused_arguments(arguments, message):
 
 
 def test_a_frozen_model_is_refused():
-    with pytest.raises(ValueError, match=r"no parameter of GPT2LMHeadModel requires gradients.*requires_grad_\(True\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"no parameter of GPT2LMHeadModel requires gradients.*requires_grad_\(True\)",
+    ):
         partition(tiny_gpt2().requires_grad_(False))
 
 
@@ -597,6 +678,8 @@ def test_every_neuron_of_gpt2_in_seconds():
     start = time.process_time()
     blocks = partition(model, by="neuron")
     assert time.process_time() - start < 10
-    layer = 2 * 12 + 768 + 2 * 12 + 1 + 768 + 3072 + 768 + 3 + 4  # weights, fused biases, other biases, norms
+    layer = (
+        2 * 12 + 768 + 2 * 12 + 1 + 768 + 3072 + 768 + 3 + 4
+    )  # weights, fused biases, other biases, norms
     assert len(blocks) == 50257 + 1 + 12 * layer + 2
     assert sum(block.numel for block in blocks) == 124439808

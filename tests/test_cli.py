@@ -14,9 +14,10 @@ import pytest
 import torch
 import transformers
 
-from blockspec import cli, js_distances, load_spectra, report
-from blockspec.report import duration
-from blockspec.spectra import read_table, spectra_of
+from blockspec import js_distances, load_spectra
+from blockspec.runs import cli, report
+from blockspec.runs.report import duration
+from blockspec.spectra.collection import read_table, spectra_of
 
 Result = namedtuple("Result", ["code", "out", "err"])
 TINY = "factories_for_runs:tiny"
@@ -27,7 +28,17 @@ def run_arguments(out):
     blocks = '["*c_attn*weight*", "*ln_f.weight"]'
     numbers = ("--estimate.num_probes", "2", "--estimate.num_steps", "3")
     without = ("--plots", "false", "--plan", "false")
-    return ("run", "--model", TINY, "--out", str(out), "--blocks.include", blocks, *numbers, *without)
+    return (
+        "run",
+        "--model",
+        TINY,
+        "--out",
+        str(out),
+        "--blocks.include",
+        blocks,
+        *numbers,
+        *without,
+    )
 
 
 def invoke(*arguments):
@@ -40,7 +51,11 @@ def invoke(*arguments):
     out, err = io.StringIO(), io.StringIO()
     code = 0
     console = Console(file=err, width=200)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(cli, "console", console):
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(cli, "console", console),
+    ):
         try:
             cli.main(list(arguments))
         except SystemExit as stopped:
@@ -56,14 +71,27 @@ def done(tmp_path_factory):
     paths = factories.write_checkpoints(folder / "checkpoints", [10, 20])
     given = "[" + ", ".join(f'"{path}"' for path in paths) + "]"
     assert invoke(*run_arguments(folder / "first"), "--checkpoints", given).code == 0
-    assert invoke(*run_arguments(folder / "second"), "--checkpoints", given, "--model_args.shift", "0.05").code == 0
+    assert (
+        invoke(
+            *run_arguments(folder / "second"), "--checkpoints", given, "--model_args.shift", "0.05"
+        ).code
+        == 0
+    )
     return folder
 
 
 def test_help_explains_every_setting(capsys):
     result = invoke("run", "--help")
     assert result.code == 0
-    for setting in ("--model", "--out", "--config", "--checkpoints", "--blocks.by", "--estimate.num_steps", "--dtype"):
+    for setting in (
+        "--model",
+        "--out",
+        "--config",
+        "--checkpoints",
+        "--blocks.by",
+        "--estimate.num_steps",
+        "--dtype",
+    ):
         assert setting in result.out
     for word in (
         "Lanczos steps a probe",
@@ -85,7 +113,17 @@ def test_help_names_the_commands():
 def test_show_prints_what_was_found_and_where_it_is(done):
     result = invoke("show", str(done / "first"))
     assert result.code == 0
-    for word in ("step 10", "step 20", "query", "value", "norm", "full", "jensen-shannon", "largest", "stderr"):
+    for word in (
+        "step 10",
+        "step 20",
+        "query",
+        "value",
+        "norm",
+        "full",
+        "jensen-shannon",
+        "largest",
+        "stderr",
+    ):
         assert word in result.out, word
     assert str(done / "first") in result.out.replace("\n", "")
 
@@ -109,12 +147,17 @@ def test_plot_draws_from_the_tables_alone(done):
 
 
 def test_compare_sets_runs_side_by_side(done):
-    result = invoke("compare", str(done / "first"), str(done / "second"), "--out", str(done / "both"))
+    result = invoke(
+        "compare", str(done / "first"), str(done / "second"), "--out", str(done / "both")
+    )
     assert result.code == 0
     assert "first" in result.out
     assert "second" in result.out
     assert (done / "both" / "comparison.parquet").exists()
-    assert {path.name for path in (done / "both" / "figures").glob("*.png")} == {"comparison.png", "distances.png"}
+    assert {path.name for path in (done / "both" / "figures").glob("*.png")} == {
+        "comparison.png",
+        "distances.png",
+    }
 
 
 def test_compare_draws_the_distances_of_each_runs_first_step(done, tmp_path):
@@ -133,7 +176,9 @@ def test_compare_draws_the_distances_of_each_runs_first_step(done, tmp_path):
         spectra = spectra_of(table[(table["step"] == 10) & (table["block"] != "model")])
         expected = js_distances(spectra).to_numpy()
         below = np.tril_indices(len(spectra), -1)
-        np.testing.assert_allclose(axes.collections[0].get_array()[below], expected[below], rtol=1e-9)
+        np.testing.assert_allclose(
+            axes.collections[0].get_array()[below], expected[below], rtol=1e-9
+        )
 
 
 def test_plan_prints_what_a_run_would_cost(tmp_path):
@@ -171,25 +216,43 @@ def test_a_settings_file_and_later_arguments(tmp_path):
 
 def test_blocks_of_ones_own_from_a_settings_file(tmp_path):
     config = tmp_path / "settings.yaml"
-    config.write_text("blocks:\n  by:\n    attention: '*attn*'\n    rest: ['*w?e*', '*ln*', '*mlp*']\n")
+    config.write_text(
+        "blocks:\n  by:\n    attention: '*attn*'\n    rest: ['*w?e*', '*ln*', '*mlp*']\n"
+    )
     arguments = list(run_arguments(tmp_path / "run"))
     at = arguments.index("--blocks.include")
     del arguments[at : at + 2]
     assert invoke(arguments[0], "--config", str(config), *arguments[1:]).code == 0
-    assert list(load_spectra(tmp_path / "run" / "spectra.parquet")) == ["attention", "rest", "model"]
+    assert list(load_spectra(tmp_path / "run" / "spectra.parquet")) == [
+        "attention",
+        "rest",
+        "model",
+    ]
 
 
 BASE = ("run", "--model", TINY, "--plots", "false")
 MISTAKES = {
-    "no such module": (("run", "--model", "nowhere:tiny", "--out", "OUT"), "no module 'nowhere' for the factory"),
-    "no such factory": (("run", "--model", "factories_for_runs:large", "--out", "OUT"), "has no factory 'large'; it has"),
+    "no such module": (
+        ("run", "--model", "nowhere:tiny", "--out", "OUT"),
+        "no module 'nowhere' for the factory",
+    ),
+    "no such factory": (
+        ("run", "--model", "factories_for_runs:large", "--out", "OUT"),
+        "has no factory 'large'; it has",
+    ),
     "no such argument of it": ((*BASE, "--out", "OUT", "--model_args.width", "3"), "width"),
     "no out": (BASE, "out"),
     "no such option": ((*BASE, "--out", "OUT", "--estimate.steps", "3"), "steps"),
     "no number": ((*BASE, "--out", "OUT", "--estimate.num_steps", "some"), "num_steps"),
-    "no steps": ((*BASE, "--out", "OUT", "--estimate.num_steps", "0"), "num_steps is a whole number >= 1"),
+    "no steps": (
+        (*BASE, "--out", "OUT", "--estimate.num_steps", "0"),
+        "num_steps is a whole number >= 1",
+    ),
     "no such curvature": ((*BASE, "--out", "OUT", "--estimate.curvature", "kfac"), "curvature"),
-    "no such partition": ((*BASE, "--out", "OUT", "--blocks.by", "rows"), "'rows' is not one of tensor, matrix"),
+    "no such partition": (
+        (*BASE, "--out", "OUT", "--blocks.by", "rows"),
+        "'rows' is not one of tensor, matrix",
+    ),
     "no such block": (
         (*BASE, "--out", "OUT", "--blocks.include", '["transformer.h.0.atn.*"]'),
         "matches no block; the nearest are",
@@ -233,9 +296,13 @@ def test_stopping_it_says_how_to_go_on(tmp_path):
 
 
 def command(*arguments, folder):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    }
     line = [sys.executable, "-m", "blockspec", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment, timeout=900)
+    return subprocess.run(
+        line, capture_output=True, text=True, cwd=folder, env=environment, timeout=900
+    )
 
 
 def test_the_command_itself(tmp_path):
@@ -255,9 +322,13 @@ def save_tokenizer(folder, special):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = [*special.values(), *"abcdefgh"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=special["unk_token"]))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=special["unk_token"])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(
+        folder
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
@@ -266,18 +337,35 @@ def test_a_hugging_face_folder(tmp_path, kind):
     torch.manual_seed(0)
     special = {"unk_token": "<unk>", "mask_token": "<mask>", "pad_token": "<pad>"}
     if kind == "gpt2":
-        config = transformers.GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=8)
+        config = transformers.GPT2Config(
+            vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=8
+        )
         transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     else:
-        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+        sizes = {
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+        }
         config = transformers.BertConfig(vocab_size=11, max_position_embeddings=8, **sizes)
         transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model", special)
     (tmp_path / "text.txt").write_text("a b c d e f g h " * 10)
-    given = ("--model_args.text", str(tmp_path / "text.txt"), "--model_args.tokens", "8", "--model_args.num_batches", "2")
+    given = (
+        "--model_args.text",
+        str(tmp_path / "text.txt"),
+        "--model_args.tokens",
+        "8",
+        "--model_args.num_batches",
+        "2",
+    )
     arguments = [a.replace(TINY, str(tmp_path / "model")) for a in run_arguments(tmp_path / "run")]
     norms = '["*ln_*.weight"]' if kind == "gpt2" else '["*LayerNorm.weight"]'
     arguments[arguments.index("--blocks.include") + 1] = norms
     result = invoke(*arguments, *given)
     assert result.code == 0, result.err
-    assert all(spectrum.norm > 0 for spectrum in load_spectra(tmp_path / "run" / "spectra.parquet").values())
+    assert all(
+        spectrum.norm > 0
+        for spectrum in load_spectra(tmp_path / "run" / "spectra.parquet").values()
+    )

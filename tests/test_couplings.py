@@ -9,13 +9,18 @@ from problems import problem, truth
 
 import blockspec
 from blockspec import Estimate, partition
-from blockspec.estimates import interval
+from blockspec.spectra.estimates import interval
 
 SIZES = (30, 40, 50)
 
 
 def exact_squares(matrix, positions):
-    return np.array([[float(matrix[rows][:, columns].square().sum()) for columns in positions] for rows in positions])
+    return np.array(
+        [
+            [float(matrix[rows][:, columns].square().sum()) for columns in positions]
+            for rows in positions
+        ]
+    )
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
@@ -23,7 +28,9 @@ def test_all_norms_of_a_network(curvature):
     it = problem("gpt2")
     blocks = partition(it.model, "matrix" if curvature == "hessian" else "layer")
     found = blockspec.coupling(it.objective(), blocks, 12, curvature=curvature)
-    exact = exact_squares(truth("gpt2", curvature), [dense_truth.positions(it.model, block) for block in blocks])
+    exact = exact_squares(
+        truth("gpt2", curvature), [dense_truth.positions(it.model, block) for block in blocks]
+    )
     error = np.abs(found.squared_norms.to_numpy() - exact)
     assert (error <= 8 * found.squared_stderrs.to_numpy() + 1e-12 * exact.max()).all()
     assert (error <= 2.08 * found.squared_stderrs.to_numpy() + 1e-12 * exact.max()).mean() > 0.8
@@ -41,7 +48,10 @@ def test_intervals_cover_the_truth():
     hits = []
     for seed in range(200):
         found = blockspec.coupling(objective, blocks, 16, seed=seed)
-        cells = [holds(found.interval(names[i], names[j]), exact[i, j]) for i, j in zip(*np.triu_indices(3), strict=True)]
+        cells = [
+            holds(found.interval(names[i], names[j]), exact[i, j])
+            for i, j in zip(*np.triu_indices(3), strict=True)
+        ]
         hits.append([*cells, holds(interval(found.off_diagonal_share, 16), share)])
     assert_coverage(hits)
 
@@ -49,8 +59,12 @@ def test_intervals_cover_the_truth():
 def test_takes_one_full_product_per_block_and_probe():
     it = problem("gpt2")
     blocks = partition(it.model)
-    assert blockspec.coupling(it.objective(), blocks, 1).cost.products == len(blocks) * len(it.batches)
-    assert blockspec.coupling(it.objective(), blocks, 3).cost.products == 3 * len(blocks) * len(it.batches)
+    assert blockspec.coupling(it.objective(), blocks, 1).cost.products == len(blocks) * len(
+        it.batches
+    )
+    assert blockspec.coupling(it.objective(), blocks, 3).cost.products == 3 * len(blocks) * len(
+        it.batches
+    )
 
 
 def test_a_block_diagonal_matrix_has_no_share_off_it():
@@ -86,7 +100,9 @@ def test_norms_are_roots_and_their_errors_follow():
     up, down = np.sqrt(squares + 1e-6), np.sqrt(squares - 1e-6)
     np.testing.assert_allclose(found.stderrs, found.squared_stderrs * (up - down) / 2e-6, rtol=1e-4)
     relative = found.relative.to_numpy()
-    assert relative[0, 1] == pytest.approx(squares[0, 1] ** 0.5 / (squares[0, 0] * squares[1, 1]) ** 0.25)
+    assert relative[0, 1] == pytest.approx(
+        squares[0, 1] ** 0.5 / (squares[0, 0] * squares[1, 1]) ** 0.25
+    )
 
 
 def test_groups_add_up():
@@ -120,7 +136,9 @@ def test_frame_has_a_row_for_each_pair():
 def test_progress_counts_products():
     objective, blocks = coupled(matrix_with_decay(sum(SIZES)), SIZES)
     seen = []
-    blockspec.coupling(objective, blocks, 3, progress=lambda done, total: seen.append((done, total)))
+    blockspec.coupling(
+        objective, blocks, 3, progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == [(i, 9) for i in range(1, 10)]
 
 

@@ -17,7 +17,11 @@ SIZES = (30, 40, 50)
 @pytest.mark.parametrize("name", ["gpt2", "resnet"])
 def test_entries_and_means(name, curvature):
     it = problem(name)
-    blocks = [*partition(it.model, "head"), *partition(it.model, "neuron"), *partition(it.model, "layer")]
+    blocks = [
+        *partition(it.model, "head"),
+        *partition(it.model, "neuron"),
+        *partition(it.model, "layer"),
+    ]
     blocks = list({block.name: block for block in blocks}.values())
     found = blockspec.diagonal(it.objective(), blocks, num_probes=40, curvature=curvature)
     exact = truth(name, curvature).diagonal()
@@ -29,7 +33,10 @@ def test_entries_and_means(name, curvature):
     assert ((values - exact).abs() <= 2.03 * stderrs + floor).double().mean() > 0.85
     for block in blocks:
         mean = float(exact[dense_truth.positions(it.model, block)].mean())
-        assert abs(found.means[block.name].value - mean) <= 5.5 * found.means[block.name].stderr + floor, block.name
+        assert (
+            abs(found.means[block.name].value - mean)
+            <= 5.5 * found.means[block.name].stderr + floor
+        ), block.name
 
 
 def test_intervals_cover_the_truth():
@@ -39,7 +46,9 @@ def test_intervals_cover_the_truth():
     means, entries = [], []
     for seed in range(200):
         found = blockspec.diagonal(objective, blocks, num_probes=16, seed=seed)
-        means.append([holds(found.means.interval(b.name), t) for b, t in zip(blocks, exact, strict=True)])
+        means.append(
+            [holds(found.means.interval(b.name), t) for b, t in zip(blocks, exact, strict=True)]
+        )
         error = (found.values["parts.1"] - matrix.diagonal()[30:70]).abs()
         entries.append((error <= 2.131 * found.stderrs["parts.1"]).double().mean().item())
     assert_coverage(means)
@@ -48,7 +57,9 @@ def test_intervals_cover_the_truth():
 
 def test_takes_one_full_product_per_probe():
     it = problem("gpt2")
-    cost = blockspec.diagonal(it.objective(), partition(it.model, "neuron"), num_probes=9).means.cost
+    cost = blockspec.diagonal(
+        it.objective(), partition(it.model, "neuron"), num_probes=9
+    ).means.cost
     assert cost.products == 9 * len(it.batches)
 
 
@@ -58,7 +69,9 @@ def test_means_are_the_traces_of_the_same_probes():
     means = blockspec.diagonal(it.objective(), blocks, num_probes=4, seed=3).means
     traces = blockspec.trace(it.objective(), blocks, num_probes=4, seed=3)
     for block in blocks:
-        assert means[block.name].value * block.numel == pytest.approx(traces[block.name].value, abs=1e-12)
+        assert means[block.name].value * block.numel == pytest.approx(
+            traces[block.name].value, abs=1e-12
+        )
 
 
 def test_a_diagonal_matrix_is_exact_with_one_probe():
@@ -83,7 +96,9 @@ def test_what_lies_outside_of_the_blocks_is_left_alone():
     assert list(found.values) == ["parts.1"]
     it = problem("gpt2")
     query = partition(it.model, include="*c_attn.weight/query")
-    values = blockspec.diagonal(it.objective(), query, num_probes=3).values["transformer.h.0.attn.c_attn.weight"]
+    values = blockspec.diagonal(it.objective(), query, num_probes=3).values[
+        "transformer.h.0.attn.c_attn.weight"
+    ]
     assert values[:, :8].all()
     assert not values[:, 8:].any()
 
@@ -97,7 +112,9 @@ def test_groups_by_kind_have_errors_of_their_own():
     biases = [block for block in blocks if block.kind == "bias"]
     numel = sum(block.numel for block in biases)
     assert table.loc["bias", "blocks"] == len(biases)
-    assert table.loc["bias", "value"] == pytest.approx(sum(found.means[b.name].value * b.numel for b in biases) / numel)
+    assert table.loc["bias", "value"] == pytest.approx(
+        sum(found.means[b.name].value * b.numel for b in biases) / numel
+    )
     samples = found.sums[:, [i for i, b in enumerate(blocks) if b.kind == "bias"]].sum(1) / numel
     assert table.loc["bias", "stderr"] == pytest.approx(samples.std(ddof=1) / np.sqrt(30))
 

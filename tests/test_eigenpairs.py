@@ -13,9 +13,9 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 import blockspec
 from blockspec import partition
-from blockspec.eigenpairs import ORDERS
-from blockspec.restarts import Search
-from blockspec.sweeps import run
+from blockspec.numerics.algorithms import run
+from blockspec.numerics.restarts import Search
+from blockspec.toolbox.eigenpairs import ORDERS
 
 BULK = torch.linspace(-0.1, 0.1, 240, dtype=torch.float64)
 SPECTRA = {
@@ -30,7 +30,14 @@ SPECTRA = {
 def search(matrix, k, which, *, seed=0, tolerance=1e-3, basis=None, max_products=3000):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda number: torch.randn(len(matrix), generator=generator, dtype=matrix.dtype)  # noqa: E731
-    it = Search(draw, k, ORDERS[which], tolerance=tolerance, basis=basis or max(2 * k + 1, 20), max_products=max_products)
+    it = Search(
+        draw,
+        k,
+        ORDERS[which],
+        tolerance=tolerance,
+        basis=basis or max(2 * k + 1, 20),
+        max_products=max_products,
+    )
     return run(it.run(), lambda rows: rows @ matrix), it
 
 
@@ -40,7 +47,9 @@ def wanted(values, k, which):
 
 
 def residuals(matrix, found):
-    return torch.stack([(matrix @ u - v * u).norm() for u, v in zip(found.vectors, found.values, strict=True)]).numpy()
+    return torch.stack(
+        [(matrix @ u - v * u).norm() for u, v in zip(found.vectors, found.values, strict=True)]
+    ).numpy()
 
 
 @pytest.mark.parametrize("k", [1, 6])
@@ -53,10 +62,14 @@ def test_finds_the_extreme_pairs(spectrum, which, k):
     norm = float(values.abs().max())
     assert found.converged.all()
     assert found.complete
-    np.testing.assert_allclose(ORDERS[which](found.values), wanted(values, k, which), atol=1e-3 * norm)
+    np.testing.assert_allclose(
+        ORDERS[which](found.values), wanted(values, k, which), atol=1e-3 * norm
+    )
     assert residuals(matrix, found).max() <= 1e-3 * norm
     assert (residuals(matrix, found) <= 1.01 * found.residuals + 1e-12).all()
-    torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(k, dtype=torch.float64), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        found.vectors @ found.vectors.T, torch.eye(k, dtype=torch.float64), atol=1e-10, rtol=0
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -77,7 +90,10 @@ def test_residuals_meet_the_tolerance(tolerance):
 
 @pytest.mark.parametrize(
     ("bulk", "top", "settings"),
-    [(10.0, [1e3] * 4 + [1.05], {"tolerance": 1e-9}), (10.0, [1.2] * 3, {"tolerance": 5e-2, "basis": 8})],
+    [
+        (10.0, [1e3] * 4 + [1.05], {"tolerance": 1e-9}),
+        (10.0, [1.2] * 3, {"tolerance": 5e-2, "basis": 8}),
+    ],
 )
 def test_residuals_are_what_they_are(bulk, top, settings):
     """Far from convergence and close to rounding, through restarts and for copies found later."""
@@ -98,7 +114,12 @@ def test_single_precision_ends():
 
 
 @pytest.mark.parametrize(
-    "values", [torch.ones(50), torch.zeros(50), torch.cat([torch.zeros(45), torch.tensor([1.0, 2, 2, 2, 5])])]
+    "values",
+    [
+        torch.ones(50),
+        torch.zeros(50),
+        torch.cat([torch.zeros(45), torch.tensor([1.0, 2, 2, 2, 5])]),
+    ],
 )
 def test_few_distinct_eigenvalues_take_few_products(values):
     found, it = search(matrix_of(values), 6, "magnitude")
@@ -118,12 +139,21 @@ def test_a_small_matrix_is_done_exactly():
 def test_takes_about_what_arpack_takes():
     """To the same residuals; ARPACK does not search for missing copies."""
     matrix = matrix_of(
-        torch.cat([0.02 * torch.randn(400, generator=torch.Generator().manual_seed(0)), torch.linspace(0.3, 2, 12)])
+        torch.cat(
+            [
+                0.02 * torch.randn(400, generator=torch.Generator().manual_seed(0)),
+                torch.linspace(0.3, 2, 12),
+            ]
+        )
     )
     found, it = search(matrix, 8, "largest", tolerance=1e-4)
     counted = []
-    operator = LinearOperator(matrix.shape, matvec=lambda v: counted.append(1) or matrix.numpy() @ v, dtype=np.float64)
-    theirs = eigsh(operator, k=8, which="LA", tol=1e-4, v0=np.random.default_rng(0).normal(size=len(matrix)))[0]
+    operator = LinearOperator(
+        matrix.shape, matvec=lambda v: counted.append(1) or matrix.numpy() @ v, dtype=np.float64
+    )
+    theirs = eigsh(
+        operator, k=8, which="LA", tol=1e-4, v0=np.random.default_rng(0).normal(size=len(matrix))
+    )[0]
     np.testing.assert_allclose(found.values, theirs[::-1], atol=1e-6)
     assert it.products <= 1.5 * len(counted)
 
@@ -133,13 +163,21 @@ def test_memory_is_bounded():
     matrix = matrix_of(torch.linspace(-1, 1, 300))
     with_few, few = search(matrix, 3, "largest", basis=8)
     _, many = search(matrix, 3, "largest", basis=100)
-    np.testing.assert_allclose(with_few.values, wanted(torch.linspace(-1, 1, 300), 3, "largest"), atol=1e-3)
+    np.testing.assert_allclose(
+        with_few.values, wanted(torch.linspace(-1, 1, 300), 3, "largest"), atol=1e-3
+    )
     assert few.products > many.products
 
 
 @pytest.mark.parametrize(
     ("curvature", "which"),
-    [("hessian", "magnitude"), ("hessian", "largest"), ("hessian", "smallest"), ("ggn", "largest"), ("fisher", "largest")],
+    [
+        ("hessian", "magnitude"),
+        ("hessian", "largest"),
+        ("hessian", "smallest"),
+        ("ggn", "largest"),
+        ("fisher", "largest"),
+    ],
 )
 def test_of_a_network(curvature, which):
     it = problem("gpt2")
@@ -158,12 +196,17 @@ def test_of_a_network(curvature, which):
 
 def test_what_has_not_converged_is_said():
     objective, (block,) = coupled(matrix_of(torch.linspace(-1, 1, 100)), (100,))
-    with pytest.warns(UserWarning, match=r"'parts.0': . of 3 eigenpairs have not converged after 12 products.*max_products"):
+    with pytest.warns(
+        UserWarning,
+        match=r"'parts.0': . of 3 eigenpairs have not converged after 12 products.*max_products",
+    ):
         found = blockspec.top_eigenpairs(objective, block, 3, max_products=12)
     assert not found.converged.all()
     assert not found.complete
     assert found.products == 12
-    objective, (block,) = coupled(matrix_of(torch.cat([BULK, torch.tensor([2.0]).double()])), (241,))
+    objective, (block,) = coupled(
+        matrix_of(torch.cat([BULK, torch.tensor([2.0]).double()])), (241,)
+    )
     with pytest.warns(UserWarning, match="repeated eigenvalues may be missing after 10 products"):
         found = blockspec.top_eigenpairs(objective, block, max_products=10)
     assert found.converged.all()
@@ -175,7 +218,9 @@ def test_scale_of_the_loss_does_not_matter():
     found = []
     for scale in (1.0, 1e-8):
         objective = objective_of({"a": matrix_of(values)}, scale=scale)
-        found.append(blockspec.top_eigenpairs(objective, partition(objective.model, "tensor")[0], 2))
+        found.append(
+            blockspec.top_eigenpairs(objective, partition(objective.model, "tensor")[0], 2)
+        )
     assert found[0].products == found[1].products
     np.testing.assert_allclose(found[1].values, 1e-8 * found[0].values, rtol=1e-6)
 

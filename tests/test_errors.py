@@ -34,7 +34,9 @@ def estimate(model=None, batches=None, loss=losses.classification, blocks=None, 
 
 @pytest.mark.parametrize("by", ["matrices", "Layer", ""])
 def test_an_unknown_partition(by):
-    with pytest.raises(ValueError, match=rf"'{by}' is not one of tensor, matrix, head, neuron, layer, model"):
+    with pytest.raises(
+        ValueError, match=rf"'{by}' is not one of tensor, matrix, head, neuron, layer, model"
+    ):
         partition(linear(), by=by)
 
 
@@ -42,35 +44,50 @@ def test_an_unknown_partition(by):
 def test_an_unknown_block_pattern_is_answered_with_the_nearest_names(argument):
     model = problem("gpt2").model
     with pytest.raises(
-        ValueError, match=rf"{argument}: 'transformer\.h\.0\.attn\.c_atn\.weight/query'.*nearest.*0\.attn\.c_attn"
+        ValueError,
+        match=rf"{argument}: 'transformer\.h\.0\.attn\.c_atn\.weight/query'.*nearest.*0\.attn\.c_attn",
     ) as error:
         partition(model, **{argument: "transformer.h.0.attn.c_atn.weight/query"})
     assert "transformer.h.0.attn.c_attn.weight/query" in str(error.value)
 
 
 def test_an_empty_partition():
-    with pytest.raises(ValueError, match=r"the partition is empty: include='\*weight'.*exclude='\*'"):
+    with pytest.raises(
+        ValueError, match=r"the partition is empty: include='\*weight'.*exclude='\*'"
+    ):
         partition(linear(), include="*weight", exclude="*")
-    with pytest.raises(ValueError, match=r"no blocks: the partition is empty; see blockspec\.partition"):
+    with pytest.raises(
+        ValueError, match=r"no blocks: the partition is empty; see blockspec\.partition"
+    ):
         estimate(blocks=())
 
 
 def test_a_frozen_model():
     model = linear().requires_grad_(False)
-    with pytest.raises(ValueError, match=r"no parameter of Linear requires gradients.*requires_grad_\(True\)"):
+    with pytest.raises(
+        ValueError, match=r"no parameter of Linear requires gradients.*requires_grad_\(True\)"
+    ):
         partition(model)
-    with pytest.raises(ValueError, match=r"'weight', which is no parameter of the model that requires gradients.*after freezing"):
+    with pytest.raises(
+        ValueError,
+        match=r"'weight', which is no parameter of the model that requires gradients.*after freezing",
+    ):
         estimate(model, blocks=partition(linear()))
 
 
 def test_blocks_of_another_model():
-    with pytest.raises(ValueError, match=r"block '.*wte.*no parameter of the model that requires gradients; make the partition"):
+    with pytest.raises(
+        ValueError,
+        match=r"block '.*wte.*no parameter of the model that requires gradients; make the partition",
+    ):
         estimate(blocks=partition(problem("gpt2").model, include="*wte*"))
 
 
 def test_blocks_of_the_same_name():
     blocks = partition(linear())
-    with pytest.raises(ValueError, match=r"blocks with the same name: \['weight'\]; names must differ"):
+    with pytest.raises(
+        ValueError, match=r"blocks with the same name: \['weight'\]; names must differ"
+    ):
         estimate(blocks=[*blocks, blocks[0]])
 
 
@@ -78,7 +95,9 @@ def test_a_block_from_a_file(tmp_path):
     spectra = estimate(num_probes=1, num_steps=2)
     spectra.save(tmp_path / "s.parquet")
     loaded = load_spectra(tmp_path / "s.parquet")["weight"].block
-    with pytest.raises(ValueError, match=r"block 'weight' has no parameters \(from a file\?\): make it with"):
+    with pytest.raises(
+        ValueError, match=r"block 'weight' has no parameters \(from a file\?\): make it with"
+    ):
         estimate(blocks=loaded)
 
 
@@ -91,11 +110,16 @@ def test_a_model_that_is_none():
 
 
 def test_a_loss_that_is_none():
-    with pytest.raises(TypeError, match=r"loss is a function \(model, batch\) -> \(sum, number of terms\); got a str"):
+    with pytest.raises(
+        TypeError,
+        match=r"loss is a function \(model, batch\) -> \(sum, number of terms\); got a str",
+    ):
         Objective(linear(), pairs(), "cross entropy")
 
 
-@pytest.mark.parametrize("single", [torch.zeros(2), {"input_ids": torch.zeros(2)}], ids=["tensor", "mapping"])
+@pytest.mark.parametrize(
+    "single", [torch.zeros(2), {"input_ids": torch.zeros(2)}], ids=["tensor", "mapping"]
+)
 def test_a_single_batch_that_is_not_in_a_list(single):
     with pytest.raises(TypeError, match=r"got a single (Tensor|dict): put it in a list"):
         Objective(linear(), single, losses.classification)
@@ -131,12 +155,16 @@ def test_a_batch_of_another_shape(loss):
         model, batch = problem("gpt2").model, {"input_ids": tokens(2, 6), "labels": tokens(2, 5)}
     else:
         model, batch = linear(), (torch.ones(2, 3, dtype=torch.float64), torch.tensor([0, 1, 1]))
-    with pytest.raises(ValueError, match=r"logits of shape .* need labels of shape .*, got .*: check the batch"):
+    with pytest.raises(
+        ValueError, match=r"logits of shape .* need labels of shape .*, got .*: check the batch"
+    ):
         estimate(model, [batch], loss)
 
 
 def test_a_loss_that_gives_one_value():
-    with pytest.raises(TypeError, match=r"it must give two: \(sum of the loss terms, number of terms\)"):
+    with pytest.raises(
+        TypeError, match=r"it must give two: \(sum of the loss terms, number of terms\)"
+    ):
         estimate(loss=lambda model, batch: model(batch[0]).sum())
 
 
@@ -159,7 +187,9 @@ def test_a_loss_without_a_graph(how):
             total = model(batch[0]).sum()
         return total.detach() if how == "detach" else total, 2
 
-    with pytest.raises(ValueError, match=r"the loss has no graph.*frozen model.*requires_grad_\(True\)"):
+    with pytest.raises(
+        ValueError, match=r"the loss has no graph.*frozen model.*requires_grad_\(True\)"
+    ):
         estimate(loss=loss)
 
 
@@ -175,7 +205,9 @@ def test_a_loss_that_is_not_finite(value):
     model = linear()
     with torch.no_grad():
         model.bias[0] = value
-    with pytest.raises(ValueError, match=rf"the loss is ({value}|nan) on the first batch.*check the checkpoint"):
+    with pytest.raises(
+        ValueError, match=rf"the loss is ({value}|nan) on the first batch.*check the checkpoint"
+    ):
         estimate(model)
 
 
@@ -190,8 +222,12 @@ def test_a_product_that_is_not_finite_names_its_block():
         def forward(self):
             return self.good.square().sum() + (self.bad.abs() ** 1.5).sum()
 
-    with pytest.raises(ValueError, match=r"block 'bad' holds NaN or infinite values; check the checkpoint"):
-        estimate(Model(), [torch.zeros(1)], lambda model, batch: (model(), 1), num_probes=1, num_steps=2)
+    with pytest.raises(
+        ValueError, match=r"block 'bad' holds NaN or infinite values; check the checkpoint"
+    ):
+        estimate(
+            Model(), [torch.zeros(1)], lambda model, batch: (model(), 1), num_probes=1, num_steps=2
+        )
 
 
 def test_data_that_is_not_finite_in_a_later_batch_names_a_block():
@@ -225,8 +261,14 @@ def test_numpy_integers_are_whole_numbers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"curvature": "Hessian"}, r"curvature is one of \('hessian', 'ggn', 'fisher'.*\), got 'Hessian'"),
-        ({"distribution": "normal"}, r"distribution is one of \('rademacher', 'gaussian'\), got 'normal'"),
+        (
+            {"curvature": "Hessian"},
+            r"curvature is one of \('hessian', 'ggn', 'fisher'.*\), got 'Hessian'",
+        ),
+        (
+            {"distribution": "normal"},
+            r"distribution is one of \('rademacher', 'gaussian'\), got 'normal'",
+        ),
     ],
 )
 def test_unknown_words(settings, message):
@@ -239,7 +281,9 @@ def test_curvatures_that_need_to_know_the_outputs(curvature):
     def loss(model, batch):
         return losses.classification(model, batch)
 
-    with pytest.raises(ValueError, match=rf"curvature '{curvature}' needs a loss that is split.*losses\.Loss"):
+    with pytest.raises(
+        ValueError, match=rf"curvature '{curvature}' needs a loss that is split.*losses\.Loss"
+    ):
         estimate(loss=loss, curvature=curvature)
 
 
@@ -253,7 +297,13 @@ def test_more_steps_than_parameters_is_no_mistake():
 
 @pytest.mark.parametrize(
     "mistake",
-    [{"num_probes": 0}, {"num_steps": 0}, {"distribution": "x"}, {"curvature": "x"}, {"blocks": ()}],
+    [
+        {"num_probes": 0},
+        {"num_steps": 0},
+        {"distribution": "x"},
+        {"curvature": "x"},
+        {"blocks": ()},
+    ],
     ids=lambda mistake: next(iter(mistake)),
 )
 def test_a_wrong_setting_costs_no_pass_over_the_data(mistake):
@@ -274,7 +324,9 @@ def test_a_frozen_part_is_fine():
 def test_too_little_memory_says_what_would_fit():
     objective = objective_of({"a": matrix_of(decaying(2000))})
     blocks = partition(objective.model)
-    with pytest.raises(ValueError, match=r"memory of 1 MiB is too little: .* are in use, .* would fit") as error:
+    with pytest.raises(
+        ValueError, match=r"memory of 1 MiB is too little: .* are in use, .* would fit"
+    ) as error:
         estimate_spectra(objective, blocks, num_probes=2, num_steps=100, memory="1MiB")
     remedy = str(error.value)
     assert "reorthogonalize=False" in remedy
@@ -283,7 +335,10 @@ def test_too_little_memory_says_what_would_fit():
 def test_memory_that_is_no_size():
     objective = nanogpt().objective()
     for wrong in ("much", "-3GiB"):
-        with pytest.raises(ValueError, match=r"memory is a number of bytes, a share of the device .* got '(much|-3GiB)'"):
+        with pytest.raises(
+            ValueError,
+            match=r"memory is a number of bytes, a share of the device .* got '(much|-3GiB)'",
+        ):
             estimate_spectra(objective, partition(objective.model)[:1], 1, 2, memory=wrong)
     with pytest.raises(ValueError, match="memory must be positive, got 0"):
         estimate_spectra(objective, partition(objective.model)[:1], 1, 2, memory=0)

@@ -28,8 +28,12 @@ def moments_of(matrix, start, count):
 @pytest.mark.parametrize("num_steps", [1, 3, 8, 12])
 @pytest.mark.parametrize("seed", range(3))
 def test_moments_are_right_up_to_twice_the_steps_and_no_further(seed, num_steps, distribution):
-    matrix = matrix_of(torch.rand(100, generator=torch.Generator().manual_seed(seed)) * 2 - 1, seed=seed)
-    spectra = spectra_of({"a": matrix}, num_probes=3, num_steps=num_steps, seed=seed, distribution=distribution)
+    matrix = matrix_of(
+        torch.rand(100, generator=torch.Generator().manual_seed(seed)) * 2 - 1, seed=seed
+    )
+    spectra = spectra_of(
+        {"a": matrix}, num_probes=3, num_steps=num_steps, seed=seed, distribution=distribution
+    )
     spectrum = spectra[NAME]
     beyond = []
     for k in range(3):
@@ -46,9 +50,13 @@ def test_moments_and_trace_are_means_over_probes_with_their_standard_error():
     matrix = matrix_of(decaying(60))
     spectrum = spectra_of({"a": matrix}, num_probes=5, num_steps=4)[NAME]
     for k in (0, 1, 2, 7):
-        samples = [moments_of(matrix, draw_probe(NAME, 60, probe=i), k + 1)[0][-1] for i in range(5)]
+        samples = [
+            moments_of(matrix, draw_probe(NAME, 60, probe=i), k + 1)[0][-1] for i in range(5)
+        ]
         assert spectrum.moment(k).value == pytest.approx(np.mean(samples), rel=1e-9)
-        assert spectrum.moment(k).stderr == pytest.approx(np.std(samples, ddof=1) / np.sqrt(5), rel=1e-6, abs=1e-13)
+        assert spectrum.moment(k).stderr == pytest.approx(
+            np.std(samples, ddof=1) / np.sqrt(5), rel=1e-6, abs=1e-13
+        )
     assert spectrum.trace.value == pytest.approx(60 * spectrum.moment(1).value, rel=1e-12)
     assert spectrum.trace.stderr == pytest.approx(60 * spectrum.moment(1).stderr, rel=1e-12)
 
@@ -65,7 +73,9 @@ def test_standard_errors_are_as_large_as_the_errors(distribution):
     values = decaying(40)
     matrix = matrix_of(values)
     traces = [
-        spectra_of({"a": matrix}, num_probes=4, num_steps=2, seed=seed, distribution=distribution)[NAME].trace
+        spectra_of({"a": matrix}, num_probes=4, num_steps=2, seed=seed, distribution=distribution)[
+            NAME
+        ].trace
         for seed in range(150)
     ]
     errors = np.array([trace.value for trace in traces]) - float(values.sum())
@@ -86,11 +96,18 @@ def test_a_rademacher_probe_has_the_trace_of_a_diagonal_matrix_exactly():
 def test_the_scale_of_the_loss_scales_the_eigenvalues_and_nothing_else(scale, dtype):
     it = gpt2()
     it.model.to(dtype)
-    scaled = losses.Loss(it.loss.outputs, lambda outputs, batch: scale * it.loss.terms(outputs, batch))
-    blocks = [*partition(it.model, "matrix", ["*c_attn.weight*", "*wte*"]), *partition(it.model, "model")]
+    scaled = losses.Loss(
+        it.loss.outputs, lambda outputs, batch: scale * it.loss.terms(outputs, batch)
+    )
+    blocks = [
+        *partition(it.model, "matrix", ["*c_attn.weight*", "*wte*"]),
+        *partition(it.model, "model"),
+    ]
     for curvature in ("hessian", "ggn"):
         one = estimate_spectra(it.objective(), blocks, 1, 10, curvature=curvature)
-        other = estimate_spectra(Objective(it.model, it.batches, scaled), blocks, 1, 10, curvature=curvature)
+        other = estimate_spectra(
+            Objective(it.model, it.batches, scaled), blocks, 1, 10, curvature=curvature
+        )
         for name in one:
             tolerance = 1e-6 if dtype == torch.float64 else 1e-4
             difference = np.abs(other[name].nodes / scale - one[name].nodes).max()
@@ -145,7 +162,10 @@ ACCURACIES = {
 @cache
 def trained_spectra():
     it = trained()
-    blocks = [*partition(it.model, "matrix", [name for name in ACCURACIES if name != "model"]), *partition(it.model, "model")]
+    blocks = [
+        *partition(it.model, "matrix", [name for name in ACCURACIES if name != "model"]),
+        *partition(it.model, "model"),
+    ]
     return blocks, estimate_spectra(it.objective(), blocks, num_probes=2, num_steps=30)
 
 
@@ -165,7 +185,9 @@ def test_largest_eigenvalues_of_a_trained_float32_model(name):
 def test_the_value_part_hides_the_query_part_of_a_fused_matrix():
     it = trained()
     (fused,) = partition(it.model, "tensor", include="*h.0.attn.c_attn.weight")
-    whole = estimate_spectra(it.objective(), fused, num_probes=1, num_steps=20)[fused.name].largest.value
+    whole = estimate_spectra(it.objective(), fused, num_probes=1, num_steps=20)[
+        fused.name
+    ].largest.value
     _, spectra = trained_spectra()
     query, value = (spectra[f"{fused.name}/{part}"].largest.value for part in ("query", "value"))
     assert query < 0.5 * whole
@@ -221,8 +243,12 @@ def test_a_probe_does_not_depend_on_how_many_or_what_is_beside_it():
     for block in (blocks[0], blocks[-1]):
         alone = estimate_spectra(it.objective(), block, num_probes=1, num_steps=4)[block.name]
         tolerance = 1e-12 * together[block.name].norm
-        np.testing.assert_allclose(together[block.name].nodes[0], alone.nodes[0], rtol=0, atol=tolerance)
-        np.testing.assert_allclose(together[block.name].weights[0], alone.weights[0], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(
+            together[block.name].nodes[0], alone.nodes[0], rtol=0, atol=tolerance
+        )
+        np.testing.assert_allclose(
+            together[block.name].weights[0], alone.weights[0], rtol=0, atol=1e-9
+        )
     reverse = estimate_spectra(it.objective(), blocks[::-1], num_probes=3, num_steps=4)
     assert list(reverse) == [block.name for block in blocks[::-1]]
 
@@ -251,12 +277,16 @@ def test_blocks_may_overlap():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_few_distinct_eigenvalues_end_every_probe(dtype, scale):
     values = torch.tensor([-1.0] * 10 + [0.5] * 20 + [3.0] * 30)
-    spectra = spectra_of({"a": matrix_of(values)}, num_probes=3, num_steps=12, dtype=dtype, scale=scale)
+    spectra = spectra_of(
+        {"a": matrix_of(values)}, num_probes=3, num_steps=12, dtype=dtype, scale=scale
+    )
     spectrum = spectra[NAME]
     assert spectrum.breakdown.all()
     assert spectrum.steps.tolist() == [3, 3, 3]
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    np.testing.assert_allclose(spectrum.nodes[:, :3] / scale, [[-1, 0.5, 3]] * 3, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(
+        spectrum.nodes[:, :3] / scale, [[-1, 0.5, 3]] * 3, rtol=0, atol=tolerance
+    )
     assert spectrum.nodes.shape == spectrum.weights.shape == (3, 12)
     assert not spectrum.weights[:, 3:].any()
     np.testing.assert_allclose(spectrum.weights.sum(1), 1, atol=1e-12)
@@ -288,7 +318,12 @@ def test_low_rank_ends_without_ghost_nodes():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_more_steps_than_parameters_are_done_exactly(size, dtype):
     values = decaying(200)[:: 199 // size][:size].sort().values
-    spectra = spectra_of({"a": matrix_of(values), "b": matrix_of(decaying(40))}, num_probes=2, num_steps=10, dtype=dtype)
+    spectra = spectra_of(
+        {"a": matrix_of(values), "b": matrix_of(decaying(40))},
+        num_probes=2,
+        num_steps=10,
+        dtype=dtype,
+    )
     spectrum = spectra[NAME]
     assert spectrum.exact
     assert not spectra["weights.b"].exact
@@ -325,7 +360,10 @@ def test_every_converged_eigenvalue_appears_once():
 
 def test_without_reorthogonalisation_copies_appear_the_density_holds_and_the_result_says_so():
     matrix = matrix_of(outlier())
-    kept, lost = (spectra_of({"a": matrix}, num_probes=2, num_steps=100, reorthogonalize=flag)[NAME] for flag in (True, False))
+    kept, lost = (
+        spectra_of({"a": matrix}, num_probes=2, num_steps=100, reorthogonalize=flag)[NAME]
+        for flag in (True, False)
+    )
     assert not lost.reorthogonalized
     assert (np.abs(lost.nodes - 5) < 1e-6).sum(1).min() > 1
     assert lost.largest.value == pytest.approx(5, rel=1e-9)
@@ -353,7 +391,12 @@ def test_progress_is_told_after_each_sweep_and_ends_complete():
     told = []
     low = torch.tensor([-1.0] * 10 + [0.5] * 10 + [3.0] * 10)
     matrices = {"a": matrix_of(decaying(50)), "b": matrix_of(decaying(6)), "c": matrix_of(low)}
-    spectra_of(matrices, num_probes=2, num_steps=10, progress=lambda done, total: told.append((done, total)))
+    spectra_of(
+        matrices,
+        num_probes=2,
+        num_steps=10,
+        progress=lambda done, total: told.append((done, total)),
+    )
     dones, totals = zip(*told, strict=True)
     assert dones[-1] == totals[-1] == 20 + 6 + 6  # c breaks down after three steps
     assert list(dones) == sorted(set(dones))
@@ -394,7 +437,13 @@ def test_a_block_can_be_given_alone_and_a_loss_can_be_a_mean_of_one_batch():
 
 
 def test_small_types_are_measured_in_float32():
-    it = Problem(models.tiny_gpt2(dtype=torch.bfloat16, layers=1), [{"input_ids": tokens(2, 6)}], losses.next_token, None, None)
+    it = Problem(
+        models.tiny_gpt2(dtype=torch.bfloat16, layers=1),
+        [{"input_ids": tokens(2, 6)}],
+        losses.next_token,
+        None,
+        None,
+    )
     (block,) = partition(it.model, include="*h.0*c_fc.weight")
     spectrum = estimate_spectra(it.objective(), block, 1, 3)[block.name]
     assert spectrum.dtype == "float32"

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import blockspec
-from blockspec import heads, losses
-from blockspec.curvature import Products
+from blockspec import losses
+from blockspec.model import heads
+from blockspec.products.curvature import Products
 
 
 def batch_of(model, *, ignored):
@@ -40,10 +41,15 @@ def test_products_are_those_of_whole_logits(monkeypatch, case, ignored, rows):
     batches = [batch_of(model, ignored=ignored)]
     blocks = [*blockspec.partition(model, "tensor"), *blockspec.partition(model, "model")]
     requests = [(block, torch.randn(block.numel, dtype=torch.float64)) for block in blocks]
-    objectives = [blockspec.Objective(model, batches, replace(loss, chunked=chunked)) for chunked in (True, False)]
+    objectives = [
+        blockspec.Objective(model, batches, replace(loss, chunked=chunked))
+        for chunked in (True, False)
+    ]
     chunked, whole = (Products(objective).sweep(requests) for objective in objectives)
     for block, ours, expected in zip(blocks, chunked, whole, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12 + 1e-11 * float(expected.norm()), msg=block.name)
+        torch.testing.assert_close(
+            ours, expected, rtol=1e-9, atol=1e-12 + 1e-11 * float(expected.norm()), msg=block.name
+        )
     values = [objective.value() for objective in objectives]
     assert values[0] == pytest.approx(values[1], rel=1e-12)
 
@@ -51,7 +57,8 @@ def test_products_are_those_of_whole_logits(monkeypatch, case, ignored, rows):
 def test_second_derivatives_numerically():
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
-        torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True) for shape in ((5, 3), (6, 3), (6,))
+        torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((5, 3), (6, 3), (6,))
     )
     labels = torch.randint(6, (5,), generator=generator)
 
@@ -72,7 +79,11 @@ class LargestAlive(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.entries and tensor._base is None:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.numel() >= self.entries
+                and tensor._base is None
+            ):
                 self.alive[tensor.untyped_storage()] = True
         self.most = max(self.most, len(self.alive))
         return result
@@ -85,10 +96,14 @@ def test_one_tensor_of_the_size_of_the_logits_is_held(monkeypatch, chunked, expe
     monkeypatch.setattr(heads, "CHUNK_ROWS", 16)
     model = tiny_gpt2(vocab_size=512, n_positions=64)
     tokens = torch.randint(512, (4, 64))
-    objective = blockspec.Objective(model, [{"input_ids": tokens}], replace(losses.next_token, chunked=chunked))
+    objective = blockspec.Objective(
+        model, [{"input_ids": tokens}], replace(losses.next_token, chunked=chunked)
+    )
     blocks = blockspec.partition(model, "matrix", include="*weight*")
     with LargestAlive(4 * 63 * 512) as counted:
-        Products(objective).sweep([(block, torch.ones(block.numel, dtype=torch.float64)) for block in blocks])
+        Products(objective).sweep(
+            [(block, torch.ones(block.numel, dtype=torch.float64)) for block in blocks]
+        )
     assert counted.most == expected if chunked else counted.most >= expected
 
 
@@ -107,7 +122,10 @@ def test_a_model_that_goes_on_with_its_logits_gets_them():
     inner = tiny_gpt2(tie_word_embeddings=False)
     model = Capped(inner)
     tokens = {"input_ids": batch_of(inner, ignored=False)["input_ids"]}
-    values = [blockspec.Objective(model, [tokens], replace(losses.next_token, chunked=c)).gradient() for c in (True, False)]
+    values = [
+        blockspec.Objective(model, [tokens], replace(losses.next_token, chunked=c)).gradient()
+        for c in (True, False)
+    ]
     for name, gradient in values[0].items():
         torch.testing.assert_close(gradient, values[1][name])
 
@@ -116,7 +134,10 @@ def test_nanogpt_and_its_own_loss():
     model = nanogpt()
     tokens = torch.randint(model.config.vocab_size, (2, 6))
     pair = (tokens[:, :-1], tokens[:, 1:])
-    objectives = [blockspec.Objective(model, [pair], replace(losses.next_token, chunked=c)) for c in (True, False)]
+    objectives = [
+        blockspec.Objective(model, [pair], replace(losses.next_token, chunked=c))
+        for c in (True, False)
+    ]
     for name, gradient in objectives[0].gradient().items():
         torch.testing.assert_close(gradient, objectives[1].gradient()[name])
 

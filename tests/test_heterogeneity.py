@@ -9,10 +9,13 @@ import torch
 from quadratics import decaying, matrix_of, spectra_of
 
 from blockspec import js0, js_distances
-from blockspec.heterogeneity import DEFINITIONS
+from blockspec.spectra.heterogeneity import DEFINITIONS
 
 VALUES = {"a": decaying(40), "b": 3 * decaying(60, seed=1), "c": decaying(9, seed=2) - 0.5}
-INVARIANT = {"jensen-shannon": 0, "wasserstein": 1}  # the power of the loss's scale that a distance goes with
+INVARIANT = {
+    "jensen-shannon": 0,
+    "wasserstein": 1,
+}  # the power of the loss's scale that a distance goes with
 
 
 def made(values=None, *, scale=1.0, num_probes=3, num_steps=12, **settings):
@@ -66,7 +69,9 @@ def test_a_table_of_distances_is_symmetric_with_zeros_on_its_diagonal(definition
     np.testing.assert_array_equal(values, values.T)
     np.testing.assert_array_equal(np.diag(values), 0)
     assert (values[np.triu_indices(3, 1)] > 0).all()
-    assert js0(made(), definition).value == pytest.approx(values[np.triu_indices(3, 1)].mean(), rel=1e-12)
+    assert js0(made(), definition).value == pytest.approx(
+        values[np.triu_indices(3, 1)].mean(), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("linear", [None, 0.02, 1.0])
@@ -77,10 +82,15 @@ def test_jensen_shannon_is_its_formula(linear):
         linear = float(np.median([math.sqrt(s.moment(2).value) for s in spectra.values()]))
     for i, j in (("a", "b"), ("a", "c"), ("b", "c")):
         p, q = spectra[f"weights.{i}"], spectra[f"weights.{j}"]
-        assert table.loc[f"weights.{i}", f"weights.{j}"] == pytest.approx(jensen_shannon(p, q, linear), rel=1e-4)
+        assert table.loc[f"weights.{i}", f"weights.{j}"] == pytest.approx(
+            jensen_shannon(p, q, linear), rel=1e-4
+        )
 
 
-@pytest.mark.parametrize(("width", "points", "floor"), [(0.1, 1500, 1e-20), (0.02, 3000, 1e-258), (math.sqrt(1e-5), 4000, 1e-10)])
+@pytest.mark.parametrize(
+    ("width", "points", "floor"),
+    [(0.1, 1500, 1e-20), (0.02, 3000, 1e-258), (math.sqrt(1e-5), 4000, 1e-10)],
+)
 def test_symmetrised_kl_is_its_formula(width, points, floor):
     spectra = made()
     table = js_distances(spectra, "symmetrised-kl", width=width, points=points, floor=floor)
@@ -92,7 +102,9 @@ def test_symmetrised_kl_is_its_formula(width, points, floor):
 
 
 def test_wasserstein_is_the_mean_distance_of_sorted_eigenvalues():
-    first, second = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, second = torch.randn(
+        2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     table = js_distances(made({"a": first, "b": second}), "wasserstein")
     expected = (first.sort().values - second.sort().values).abs().mean()
     assert table.loc["weights.a", "weights.b"] == pytest.approx(expected.item(), rel=1e-9)
@@ -103,7 +115,9 @@ def test_wasserstein_of_estimates_is_the_area_between_distribution_functions():
     p, q = spectra["weights.a"], spectra["weights.b"]
     points = np.sort(np.concatenate([p.nodes.ravel(), q.nodes.ravel()]))
     expected = np.abs(p.cdf(points[:-1]) - q.cdf(points[:-1])) @ np.diff(points)
-    assert js_distances(spectra, "wasserstein").loc["weights.a", "weights.b"] == pytest.approx(expected, rel=1e-9)
+    assert js_distances(spectra, "wasserstein").loc["weights.a", "weights.b"] == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e7])
@@ -123,7 +137,9 @@ def test_scaling_one_block_alone_is_seen():
 @pytest.mark.parametrize("definition", DEFINITIONS)
 def test_equal_spectra_are_at_no_distance(definition):
     values = torch.linspace(-1, 3, 9, dtype=torch.float64)
-    spectra = spectra_of({"a": matrix_of(values), "b": matrix_of(values, seed=1)}, num_probes=2, num_steps=10)
+    spectra = spectra_of(
+        {"a": matrix_of(values), "b": matrix_of(values, seed=1)}, num_probes=2, num_steps=10
+    )
     assert js0(spectra, definition).value == pytest.approx(0, abs=1e-9)
     assert js0(spectra, definition).stderr == 0
 
@@ -132,7 +148,9 @@ def test_jensen_shannon_ends_at_the_logarithm_of_two():
     apart = {"a": torch.linspace(1, 2, 30), "b": -torch.linspace(1, 2, 30)}
     assert js0(made(apart), linear=1e-3).value == pytest.approx(math.log(2), rel=1e-9)
     for seed in range(3):
-        table = js_distances(made({"a": decaying(30, seed=seed), "b": decaying(50, seed=seed + 10) * 100})).to_numpy()
+        table = js_distances(
+            made({"a": decaying(30, seed=seed), "b": decaying(50, seed=seed + 10) * 100})
+        ).to_numpy()
         assert (table >= 0).all()
         assert (table <= math.log(2)).all()
 
@@ -147,7 +165,9 @@ def test_the_order_of_blocks_and_of_probes_does_not_matter(definition):
     spectra = made()
     table = js_distances(spectra, definition)
     reordered = js_distances(dict(reversed(list(spectra.items()))), definition)
-    np.testing.assert_allclose(reordered.loc[table.index, table.columns], table, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        reordered.loc[table.index, table.columns], table, rtol=1e-9, atol=1e-12
+    )
     turned = {name: kept(s, list(range(s.num_probes))[::-1]) for name, s in spectra.items()}
     np.testing.assert_allclose(js_distances(turned, definition), table, rtol=1e-9, atol=1e-12)
 
@@ -203,7 +223,9 @@ def test_the_error_of_one_probe_is_unknown_and_of_exact_spectra_zero():
 
 def test_unusual_requests_are_errors():
     spectra = made()
-    with pytest.raises(ValueError, match=r"definition is one of \('jensen-shannon', .*\), got 'euclid'"):
+    with pytest.raises(
+        ValueError, match=r"definition is one of \('jensen-shannon', .*\), got 'euclid'"
+    ):
         js_distances(spectra, "euclid")
     with pytest.raises(ValueError, match="at least 2 blocks, got 1"):
         js0(spectra.select("*a"))

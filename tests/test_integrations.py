@@ -24,10 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from blockspec import Objective, cli, estimate_spectra, load_spectra, losses, partition, report
+from blockspec import Objective, estimate_spectra, load_spectra, losses, partition
 from blockspec.integrations import SpectrumCallback, record
 from blockspec.integrations.trainer import due_steps
-from blockspec.run import BlockSettings, EstimateSettings
+from blockspec.runs import cli, report
+from blockspec.runs.run import BlockSettings, EstimateSettings
 
 ROOT = Path(__file__).parent.parent
 QUICK = {"num_probes": 2, "num_steps": 3}
@@ -54,13 +55,24 @@ def state_of_everything(model, optimizer):
     flags = [(module.training, getattr(module, "flash", None)) for module in model.modules()]
     tensors = [t.detach().clone() for p in model.parameters() for t in (p, p.grad) if t is not None]
     memory = [t.clone() for state in optimizer.state.values() for t in state.values()]
-    return [*own, flags, [p.requires_grad for p in model.parameters()], *tensors, *model.buffers(), *memory]
+    return [
+        *own,
+        flags,
+        [p.requires_grad for p in model.parameters()],
+        *tensors,
+        *model.buffers(),
+        *memory,
+    ]
 
 
 def assert_identical(these, those):
     assert len(these) == len(those)
     for one, other in zip(these, those, strict=True):
-        assert np.array_equal(one, other) if isinstance(one, (torch.Tensor, np.ndarray)) else one == other
+        assert (
+            np.array_equal(one, other)
+            if isinstance(one, (torch.Tensor, np.ndarray))
+            else one == other
+        )
 
 
 class Tracker(TrainerCallback):
@@ -93,7 +105,9 @@ def trainer(tmp_path, **arguments):
     }
     model = models.tiny_gpt2(dtype=torch.float32, layers=1)
     tracker = Tracker()
-    it = Trainer(model, TrainingArguments(**(settings | arguments)), train_dataset=rows, callbacks=[tracker])
+    it = Trainer(
+        model, TrainingArguments(**(settings | arguments)), train_dataset=rows, callbacks=[tracker]
+    )
     it.tracker = tracker
     return it
 
@@ -105,13 +119,21 @@ def held_out():
 
 
 def with_spectra(it, out, **settings):
-    given = {"blocks": SOME, "estimate": EstimateSettings(**QUICK), "loss": drawing_next_token} | settings
+    given = {
+        "blocks": SOME,
+        "estimate": EstimateSettings(**QUICK),
+        "loss": drawing_next_token,
+    } | settings
     it.add_callback(SpectrumCallback(it, out, held_out(), **given))
     return it
 
 
 def training_logs(it):
-    return [{k: v for k, v in entry.items() if "time" not in k} for entry in it.tracker.logged if "loss" in entry]
+    return [
+        {k: v for k, v in entry.items() if "time" not in k}
+        for entry in it.tracker.logged
+        if "loss" in entry
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +158,9 @@ def test_scalars_reach_the_trackers_and_the_history(trained):
     for entries in (it.tracker.logged, it.state.log_history):
         found = [entry for entry in entries if "spectrum/js0" in entry]
         assert [entry["step"] for entry in found] == [0, 2, 4]
-    table = pd.read_parquet(out / "heterogeneity.parquet").query("definition == 'jensen-shannon' and step == 4")
+    table = pd.read_parquet(out / "heterogeneity.parquet").query(
+        "definition == 'jensen-shannon' and step == 4"
+    )
     last = load_spectra(out / "spectra.parquet", step=4)
     assert found[-1]["spectrum/js0"] == table["js0"].iloc[0] > 0
     queries = [s for s in last.values() if s.block.kind == "query"]
@@ -146,31 +170,47 @@ def test_scalars_reach_the_trackers_and_the_history(trained):
 
 def test_the_folder_is_a_run_s(trained, capsys):
     it, out = trained
-    assert sorted(path.name for path in out.iterdir()) == ["heterogeneity.parquet", "run.json", "spectra.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "heterogeneity.parquet",
+        "run.json",
+        "spectra.parquet",
+    ]
     stages = json.loads((out / "run.json").read_text())["stages"]
     assert [stage["step"] for stage in stages] == [0, 2, 4]
     model = it.model.eval()
-    expected = estimate_spectra(Objective(model, held_out(), losses.next_token), partition(model, include=SOME.include), **QUICK)
-    pd.testing.assert_frame_equal(load_spectra(out / "spectra.parquet", step=4).frame(step=4), expected.frame(step=4))
+    expected = estimate_spectra(
+        Objective(model, held_out(), losses.next_token),
+        partition(model, include=SOME.include),
+        **QUICK,
+    )
+    pd.testing.assert_frame_equal(
+        load_spectra(out / "spectra.parquet", step=4).frame(step=4), expected.frame(step=4)
+    )
     report.show(out)
     assert "step 4" in capsys.readouterr().out
 
 
 def test_a_resumed_training_does_not_measure_again(trained, tmp_path, monkeypatch):
     it, out = trained
-    monkeypatch.setattr("blockspec.run.estimate_spectra", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        "blockspec.runs.run.estimate_spectra", lambda *a, **k: pytest.fail("measured again")
+    )
     before = (out / "spectra.parquet").read_bytes()
     again = with_spectra(trainer(tmp_path), out, steps=(2,), fractions=(0, 1.0))
     again.train()
     assert (out / "spectra.parquet").read_bytes() == before
-    logs = [[entry for entry in one.tracker.logged if "spectrum/js0" in entry] for one in (it, again)]
+    logs = [
+        [entry for entry in one.tracker.logged if "spectrum/js0" in entry] for one in (it, again)
+    ]
     assert logs[0] == logs[1]
 
 
 def test_tensorboard_gets_them(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    it = with_spectra(trainer(tmp_path, report_to="tensorboard", max_steps=1), tmp_path / "run", fractions=(0, 1))
+    it = with_spectra(
+        trainer(tmp_path, report_to="tensorboard", max_steps=1), tmp_path / "run", fractions=(0, 1)
+    )
     it.train()
     events = accumulator.EventAccumulator(str(tmp_path / "events"))
     events.Reload()
@@ -181,27 +221,38 @@ def test_mixed_precision_is_off_in_a_measurement(tmp_path):
     it = with_spectra(trainer(tmp_path, bf16=True, max_steps=1), tmp_path / "run", fractions=(0,))
     it.train()
     plain = models.tiny_gpt2(dtype=torch.float32, layers=1)
-    expected = estimate_spectra(Objective(plain, held_out(), losses.next_token), partition(plain, include=SOME.include), **QUICK)
+    expected = estimate_spectra(
+        Objective(plain, held_out(), losses.next_token),
+        partition(plain, include=SOME.include),
+        **QUICK,
+    )
     np.testing.assert_allclose(
         load_spectra(tmp_path / "run/spectra.parquet")["transformer.wpe.weight"].nodes,
         expected["transformer.wpe.weight"].nodes,
         rtol=1e-5,
         atol=1e-7,
     )
-    assert it.model(problems.tokens(1, 8)).logits.dtype == torch.float32  # accelerate's wrapper is back: it converts
+    assert (
+        it.model(problems.tokens(1, 8)).logits.dtype == torch.float32
+    )  # accelerate's wrapper is back: it converts
     assert "forward" in vars(it.model)
 
 
 def test_what_would_fail_on_the_way_fails_before_training(trained, tmp_path):
     for settings, message in (
         ({"blocks": BlockSettings(include=["*no_such*"])}, "no_such"),
-        ({"loss": lambda model, batch: (model(**batch).logits.sum() * torch.rand(()), 1)}, "random numbers"),
+        (
+            {"loss": lambda model, batch: (model(**batch).logits.sum() * torch.rand(()), 1)},
+            "random numbers",
+        ),
     ):
         it = with_spectra(trainer(tmp_path), tmp_path / "run", fractions=(1.0,), **settings)
         with pytest.raises(ValueError, match=message):
             it.train()
         assert it.state.global_step == 0
-    other = with_spectra(trainer(tmp_path), trained[1], estimate=EstimateSettings(num_probes=1, num_steps=3))
+    other = with_spectra(
+        trainer(tmp_path), trained[1], estimate=EstimateSettings(num_probes=1, num_steps=3)
+    )
     with pytest.raises(ValueError, match=r"estimate\.num_probes is 2 there, 1 here"):
         other.train()
 
@@ -241,7 +292,11 @@ def test_a_nanogpt_loop_goes_on_bit_by_bit(tmp_path):
     """State compared right before and after each measurement, gradients and generators among it."""
     it = problems.nanogpt(dropout=0.2)
     it.model.train()
-    batches = DataLoader(problems.tokens(2, 6, seed=8), batch_size=2, collate_fn=lambda rows: 2 * (torch.stack(rows),))
+    batches = DataLoader(
+        problems.tokens(2, 6, seed=8),
+        batch_size=2,
+        collate_fn=lambda rows: 2 * (torch.stack(rows),),
+    )
     objective, blocks = Objective(it.model, batches, drawing_next_token), partition(it.model)
 
     def measure(iter_num, optimizer):
@@ -285,7 +340,9 @@ def test_a_nanogpt_model_has_the_right_blocks_and_products(tmp_path, flash):
     weights = [f"transformer.h.0.attn.c_attn.weight/{part}" for part in ("query", "key", "value")]
     assert [name for name in names if "c_attn.weight" in name] == weights
     blocks = partition(it.model, include=weights)
-    record(tmp_path, 0, it.objective(), blocks, num_probes=1, num_steps=64)  # 8 x 8: all eigenvalues
+    record(
+        tmp_path, 0, it.objective(), blocks, num_probes=1, num_steps=64
+    )  # 8 x 8: all eigenvalues
     found = load_spectra(tmp_path / "spectra.parquet")
     for block in blocks:
         index = dense_truth.positions(it.model, block)
@@ -296,14 +353,26 @@ def test_a_nanogpt_model_has_the_right_blocks_and_products(tmp_path, flash):
 
 def test_a_wrapped_model_is_refused_with_the_remedy(tmp_path):
     model = problems.nanogpt().model
-    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)  # a real one needs a process group
+    wrapped = DistributedDataParallel.__new__(
+        DistributedDataParallel
+    )  # a real one needs a process group
     torch.nn.Module.__init__(wrapped)
     wrapped.module = model
     with pytest.raises(ValueError, match=r"DistributedDataParallel: pass its \.module"):
-        record(tmp_path, 0, Objective(wrapped, [problems.tokens(1, 4)], losses.next_token), partition(model))
+        record(
+            tmp_path,
+            0,
+            Objective(wrapped, [problems.tokens(1, 4)], losses.next_token),
+            partition(model),
+        )
     compiled = torch.compile(model, backend="eager")
     with pytest.raises(ValueError, match=r"OptimizedModule: .* before torch\.compile"):
-        record(tmp_path, 0, Objective(compiled, [problems.tokens(1, 4)], losses.next_token), partition(model))
+        record(
+            tmp_path,
+            0,
+            Objective(compiled, [problems.tokens(1, 4)], losses.next_token),
+            partition(model),
+        )
 
 
 def test_the_nanogpt_example(tmp_path):
@@ -320,14 +389,18 @@ def on_two_processes(tmp_path, program):
     paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "examples", ROOT / "tests"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     line = [sys.executable, *accelerate(2), str(script), str(tmp_path)]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 def assert_same_spectra(one, two):
     assert list(one) == list(two)
     for name in one:
-        np.testing.assert_allclose(two[name].nodes, one[name].nodes, rtol=1e-3, atol=1e-6 * one[name].norm)
+        np.testing.assert_allclose(
+            two[name].nodes, one[name].nodes, rtol=1e-3, atol=1e-6 * one[name].norm
+        )
 
 
 def test_accelerate_on_two_processes(tmp_path):
@@ -342,7 +415,9 @@ def test_accelerate_on_two_processes(tmp_path):
     """
     on_two_processes(tmp_path, program)
     example("accelerate_loop").main(tmp_path / "one", num_steps=3, measured=(0,))
-    assert_same_spectra(*(load_spectra(tmp_path / run / "spectra.parquet", step=0) for run in ("one", "two")))
+    assert_same_spectra(
+        *(load_spectra(tmp_path / run / "spectra.parquet", step=0) for run in ("one", "two"))
+    )
     assert set(pd.read_parquet(tmp_path / "two/spectra.parquet")["step"]) == {0, 2}
 
 
@@ -372,12 +447,36 @@ def test_a_trainer_on_two_processes(tmp_path):
 
 def test_a_run_that_was_killed_with_kill_9_goes_on(tmp_path):
     """In the middle of the second of two checkpoints; ends with the table of an unbroken run."""
-    paths = json.dumps([str(path) for path in factories_for_runs.write_checkpoints(tmp_path / "checkpoints", [10, 20])])
-    settings = ["--model", "factories_for_runs:tiny", "--checkpoints", paths, "--estimate.num_steps", "6", "--plots", "false"]
-    command = ["run", *settings, "--estimate.num_probes", "2", "--device", "cpu", "--state_every", "0"]
+    paths = json.dumps(
+        [
+            str(path)
+            for path in factories_for_runs.write_checkpoints(tmp_path / "checkpoints", [10, 20])
+        ]
+    )
+    settings = [
+        "--model",
+        "factories_for_runs:tiny",
+        "--checkpoints",
+        paths,
+        "--estimate.num_steps",
+        "6",
+        "--plots",
+        "false",
+    ]
+    command = [
+        "run",
+        *settings,
+        "--estimate.num_probes",
+        "2",
+        "--device",
+        "cpu",
+        "--state_every",
+        "0",
+    ]
     program = f"""
         import os, signal
-        from blockspec import cli, state
+        from blockspec.runs import cli
+        from blockspec.engine import state
         save = state.Keeper.save
         def killing(keeper, schedule):
             save(keeper, schedule)
@@ -386,7 +485,11 @@ def test_a_run_that_was_killed_with_kill_9_goes_on(tmp_path):
         state.Keeper.save = killing
         cli.main({[*command, "--out", str(tmp_path / "cut")]!r})
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
     line = [sys.executable, "-c", textwrap.dedent(program)]
     killed = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from blockspec.lanczos import Lanczos, tridiagonalize
-from blockspec.quadrature import quadrature
+from blockspec.numerics.lanczos import Lanczos, tridiagonalize
+from blockspec.numerics.quadrature import quadrature
 
 
 def symmetric(size, *, seed, decay=0.0):
@@ -18,7 +18,9 @@ def symmetric(size, *, seed, decay=0.0):
 
 
 def starts(probes, size, *, seed):
-    return torch.randn(probes, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        probes, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def krylov_moments(matrix, start, count):
@@ -36,7 +38,9 @@ def krylov_moments(matrix, start, count):
 def test_moments_agree_up_to_twice_the_steps_and_no_further(seed, num_steps):
     matrix, _, _ = symmetric(80, seed=seed)
     v = starts(3, 80, seed=seed)
-    for start, tridiagonal in zip(v, tridiagonalize(lambda V: V @ matrix, v, num_steps), strict=True):
+    for start, tridiagonal in zip(
+        v, tridiagonalize(lambda V: V @ matrix, v, num_steps), strict=True
+    ):
         nodes, weights, _ = quadrature(tridiagonal)
         moments = np.array([(weights * nodes**k).sum() for k in range(2 * num_steps + 1)])
         truth = krylov_moments(matrix, start, 2 * num_steps + 1)
@@ -69,7 +73,9 @@ def test_breakdown_is_relative_to_the_scale_of_the_matrix(factor):
     v = (vectors[:, :5].sum(1))[None]
     (tridiagonal,) = tridiagonalize(lambda V: V @ matrix * factor, v, 20)
     assert len(tridiagonal.alphas) == 5
-    np.testing.assert_allclose(quadrature(tridiagonal)[0], np.sort(values[:5].numpy()) * factor, rtol=1e-9)
+    np.testing.assert_allclose(
+        quadrature(tridiagonal)[0], np.sort(values[:5].numpy()) * factor, rtol=1e-9
+    )
 
 
 def test_every_converged_eigenvalue_appears_once_with_reorthogonalisation_and_copies_appear_without():
@@ -92,11 +98,15 @@ def test_every_converged_eigenvalue_appears_once_with_reorthogonalisation_and_co
 @pytest.mark.parametrize("reorthogonalize", [True, False])
 def test_an_eigenvalue_lies_within_the_residual_of_each_ritz_value(reorthogonalize):
     matrix, values, _ = symmetric(100, seed=3, decay=1.0)
-    for tridiagonal in tridiagonalize(lambda V: V @ matrix, starts(2, 100, seed=1), 15, reorthogonalize=reorthogonalize):
+    for tridiagonal in tridiagonalize(
+        lambda V: V @ matrix, starts(2, 100, seed=1), 15, reorthogonalize=reorthogonalize
+    ):
         nodes, _, residuals = quadrature(tridiagonal)
         distance = np.abs(nodes[:, None] - values.numpy()).min(1)
         assert np.all(distance <= residuals + 1e-12)
-        assert np.sort(residuals)[-1] > 1e-3  # most are not converged after 15 steps: the bound says so
+        assert (
+            np.sort(residuals)[-1] > 1e-3
+        )  # most are not converged after 15 steps: the bound says so
 
 
 def test_a_zero_matrix_has_one_node_at_zero():

@@ -8,8 +8,8 @@ from problems import problem
 
 import blockspec
 from blockspec import Objective, partition
-from blockspec.blocks import gather
-from blockspec.landscapes import filter_normalised, moved
+from blockspec.model.blocks import gather
+from blockspec.toolbox.landscapes import filter_normalised, moved
 
 SIZES = (3, 4)
 
@@ -43,18 +43,27 @@ def test_a_direction_in_a_block_moves_that_block_alone():
     objective, blocks = coupled(matrix, SIZES)
     u = torch.arange(1.0, 5.0, dtype=torch.float64)
     losses = blockspec.landscape(objective, blocks[1], [u], points=3).losses
-    np.testing.assert_allclose(losses, [float(u @ matrix[3:, 3:] @ u) / 2, 0, float(u @ matrix[3:, 3:] @ u) / 2], atol=1e-12)
+    np.testing.assert_allclose(
+        losses,
+        [float(u @ matrix[3:, 3:] @ u) / 2, 0, float(u @ matrix[3:, 3:] @ u) / 2],
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
 def test_curvature_along_eigenvectors_is_their_eigenvalue(curvature):
     it = problem("gpt2")
     block = partition(it.model, "model")[0]
-    found = blockspec.landscape(it.objective(), block, dimensions=1, points=3, radius=1e-3, curvature=curvature)
+    found = blockspec.landscape(
+        it.objective(), block, dimensions=1, points=3, radius=1e-3, curvature=curvature
+    )
     bend = (found.losses[0] - 2 * found.losses[1] + found.losses[2]) / 1e-6
     pairs = blockspec.top_eigenpairs(it.objective(), block, 1, curvature=curvature)
     assert found.names == (f"eigenvector of {pairs.values[0]:.3g}",)
-    hessian = blockspec.curvature.Products(it.objective()).sweep([(block, pairs.vectors[0])])[0] @ pairs.vectors[0]
+    hessian = (
+        blockspec.products.curvature.Products(it.objective()).sweep([(block, pairs.vectors[0])])[0]
+        @ pairs.vectors[0]
+    )
     assert bend == pytest.approx(float(hessian), abs=1e-3)
 
 
@@ -71,7 +80,9 @@ def test_random_directions_have_the_norms_of_neurons():
     weights = {name: p.detach() for name, p in it.objective().parameters().items()}
     for neuron in partition(it.model, "neuron"):
         expected = 0.0 if neuron.kind in ("norm", "bias") else float(gather(neuron, weights).norm())
-        assert float(gather(neuron, tensors).norm()) == pytest.approx(expected, rel=1e-6), neuron.name
+        assert float(gather(neuron, tensors).norm()) == pytest.approx(expected, rel=1e-6), (
+            neuron.name
+        )
     assert abs(float(vector @ other)) < 0.3 * float(vector @ vector)
 
 
@@ -80,7 +91,11 @@ def test_random_plane_of_a_block_and_its_table():
     block = next(b for b in partition(it.model) if b.kind == "mlp_in")
     seen = []
     found = blockspec.landscape(
-        it.objective(), block, "random", points=3, progress=lambda done, total: seen.append((done, total))
+        it.objective(),
+        block,
+        "random",
+        points=3,
+        progress=lambda done, total: seen.append((done, total)),
     )
     assert found.losses[1, 1] == pytest.approx(it.objective().value(), abs=1e-14)
     assert len(np.unique(found.losses)) == 9
@@ -95,7 +110,9 @@ def test_parameters_come_back_bit_by_bit():
     it = problem("gpt2")
     before = parameters(it.model)
     flags = [module.training for module in it.model.modules()]
-    blockspec.landscape(it.objective(), partition(it.model, "model")[0], "random", dimensions=1, points=4)
+    blockspec.landscape(
+        it.objective(), partition(it.model, "model")[0], "random", dimensions=1, points=4
+    )
     assert_same(it.model, before)
     assert flags == [module.training for module in it.model.modules()]
 
@@ -115,14 +132,21 @@ def test_parameters_come_back_after_an_exception():
 
     fragile = Objective(objective.model, [torch.zeros(1)], loss)
     with pytest.raises(RuntimeError, match="the third call"):
-        blockspec.landscape(fragile, partition(objective.model, "model")[0], [torch.ones(7).double()])
+        blockspec.landscape(
+            fragile, partition(objective.model, "model")[0], [torch.ones(7).double()]
+        )
     assert_same(objective.model, before)
 
     def stop(done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        blockspec.landscape(objective, partition(objective.model, "model")[0], [torch.ones(7).double()], progress=stop)
+        blockspec.landscape(
+            objective,
+            partition(objective.model, "model")[0],
+            [torch.ones(7).double()],
+            progress=stop,
+        )
     assert_same(objective.model, before)
 
 
@@ -149,4 +173,6 @@ def test_moves_do_not_add_up():
 def test_wrong_settings(directions, settings, message):
     objective, _ = coupled(matrix_with_decay(7), SIZES)
     with pytest.raises(ValueError, match=message):
-        blockspec.landscape(objective, partition(objective.model, "model")[0], directions, **settings)
+        blockspec.landscape(
+            objective, partition(objective.model, "model")[0], directions, **settings
+        )

@@ -18,14 +18,22 @@ import torch
 from huggingface_hub import constants
 
 from language_models import data, embedded, tokenizer
-from language_models.batches import fixed_batches, masked_batch, pair_batches, random_windows, spread_windows
+from language_models.batches import (
+    fixed_batches,
+    masked_batch,
+    pair_batches,
+    random_windows,
+    spread_windows,
+)
 from language_models.data import is_val, prepare
 from language_models.documents import Documents
 from language_models.tokenizer import load_tokenizer
 from language_models.tokens import Tokens, largest_token, open_tokens, read_meta
 from training.hub import hub_reachable
 
-TEXTS = [f"Document number {i}: " + "naïve words, 中文, and code(); " * (1 + i % 5) for i in range(40)]
+TEXTS = [
+    f"Document number {i}: " + "naïve words, 中文, and code(); " * (1 + i % 5) for i in range(40)
+]
 ROOT = Path(__file__).parent.parent
 
 
@@ -46,7 +54,10 @@ def expected_tokens(texts: list[str], *, val_share: float) -> dict[str, list[int
 
 
 def read_splits(folder: Path) -> dict[str, list[int]]:
-    return {split: np.fromfile(folder / f"{split}.bin", dtype=np.uint16).tolist() for split in ("train", "val")}
+    return {
+        split: np.fromfile(folder / f"{split}.bin", dtype=np.uint16).tolist()
+        for split in ("train", "val")
+    }
 
 
 def parquet(folder: Path) -> Path:
@@ -98,7 +109,9 @@ SOURCES = [parquet, json_lines, csv, parquet_folder, text_folder, saved, saved_s
 
 @pytest.mark.parametrize("make", SOURCES)
 def test_every_kind_of_source_gives_the_same_tokens(make, tmp_path):
-    out = prepare(str(make(tmp_path)), out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.2)
+    out = prepare(
+        str(make(tmp_path)), out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.2
+    )
     expected = expected_tokens(TEXTS, val_share=0.2)
     assert read_splits(out) == expected
     meta = json.loads((out / "meta.json").read_text())
@@ -106,14 +119,21 @@ def test_every_kind_of_source_gives_the_same_tokens(make, tmp_path):
     assert meta["splits"]["val"]["documents"] == 8
     for split, tokens in expected.items():
         assert meta["splits"][split]["tokens"] == len(tokens)
-        assert meta["splits"][split]["largest"] == max(tokens) == largest_token(out / f"{split}.bin")
-        digest = subprocess.run(["sha256sum", out / f"{split}.bin"], capture_output=True, text=True, check=True).stdout
+        assert (
+            meta["splits"][split]["largest"] == max(tokens) == largest_token(out / f"{split}.bin")
+        )
+        digest = subprocess.run(
+            ["sha256sum", out / f"{split}.bin"], capture_output=True, text=True, check=True
+        ).stdout
         assert digest.split()[0] == meta["splits"][split]["sha256"]
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
 
 
 def test_a_text_file_comes_in_pieces_of_whole_lines_and_nothing_is_lost(tmp_path):
-    text = "\n".join(f"line {i} of a text {'with more words ' * (i % 7)}" for i in range(400)) + "\nlast, without end"
+    text = (
+        "\n".join(f"line {i} of a text {'with more words ' * (i % 7)}" for i in range(400))
+        + "\nlast, without end"
+    )
     (tmp_path / "a.txt").write_text(text)
     documents = Documents(str(tmp_path / "a.txt"))
     pieces = list(documents)
@@ -122,17 +142,28 @@ def test_a_text_file_comes_in_pieces_of_whole_lines_and_nothing_is_lost(tmp_path
     assert all(piece.endswith("\n") and 4000 <= len(piece) < 4200 for piece in pieces[:-1])
     out = prepare(str(tmp_path / "a.txt"), out=str(tmp_path / "out"), tokenizer="embedded")
     assert embedded.tokenizer().decode(read_splits(out)["val"]) == pieces[1]
-    assert embedded.tokenizer().decode(read_splits(out)["train"]) == "".join([pieces[0], *pieces[2:]])
+    assert embedded.tokenizer().decode(read_splits(out)["train"]) == "".join(
+        [pieces[0], *pieces[2:]]
+    )
 
 
 def test_embedded_text_is_a_source_too(tmp_path):
     out = prepare("embedded", out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.5)
-    assert read_splits(out)["val"][:100] == embedded.tokenizer()(embedded.topics()[1])["input_ids"][:100]
+    assert (
+        read_splits(out)["val"][:100]
+        == embedded.tokenizer()(embedded.topics()[1])["input_ids"][:100]
+    )
 
 
 @pytest.mark.parametrize("limit", [{"num_documents": 7}, {"num_tokens": 200}])
 def test_limits(limit, tmp_path):
-    out = prepare(str(parquet(tmp_path)), out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.5, **limit)
+    out = prepare(
+        str(parquet(tmp_path)),
+        out=str(tmp_path / "out"),
+        tokenizer="embedded",
+        val_share=0.5,
+        **limit,
+    )
     lengths = [len(embedded.tokenizer()(text)["input_ids"]) + 1 for text in TEXTS]
     total = list(itertools.accumulate(lengths))
     kept = limit.get("num_documents") or next(i + 1 for i, sum_ in enumerate(total) if sum_ >= 200)
@@ -151,7 +182,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves a CSV file open
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # datasets leaves a CSV file open
 @pytest.mark.parametrize("make", SOURCES)
 @pytest.mark.parametrize("stop", [1, 15, 37])
 def test_interrupted_preparation_goes_on_where_it_stopped(make, stop, tmp_path, monkeypatch):
@@ -173,7 +206,9 @@ def test_interrupted_preparation_goes_on_where_it_stopped(make, stop, tmp_path, 
     with (tmp_path / "out.partial/train.bin").open("ab") as file:
         file.write(b"what a kill left of a write")
     again = []
-    monkeypatch.setattr(data, "_encode", lambda texts, *rest: again.extend(texts) or plain(texts, *rest))
+    monkeypatch.setattr(
+        data, "_encode", lambda texts, *rest: again.extend(texts) or plain(texts, *rest)
+    )
     out = prepare(source, out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.2)
     assert encoded + again == TEXTS  # nothing twice
     assert read_splits(out) == expected_tokens(TEXTS, val_share=0.2)
@@ -193,10 +228,22 @@ def test_killed_preparation_goes_on(tmp_path):
         data._encode = killing
         data.prepare({str(parquet(tmp_path))!r}, out={str(tmp_path / "out")!r}, tokenizer="embedded", val_share=0.2)
     """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, check=False, capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, check=False, capture_output=True
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert json.loads((tmp_path / "out.partial/state.json").read_text())["counts"]["train"]["documents"] == 14 - 1
-    out = prepare(str(tmp_path / "documents.parquet"), out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.2)
+    assert (
+        json.loads((tmp_path / "out.partial/state.json").read_text())["counts"]["train"][
+            "documents"
+        ]
+        == 14 - 1
+    )
+    out = prepare(
+        str(tmp_path / "documents.parquet"),
+        out=str(tmp_path / "out"),
+        tokenizer="embedded",
+        val_share=0.2,
+    )
     assert read_splits(out) == expected_tokens(TEXTS, val_share=0.2)
 
 
@@ -237,7 +284,12 @@ def test_killed_while_finishing(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_encode", None)
     out = prepare(source, out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.2)
     assert read_splits(out) == expected_tokens(TEXTS, val_share=0.2)
-    assert sorted(path.name for path in out.iterdir()) == ["meta.json", "tokenizer", "train.bin", "val.bin"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "meta.json",
+        "tokenizer",
+        "train.bin",
+        "val.bin",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -254,9 +306,18 @@ def test_killed_while_finishing(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_sources(source, options, error, message, tmp_path):
-    made = {make.__name__: make(tmp_path) for make in (parquet, saved_splits) if f"{{{make.__name__}}}" in source}
+    made = {
+        make.__name__: make(tmp_path)
+        for make in (parquet, saved_splits)
+        if f"{{{make.__name__}}}" in source
+    }
     with pytest.raises(error, match=message):
-        prepare(source.format(tmp=tmp_path, **made), out=str(tmp_path / "out"), tokenizer="embedded", **options)
+        prepare(
+            source.format(tmp=tmp_path, **made),
+            out=str(tmp_path / "out"),
+            tokenizer="embedded",
+            **options,
+        )
 
 
 def test_mixed_folders_are_refused(tmp_path):
@@ -267,7 +328,10 @@ def test_mixed_folders_are_refused(tmp_path):
 
 def test_tokenizer_from_a_folder_and_too_large_ones(tmp_path, monkeypatch):
     embedded.tokenizer().save_pretrained(tmp_path / "own")
-    assert load_tokenizer(str(tmp_path / "own"))(TEXTS[0])["input_ids"] == embedded.tokenizer()(TEXTS[0])["input_ids"]
+    assert (
+        load_tokenizer(str(tmp_path / "own"))(TEXTS[0])["input_ids"]
+        == embedded.tokenizer()(TEXTS[0])["input_ids"]
+    )
     monkeypatch.setattr(tokenizer, "LARGEST", 510)
     with pytest.raises(ValueError, match=r"has 512 tokens; token files are uint16: 511 at most"):
         load_tokenizer(str(tmp_path / "own"))
@@ -283,11 +347,17 @@ def unreachable(monkeypatch):
 
 @pytest.mark.parametrize(
     "call",
-    [lambda: Documents("openwebtext"), lambda: Documents("no/such-set"), lambda: load_tokenizer("nobody/absent")],
+    [
+        lambda: Documents("openwebtext"),
+        lambda: Documents("no/such-set"),
+        lambda: load_tokenizer("nobody/absent"),
+    ],
 )
 def test_without_a_network_names_fail_within_seconds(call, unreachable):
     start = time.monotonic()
-    with pytest.raises(OSError, match=r"cannot be reached and this machine has no copy: give a local") as error:
+    with pytest.raises(
+        OSError, match=r"cannot be reached and this machine has no copy: give a local"
+    ) as error:
         call()
     assert time.monotonic() - start < 10
     assert "\n" not in str(error.value)
@@ -307,7 +377,9 @@ def test_tokens_outside_the_vocabulary(tmp_path):
     with pytest.raises(ValueError, match="token 300, the vocabulary ends at 299"):
         open_tokens(str(tmp_path), "train", window=4, vocabulary=300)
     write_bin(tmp_path / "val.bin", [50256, 50257])
-    with pytest.raises(ValueError, match="token 50257, the vocabulary ends at 50256"):  # GPT-2's, where nothing is stated
+    with pytest.raises(
+        ValueError, match="token 50257, the vocabulary ends at 50256"
+    ):  # GPT-2's, where nothing is stated
         open_tokens(str(tmp_path), "val", window=2)
 
 
@@ -319,14 +391,18 @@ def test_too_short(length, window, tmp_path):
 
 
 def test_missing_file_and_wrong_split(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"prepare it with 'python -m language_models.data'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"prepare it with 'python -m language_models.data'"
+    ):
         open_tokens(str(tmp_path), "train", window=4)
     with pytest.raises(ValueError, match="choose train or val"):
         open_tokens("embedded", "test", window=4)
 
 
 def test_files_changed_after_the_preparation_are_checked_anew(tmp_path):
-    out = prepare(str(parquet(tmp_path)), out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.5)
+    out = prepare(
+        str(parquet(tmp_path)), out=str(tmp_path / "out"), tokenizer="embedded", val_share=0.5
+    )
     assert open_tokens(str(out), "train", window=8).vocabulary == 512
     whole = (out / "train.bin").read_bytes()
     (out / "train.bin").write_bytes(whole[:-2] + b"\xff\xff")
@@ -344,7 +420,10 @@ def test_windows_of_a_nanogpt_file(tmp_path):
     tokens = open_tokens(str(folder), "train", window=16)
     windows = random_windows(tokens, 3, batch_size=400, window=16, seed=5)
     places = [int(np.flatnonzero(row[:-15] == window[0])[0]) for window in windows]
-    assert all((row[place : place + 16] == window).all() for place, window in zip(places, windows, strict=True))
+    assert all(
+        (row[place : place + 16] == window).all()
+        for place, window in zip(places, windows, strict=True)
+    )
     assert min(places) < 20
     assert max(places) > 965
     assert (windows == random_windows(tokens, 3, batch_size=400, window=16, seed=5)).all()
@@ -376,7 +455,9 @@ def test_masks_are_those_of_bert():
     assert abs((inputs[chosen] == windows[chosen]).mean() - 0.1) < 0.03
     again = masked_batch(windows, 0, mask=1, vocabulary=512, seed=0)
     assert torch.equal(again["input_ids"], batch["input_ids"])
-    assert not torch.equal(masked_batch(windows, 1, mask=1, vocabulary=512, seed=0)["labels"], batch["labels"])
+    assert not torch.equal(
+        masked_batch(windows, 1, mask=1, vocabulary=512, seed=0)["labels"], batch["labels"]
+    )
     one = masked_batch(windows[:1, :2], 3, mask=1, vocabulary=512, seed=0)
     assert (one["labels"] != -100).any()
 
@@ -385,18 +466,31 @@ def test_embedded_text():
     own = embedded.tokenizer()
     train, val = (embedded.token_ids(split, own) for split in ("train", "val"))
     assert 18_000 < len(val) < len(train) / 8
-    assert max(train.max(), val.max()) < len(own) == embedded.VOCABULARY == read_meta("embedded")["vocabulary"]
+    assert (
+        max(train.max(), val.max())
+        < len(own)
+        == embedded.VOCABULARY
+        == read_meta("embedded")["vocabulary"]
+    )
     parts = [own.decode(row).split(embedded.END)[:-1] for row in (train, val)]
     assert ["".join(both) for both in zip(*parts, strict=True)] == embedded.topics()
     code = "from language_models import embedded; print(embedded.tokenizer().backend_tokenizer.to_str())"
-    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    other = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert other.strip() == own.backend_tokenizer.to_str()
 
 
 def test_fixed_batches_are_numbered():
     tokens = open_tokens("embedded", "val", window=8)
     seen = []
-    fixed_batches(tokens, lambda windows, index: seen.append(index) or {}, num_batches=3, batch_size=2, window=8)
+    fixed_batches(
+        tokens,
+        lambda windows, index: seen.append(index) or {},
+        num_batches=3,
+        batch_size=2,
+        window=8,
+    )
     assert seen == [0, 1, 2]
 
 
@@ -415,7 +509,15 @@ def test_a_large_file_costs_no_more_memory_than_a_batch(tmp_path):
             random_windows(tokens, index, batch_size=32, window=1024, seed=0)
         print(tokens.length, peak() - before)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     length, growth = map(int, done.stdout.split())
     assert length == 1 << 29
-    assert growth < 12_000, f"{growth} KiB"  # the chunk of the check, 2 MiB, and a batch with the pages around its windows
+    assert growth < 12_000, (
+        f"{growth} KiB"
+    )  # the chunk of the check, 2 MiB, and a batch with the pages around its windows

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from blockspec import partition
-from blockspec.losses import masked_token, next_token
+from blockspec.model.losses import masked_token, next_token
 from language_models import bert, embedded, gpt2, nanogpt
 from language_models.loading import load_pretrained
 from language_models.models import ModelSettings, build
@@ -40,7 +40,9 @@ def random_gpt(*, bias: bool) -> nanogpt_model.GPT:
     torch.manual_seed(0)
     model = nanogpt_model.GPT(nanogpt_model.GPTConfig(bias=bias))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)  # norms and biases too: a swap of any two must show
+        torch.nn.init.normal_(
+            parameter, std=0.3
+        )  # norms and biases too: a swap of any two must show
     return model
 
 
@@ -64,15 +66,21 @@ def write_nanogpt(path: Path, model: nanogpt_model.GPT, *, prefix: str = "", **m
 @pytest.fixture
 def data(tmp_path) -> str:
     for split in ("train", "val"):
-        np.random.default_rng(0).integers(0, 64, 500).astype(np.uint16).tofile(tmp_path / f"{split}.bin")
+        np.random.default_rng(0).integers(0, 64, 500).astype(np.uint16).tofile(
+            tmp_path / f"{split}.bin"
+        )
     return str(tmp_path)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
+)
 def test_nanogpt_as_gpt2_is_the_same_function(bias, prefix, data, tmp_path):
     source = random_gpt(bias=bias)
-    model, batches, loss = nanogpt.checkpoint(str(write_nanogpt(tmp_path / "ckpt.pt", source, prefix=prefix)), data=data)
+    model, batches, loss = nanogpt.checkpoint(
+        str(write_nanogpt(tmp_path / "ckpt.pt", source, prefix=prefix)), data=data
+    )
     assert isinstance(model, GPT2LMHeadModel)
     assert not model.training
     tokens = batches[0]["input_ids"]
@@ -82,10 +90,15 @@ def test_nanogpt_as_gpt2_is_the_same_function(bias, prefix, data, tmp_path):
         torch.testing.assert_close(model.double()(tokens).logits, expected, rtol=1e-10, atol=1e-10)
         total, terms = loss(model, batches[0])
         torch.testing.assert_close(
-            total / terms, torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+            total / terms,
+            torch.nn.functional.cross_entropy(
+                expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+            ),
         )
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name, _ in source.named_parameters()} - {"lm_head.weight"} | {"transformer.wte.weight"}
+    assert trained == {name for name, _ in source.named_parameters()} - {"lm_head.weight"} | {
+        "transformer.wte.weight"
+    }
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
@@ -105,8 +118,12 @@ def test_nanogpt_in_its_own_class(data, tmp_path):
 
 def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
     harmed = tmp_path / "harmed"
-    path = write_nanogpt(tmp_path / "ckpt.pt", random_gpt(bias=True), surprise=Evil(f"touch {harmed}"))
-    with pytest.raises(ValueError, match=r"ckpt.pt holds more than tensors and numbers and was refused"):
+    path = write_nanogpt(
+        tmp_path / "ckpt.pt", random_gpt(bias=True), surprise=Evil(f"touch {harmed}")
+    )
+    with pytest.raises(
+        ValueError, match=r"ckpt.pt holds more than tensors and numbers and was refused"
+    ):
         nanogpt.read_checkpoint(path)
     assert not harmed.exists()
     torch.load(path, weights_only=False)  # the file is as hostile as it claims
@@ -145,8 +162,14 @@ def other_arguments(path: Path) -> None:
         (lambda path: path.write_bytes(b""), "cannot be read, it is cut short or no checkpoint"),
         (lambda path: path.write_text("hello"), "ckpt.pt (cannot be read|holds more than)"),
         (lambda path: path.unlink(), "does not exist"),
-        (lambda path: torch.save({"state_dict": {}}, path), r"is no checkpoint of nanoGPT: it has \['state_dict'\]"),
-        (lambda path: torch.save(torch.zeros(2), path), r"is no checkpoint of nanoGPT: it has Tensor"),
+        (
+            lambda path: torch.save({"state_dict": {}}, path),
+            r"is no checkpoint of nanoGPT: it has \['state_dict'\]",
+        ),
+        (
+            lambda path: torch.save(torch.zeros(2), path),
+            r"is no checkpoint of nanoGPT: it has Tensor",
+        ),
         (
             without("transformer.h.1.mlp.c_fc.weight"),
             r"1 are missing \(transformer.h.1.mlp.c_fc.weight\), 0 are unknown",
@@ -157,7 +180,10 @@ def other_arguments(path: Path) -> None:
 )
 def test_wrong_nanogpt_files_give_one_line(harm, message, data, tmp_path):
     harm(write_nanogpt(tmp_path / "ckpt.pt", random_gpt(bias=True)))
-    for factory in (nanogpt.checkpoint, lambda path, data: nanogpt.original(path, code=str(CODE), data=data)):
+    for factory in (
+        nanogpt.checkpoint,
+        lambda path, data: nanogpt.original(path, code=str(CODE), data=data),
+    ):
         with pytest.raises(ValueError, match=message) as error:
             factory(str(tmp_path / "ckpt.pt"), data=data)
         assert "\n" not in str(error.value)
@@ -173,7 +199,9 @@ def saved_checkpoint(folder: Path, model: ModelSettings, data: DataSettings) -> 
     task = make_task(model, data, seed=0)
     network = make_model(model, task, seed=0)
     record = {"model": vars(model), "data": vars(data)}
-    return write_checkpoint(folder, network, step=0, record=record, save=save_with_tokenizer(data.source))
+    return write_checkpoint(
+        folder, network, step=0, record=record, save=save_with_tokenizer(data.source)
+    )
 
 
 TINY = ModelSettings(num_layers=1, num_heads=2, width=8)
@@ -197,10 +225,15 @@ def test_our_checkpoint_to_measure(tiny):
     assert batches[0]["input_ids"][0].tolist() == held_out[:32].tolist()
     assert batches[-1]["input_ids"][-1].tolist() == held_out[-32:].tolist()
     again = gpt2.checkpoint(str(tiny))[1]
-    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True)
+    )
     other = gpt2.checkpoint(str(tiny), split="train", **SMALL)[1]
     assert [batch["input_ids"].shape for batch in other] == [(3, 12)] * 2
-    assert AutoTokenizer.from_pretrained(tiny)("for x in")["input_ids"] == embedded.tokenizer()("for x in")["input_ids"]
+    assert (
+        AutoTokenizer.from_pretrained(tiny)("for x in")["input_ids"]
+        == embedded.tokenizer()("for x in")["input_ids"]
+    )
 
 
 def test_our_bert_to_measure(tmp_path):
@@ -209,7 +242,9 @@ def test_our_bert_to_measure(tmp_path):
     assert loss is masked_token
     total, terms = loss(model, batches[0])
     assert terms == int((batches[0]["labels"] != -100).sum())
-    torch.testing.assert_close(total / terms, torch.tensor(np.log(512)), rtol=0.02, atol=0, check_dtype=False)
+    torch.testing.assert_close(
+        total / terms, torch.tensor(np.log(512)), rtol=0.02, atol=0, check_dtype=False
+    )
     again, other = bert.checkpoint(str(path))[1], bert.checkpoint(str(path), seed=1)[1]
     assert torch.equal(again[0]["labels"], batches[0]["labels"])
     assert not torch.equal(other[0]["labels"], batches[0]["labels"])
@@ -229,14 +264,18 @@ def test_any_folder_of_hugging_face(tiny, tmp_path):
 
 
 def test_without_biases_there_are_none_to_train_or_measure(tmp_path):
-    path = saved_checkpoint(tmp_path, ModelSettings(num_layers=1, num_heads=2, width=8, bias=False), DataSettings())
+    path = saved_checkpoint(
+        tmp_path, ModelSettings(num_layers=1, num_heads=2, width=8, bias=False), DataSettings()
+    )
     model = gpt2.checkpoint(str(path))[0]
     assert all(p.requires_grad != name.endswith("bias") for name, p in model.named_parameters())
     assert all(not p.any() for name, p in model.named_parameters() if name.endswith("bias"))
 
 
 def test_untied_heads(tmp_path):
-    path = saved_checkpoint(tmp_path, ModelSettings(num_layers=1, num_heads=2, width=8, tied=False), DataSettings())
+    path = saved_checkpoint(
+        tmp_path, ModelSettings(num_layers=1, num_heads=2, width=8, tied=False), DataSettings()
+    )
     model = gpt2.checkpoint(str(path))[0]
     assert not torch.equal(model.lm_head.weight, model.transformer.wte.weight)
 
@@ -264,13 +303,17 @@ def other_kind(path: Path) -> None:
 def own_code(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
     auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    (path / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": auto_map}))
+    (path / "config.json").write_text(
+        json.dumps({**config, "model_type": "evil", "auto_map": auto_map})
+    )
     (path / "evil.py").write_text(f"open({str(path / 'harmed')!r}, 'w')")
 
 
 def hostile_weights(path: Path) -> None:
     (path / "model.safetensors").unlink()
-    torch.save({"transformer.wte.weight": Evil(f"touch {path / 'harmed'}")}, path / "pytorch_model.bin")
+    torch.save(
+        {"transformer.wte.weight": Evil(f"touch {path / 'harmed'}")}, path / "pytorch_model.bin"
+    )
 
 
 @pytest.mark.parametrize(
@@ -278,13 +321,19 @@ def hostile_weights(path: Path) -> None:
     [
         (cut_weights, "incomplete metadata, file not fully covered|invalid header"),
         (drop_weight, r"lacks 1 tensors of its causal model, such as transformer.ln_f.weight"),
-        (other_size, r"has 16 tensors of other shapes than its config.json says, such as .*: \(24,\), not \(48,\)"),
+        (
+            other_size,
+            r"has 16 tensors of other shapes than its config.json says, such as .*: \(24,\), not \(48,\)",
+        ),
         (other_kind, "cannot load .*unheard_of"),
         (own_code, "cannot load .*custom code"),
         (hostile_weights, "cannot load .*[Ww]eights.only"),
         (lambda path: (path / "model.safetensors").unlink(), "no file named model.safetensors"),
         (lambda path: (path / "config.json").write_text("{"), "not a valid JSON"),
-        (lambda path: (path / "config.json").unlink(), "cannot load .*[Uu]nrecognized model|config.json"),
+        (
+            lambda path: (path / "config.json").unlink(),
+            "cannot load .*[Uu]nrecognized model|config.json",
+        ),
     ],
 )
 def test_wrong_folders_give_one_line_and_run_nothing(harm, message, tiny):
@@ -315,12 +364,20 @@ def test_the_initial_weights_are_those_of_gpt2():
     for name, std in {"mlp.c_fc": 0.02, "mlp.c_proj": 0.02 / 4, "attn.c_proj": 0.02 / 4}.items():
         weight = model.get_submodule(f"transformer.h.3.{name}").weight
         assert abs(weight.std().item() / std - 1) < 0.05
-    assert sum(p.numel() for p in model.parameters()) == 512 * 64 + 32 * 64 + 8 * (12 * 64**2 + 13 * 64) + 2 * 64
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == 512 * 64 + 32 * 64 + 8 * (12 * 64**2 + 13 * 64) + 2 * 64
+    )
 
 
 def test_gpt2_124m_has_the_size_of_the_paper_s():
     with torch.device("meta"):
-        model = build(ModelSettings(num_layers=12, num_heads=12, width=768), vocabulary=50257, window=1024, end_token=None)
+        model = build(
+            ModelSettings(num_layers=12, num_heads=12, width=768),
+            vocabulary=50257,
+            window=1024,
+            end_token=None,
+        )
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
 
 

@@ -41,24 +41,39 @@ QUICK = [*SMALL, "--data.held_out_batches=1", "--training.tracker=none", "--trai
 def command(*arguments: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     line = [sys.executable, *launcher, "language_models.train", *QUICK, *arguments]
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_a_run_from_a_file_with_overrides(tmp_path):
     config = str(ROOT / "language_models/configs/embedded_tiny.yaml")
-    overrides = ["--out", str(tmp_path / "run"), "--training.num_steps=40", "--training.optimizer.lr=0.01"]
+    overrides = [
+        "--out",
+        str(tmp_path / "run"),
+        "--training.num_steps=40",
+        "--training.optimizer.lr=0.01",
+    ]
     overrides.append("--training.checkpoints=[0,0.05,1]")
     last = run_command(train, ["--config", config, *QUICK, *overrides])
     assert last == tmp_path / "run/step_000040"
     record = read_record(last)
-    assert record["training"]["optimizer"] == {**record["training"]["optimizer"], "name": "adamw", "lr": 0.01}
+    assert record["training"]["optimizer"] == {
+        **record["training"]["optimizer"],
+        "name": "adamw",
+        "lr": 0.01,
+    }
     assert record["training"]["schedule"]["warmup"] == 50  # the file's
-    assert record["held_out_loss"] < read_record(tmp_path / "run/step_000000")["held_out_loss"] - 0.3
+    assert (
+        record["held_out_loss"] < read_record(tmp_path / "run/step_000000")["held_out_loss"] - 0.3
+    )
     assert [read_record(path)["step"] for path in list_checkpoints(tmp_path / "run")] == [0, 2, 40]
     model, report = AutoModelForCausalLM.from_pretrained(last, output_loading_info=True)
     assert not report["missing_keys"]
     assert model.lm_head.weight is model.transformer.wte.weight
-    text = AutoTokenizer.from_pretrained(last)("The assert statement", return_tensors="pt")["input_ids"]
+    text = AutoTokenizer.from_pretrained(last)("The assert statement", return_tensors="pt")[
+        "input_ids"
+    ]
     assert model(text).logits.shape == (*text.shape, 512)
     assert model.generate(text, max_new_tokens=3, do_sample=False).shape[1] == text.shape[1] + 3
 
@@ -79,10 +94,23 @@ def test_the_124m_config_is_the_paper_s():
     parser.add_function_arguments(train)
     path = str(ROOT / "language_models/configs/gpt2_124m.yaml")
     found = parser.instantiate_classes(parser.parse_args(["--config", path]))
-    training, optimizer, schedule = found.training, found.training.optimizer, found.training.schedule
+    training, optimizer, schedule = (
+        found.training,
+        found.training.optimizer,
+        found.training.schedule,
+    )
     assert found.data.num_tokens * found.data.batch_size * training.micro_batches == 491_520
-    assert (optimizer.lr, optimizer.weight_decay, optimizer.betas, optimizer.clip) == (6e-4, 0.1, (0.9, 0.95), 1.0)
-    assert (schedule.warmup, schedule.final * optimizer.lr, training.num_steps) == (2000, pytest.approx(3e-5), 100_000)
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.betas, optimizer.clip) == (
+        6e-4,
+        0.1,
+        (0.9, 0.95),
+        1.0,
+    )
+    assert (schedule.warmup, schedule.final * optimizer.lr, training.num_steps) == (
+        2000,
+        pytest.approx(3e-5),
+        100_000,
+    )
     assert {0.001, 0.025, 0.05, 0.075, 0.1} <= set(training.checkpoints)
 
 
@@ -97,20 +125,33 @@ def test_help_explains_settings(capsys):
 
 def test_an_error_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run_command(train, ["--data.source", str(tmp_path / "absent"), "--out", str(tmp_path / "run")])
+        run_command(
+            train, ["--data.source", str(tmp_path / "absent"), "--out", str(tmp_path / "run")]
+        )
     assert stopped.value.code == 1
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/absent/train.bin does not exist: prepare it with")
+    assert capsys.readouterr().err.startswith(
+        f"error: {tmp_path}/absent/train.bin does not exist: prepare it with"
+    )
     assert not (tmp_path / "run").exists()
     with pytest.raises(FileNotFoundError):
-        run_command(train, ["--debug", "--data.source", str(tmp_path / "absent"), "--out", str(tmp_path / "run")])
+        run_command(
+            train,
+            ["--debug", "--data.source", str(tmp_path / "absent"), "--out", str(tmp_path / "run")],
+        )
 
 
 def test_bert_learns_and_its_checkpoints_are_bert(tmp_path):
     settings = TrainingSettings(
-        num_steps=40, checkpoints=(0.0, 1.0), device="cpu", tracker="none", optimizer=OptimizerSettings(lr=0.01)
+        num_steps=40,
+        checkpoints=(0.0, 1.0),
+        device="cpu",
+        tracker="none",
+        optimizer=OptimizerSettings(lr=0.01),
     )
     model = ModelSettings(architecture="bert", num_layers=1, num_heads=2, width=16)
-    last = train(out=str(tmp_path), model=model, data=DataSettings(num_tokens=16), training=settings)
+    last = train(
+        out=str(tmp_path), model=model, data=DataSettings(num_tokens=16), training=settings
+    )
     first = read_record(tmp_path / "step_000000")["held_out_loss"]
     assert read_record(last)["held_out_loss"] < first - 0.2
     assert json.loads((last / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
@@ -118,19 +159,26 @@ def test_bert_learns_and_its_checkpoints_are_bert(tmp_path):
 
 def test_training_on_prepared_data_keeps_their_tokenizer(tmp_path):
     (tmp_path / "a.txt").write_text("a line of text to learn from\n" * 1000)
-    source = prepare(str(tmp_path / "a.txt"), out=str(tmp_path / "data"), tokenizer="embedded", val_share=0.5)
+    source = prepare(
+        str(tmp_path / "a.txt"), out=str(tmp_path / "data"), tokenizer="embedded", val_share=0.5
+    )
     settings = TrainingSettings(num_steps=2, checkpoints=(1.0,), device="cpu", tracker="none")
     data = DataSettings(source=str(source), num_tokens=16, batch_size=4, held_out_batches=1)
     model = ModelSettings(num_layers=1, num_heads=2, width=16)
     last = train(out=str(tmp_path / "run"), model=model, data=data, training=settings)
-    assert AutoTokenizer.from_pretrained(last).decode([17, 300]) == AutoTokenizer.from_pretrained(source / "tokenizer").decode(
-        [17, 300]
-    )
+    assert AutoTokenizer.from_pretrained(last).decode([17, 300]) == AutoTokenizer.from_pretrained(
+        source / "tokenizer"
+    ).decode([17, 300])
 
 
 def test_killed_training_goes_on_with_the_same_losses(tmp_path):
     """A real kill -9 in the middle of an update; dropout, so random numbers matter too."""
-    arguments = ["--training.num_steps=14", "--training.state_every=4", "--training.log_every=2", "--model.dropout=0.2"]
+    arguments = [
+        "--training.num_steps=14",
+        "--training.state_every=4",
+        "--training.log_every=2",
+        "--model.dropout=0.2",
+    ]
     program = f"""
         import os, signal, sys
         from language_models import train
@@ -149,42 +197,83 @@ def test_killed_training_goes_on_with_the_same_losses(tmp_path):
     for run in ("cut", "whole"):
         run_command(train, [*QUICK, *arguments, "--out", str(tmp_path / run)])
     pd.testing.assert_frame_equal(read_log(tmp_path / "cut"), read_log(tmp_path / "whole"))
-    weights = [(tmp_path / run / "step_000014/model.safetensors").read_bytes() for run in ("cut", "whole")]
+    weights = [
+        (tmp_path / run / "step_000014/model.safetensors").read_bytes() for run in ("cut", "whole")
+    ]
     assert weights[0] == weights[1]
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     """Through accelerate launch, on CPU with gloo; masked tokens, whose number differs between the processes."""
-    arguments = ["--model.architecture=bert", "--training.micro_batches=2", "--training.num_steps=4"]
+    arguments = [
+        "--model.architecture=bert",
+        "--training.micro_batches=2",
+        "--training.num_steps=4",
+    ]
     done = command(*arguments, "--out", str(tmp_path / "two"), launcher=(*accelerate(2), "-m"))
     assert done.returncode == 0, done.stderr
     run_command(train, [*QUICK, *arguments, "--out", str(tmp_path / "one")])
     logs = [read_log(tmp_path / run) for run in ("one", "two")]
-    torch.testing.assert_close(*(torch.tensor(log.fillna(0).to_numpy()) for log in logs), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        *(torch.tensor(log.fillna(0).to_numpy()) for log in logs), rtol=1e-5, atol=1e-6
+    )
     for run, processes in (("one", 1), ("two", 2)):
-        assert [read_record(path)["processes"] for path in list_checkpoints(tmp_path / run)] == [processes] * 4
+        assert [read_record(path)["processes"] for path in list_checkpoints(tmp_path / run)] == [
+            processes
+        ] * 4
 
 
 def test_fine_tuning_starts_from_the_weights_of_a_checkpoint(tmp_path):
-    long = ["--out", str(tmp_path / "first"), "--training.num_steps=20", "--training.optimizer.lr=0.01"]
+    long = [
+        "--out",
+        str(tmp_path / "first"),
+        "--training.num_steps=20",
+        "--training.optimizer.lr=0.01",
+    ]
     first = run_command(train, [*QUICK, *long])
-    second = ["--out", str(tmp_path / "second"), "--start", str(first), "--training.num_steps=1", "--training.seed=5"]
+    second = [
+        "--out",
+        str(tmp_path / "second"),
+        "--start",
+        str(first),
+        "--training.num_steps=1",
+        "--training.seed=5",
+    ]
     run_command(train, [*QUICK, *second])
-    fresh, start, end = tmp_path / "first/step_000000", tmp_path / "second/step_000000", tmp_path / "second/step_000001"
+    fresh, start, end = (
+        tmp_path / "first/step_000000",
+        tmp_path / "second/step_000000",
+        tmp_path / "second/step_000001",
+    )
     losses = {path: read_record(path)["held_out_loss"] for path in (fresh, first, start, end)}
     assert losses[start] == losses[first] < losses[fresh]
     assert losses[end] != losses[start]
-    with pytest.raises(ValueError, match=r"the weights of .* do not fit ModelSettings\(.*num_layers=2"):
-        train(out=str(tmp_path / "third"), model=ModelSettings(num_layers=2, num_heads=2, width=16), start=str(first))
+    with pytest.raises(
+        ValueError, match=r"the weights of .* do not fit ModelSettings\(.*num_layers=2"
+    ):
+        train(
+            out=str(tmp_path / "third"),
+            model=ModelSettings(num_layers=2, num_heads=2, width=16),
+            start=str(first),
+        )
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bert"])
 def test_a_fresh_model_is_the_one_that_training_begins_with(tmp_path, architecture):
     shape = {"architecture": architecture, "num_layers": 1, "num_heads": 2, "width": 16}
     model, batches, loss = fresh(settings=shape, num_tokens=16, num_batches=2, batch_size=3, seed=4)
-    training = TrainingSettings(num_steps=1, checkpoints=(0.0,), seed=4, tracker="none", device="cpu")
-    begun = train(out=str(tmp_path), model=ModelSettings(**shape), data=DataSettings(num_tokens=16), training=training)
-    weights = load_pretrained(str(begun), "masked" if architecture == "bert" else "causal").state_dict()
+    training = TrainingSettings(
+        num_steps=1, checkpoints=(0.0,), seed=4, tracker="none", device="cpu"
+    )
+    begun = train(
+        out=str(tmp_path),
+        model=ModelSettings(**shape),
+        data=DataSettings(num_tokens=16),
+        training=training,
+    )
+    weights = load_pretrained(
+        str(begun), "masked" if architecture == "bert" else "causal"
+    ).state_dict()
     torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
     assert [batch["input_ids"].shape for batch in batches] == [(3, 16), (3, 16)]
     total, terms = loss(model, batches[0])

@@ -53,7 +53,9 @@ def test_next_token_leaves_out_padding_unless_labels_say_otherwise():
     padded = losses.next_token(Constant(logits), {"input_ids": ids, "attention_mask": mask})
     assert padded[1] == 2
     labels = torch.tensor([[0, 3, -100, 4]])
-    given = losses.next_token(Constant(logits), {"input_ids": ids, "attention_mask": mask, "labels": labels})
+    given = losses.next_token(
+        Constant(logits), {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    )
     expected = -(log_softmax(logits)[0, 0, 3] + log_softmax(logits)[0, 2, 4])
     torch.testing.assert_close(given[0], expected, rtol=1e-13, atol=0)
     assert given[1] == 2
@@ -155,10 +157,26 @@ def test_extra_entries_of_a_mapping_reach_the_model():
 
 LONG = torch.zeros(2, 7, dtype=torch.long)
 SHAPES = {
-    "classes": (losses.classification, (torch.zeros(2), LONG[0, :4]), r"need labels of shape \(2,\), got \(4,\)"),
-    "tokens": (losses.next_token, {"input_ids": LONG}, r"need labels of shape \(2, 2\), got \(2, 6\)"),
-    "no labels": (losses.masked_token, {"input_ids": LONG}, r"needs 'labels'; this one has \['input_ids'\]"),
-    "targets": (losses.regression, (torch.zeros(2), torch.zeros(2)), r"need targets of that shape, got \(2,\)"),
+    "classes": (
+        losses.classification,
+        (torch.zeros(2), LONG[0, :4]),
+        r"need labels of shape \(2,\), got \(4,\)",
+    ),
+    "tokens": (
+        losses.next_token,
+        {"input_ids": LONG},
+        r"need labels of shape \(2, 2\), got \(2, 6\)",
+    ),
+    "no labels": (
+        losses.masked_token,
+        {"input_ids": LONG},
+        r"needs 'labels'; this one has \['input_ids'\]",
+    ),
+    "targets": (
+        losses.regression,
+        (torch.zeros(2), torch.zeros(2)),
+        r"need targets of that shape, got \(2,\)",
+    ),
 }
 
 
@@ -181,9 +199,13 @@ def test_a_model_without_logits_is_an_error():
             return {"hidden": self.outputs}
 
     with pytest.raises(TypeError, match=r"the model gave a dict; expected a tensor"):
-        losses.classification(Odd(torch.zeros(2, 3)), (torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)))
+        losses.classification(
+            Odd(torch.zeros(2, 3)), (torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
+        )
 
 
 def test_next_token_of_a_model_in_float32_gives_float32():
-    model = models.tiny_gpt2(dtype=torch.float32, vocab_size=VOCABULARY, n_embd=8, n_head=2, layers=1)
+    model = models.tiny_gpt2(
+        dtype=torch.float32, vocab_size=VOCABULARY, n_embd=8, n_head=2, layers=1
+    )
     assert losses.next_token(model, {"input_ids": tokens(1, 4)})[0].dtype == torch.float32

@@ -17,10 +17,15 @@ def test_blocks_and_pairs_of_blocks(name, curvature):
     blocks = partition(it.model, "head")[2:5] + partition(it.model, "neuron")[-1:]
     for block in blocks:
         for other in blocks[1:3]:
-            rows, columns = dense_truth.positions(it.model, block), dense_truth.positions(it.model, other)
+            rows, columns = (
+                dense_truth.positions(it.model, block),
+                dense_truth.positions(it.model, other),
+            )
             found = blockspec.dense(it.objective(), block, other, curvature=curvature)
             assert found.shape == (block.numel, other.numel)
-            np.testing.assert_allclose(found, matrix[rows][:, columns], rtol=0, atol=1e-12 * float(matrix.abs().max()))
+            np.testing.assert_allclose(
+                found, matrix[rows][:, columns], rtol=0, atol=1e-12 * float(matrix.abs().max())
+            )
 
 
 def test_a_block_of_its_own_is_exactly_symmetric():
@@ -38,7 +43,12 @@ def test_takes_the_shorter_side():
     short, long = partition(it.model, include=["*ln_1.weight", "*c_fc.weight"])
     for block, other in ((short, long), (long, short)):
         seen = []
-        blockspec.dense(it.objective(), block, other, progress=lambda done, total, seen=seen: seen.append((done, total)))
+        blockspec.dense(
+            it.objective(),
+            block,
+            other,
+            progress=lambda done, total, seen=seen: seen.append((done, total)),
+        )
         assert seen == [(8, 8)]
 
 
@@ -48,6 +58,7 @@ def test_what_does_not_fit_is_refused_before_any_work():
     objective = it.objective()
     objective.check = None
     with pytest.raises(
-        ValueError, match=r"'model' x 'model' has 1,032 x 1,032 .* 16.3 MiB.*1 MiB .*hold a block of 256 parameters"
+        ValueError,
+        match=r"'model' x 'model' has 1,032 x 1,032 .* 16.3 MiB.*1 MiB .*hold a block of 256 parameters",
     ):
         blockspec.dense(objective, block, limit=2**20)

@@ -22,7 +22,9 @@ def test_squared_norms_of_blocks(curvature):
     for block in blocks:
         index = dense_truth.positions(it.model, block)
         exact = float(truth("gpt2", curvature)[index][:, index].square().sum())
-        assert abs(found[block.name].value - exact) <= 4.5 * found[block.name].stderr + 1e-12 * exact
+        assert (
+            abs(found[block.name].value - exact) <= 4.5 * found[block.name].stderr + 1e-12 * exact
+        )
     assert found["transformer.h.0.ln_1.weight"].stderr == 0
 
 
@@ -30,8 +32,15 @@ def test_intervals_cover_the_truth():
     matrix = matrix_with_decay(sum(SIZES), power=0.5)
     objective, blocks = coupled(matrix, SIZES)
     exact = [float(cut(matrix, SIZES)[i][i].square().sum()) for i in range(3)]
-    trials = [blockspec.squared_norms(objective, blocks, num_probes=16, seed=seed) for seed in range(200)]
-    assert_coverage([[holds(found.interval(b.name), t) for b, t in zip(blocks, exact, strict=True)] for found in trials])
+    trials = [
+        blockspec.squared_norms(objective, blocks, num_probes=16, seed=seed) for seed in range(200)
+    ]
+    assert_coverage(
+        [
+            [holds(found.interval(b.name), t) for b, t in zip(blocks, exact, strict=True)]
+            for found in trials
+        ]
+    )
 
 
 def test_takes_a_product_of_each_block_per_probe_and_ends_at_the_tolerance():
@@ -41,7 +50,9 @@ def test_takes_a_product_of_each_block_per_probe_and_ends_at_the_tolerance():
     assert set(found.probes.values()) == {8}
 
 
-@pytest.mark.parametrize("values", [[4.0, 2.0, -2.0, 1.0], [3.0, 3.0, 3.0], [0.0, 0.0], [5.0, 0.0, 0.0]])
+@pytest.mark.parametrize(
+    "values", [[4.0, 2.0, -2.0, 1.0], [3.0, 3.0, 3.0], [0.0, 0.0], [5.0, 0.0, 0.0]]
+)
 def test_ranks_of_known_eigenvalues(values):
     table = blockspec.norms(spectra_of({"a": matrix_of(values)})).loc["weights.a"]
     sizes = np.abs(values)
@@ -56,7 +67,14 @@ def test_ranks_of_known_eigenvalues(values):
 
 
 def test_ranks_of_a_large_block_come_with_errors():
-    values = torch.cat([torch.linspace(-0.05, 0.05, 95), torch.tensor([1.0, 1.0, -1.0, 0.5, 0.5])]).double()
-    table = blockspec.norms(spectra_of({"a": matrix_of(values)}, num_probes=30, num_steps=20)).loc["weights.a"]
-    for column, exact in (("stable_rank", values.square().sum()), ("effective_rank", values.abs().sum())):
+    values = torch.cat(
+        [torch.linspace(-0.05, 0.05, 95), torch.tensor([1.0, 1.0, -1.0, 0.5, 0.5])]
+    ).double()
+    table = blockspec.norms(spectra_of({"a": matrix_of(values)}, num_probes=30, num_steps=20)).loc[
+        "weights.a"
+    ]
+    for column, exact in (
+        ("stable_rank", values.square().sum()),
+        ("effective_rank", values.abs().sum()),
+    ):
         assert abs(table[column] - float(exact)) < 4 * table[f"{column}_stderr"]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from blockspec import Objective, estimate_spectra, losses, partition
-from blockspec.objective import fingerprint, placed
+from blockspec.model.objective import fingerprint, placed
 
 
 def mean_of_terms(it):
@@ -36,7 +36,10 @@ def test_value_and_gradient_are_those_of_the_mean_over_terms(name):
 
 def curvature_of(model, batches, loss=losses.next_token):
     objective = Objective(model, batches, loss)
-    blocks = [*partition(model, include=["*h.0*c_attn.weight/value", "*wte*"]), *partition(model, "model")]
+    blocks = [
+        *partition(model, include=["*h.0*c_attn.weight/value", "*wte*"]),
+        *partition(model, "model"),
+    ]
     spectra = estimate_spectra(objective, blocks, num_probes=1, num_steps=6)
     return objective.value(), np.stack([s.nodes for s in spectra.values()])
 
@@ -75,9 +78,15 @@ def test_the_size_of_a_micro_batch_changes_nothing(micro_batch, curvature):
     mask = torch.tensor([[1] * 6, [1] * 6, [1] * 3 + [0] * 3, [1] * 2 + [0] * 4])
     batches = [{"input_ids": tokens(4, 6), "attention_mask": mask}, {"input_ids": tokens(2, 5)}]
     blocks = [*partition(model, include="*wte*"), *partition(model, "model")]
-    whole, parts = (Objective(model, batches, losses.next_token, micro_batch=size) for size in (None, micro_batch))
+    whole, parts = (
+        Objective(model, batches, losses.next_token, micro_batch=size)
+        for size in (None, micro_batch)
+    )
     assert parts.value() == pytest.approx(whole.value(), rel=1e-12)
-    one, two = (estimate_spectra(objective, blocks, 1, 5, curvature=curvature) for objective in (whole, parts))
+    one, two = (
+        estimate_spectra(objective, blocks, 1, 5, curvature=curvature)
+        for objective in (whole, parts)
+    )
     for name in one:
         np.testing.assert_allclose(two[name].nodes, one[name].nodes, rtol=1e-9, atol=1e-12)
 
@@ -92,7 +101,9 @@ def test_a_micro_batch_of_images_and_pairs():
 
 def test_batches_are_not_cut_where_their_statistics_matter():
     it = resnet()
-    whole, parts = (it.objective(batch_norm="train", micro_batch=size).value() for size in (None, 1))
+    whole, parts = (
+        it.objective(batch_norm="train", micro_batch=size).value() for size in (None, 1)
+    )
     assert whole == parts
 
 
@@ -101,7 +112,9 @@ def test_a_batch_without_terms_changes_nothing(place):
     it = gpt2()
     empty = {"input_ids": tokens(1, 5), "labels": torch.full((1, 5), -100)}
     value, nodes = curvature_of(it.model, it.batches)
-    other_value, other_nodes = curvature_of(it.model, [*it.batches[:place], empty, *it.batches[place:]])
+    other_value, other_nodes = curvature_of(
+        it.model, [*it.batches[:place], empty, *it.batches[place:]]
+    )
     assert other_value == pytest.approx(value, rel=1e-12)
     np.testing.assert_allclose(other_nodes, nodes, rtol=1e-9, atol=1e-12)
 
@@ -133,7 +146,9 @@ def test_an_unshuffled_loader_is_a_list_of_batches():
 
 def test_a_tensor_as_a_batch():
     model = nn.Linear(3, 1, dtype=torch.float64)
-    loss = losses.Loss(lambda model, batch: model(batch)[:, 0], lambda outputs, batch: outputs.square())
+    loss = losses.Loss(
+        lambda model, batch: model(batch)[:, 0], lambda outputs, batch: outputs.square()
+    )
     batches = [torch.ones(2, 3, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)]
     objective = Objective(model, batches, loss)
     expected = (2 * model(batches[0][:1]).square() + model(batches[1]).square()) / 3
@@ -147,10 +162,15 @@ def state_of(model):
         "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
         "identities": [id(p) for p in model.parameters()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
-        "gradients": [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()],
+        "gradients": [
+            None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()
+        ],
         "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
-        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        "hooks": [
+            len(module._forward_hooks) + len(module._forward_pre_hooks)
+            for module in model.modules()
+        ],
         "random": torch.get_rng_state(),
         "grad_enabled": torch.is_grad_enabled(),
     }
@@ -199,7 +219,9 @@ def test_the_model_comes_back_as_it_was(make, batch_norm, curvature):
     objective = it.objective(batch_norm=batch_norm)
     objective.value()
     objective.gradient()
-    estimate_spectra(objective, partition(it.model)[:3], num_probes=1, num_steps=2, curvature=curvature)
+    estimate_spectra(
+        objective, partition(it.model)[:3], num_probes=1, num_steps=2, curvature=curvature
+    )
     assert_same(state_of(it.model), before)
 
 
@@ -209,7 +231,9 @@ def test_the_model_comes_back_as_it_was(make, batch_norm, curvature):
 def test_the_model_comes_back_also_while_an_exception_is_held(make, batch_norm, at_call):
     it = disturbed(make())
     before = state_of(it.model)
-    objective = Objective(it.model, it.batches, exploding(it, at_call=at_call), batch_norm=batch_norm)
+    objective = Objective(
+        it.model, it.batches, exploding(it, at_call=at_call), batch_norm=batch_norm
+    )
     with pytest.raises(RuntimeError, match="in the middle") as held:
         estimate_spectra(objective, partition(it.model)[:3], num_probes=1, num_steps=4)
     assert held.tb is not None  # every frame of the traceback is still alive
@@ -246,7 +270,12 @@ def test_the_model_comes_back_while_an_error_of_a_product_is_held():
         return Bad.apply(total * 1.0), count
 
     with pytest.raises(RuntimeError, match="in a product") as held:
-        estimate_spectra(Objective(it.model, it.batches, loss), partition(it.model)[:2], num_probes=1, num_steps=2)
+        estimate_spectra(
+            Objective(it.model, it.batches, loss),
+            partition(it.model)[:2],
+            num_probes=1,
+            num_steps=2,
+        )
     assert held.tb is not None
     assert_same(state_of(it.model), before)
 
@@ -277,7 +306,9 @@ def test_dropout_in_training_mode_changes_nothing():
     nodes = []
     for training in (True, False):
         it.model.train(training)
-        nodes.append(estimate_spectra(it.objective(), block, num_probes=1, num_steps=3)[block.name].nodes)
+        nodes.append(
+            estimate_spectra(it.objective(), block, num_probes=1, num_steps=3)[block.name].nodes
+        )
     np.testing.assert_array_equal(*nodes)
 
 
@@ -304,7 +335,9 @@ def noisy_loss(model, batch):
 
 def shuffled():
     data = TensorDataset(torch.randn(64, 3, 8, 8, dtype=torch.float64), torch.arange(64) % 5)
-    return Objective(problem("vit").model, DataLoader(data, batch_size=4, shuffle=True), losses.classification)
+    return Objective(
+        problem("vit").model, DataLoader(data, batch_size=4, shuffle=True), losses.classification
+    )
 
 
 class Augmented:
@@ -314,9 +347,18 @@ class Augmented:
 
 
 RANDOM = {
-    "dropout by function": (lambda: dropping(AlwaysDropping), r"not deterministic.*dropout that ignores eval mode"),
-    "dropout by flag": (lambda: dropping(NeverQuiet), r"not deterministic.*dropout that ignores eval mode"),
-    "loss": (lambda: Objective(nanogpt().model, nanogpt().batches, noisy_loss), r"not deterministic.*a loss"),
+    "dropout by function": (
+        lambda: dropping(AlwaysDropping),
+        r"not deterministic.*dropout that ignores eval mode",
+    ),
+    "dropout by flag": (
+        lambda: dropping(NeverQuiet),
+        r"not deterministic.*dropout that ignores eval mode",
+    ),
+    "loss": (
+        lambda: Objective(nanogpt().model, nanogpt().batches, noisy_loss),
+        r"not deterministic.*a loss",
+    ),
     "shuffled data": (shuffled, r"not the same the second time.*shuffle=False"),
     "augmented data": (
         lambda: Objective(problem("vit").model, Augmented(), losses.classification),
@@ -331,7 +373,9 @@ def test_an_objective_that_is_not_deterministic_is_found_before_the_work(make, m
     sweeps = []
     blocks = partition(objective.model)[:2]
     with pytest.raises(ValueError, match=message):
-        estimate_spectra(objective, blocks, num_probes=1, num_steps=2, progress=lambda *done: sweeps.append(done))
+        estimate_spectra(
+            objective, blocks, num_probes=1, num_steps=2, progress=lambda *done: sweeps.append(done)
+        )
     assert not sweeps
 
 
@@ -364,7 +408,9 @@ def test_check_gives_no_warnings_of_its_own():
 def test_batches_of_every_form_are_moved(device):
     device = torch.device(device)
     x = torch.ones(2)
-    pair, mapping, nested = (placed(batch, device, None) for batch in ((x, x), {"a": x}, [x, {"b": (x, 3)}]))
+    pair, mapping, nested = (
+        placed(batch, device, None) for batch in ((x, x), {"a": x}, [x, {"b": (x, 3)}])
+    )
     assert isinstance(pair, tuple)
     found = [*pair, mapping["a"], nested[0], nested[1]["b"][0]]
     assert {tensor.device.type for tensor in found} == {device.type}
@@ -394,7 +440,11 @@ def test_batches_of_other_kinds_keep_their_content(form):
         "namedtuple": lambda: namedtuple("Batch", ["x", "y"])(tokens(1, 4), tokens(1, 4)),
         "dict": lambda: content,
     }[form]()
-    model = models.tiny_gpt2(vocab_size=VOCABULARY, layers=1) if form != "namedtuple" else nanogpt().model
+    model = (
+        models.tiny_gpt2(vocab_size=VOCABULARY, layers=1)
+        if form != "namedtuple"
+        else nanogpt().model
+    )
     objective = Objective(model, [batch], losses.next_token)
     assert np.isfinite(objective.value())
 
@@ -409,9 +459,17 @@ class Held:
 def test_fingerprints_tell_batches_apart():
     x, y = tokens(2, 4), tokens(2, 4, seed=1)
     assert fingerprint({"a": x, "b": y}) == fingerprint({"a": x.clone(), "b": y.clone()})
-    others = [{"a": y, "b": x}, {"a": x}, {"a": x, "c": y}, {"a": x.int(), "b": y}, {"a": x.view(4, 2), "b": y}]
+    others = [
+        {"a": y, "b": x},
+        {"a": x},
+        {"a": x, "c": y},
+        {"a": x.int(), "b": y},
+        {"a": x.view(4, 2), "b": y},
+    ]
     assert len({fingerprint(batch) for batch in [{"a": x, "b": y}, *others]}) == 6
     assert fingerprint(x.numpy()) == fingerprint(x) != fingerprint(y.numpy())
     assert fingerprint(Held(x)) == fingerprint(Held(x.clone())) != fingerprint(Held(y))
-    assert fingerprint(torch.ones(2, dtype=torch.bfloat16)) != fingerprint(torch.zeros(2, dtype=torch.bfloat16))
+    assert fingerprint(torch.ones(2, dtype=torch.bfloat16)) != fingerprint(
+        torch.zeros(2, dtype=torch.bfloat16)
+    )
     assert fingerprint(torch.tensor(1.5)) == fingerprint(torch.tensor(1.5))

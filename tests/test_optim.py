@@ -14,19 +14,35 @@ from launching import accelerate
 from torch import nn
 
 import blockspec
-from blockspec.blocks import Block, Piece, gather, partition
+from blockspec.model.blocks import Block, Piece, gather, partition
 from blockspec.optim import AdaHessian
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using backward.. with create_graph=True:UserWarning"
+)
 WAYS = ("backward", "probe", "create_graph")
 DRAWS = np.random.default_rng(0)
 SHAPES = {"matrix": (3, 4), "kernel": (2, 3, 2, 2), "vector": (5,)}
 SIZE = 12 + 24 + 5
-START, CUBIC, LINEAR = DRAWS.uniform(1, 2, SIZE), DRAWS.uniform(0.3, 1, SIZE), DRAWS.uniform(-6, 1, SIZE)
+START, CUBIC, LINEAR = (
+    DRAWS.uniform(1, 2, SIZE),
+    DRAWS.uniform(0.3, 1, SIZE),
+    DRAWS.uniform(-6, 1, SIZE),
+)
 MATRIX, KERNEL, VECTOR = np.arange(12), np.arange(12, 36), np.arange(36, 41)
 
 
-def reference(*, steps, groups=(), lr=0.1, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0, hessian_power=1.0, update_each=1):
+def reference(
+    *,
+    steps,
+    groups=(),
+    lr=0.1,
+    betas=(0.9, 0.999),
+    eps=1e-4,
+    weight_decay=0.0,
+    hessian_power=1.0,
+    update_each=1,
+):
     """AdaHessian on sum(a t^4 / 4 + b t^2 / 2), whose Hessian is diagonal, entry by entry; one theta per step."""
     theta, m, v, diagonal = START.copy(), np.zeros(SIZE), np.zeros(SIZE), np.zeros(SIZE)
     trajectory = []
@@ -40,14 +56,19 @@ def reference(*, steps, groups=(), lr=0.1, betas=(0.9, 0.999), eps=1e-4, weight_
             m[i] = betas[0] * m[i] + (1 - betas[0]) * gradient[i]
             v[i] = betas[1] * v[i] + (1 - betas[1]) * diagonal[i] ** 2
             m_hat, v_hat = m[i] / (1 - betas[0] ** t), v[i] / (1 - betas[1] ** t)
-            theta[i] -= lr * (m_hat / (np.sqrt(v_hat) ** hessian_power + eps) + weight_decay * theta[i])
+            theta[i] -= lr * (
+                m_hat / (np.sqrt(v_hat) ** hessian_power + eps) + weight_decay * theta[i]
+            )
         trajectory.append(theta.copy())
     return np.array(trajectory)
 
 
 def parameters():
     parts = torch.tensor(START).split([int(np.prod(shape)) for shape in SHAPES.values()])
-    return {n: part.view(s).clone().requires_grad_() for (n, s), part in zip(SHAPES.items(), parts, strict=True)}
+    return {
+        n: part.view(s).clone().requires_grad_()
+        for (n, s), part in zip(SHAPES.items(), parts, strict=True)
+    }
 
 
 def flat(named):
@@ -93,7 +114,14 @@ OPTIONS = {
     "half power": {"hessian_power": 0.5},
     "no power": {"hessian_power": 0.0},
     "delayed": {"update_each": 3, "betas": (0.9, 0.8)},
-    "all": {"lr": 0.2, "betas": (0.5, 0.7), "eps": 0.1, "weight_decay": 0.1, "hessian_power": 0.7, "update_each": 2},
+    "all": {
+        "lr": 0.2,
+        "betas": (0.5, 0.7),
+        "eps": 0.1,
+        "weight_decay": 0.1,
+        "hessian_power": 0.7,
+        "update_each": 2,
+    },
 }
 AVERAGES = {
     "conv": KERNEL.reshape(6, 4),
@@ -168,7 +196,9 @@ def test_many_probes_see_the_diagonal_of_any_hessian():
     descend(optimizer, squared_error(model, x, y), "backward")
     measured = torch.cat([diagonal(optimizer, p).reshape(-1) for p in model.parameters()])
     hessian = dense_hessian(model, x, y)
-    stderr = ((hessian**2).sum(0) - hessian.diagonal() ** 2).sqrt() / 20  # of one probe, over the root of 400
+    stderr = (
+        (hessian**2).sum(0) - hessian.diagonal() ** 2
+    ).sqrt() / 20  # of one probe, over the root of 400
     inside = (measured - hessian.diagonal().abs()).abs() <= 4 * stderr + 1e-12
     assert inside.all()
 
@@ -176,7 +206,11 @@ def test_many_probes_see_the_diagonal_of_any_hessian():
 def mlp(seed=0, samples=12):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
-    return model, torch.randn(samples, 4, dtype=torch.float64), torch.randn(samples, 2, dtype=torch.float64)
+    return (
+        model,
+        torch.randn(samples, 4, dtype=torch.float64),
+        torch.randn(samples, 2, dtype=torch.float64),
+    )
 
 
 def squared_error(model, x, y):
@@ -189,7 +223,11 @@ def dense_hessian(model, x, y):
 
     def loss(theta):
         parts = [part.view(t.shape) for part, t in zip(theta.split(sizes), tensors, strict=True)]
-        return (torch.func.functional_call(model, dict(zip(names, parts, strict=True)), (x,)) - y).square().mean()
+        return (
+            (torch.func.functional_call(model, dict(zip(names, parts, strict=True)), (x,)) - y)
+            .square()
+            .mean()
+        )
 
     return torch.func.hessian(loss)(torch.cat([t.detach().reshape(-1) for t in tensors]))
 
@@ -219,7 +257,9 @@ def test_partition_averages_are_means_over_its_blocks(tiny_gpt2, by):
         diagonals.append({name: diagonal(optimizer, p) for name, p in model.named_parameters()})
     for block in blocks:
         plain, averaged = (gather(block, diagonal) for diagonal in diagonals)
-        torch.testing.assert_close(averaged, plain.mean().expand(block.numel), rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(
+            averaged, plain.mean().expand(block.numel), rtol=1e-9, atol=1e-15
+        )
 
 
 @pytest.fixture
@@ -227,7 +267,9 @@ def tiny_gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(config, name, 0.0)
     tokens = torch.randint(16, (4, 8))
@@ -255,7 +297,9 @@ def test_activation_checkpointing_recomputes_within_second_order(tiny_gpt2):
     for checkpointed in (False, True):
         twin = copy.deepcopy(model).train()
         if checkpointed:
-            twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            twin.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         optimizer = AdaHessian(twin.parameters(), lr=0.01)
         for _ in range(2):
             with optimizer.second_order(twin):
@@ -284,7 +328,9 @@ def test_fused_attention_is_kept_on_steps_that_do_not_measure(tiny_gpt2):
 @pytest.mark.parametrize("way", WAYS)
 def test_products_and_gradients_are_counted(monkeypatch, way, update_each, num_probes):
     model, x, y = mlp()
-    optimizer = AdaHessian(model.parameters(), lr=0.01, update_each=update_each, num_probes=num_probes)
+    optimizer = AdaHessian(
+        model.parameters(), lr=0.01, update_each=update_each, num_probes=num_probes
+    )
     calls = {"products": 0, "gradients": 0}
     grad = torch.autograd.grad
 
@@ -296,7 +342,10 @@ def test_products_and_gradients_are_counted(monkeypatch, way, update_each, num_p
     for _ in range(8):
         descend(optimizer, squared_error(model, x, y), way)
     measurements = 8 // update_each
-    assert calls == {"products": measurements * num_probes, "gradients": 0 if way == "create_graph" else measurements}
+    assert calls == {
+        "products": measurements * num_probes,
+        "gradients": 0 if way == "create_graph" else measurements,
+    }
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -332,7 +381,9 @@ def test_clipping_scales_the_gradient_and_not_the_curvature(way):
         optimizer.backward(loss)
     torch.nn.utils.clip_grad_norm_([point], 1.0)
     optimizer.step()
-    torch.testing.assert_close(point.detach(), torch.tensor([3 - 0.6 / 2, 4 - 0.8 / 2], dtype=torch.float64))
+    torch.testing.assert_close(
+        point.detach(), torch.tensor([3 - 0.6 / 2, 4 - 0.8 / 2], dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -344,7 +395,9 @@ def test_frozen_and_unused_parameters_stay(way):
     optimizer = AdaHessian(model.parameters(), lr=0.1, weight_decay=0.1, spatial_averaging="rows")
     for _ in range(3):
         descend(optimizer, (model[2](model[1](model[0](x))) - y).square().mean(), way)
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed == {"0.weight", "2.weight", "2.bias"}
 
 
@@ -353,7 +406,11 @@ def test_a_parameter_used_between_measurements_waits_for_the_next_one():
     optimizer = AdaHessian([first, late], lr=0.1, update_each=2)
     values = []
     for step in range(3):
-        descend(optimizer, (first**4).sum() + (late**4).sum() * (step > 0) if step else (first**4).sum(), "backward")
+        descend(
+            optimizer,
+            (first**4).sum() + (late**4).sum() * (step > 0) if step else (first**4).sum(),
+            "backward",
+        )
         values.append(late.item())
     assert values[0] == values[1] == 1.0
     assert values[2] < 1.0
@@ -408,13 +465,18 @@ def test_add_param_group_names_and_mapping():
 def test_resumed_run_is_bit_equal(tmp_path, stop):
     def prepared(seed):
         model, x, y = mlp()
-        optimizer = AdaHessian(model.named_parameters(), lr=0.05, update_each=3, spatial_averaging=7, seed=seed)
+        optimizer = AdaHessian(
+            model.named_parameters(), lr=0.05, update_each=3, spatial_averaging=7, seed=seed
+        )
         return model, optimizer, lambda: squared_error(model, x, y)
 
     model, optimizer, loss = prepared(seed=5)
     for step in range(8):
         if step == stop:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
+                tmp_path / "state.pt",
+            )
         descend(optimizer, loss(), "backward")
 
     resumed, optimizer, loss = prepared(seed=0)
@@ -430,7 +492,9 @@ def test_resumed_run_is_bit_equal(tmp_path, stop):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 def test_copies_go_on_like_the_original(copied):
     model, x, y = mlp()
-    optimizer = AdaHessian(model.named_parameters(), lr=0.05, update_each=2, spatial_averaging=partition(model))
+    optimizer = AdaHessian(
+        model.named_parameters(), lr=0.05, update_each=2, spatial_averaging=partition(model)
+    )
     descend(optimizer, squared_error(model, x, y), "backward")
     twin, twin_optimizer = copied((model, optimizer))
     for _ in range(3):
@@ -608,8 +672,13 @@ def test_memory_is_flat_over_200_steps():
 
 
 def python(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(blockspec.__file__).parents[1])}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(blockspec.__file__).parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -647,18 +716,24 @@ def test_two_processes_with_micro_batches_do_what_one_without_does(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     python(*accelerate(2), str(script), str(tmp_path / "rank"))
-    (processes, first), (_, second) = (torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2))
+    (processes, first), (_, second) = (
+        torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)
+    )
     assert processes == 2
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     model, x, y = mlp(samples=80)
-    optimizer = AdaHessian(model.parameters(), lr=0.05, update_each=2, num_probes=2, spatial_averaging="rows")
+    optimizer = AdaHessian(
+        model.parameters(), lr=0.05, update_each=2, num_probes=2, spatial_averaging="rows"
+    )
     for a, b in zip(x.view(5, 16, 4), y.view(5, 16, 2), strict=True):
         optimizer.zero_grad()
         optimizer.backward(squared_error(model, a, b))
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
-    torch.testing.assert_close(first, [p.detach() for p in model.parameters()], rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(
+        first, [p.detach() for p in model.parameters()], rtol=1e-10, atol=1e-13
+    )
 
 
 def test_hugging_face_trainer_takes_it_by_its_arguments(tiny_gpt2, tmp_path):
@@ -672,7 +747,9 @@ def test_hugging_face_trainer_takes_it_by_its_arguments(tiny_gpt2, tmp_path):
 
     def measured_loss(outputs, labels, num_items_in_batch=None):
         counts.append(int(num_items_in_batch))
-        loss = model.loss_function(outputs.logits, labels, model.config.vocab_size, num_items_in_batch=num_items_in_batch)
+        loss = model.loss_function(
+            outputs.logits, labels, model.config.vocab_size, num_items_in_batch=num_items_in_batch
+        )
         return optimizer.probe(loss)
 
     arguments = TrainingArguments(
@@ -688,12 +765,20 @@ def test_hugging_face_trainer_takes_it_by_its_arguments(tiny_gpt2, tmp_path):
         save_strategy="no",
     )
     rows = [{"input_ids": tokens, "labels": tokens} for tokens in batch["input_ids"]]
-    Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None), compute_loss_func=measured_loss).train()
+    Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        optimizers=(optimizer, None),
+        compute_loss_func=measured_loss,
+    ).train()
 
     optimizer = AdaHessian(ours.named_parameters(), lr=0.05, update_each=2)
     for _ in range(3):
         optimizer.zero_grad()
-        optimizer.backward(ours(**batch).loss * 28 / counts[0])  # some versions count the labels before they are shifted
+        optimizer.backward(
+            ours(**batch).loss * 28 / counts[0]
+        )  # some versions count the labels before they are shifted
         nn.utils.clip_grad_norm_(ours.parameters(), 0.5)
         optimizer.step()
     torch.testing.assert_close(model.state_dict(), ours.state_dict(), rtol=1e-5, atol=1e-6)

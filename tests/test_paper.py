@@ -35,13 +35,20 @@ def toy(calls, **changes):
 
     scales = {name: Scale(Settings(), "A line.", "nothing") for name in ("small", "paper")}
     given = {"name": "toy", "title": "A toy", "source": "No paper", "shown": ("numbers",)}
-    return Exhibit(**given | {"measure": measure, "draw": draw, "judge": judge, "scales": scales} | changes)
+    return Exhibit(
+        **given | {"measure": measure, "draw": draw, "judge": judge, "scales": scales} | changes
+    )
 
 
 def test_a_second_run_uses_what_is_there(tmp_path):
     calls = []
     folder = reproduce(toy(calls), out=tmp_path)
-    assert {path.name for path in folder.iterdir()} == {"numbers.parquet", "record.json", "findings.json", "figures"}
+    assert {path.name for path in folder.iterdir()} == {
+        "numbers.parquet",
+        "record.json",
+        "findings.json",
+        "figures",
+    }
     assert {path.name for path in (folder / "figures").iterdir()} == {"line.png", "line.pdf"}
     (folder / "figures" / "line.png").unlink()
     assert reproduce(toy(calls), out=tmp_path) == folder
@@ -53,7 +60,10 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
     calls = []
     reproduce(toy(calls), out=tmp_path)
     for changed in ({"settings": {"size": 4}}, {"seed": 1}):
-        with pytest.raises(ValueError, match=r"(size is 3 there, 4 here|seed is 0 there, 1 here).*choose another --out"):
+        with pytest.raises(
+            ValueError,
+            match=r"(size is 3 there, 4 here|seed is 0 there, 1 here).*choose another --out",
+        ):
             reproduce(toy(calls), out=tmp_path, **changed)
     assert reproduce(toy(calls), out=tmp_path / "other", settings={"size": 4}).is_dir()
     assert [settings.size for settings in calls] == [3, 4]

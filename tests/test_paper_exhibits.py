@@ -7,7 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper import EXHIBITS, adahessian_functions, figure_5, figure_5_mixer, figure_8, pyhessian_landscapes, pyhessian_traces
+from paper import (
+    EXHIBITS,
+    adahessian_functions,
+    figure_5,
+    figure_5_mixer,
+    figure_8,
+    pyhessian_landscapes,
+    pyhessian_traces,
+)
 from paper.block_diagonality import finding, off_blocks, shares, square, tidy
 from paper.exhibit import Context, command, find, read_findings, read_tables, reproduce
 from training import comparison
@@ -53,7 +61,9 @@ def test_the_quadratics_are_block_diagonal_with_the_eigenvalues_of_the_case(case
         size = blocks.shape[1]
         for l, eigenvalues in enumerate(blocks):
             place = slice(l * size, (l + 1) * size)
-            np.testing.assert_allclose(np.linalg.eigvalsh(matrix[place, place]), eigenvalues, rtol=1e-9)
+            np.testing.assert_allclose(
+                np.linalg.eigvalsh(matrix[place, place]), eigenvalues, rtol=1e-9
+            )
         assert np.count_nonzero(matrix) == blocks.size * size
 
 
@@ -64,7 +74,9 @@ def test_measured_rates_of_gd_are_within_5_percent_of_theory(case):
     np.testing.assert_allclose(lr, 2 / 5001, rtol=1e-9)
     np.testing.assert_allclose(factor, (1 - 2 / 5001) ** 2, rtol=1e-9)
     losses, _ = figure_8.descend(drawn, figure_8.GD, lr, 30_000)
-    np.testing.assert_allclose(figure_8.measured_rate(losses), -np.log(factor), rtol=figure_8.TOLERANCE)
+    np.testing.assert_allclose(
+        figure_8.measured_rate(losses), -np.log(factor), rtol=figure_8.TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("case", figure_8.CASES)
@@ -87,7 +99,9 @@ def test_adam_divides_by_the_first_gradient():
         gradient = matrix @ w
         assert loss == pytest.approx(w @ gradient / 2)
         assert norm == pytest.approx(np.linalg.norm(gradient))
-        w = w - 1e-3 * gradient / np.sqrt(first**2)  # beta1 = 0; beta2 = 1: v stays the first squared gradient
+        w = w - 1e-3 * gradient / np.sqrt(
+            first**2
+        )  # beta1 = 0; beta2 = 1: v stays the first squared gradient
 
 
 def test_shares_off_the_blocks():
@@ -102,7 +116,11 @@ def test_shares_off_the_blocks():
 
 @pytest.mark.parametrize(
     ("found", "verdict"),
-    [([0.1, 0.11, 0.12], "agrees"), ([0.6, 0.61, 0.62], "disagrees"), ([0.1, 0.2, 0.6], "not comparable")],
+    [
+        ([0.1, 0.11, 0.12], "agrees"),
+        ([0.6, 0.61, 0.62], "disagrees"),
+        ([0.1, 0.2, 0.6], "not comparable"),
+    ],
 )
 def test_a_verdict_on_block_diagonality_heeds_the_error(found, verdict):
     judged = finding("near", pd.DataFrame({"off_blocks": found, "entries_off_blocks": 0.9}))
@@ -132,7 +150,9 @@ def test_residual_networks_on_small_sizes(tmp_path, monkeypatch):
         "depths": (8,),
         "variants": ("all", "no batch norm", "no residual"),
         "model": {"channels": 1, "width": 4},
-        "training": replace(pyhessian_traces.SHORT, num_steps=3, checkpoints=(0.0, 1.0), device="cpu"),
+        "training": replace(
+            pyhessian_traces.SHORT, num_steps=3, checkpoints=(0.0, 1.0), device="cpu"
+        ),
         "seeds": 2,
         "num_probes": 2,
         "count": 8,
@@ -165,7 +185,9 @@ def test_perceptrons_on_small_sizes(tmp_path, monkeypatch):
     settings = figure_5.Settings(
         sizes=(64, 8, 8, 10),
         scales=(1.0, 4.0),
-        comparison=ComparisonSettings(rates={"adam": (0.01,), "sgd": (0.1,)}, num_steps=5, warmup=1, measure_every=5, clip=0.0),
+        comparison=ComparisonSettings(
+            rates={"adam": (0.01,), "sgd": (0.1,)}, num_steps=5, warmup=1, measure_every=5, clip=0.0
+        ),
     )
     tables = figure_5.measure(settings, Context(0, tmp_path, device="cpu"))
     assert tables["perceptrons"].groupby("scale")["js0"].first().is_monotonic_increasing
@@ -175,33 +197,55 @@ def test_perceptrons_on_small_sizes(tmp_path, monkeypatch):
 
 def test_the_mixer_is_that_of_figure_4_and_table_1(tmp_path):
     names = [f"blocks.{i}" for i in range(3)]
-    distances = pd.DataFrame([(a, b, float(a != b)) for a in names for b in names], columns=["block", "other", "distance"])
+    distances = pd.DataFrame(
+        [(a, b, float(a != b)) for a in names for b in names],
+        columns=["block", "other", "distance"],
+    )
     runs = pd.DataFrame(
-        [(name, seed, 2.0, loss) for seed in (1, 2) for name, loss in (("adam", 0.1), ("sgd", 0.3))],
+        [
+            (name, seed, 2.0, loss)
+            for seed in (1, 2)
+            for name, loss in (("adam", 0.1), ("sgd", 0.3))
+        ],
         columns=["optimizer", "seed", "first", "held_out"],
     )
     curves = runs.rename(columns={"held_out": "held_out_loss"}).assign(step=1)
     other = runs.assign(model="ViT", held_out=9.0)
     needed = {
-        "figure_4": {"distances": distances.assign(model="mixer", definition=figure_5_mixer.RESOLVED, seed=0)},
-        "table_1": {"runs": pd.concat([other, runs.assign(model="mixer")]), "curves": curves.assign(model="mixer")},
+        "figure_4": {
+            "distances": distances.assign(model="mixer", definition=figure_5_mixer.RESOLVED, seed=0)
+        },
+        "table_1": {
+            "runs": pd.concat([other, runs.assign(model="mixer")]),
+            "curves": curves.assign(model="mixer"),
+        },
     }
     tables = figure_5_mixer.measure(figure_5_mixer.Settings(), Context(0, tmp_path, needed))
     assert len(figure_5_mixer.draw(tables)) == 2
     (found,) = figure_5_mixer.judge(tables)
     assert found.verdict == "agrees"
-    assert found.measured.startswith("share of Adam's decrease of the held-out loss that SGD does not reach: 0.1053")
+    assert found.measured.startswith(
+        "share of Adam's decrease of the held-out loss that SGD does not reach: 0.1053"
+    )
 
 
 def test_the_edge_of_the_grid_is_said():
-    table = pd.DataFrame({"scale": [1.0, 8.0], "optimizer": ["adam", "sgd"], "at_edge_of_grid": [False, True]})
+    table = pd.DataFrame(
+        {"scale": [1.0, 8.0], "optimizer": ["adam", "sgd"], "at_edge_of_grid": [False, True]}
+    )
     assert figure_5._edges(table) == "; best rate at the edge of the grid: sgd at c = 8"
     assert figure_5._edges(table[:1]) == ""
 
 
 def test_ratios_of_final_losses():
     table = pd.DataFrame(
-        {"scale": [1.0, 1.0], "optimizer": ["adam", "sgd"], "mean": [0.1, 1.0], "std": [0.01, 0.2], "count": [4, 4]}
+        {
+            "scale": [1.0, 1.0],
+            "optimizer": ["adam", "sgd"],
+            "mean": [0.1, 1.0],
+            "std": [0.01, 0.2],
+            "count": [4, 4],
+        }
     )
     found = figure_5.log_ratios(table).loc[1.0]
     assert found["ratio"] == pytest.approx(1)
@@ -209,5 +253,7 @@ def test_ratios_of_final_losses():
 
 
 def test_adahessian_needs_one_step_on_a_bowl():
-    table = adahessian_functions.path(adahessian_functions.BOWL, betas=(0.0, 0.0), lr=1.0, seed=3, steps=1)
+    table = adahessian_functions.path(
+        adahessian_functions.BOWL, betas=(0.0, 0.0), lr=1.0, seed=3, steps=1
+    )
     assert table["value"].tolist() == [9.0, 0.0]

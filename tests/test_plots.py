@@ -19,14 +19,15 @@ from matplotlib.text import Text
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import blockspec
-from blockspec import plots
-from blockspec.blocks import Block
-from blockspec.heatmaps import MEASURES
-from blockspec.heterogeneity import DEFINITIONS
-from blockspec.panels import resolved_density
-from blockspec.spectra import Spectra, Spectrum
-from blockspec.style import KINDS, short_name, short_names, spread
-from blockspec.trends import kinds_over_training
+from blockspec.figures import plots
+from blockspec.figures.heatmaps import MEASURES
+from blockspec.figures.panels import resolved_density
+from blockspec.figures.style import KINDS, short_name, short_names, spread
+from blockspec.figures.trends import kinds_over_training
+from blockspec.model.blocks import Block
+from blockspec.spectra.collection import Spectra
+from blockspec.spectra.heterogeneity import DEFINITIONS
+from blockspec.spectra.spectrum import Spectrum
 
 STEPS = (0, 10, 100)
 
@@ -41,7 +42,10 @@ def by_step() -> dict[int, Spectra]:
     objective = blockspec.Objective(model, batches, blockspec.losses.next_token)
     blocks = blockspec.partition(model) + blockspec.partition(model, "model")
     first = blockspec.estimate_spectra(objective, blocks, num_probes=3, num_steps=30)
-    stages = {step: [scaled(s, 0.9 ** (i * n)) for i, s in enumerate(first.values())] for n, step in enumerate(STEPS)}
+    stages = {
+        step: [scaled(s, 0.9 ** (i * n)) for i, s in enumerate(first.values())]
+        for n, step in enumerate(STEPS)
+    }
     return {step: Spectra(spectra) for step, spectra in stages.items()}
 
 
@@ -51,7 +55,9 @@ def scaled(spectrum: Spectrum, factor: float) -> Spectrum:
 
 @pytest.fixture(scope="module")
 def table(by_step: dict[int, Spectra]) -> pd.DataFrame:
-    return pd.concat([spectra.frame(step=step) for step, spectra in by_step.items()], ignore_index=True)
+    return pd.concat(
+        [spectra.frame(step=step) for step, spectra in by_step.items()], ignore_index=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +68,31 @@ def heterogeneity(by_step: dict[int, Spectra]) -> pd.DataFrame:
         parts = spectra.select("*mlp*weight")
         for definition in DEFINITIONS:
             value, error = blockspec.js0(parts, definition)
-            pairs = blockspec.js_distances(parts, definition).stack().rename_axis(["block", "other"]).rename("distance")
+            pairs = (
+                blockspec.js_distances(parts, definition)
+                .stack()
+                .rename_axis(["block", "other"])
+                .rename("distance")
+            )
             stderr = None if step == STEPS[-1] else error
-            rows.append(pairs.reset_index().assign(step=step, definition=definition, js0=value, js0_stderr=stderr))
+            rows.append(
+                pairs.reset_index().assign(
+                    step=step, definition=definition, js0=value, js0_stderr=stderr
+                )
+            )
     return pd.concat(rows)
 
 
 @pytest.fixture(scope="module")
-def figures(by_step: dict[int, Spectra], table: pd.DataFrame, heterogeneity: pd.DataFrame) -> dict[str, Figure]:
+def figures(
+    by_step: dict[int, Spectra], table: pd.DataFrame, heterogeneity: pd.DataFrame
+) -> dict[str, Figure]:
     last = by_step[STEPS[-1]]
     parts = last.select(exclude="model")
-    maps = {f"step {step}": blockspec.js_distances(s.select(exclude="model")) for step, s in by_step.items()}
+    maps = {
+        f"step {step}": blockspec.js_distances(s.select(exclude="model"))
+        for step, s in by_step.items()
+    }
     few = blockspec.js_distances(last.select("*h.0.mlp*"), "wasserstein")
     layers = deep(layers=12)
     return {
@@ -85,13 +105,19 @@ def figures(by_step: dict[int, Spectra], table: pd.DataFrame, heterogeneity: pd.
         "full_and_block_diagonal": plots.full_and_block_diagonal(last),
         "distance_heatmap": plots.distance_heatmap(maps["step 0"]),
         "distance_heatmap of 4": plots.distance_heatmap(few, "wasserstein"),
-        "distance_heatmap of 8 with long numbers": plots.distance_heatmap(square(list(layers)[:8]) * 1e-3, "wasserstein"),
+        "distance_heatmap of 8 with long numbers": plots.distance_heatmap(
+            square(list(layers)[:8]) * 1e-3, "wasserstein"
+        ),
         "distance_heatmap of 50": plots.distance_heatmap(square(list(layers)[:50])),
         "distance_heatmap of 194": plots.distance_heatmap(square(list(layers))),
         "distance_heatmaps": plots.distance_heatmaps(maps),
-        "distance_heatmaps of 5": plots.distance_heatmaps({f"run {n}": square(list(layers)[: 3 * n]) for n in range(1, 6)}),
+        "distance_heatmaps of 5": plots.distance_heatmaps(
+            {f"run {n}": square(list(layers)[: 3 * n]) for n in range(1, 6)}
+        ),
         "heterogeneity_over_training": plots.heterogeneity_over_training(heterogeneity),
-        "heterogeneity_over_training at many steps": plots.heterogeneity_over_training(many_steps()),
+        "heterogeneity_over_training at many steps": plots.heterogeneity_over_training(
+            many_steps()
+        ),
         "trace_by_kind_over_training": plots.trace_by_kind_over_training(table),
         "trace_by_kind_over_training of traces": plots.trace_by_kind_over_training(table, "trace"),
         "compare_runs": plots.compare_runs({"a run": table, "another": table[table["step"] == 0]}),
@@ -135,15 +161,29 @@ def deep(layers: int) -> Spectra:
         "ln_2.weight": "norm", "ln_2.bias": "norm", "mlp.c_fc.weight": "mlp_in", "mlp.c_fc.bias": "bias",
         "mlp.c_proj.weight": "mlp_out", "mlp.c_proj.bias": "bias",
     }  # fmt: skip
-    names = [("transformer.wte.weight", "embedding", None), ("transformer.wpe.weight", "position", None)]
-    names += [(f"transformer.h.{i}.{name}", kind, i) for i in range(layers) for name, kind in inside.items()]
+    names = [
+        ("transformer.wte.weight", "embedding", None),
+        ("transformer.wpe.weight", "position", None),
+    ]
+    names += [
+        (f"transformer.h.{i}.{name}", kind, i)
+        for i in range(layers)
+        for name, kind in inside.items()
+    ]
     return Spectra(exact(*block, random_eigenvalues(i)) for i, block in enumerate(names))
 
 
 def convolutional() -> Spectra:
     names = [("conv1.weight", "conv", None)]
-    names += [(f"layer{i}.{j}.conv{k}.weight", "conv", 2 * i + j) for i in range(1, 5) for j in range(2) for k in (1, 2)]
-    names += [(f"layer{i}.{j}.bn1.weight", "norm", 2 * i + j) for i in range(1, 5) for j in range(2)]
+    names += [
+        (f"layer{i}.{j}.conv{k}.weight", "conv", 2 * i + j)
+        for i in range(1, 5)
+        for j in range(2)
+        for k in (1, 2)
+    ]
+    names += [
+        (f"layer{i}.{j}.bn1.weight", "norm", 2 * i + j) for i in range(1, 5) for j in range(2)
+    ]
     names += [(f"layer{i}.0.downsample.0.weight", "conv", 2 * i) for i in (2, 3, 4)]
     names += [("fc.weight", "head", None), ("fc.bias", "bias", None)]
     return Spectra(exact(*block, random_eigenvalues(i)) for i, block in enumerate(names))
@@ -151,7 +191,9 @@ def convolutional() -> Spectra:
 
 def many_steps() -> pd.DataFrame:
     steps = [0, 1, 95, 100, 105, 1000, 1050, *range(10_000, 100_000, 10_000)]
-    return pd.DataFrame({"step": steps, "definition": "jensen-shannon", "js0": 0.3, "js0_stderr": 0.01})
+    return pd.DataFrame(
+        {"step": steps, "definition": "jensen-shannon", "js0": 0.3, "js0_stderr": 0.01}
+    )
 
 
 def square(names: list[str]) -> pd.DataFrame:
@@ -180,26 +222,43 @@ def test_no_text_overlaps_or_leaves_the_figure(figures: dict[str, Figure], name:
     figure.draw_without_rendering()
     boxes = {text: text.get_window_extent().padded(-0.5) for text in visible_texts(figure)}
     assert len(boxes) > 4
-    overlapping = [(a.get_text(), b.get_text()) for a, b in combinations(boxes, 2) if boxes[a].overlaps(boxes[b])]
+    overlapping = [
+        (a.get_text(), b.get_text())
+        for a, b in combinations(boxes, 2)
+        if boxes[a].overlaps(boxes[b])
+    ]
     assert overlapping == []
     page = figure.bbox
-    outside = [t.get_text() for t, b in boxes.items() if min(b.x0, b.y0) < 0 or b.x1 > page.x1 or b.y1 > page.y1]
+    outside = [
+        t.get_text()
+        for t, b in boxes.items()
+        if min(b.x0, b.y0) < 0 or b.x1 > page.x1 or b.y1 > page.y1
+    ]
     assert outside == []
 
 
 def visible_texts(figure: Figure) -> list[Text]:
     """Texts that are drawn: a tick beyond the end of its axis has a label that is not."""
     hidden = {
-        label for axes in figure.findobj(matplotlib.axes.Axes) for axis in (axes.xaxis, axes.yaxis) for label in unseen(axis)
+        label
+        for axes in figure.findobj(matplotlib.axes.Axes)
+        for axis in (axes.xaxis, axes.yaxis)
+        for label in unseen(axis)
     }
-    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip() and text not in hidden]
+    return [
+        text
+        for text in figure.findobj(Text)
+        if text.get_visible() and text.get_text().strip() and text not in hidden
+    ]
 
 
 def unseen(axis: Axis) -> set[Text]:
     ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
     drawn = axis._update_ticks() if axis.get_visible() and axis.axes.axison else []
     shown = {id(tick.label1) for tick in drawn if tick.label1.get_visible()}
-    return {label for tick in ticks for label in (tick.label1, tick.label2) if id(label) not in shown}
+    return {
+        label for tick in ticks for label in (tick.label1, tick.label2) if id(label) not in shown
+    }
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -215,9 +274,15 @@ def test_axes_are_named_with_their_units(figures: dict[str, Figure], name: str) 
 
 
 @pytest.mark.parametrize(
-    ("name", "unit"), [("distance_heatmap", "(nats; at most ln 2)"), ("distance_heatmap of 4", "(loss / parameter²)")]
+    ("name", "unit"),
+    [
+        ("distance_heatmap", "(nats; at most ln 2)"),
+        ("distance_heatmap of 4", "(loss / parameter²)"),
+    ],
 )
-def test_colour_bar_names_measure_and_unit(figures: dict[str, Figure], name: str, unit: str) -> None:
+def test_colour_bar_names_measure_and_unit(
+    figures: dict[str, Figure], name: str, unit: str
+) -> None:
     assert any(text.get_text().endswith(unit) for text in visible_texts(figures[name]))
 
 
@@ -234,7 +299,9 @@ def test_matplotlib_is_left_as_it_was(by_step: dict[int, Spectra]) -> None:
 # --- what is drawn is what the tables hold ---
 
 
-def test_density_as_drawn_integrates_to_one(figures: dict[str, Figure], by_step: dict[int, Spectra]) -> None:
+def test_density_as_drawn_integrates_to_one(
+    figures: dict[str, Figure], by_step: dict[int, Spectra]
+) -> None:
     axes = [a for a in figures["esd_stages"].axes if a.lines]
     assert len(axes) == len(STEPS)
     for place in axes:
@@ -243,7 +310,9 @@ def test_density_as_drawn_integrates_to_one(figures: dict[str, Figure], by_step:
 
 
 def test_a_node_is_as_wide_as_its_residual() -> None:
-    spectrum = replace(exact("b", "other", None, np.array([0.5])), residuals=np.array([[0.2]]), exact=False)
+    spectrum = replace(
+        exact("b", "other", None, np.array([0.5])), residuals=np.array([[0.2]]), exact=False
+    )
     density, error = resolved_density(spectrum, np.array([0.5, 0.7]), 1e-3)
     peak = 1 / (0.2 * math.sqrt(2 * math.pi))
     np.testing.assert_allclose(density, [peak, peak * math.exp(-0.5)], rtol=1e-12)
@@ -255,11 +324,18 @@ def test_a_density_is_drawn_no_finer_than_the_one_beside_it() -> None:
     coarse = replace(sharp, residuals=np.array([[0.3]]))
     grid = np.linspace(-1, 2, 7)
     expected, _ = resolved_density(coarse, grid, 1e-3)
-    np.testing.assert_allclose(resolved_density(sharp, grid, 1e-3, like=coarse)[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        resolved_density(sharp, grid, 1e-3, like=coarse)[0], expected, rtol=1e-12
+    )
 
 
 def test_a_spectrum_that_is_all_narrower_than_the_axis_shows_is_drawn() -> None:
-    spectra = Spectra([exact("a", "query", 0, np.linspace(-1, 1, 9)), exact("b", "key", 0, 1e-9 * np.linspace(-1, 1, 9))])
+    spectra = Spectra(
+        [
+            exact("a", "query", 0, np.linspace(-1, 1, 9)),
+            exact("b", "key", 0, 1e-9 * np.linspace(-1, 1, 9)),
+        ]
+    )
     for axes in plots.esd_by_block(spectra).axes:
         grid, density = axes.lines[0].get_data()
         drawn = np.where(density > density.min(), density, 0)  # the least is off the axis
@@ -285,33 +361,54 @@ def test_panels_share_their_axes(figures: dict[str, Figure]) -> None:
 
 
 def test_blocks_of_one_kind_in_one_layer_have_names_of_their_own() -> None:
-    names = [f"blocks.{layer}.mlp_{what}.fc{i}.weight" for layer in (0, 1) for what in ("tokens", "channels") for i in (1, 2)]
+    names = [
+        f"blocks.{layer}.mlp_{what}.fc{i}.weight"
+        for layer in (0, 1)
+        for what in ("tokens", "channels")
+        for i in (1, 2)
+    ]
     kinds = ["mlp_in", "mlp_out"] * 4
     spectra = Spectra(
-        exact(name, kind, i // 4, random_eigenvalues(i)) for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
+        exact(name, kind, i // 4, random_eigenvalues(i))
+        for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
     )
     expected = {name.removesuffix(".weight").replace("blocks.", "blocks") for name in names}
     assert {axes.get_title() for axes in plots.esd_by_block(spectra).axes} - {""} == expected
-    assert {label.get_text() for label in plots.edges_by_block(spectra).axes[0].get_yticklabels()} == expected
+    assert {
+        label.get_text() for label in plots.edges_by_block(spectra).axes[0].get_yticklabels()
+    } == expected
 
 
 def test_chosen_layers_are_named(figures: dict[str, Figure]) -> None:
     assert "(layers 0, 4, 7, 11 of 12)" in figures["esd_by_block of 12 layers"].get_suptitle()
     rows = [text.get_text() for text in visible_texts(figures["esd_by_block of 12 layers"])]
-    assert [row for row in rows if row.startswith("layer ")] == ["layer 0", "layer 4", "layer 7", "layer 11"]
+    assert [row for row in rows if row.startswith("layer ")] == [
+        "layer 0",
+        "layer 4",
+        "layer 7",
+        "layer 11",
+    ]
 
 
-@pytest.mark.parametrize("name", ["distance_heatmap", "distance_heatmap of 4", "distance_heatmap of 50"])
-def test_heat_map_holds_the_lower_triangle(figures: dict[str, Figure], by_step: dict[int, Spectra], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["distance_heatmap", "distance_heatmap of 4", "distance_heatmap of 50"]
+)
+def test_heat_map_holds_the_lower_triangle(
+    figures: dict[str, Figure], by_step: dict[int, Spectra], name: str
+) -> None:
     distances = {
         "distance_heatmap": blockspec.js_distances(by_step[0].select(exclude="model")),
-        "distance_heatmap of 4": blockspec.js_distances(by_step[STEPS[-1]].select("*h.0.mlp*"), "wasserstein"),
+        "distance_heatmap of 4": blockspec.js_distances(
+            by_step[STEPS[-1]].select("*h.0.mlp*"), "wasserstein"
+        ),
         "distance_heatmap of 50": square(list(deep(layers=12))[:50]),
     }[name].to_numpy()
     axes = figures[name].axes[0]
     drawn = axes.collections[0].get_array()
     below = np.tril_indices(len(distances), -1)
-    np.testing.assert_array_equal(np.ma.getmaskarray(drawn), np.triu(np.ones_like(distances), 1) > 0)
+    np.testing.assert_array_equal(
+        np.ma.getmaskarray(drawn), np.triu(np.ones_like(distances), 1) > 0
+    )
     np.testing.assert_allclose(drawn[below], distances[below], rtol=1e-12)
     assert f"{distances[below].mean():.3g}" in axes.texts[0].get_text()
 
@@ -320,7 +417,9 @@ def test_heat_maps_share_their_colours() -> None:
     bounded = plots.distance_heatmaps({"a": square(["a", "b", "c"]), "b": square(["a", "b"]) / 2})
     assert {axes.collections[0].norm.vmax for axes in bounded.axes[:2]} == {math.log(2)}
     largest = square(["a", "b", "c"]).to_numpy().max()
-    unbounded = plots.distance_heatmaps({"a": square(["a", "b", "c"]), "b": square(["a", "b"]) / 2}, "symmetrised-kl")
+    unbounded = plots.distance_heatmaps(
+        {"a": square(["a", "b", "c"]), "b": square(["a", "b"]) / 2}, "symmetrised-kl"
+    )
     assert {axes.collections[0].norm.vmax for axes in unbounded.axes[:2]} == {largest}
 
 
@@ -337,16 +436,24 @@ def test_heterogeneity_as_drawn(figures: dict[str, Figure], heterogeneity: pd.Da
     axes = figures["heterogeneity_over_training"].axes[0]
     np.testing.assert_allclose(axes.lines[-1].get_xydata(), rows[["step", "js0"]])
     ends = np.array([bar[:, 1] for bar in axes.containers[0].lines[2][0].get_segments()])
-    np.testing.assert_allclose(ends[:, 1] - ends[:, 0], 2 * rows["js0_stderr"].fillna(0).to_numpy(float), rtol=1e-9)
+    np.testing.assert_allclose(
+        ends[:, 1] - ends[:, 0], 2 * rows["js0_stderr"].fillna(0).to_numpy(float), rtol=1e-9
+    )
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "100", "10"]
 
 
 def test_mean_eigenvalue_of_a_kind(table: pd.DataFrame, by_step: dict[int, Spectra]) -> None:
     rows = kinds_over_training(table).set_index(["step", "kind"])
-    for kind, pattern in {"mlp_in": "*c_fc.weight", "full": "model", "query": "*c_attn.weight/query"}.items():
+    for kind, pattern in {
+        "mlp_in": "*c_fc.weight",
+        "full": "model",
+        "query": "*c_attn.weight/query",
+    }.items():
         parts = by_step[10].select(pattern).values()
         size = sum(part.block.numel for part in parts)
-        assert rows.loc[(10, kind), "value"] == pytest.approx(sum(part.trace.value for part in parts) / size)
+        assert rows.loc[(10, kind), "value"] == pytest.approx(
+            sum(part.trace.value for part in parts) / size
+        )
         stderr = math.sqrt(sum(part.trace.stderr**2 for part in parts)) / size
         assert rows.loc[(10, kind), "stderr"] == pytest.approx(stderr)
 
@@ -366,8 +473,12 @@ def test_edges_as_drawn(figures: dict[str, Figure], by_step: dict[int, Spectra])
         if line.get_marker() in "<o>" and len(line.get_xdata()) == 1
     }
     for marker, column in (("<", "smallest"), (">", "largest")):
-        np.testing.assert_array_equal([points[marker, row] for row in range(len(summary))], summary[column])
-    np.testing.assert_allclose([points["o", row] for row in range(len(summary))], summary["trace"] / summary["numel"])
+        np.testing.assert_array_equal(
+            [points[marker, row] for row in range(len(summary))], summary[column]
+        )
+    np.testing.assert_allclose(
+        [points["o", row] for row in range(len(summary))], summary["trace"] / summary["numel"]
+    )
 
 
 def test_normalised_by_the_tenth_largest() -> None:
@@ -375,13 +486,21 @@ def test_normalised_by_the_tenth_largest() -> None:
     assert plots.tenth_largest(spectrum) == 11
     axes = plots.esd_stages({0: Spectra([spectrum])}, normalised="tenth").axes[0]
     grid, density = axes.lines[0].get_data()
-    assert np.trapezoid(grid * density, grid) == pytest.approx(spectrum.moment(1).value / 11, rel=0.04)
+    assert np.trapezoid(grid * density, grid) == pytest.approx(
+        spectrum.moment(1).value / 11, rel=0.04
+    )
 
 
 def test_normalised_residuals() -> None:
-    coarse = replace(exact("model", "other", None, np.arange(-3.0, 21.0)), residuals=np.full((1, 24), 4.0))
+    coarse = replace(
+        exact("model", "other", None, np.arange(-3.0, 21.0)), residuals=np.full((1, 24), 4.0)
+    )
     peaks = [
-        plots.esd_stages({0: Spectra([coarse])}, normalised=normalised).axes[0].lines[0].get_ydata().max()
+        plots.esd_stages({0: Spectra([coarse])}, normalised=normalised)
+        .axes[0]
+        .lines[0]
+        .get_ydata()
+        .max()
         for normalised in (None, "tenth")
     ]
     assert peaks[1] == pytest.approx(11 * peaks[0], rel=0.01)
@@ -391,7 +510,10 @@ def test_normalised_residuals() -> None:
     ("changes", "message"),
     [
         ({"reorthogonalized": False}, "reorthogonalize=True"),
-        ({"nodes": np.arange(9.0)[None], "weights": np.full((1, 9), 1 / 9)}, "at least 10 Lanczos steps, got 9"),
+        (
+            {"nodes": np.arange(9.0)[None], "weights": np.full((1, 9), 1 / 9)},
+            "at least 10 Lanczos steps, got 9",
+        ),
         ({"nodes": -np.arange(24.0)[None]}, "is -9, not positive"),
     ],
 )
@@ -400,7 +522,9 @@ def test_tenth_largest_that_cannot_be_told(changes: dict[str, object], message: 
         plots.tenth_largest(replace(exact("model", "other", None, np.arange(24.0)), **changes))
 
 
-@pytest.mark.parametrize("draw", [plots.esd_by_block, plots.edges_by_block, plots.esd_stages, plots.distance_heatmaps])
+@pytest.mark.parametrize(
+    "draw", [plots.esd_by_block, plots.edges_by_block, plots.esd_stages, plots.distance_heatmaps]
+)
 def test_nothing_to_draw(draw: object) -> None:
     with pytest.raises(ValueError, match=r"no .* to draw: the mapping is empty"):
         draw({})
@@ -460,7 +584,11 @@ def test_short_names_stay_different() -> None:
     assert short["transformer.h.2.mlp.c_proj.weight"] == "h2.mlp_out"
     mixer = [f"blocks.0.mlp_{part}.fc{i}.weight" for part in ("tokens", "channels") for i in (1, 2)]
     assert short_names(mixer)[mixer[3]] == "blocks0.mlp_channels.fc2"
-    resnet = [f"resnet.encoder.stages.{i}.layers.0.layer.{j}.convolution.weight" for i in (0, 1) for j in (0, 1)]
+    resnet = [
+        f"resnet.encoder.stages.{i}.layers.0.layer.{j}.convolution.weight"
+        for i in (0, 1)
+        for j in (0, 1)
+    ]
     assert short_names(resnet)[resnet[2]] == "stages1.layers0.layer0.convolution"
 
 
@@ -482,7 +610,9 @@ def test_save_writes_png_and_pdf(figures: dict[str, Figure], tmp_path) -> None:
     assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_save_leaves_the_old_file_when_it_fails(figures: dict[str, Figure], tmp_path, monkeypatch) -> None:
+def test_save_leaves_the_old_file_when_it_fails(
+    figures: dict[str, Figure], tmp_path, monkeypatch
+) -> None:
     (tmp_path / "full.pdf").write_text("old")
 
     def half(self: Figure, path: Path, **_: object) -> None:

@@ -6,16 +6,20 @@ import torch
 from models import tiny_gpt2
 
 import blockspec
-from blockspec.accuracy import wasserstein
+from blockspec.numerics.measures import wasserstein
 
 
 def make(model=None, *, terms=None):
     model = model or tiny_gpt2(dtype=torch.float32)
-    tokens = torch.randint(model.config.vocab_size, (4, 8), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        model.config.vocab_size, (4, 8), generator=torch.Generator().manual_seed(0)
+    )
     loss = blockspec.losses.next_token
     if terms is not None:
         loss = blockspec.losses.Loss(loss.outputs, terms)
-    return blockspec.Objective(model, [{"input_ids": tokens}], loss), blockspec.partition(model, include="*weight*")
+    return blockspec.Objective(model, [{"input_ids": tokens}], loss), blockspec.partition(
+        model, include="*weight*"
+    )
 
 
 def measure(spectrum):
@@ -25,14 +29,20 @@ def measure(spectrum):
 @pytest.fixture(scope="module")
 def spectra():
     objective, blocks = make()
-    return {p: blockspec.estimate_spectra(objective, blocks, 4, 12, precision=p) for p in (None, "bfloat16")}
+    return {
+        p: blockspec.estimate_spectra(objective, blocks, 4, 12, precision=p)
+        for p in (None, "bfloat16")
+    }
 
 
 def test_the_stated_error_is_that_of_the_spectra():
     """Against all eigenvalues in both precisions: it bounds how far they move, and is not many times too large."""
     objective, blocks = make()
     blocks = [block for block in blocks if block.numel <= 64]
-    wide, narrow = (blockspec.estimate_spectra(objective, blocks, 1, 64, precision=p) for p in (None, "bfloat16"))
+    wide, narrow = (
+        blockspec.estimate_spectra(objective, blocks, 1, 64, precision=p)
+        for p in (None, "bfloat16")
+    )
     assert all(s.exact for s in narrow.values())
     moved = np.array([wasserstein(measure(wide[name]), measure(narrow[name])) for name in wide])
     stated = np.array([s.error for s in narrow.values()])
@@ -48,7 +58,9 @@ def test_the_error_is_a_part_of_the_spectrum_s_error(spectra, tmp_path):
         assert s.error >= s.precision_error > 0
     narrow.save(tmp_path / "spectra.parquet")
     loaded = blockspec.load_spectra(tmp_path / "spectra.parquet")
-    assert [s.precision_error for s in loaded.values()] == [s.precision_error for s in narrow.values()]
+    assert [s.precision_error for s in loaded.values()] == [
+        s.precision_error for s in narrow.values()
+    ]
     assert blockspec.block_diagonal(narrow).precision_error > 0
 
 
@@ -78,7 +90,9 @@ def test_a_state_of_another_precision_is_refused(tmp_path):
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        blockspec.estimate_spectra(objective, blocks, 1, 4, state=tmp_path, state_every=0.0, progress=stop)
+        blockspec.estimate_spectra(
+            objective, blocks, 1, 4, state=tmp_path, state_every=0.0, progress=stop
+        )
     with pytest.raises(ValueError, match="precision is 'None' there, 'bfloat16' here"):
         blockspec.estimate_spectra(objective, blocks, 1, 4, state=tmp_path, precision="bfloat16")
 

@@ -4,7 +4,7 @@ import pytest
 from coupled import coupled, matrix_with_decay
 
 import blockspec
-from blockspec.progress import progress_bars
+from blockspec.runs.progress import progress_bars
 
 
 @pytest.fixture

@@ -31,8 +31,17 @@ def test_the_python_of_readme_runs(tmp_path, monkeypatch, capsys):
     names["training_batches"] = list(names["objective"].batches())
     before = [parameter.clone() for parameter in names["model"].parameters()]
     exec(BLOCKS[-1], names)
-    assert all((new != old).any() for new, old in zip(names["model"].parameters(), before, strict=True))
+    assert all(
+        (new != old).any() for new, old in zip(names["model"].parameters(), before, strict=True)
+    )
     assert names["pairs"].converged.all()
-    assert set(names["traces"]) == {block.name for block in names["blocks"]} == set(names["spectra"])
-    assert {path.name for path in tmp_path.iterdir()} == {"my.txt", "spectra.parquet", "coupling.png", "landscape.png"}
+    assert (
+        set(names["traces"]) == {block.name for block in names["blocks"]} == set(names["spectra"])
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "my.txt",
+        "spectra.parquet",
+        "coupling.png",
+        "landscape.png",
+    }
     assert "Estimate" in capsys.readouterr().out

@@ -22,11 +22,17 @@ def run(out, *arguments):
 
 
 def checkpoints(tmp_path, steps):
-    return json.dumps([str(path) for path in factories.write_checkpoints(tmp_path / "checkpoints", steps)])
+    return json.dumps(
+        [str(path) for path in factories.write_checkpoints(tmp_path / "checkpoints", steps)]
+    )
 
 
 def contents(folder):
-    return sorted(os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder) for name in names)
+    return sorted(
+        os.path.relpath(os.path.join(root, name), folder)
+        for root, _, names in os.walk(folder)
+        for name in names
+    )
 
 
 def table_of(out):
@@ -41,11 +47,18 @@ def test_a_run_leaves_its_folder_and_nothing_else(tmp_path):
 
 def test_a_run_deletes_nothing_that_it_did_not_make(tmp_path):
     out = tmp_path / "run"
-    theirs = ["step_00000008/model.safetensors", "step_0/notes.txt", "mine.txt", "step_0/state-of-play.safetensors"]
+    theirs = [
+        "step_00000008/model.safetensors",
+        "step_0/notes.txt",
+        "mine.txt",
+        "step_0/state-of-play.safetensors",
+    ]
     for name in theirs:
         (out / "state" / name).parent.mkdir(parents=True, exist_ok=True)
         (out / "state" / name).write_text("kept")
-    (out / "state/step_0/state-0of1-0of2-00000003.safetensors").write_text("of a killed run on two processes")
+    (out / "state/step_0/state-0of1-0of2-00000003.safetensors").write_text(
+        "of a killed run on two processes"
+    )
     assert run(out).code == 0
     assert contents(out / "state") == sorted(theirs)
 
@@ -76,8 +89,13 @@ def test_the_numbers_are_those_of_the_python_interface(tmp_path):
     out = tmp_path / "run"
     run(out)
     model, batches, loss = factories.tiny()
-    blocks = [*partition(model, include=["*c_attn*weight*", "*ln_f.weight"]), *partition(model, "model")]
-    expected = estimate_spectra(Objective(model, batches, loss), blocks, num_probes=2, num_steps=3, seed=0)
+    blocks = [
+        *partition(model, include=["*c_attn*weight*", "*ln_f.weight"]),
+        *partition(model, "model"),
+    ]
+    expected = estimate_spectra(
+        Objective(model, batches, loss), blocks, num_probes=2, num_steps=3, seed=0
+    )
     found = load_spectra(out / "spectra.parquet")
     assert list(found) == list(expected)
     for name in expected:
@@ -95,14 +113,20 @@ def test_tables_are_tidy(tmp_path):
 
     out = tmp_path / "run"
     run(out)
-    axes = seaborn.histplot(table_of(out), x="node", weights="weight", hue="kind", stat="density", bins=30)
+    axes = seaborn.histplot(
+        table_of(out), x="node", weights="weight", hue="kind", stat="density", bins=30
+    )
     assert axes.has_data()
     plt.close(axes.figure)
     distances = pd.read_parquet(out / "heterogeneity.parquet")
-    assert {"block", "other", "distance", "step", "definition", "js0", "js0_stderr"} == set(distances.columns)
+    assert {"block", "other", "distance", "step", "definition", "js0", "js0_stderr"} == set(
+        distances.columns
+    )
     assert set(distances["definition"]) == {"jensen-shannon", "symmetrised-kl", "wasserstein"}
     assert "model" not in set(distances["block"])
-    rows = distances[(distances["definition"] == "wasserstein") & (distances["block"] < distances["other"])]
+    rows = distances[
+        (distances["definition"] == "wasserstein") & (distances["block"] < distances["other"])
+    ]
     assert rows["js0"].iloc[0] == pytest.approx(rows["distance"].mean(), rel=1e-9)
 
 
@@ -118,7 +142,12 @@ def test_stages_are_in_the_order_of_their_steps(tmp_path):
 
 def test_globs_of_checkpoints(tmp_path):
     checkpoints(tmp_path, [10, 20])
-    assert run(tmp_path / "run", "--checkpoints", json.dumps([str(tmp_path / "checkpoints" / "*.pt")])).code == 0
+    assert (
+        run(
+            tmp_path / "run", "--checkpoints", json.dumps([str(tmp_path / "checkpoints" / "*.pt")])
+        ).code
+        == 0
+    )
     assert set(table_of(tmp_path / "run")["step"]) == {10, 20}
 
 
@@ -130,7 +159,9 @@ def test_a_single_pattern_needs_no_list(tmp_path):
     assert set(found["step"]) == {10, 20}
     assert not found["block"].str.contains("ln_f").any()
     factories.reset()
-    assert run(out, "--checkpoints", json.dumps([pattern]), "--blocks.exclude", '["*ln_f*"]').code == 0  # the same settings
+    assert (
+        run(out, "--checkpoints", json.dumps([pattern]), "--blocks.exclude", '["*ln_f*"]').code == 0
+    )  # the same settings
     assert factories.calls["loss"] == 0
 
 
@@ -159,7 +190,10 @@ def test_a_run_goes_on_with_new_checkpoints(tmp_path):
 def test_checkpoints_without_numbers_keep_their_steps_or_are_refused(tmp_path):
     """A new one that sorts between two that are done would take the step of the second."""
     paths = factories.write_checkpoints(tmp_path, [1, 2, 3])
-    named = [path.rename(tmp_path / f"{name}.pt") for path, name in zip(paths, ("early", "late", "middle"), strict=True)]
+    named = [
+        path.rename(tmp_path / f"{name}.pt")
+        for path, name in zip(paths, ("early", "late", "middle"), strict=True)
+    ]
     out = tmp_path / "run"
     assert run(out, "--checkpoints", json.dumps([str(named[0]), str(named[1])])).code == 0
     before = table_of(out)

@@ -6,21 +6,27 @@ import torch
 from models import tiny_gpt2
 
 import blockspec
-from blockspec.curvature import Products
-from blockspec.estimate import plan_spectra
-from blockspec.memory import parse, readable
+from blockspec.engine.estimate import plan_spectra
+from blockspec.numerics.memory import parse, readable
+from blockspec.products.curvature import Products
 
 
 @pytest.fixture(scope="module")
 def objective():
     model = tiny_gpt2(seed=0)
-    tokens = torch.randint(model.config.vocab_size, (4, 8), generator=torch.Generator().manual_seed(1))
-    return blockspec.Objective(model, [{"input_ids": tokens[:1]}, {"input_ids": tokens[1:]}], blockspec.losses.next_token)
+    tokens = torch.randint(
+        model.config.vocab_size, (4, 8), generator=torch.Generator().manual_seed(1)
+    )
+    return blockspec.Objective(
+        model, [{"input_ids": tokens[:1]}, {"input_ids": tokens[1:]}], blockspec.losses.next_token
+    )
 
 
 @pytest.fixture(scope="module")
 def blocks(objective):
-    return blockspec.partition(objective.model, include=["*c_fc.weight", "*ln_1.weight", "*c_attn.weight/query"])
+    return blockspec.partition(
+        objective.model, include=["*c_fc.weight", "*ln_1.weight", "*c_attn.weight/query"]
+    )
 
 
 def test_fixed_numbers_cost_what_they_say(objective, blocks):
@@ -32,14 +38,18 @@ def test_fixed_numbers_cost_what_they_say(objective, blocks):
     assert spectra.cost.gradients == 2 * 20
 
 
-def test_a_tolerance_takes_more_products_when_it_is_tighter_and_drops_blocks_that_are_done(objective, blocks):
+def test_a_tolerance_takes_more_products_when_it_is_tighter_and_drops_blocks_that_are_done(
+    objective, blocks
+):
     loose = blockspec.estimate_spectra(objective, blocks, "auto", "auto", tolerance=0.1)
     tight = blockspec.estimate_spectra(objective, blocks, "auto", "auto", tolerance=0.04)
     assert loose.cost.products < tight.cost.products
     for spectra, tolerance in ((loose, 0.1), (tight, 0.04)):
         assert all(s.exact or s.error <= 1.3 * tolerance * s.norm for s in spectra.values())
     lengths = {name: s.steps.max() for name, s in loose.items() if not s.exact}
-    assert loose.cost.products < 2 * len(blocks) * max(lengths.values()) * max(s.num_probes for s in loose.values())
+    assert loose.cost.products < 2 * len(blocks) * max(lengths.values()) * max(
+        s.num_probes for s in loose.values()
+    )
 
 
 def test_small_blocks_are_exact_and_marked_so(objective, blocks):
@@ -57,19 +67,33 @@ def test_a_memory_bound_changes_no_number(objective, blocks):
     used = parse("100%", torch.device("cpu"))
     bound = blockspec.estimate_spectra(objective, blocks, num_probes=2, num_steps=6, memory=used)
     for name, spectrum in whole.items():
-        np.testing.assert_allclose(bound[name].nodes, spectrum.nodes, rtol=1e-9, atol=1e-12 * spectrum.norm)
+        np.testing.assert_allclose(
+            bound[name].nodes, spectrum.nodes, rtol=1e-9, atol=1e-12 * spectrum.norm
+        )
 
 
 def test_processes_wait_for_their_turn_when_memory_is_short(objective, blocks):
-    from blockspec.accuracy import Accuracy
-    from blockspec.schedule import Probing, Schedule, Task
+    from blockspec.engine.accuracy import Accuracy
+    from blockspec.engine.schedule import Probing, Schedule, Task
 
-    tasks = [Task(b, torch.float64, torch.device("cpu"), Accuracy(6, 2, 0.1), Probing(0, "rademacher", True)) for b in blocks]
+    tasks = [
+        Task(
+            b,
+            torch.float64,
+            torch.device("cpu"),
+            Accuracy(6, 2, 0.1),
+            Probing(0, "rademacher", True),
+        )
+        for b in blocks
+    ]
     sizes = {task.block.name: task.job_bytes() for task in tasks}
     budget = max(sizes.values())
     taken = []
     schedule = Schedule(tasks, budget=budget)
-    schedule.run(Products(objective), after_sweep=lambda s: taken.append(sum(sizes[job.block.name] for job in s.active)))
+    schedule.run(
+        Products(objective),
+        after_sweep=lambda s: taken.append(sum(sizes[job.block.name] for job in s.active)),
+    )
     assert 0 < max(taken) <= budget < sum(sizes.values())
     assert all(len(task.tridiagonals) == 2 for task in tasks if not task.exact)
 
@@ -79,7 +103,9 @@ def test_too_little_memory_is_said_with_what_would_fit(objective, blocks):
         blockspec.estimate_spectra(objective, blocks, memory="1MiB")
 
 
-@pytest.mark.parametrize(("text", "size"), [("20GiB", 20 * 2**30), ("500 MB", 500 * 2**20), (1000, 1000), ("7k", 7168)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("20GiB", 20 * 2**30), ("500 MB", 500 * 2**20), (1000, 1000), ("7k", 7168)]
+)
 def test_sizes_are_read(text, size):
     assert parse(text, torch.device("cpu")) == size
 
@@ -105,11 +131,17 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_goes_on(objective, bloc
     small = blockspec.Objective(model, given, loss)
     monkeypatch.setattr(small, "check", lambda: None)
     small.loss = hungry
-    monkeypatch.setattr("blockspec.estimate.check_twice_differentiable", lambda objective, names: None)
-    with pytest.warns(UserWarning, match="out of memory: going on with a micro-batch of 1 instead of 3"):
+    monkeypatch.setattr(
+        "blockspec.engine.estimate.check_twice_differentiable", lambda objective, names: None
+    )
+    with pytest.warns(
+        UserWarning, match="out of memory: going on with a micro-batch of 1 instead of 3"
+    ):
         spectra = blockspec.estimate_spectra(small, blocks, num_probes=1, num_steps=4)
     for name, spectrum in expected.items():
-        np.testing.assert_allclose(spectra[name].nodes, spectrum.nodes, rtol=1e-8, atol=1e-11 * spectrum.norm)
+        np.testing.assert_allclose(
+            spectra[name].nodes, spectrum.nodes, rtol=1e-8, atol=1e-11 * spectrum.norm
+        )
 
 
 def test_a_plan_counts_what_the_estimate_then_takes(objective, blocks):
@@ -124,7 +156,9 @@ def test_a_plan_counts_what_the_estimate_then_takes(objective, blocks):
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_the_basis_can_be_stored_in_less(objective, blocks, storage):
     spectra = blockspec.estimate_spectra(objective, blocks, num_probes=1, num_steps=12)
-    stored = blockspec.estimate_spectra(objective, blocks, num_probes=1, num_steps=12, basis_dtype=storage)
+    stored = blockspec.estimate_spectra(
+        objective, blocks, num_probes=1, num_steps=12, basis_dtype=storage
+    )
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[storage]
     for name, spectrum in spectra.items():
         assert abs(stored[name].largest.value - spectrum.largest.value) <= tolerance * spectrum.norm

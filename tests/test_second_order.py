@@ -9,12 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 
 from blockspec import Objective, losses, partition
-from blockspec.curvature import Products
-from blockspec.second_order import cheap_modules
+from blockspec.model.second_order import cheap_modules
+from blockspec.products.curvature import Products
 
 CONVOLUTIONS = {
     "plain": (nn.Conv2d(2, 3, 3), (2, 2, 6, 5)),
-    "stride that leaves pixels": (nn.Conv2d(2, 3, (2, 3), stride=(3, 2), padding=(1, 0)), (2, 2, 6, 8)),
+    "stride that leaves pixels": (
+        nn.Conv2d(2, 3, (2, 3), stride=(3, 2), padding=(1, 0)),
+        (2, 2, 6, 8),
+    ),
     "dilated, without bias": (nn.Conv2d(2, 3, 2, padding=1, dilation=2, bias=False), (1, 2, 5, 4)),
     "groups": (nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 3, 3)),
     "depthwise in one dimension": (nn.Conv1d(3, 3, 3, padding=2, groups=3), (2, 3, 5)),
@@ -42,7 +45,10 @@ ACTIVATIONS = {
         for name in ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "silu")
     },
 }
-CASES = {**{f"convolution, {k}": v for k, v in CONVOLUTIONS.items()}, **{f"batch norm {k}": v for k, v in BATCH_NORMS.items()}}
+CASES = {
+    **{f"convolution, {k}": v for k, v in CONVOLUTIONS.items()},
+    **{f"batch norm {k}": v for k, v in BATCH_NORMS.items()},
+}
 
 
 def flat(tensors):
@@ -54,11 +60,16 @@ def derivatives(module, x):
     points = [x, *module.parameters()]
 
     def curved(*_):
-        return (module(x).sin() * torch.linspace(1, 2, module(x).numel(), dtype=x.dtype).view_as(module(x))).sum()
+        return (
+            module(x).sin()
+            * torch.linspace(1, 2, module(x).numel(), dtype=x.dtype).view_as(module(x))
+        ).sum()
 
     value = curved()
     gradient = flat(torch.autograd.grad(value, points, create_graph=True))
-    rows = [torch.autograd.grad(g, points, retain_graph=True, materialize_grads=True) for g in gradient]
+    rows = [
+        torch.autograd.grad(g, points, retain_graph=True, materialize_grads=True) for g in gradient
+    ]
     return value, gradient, torch.stack([flat(row) for row in rows])
 
 
@@ -67,9 +78,15 @@ def test_values_and_both_derivatives_are_those_of_the_module(name):
     module, shape = CASES[name]
     module = module.double().train(name.endswith("train mode"))
     with torch.no_grad():
-        for i, tensor in enumerate([*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]):
-            tensor.copy_(torch.linspace(0.4 + i, 1.7, tensor.numel()).view_as(tensor).cos().abs() + 0.1)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+        for i, tensor in enumerate(
+            [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]
+        ):
+            tensor.copy_(
+                torch.linspace(0.4 + i, 1.7, tensor.numel()).view_as(tensor).cos().abs() + 0.1
+            )
+    x = torch.randn(
+        shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).requires_grad_()
     expected = derivatives(module, x)
     with cheap_modules(module):
         found = derivatives(module, x)
@@ -100,11 +117,15 @@ def test_derivatives_in_half_precision_are_rounded_once(dtype):
     with cheap_modules(module):
         found = jet(module, x.to(dtype).requires_grad_())
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+        torch.testing.assert_close(
+            ours.double(), theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize(
-    "module", [nn.GELU(), nn.Conv1d(2, 2, 2), nn.BatchNorm1d(2).eval()], ids=lambda module: type(module).__name__
+    "module",
+    [nn.GELU(), nn.Conv1d(2, 2, 2), nn.BatchNorm1d(2).eval()],
+    ids=lambda module: type(module).__name__,
 )
 def test_the_input_may_be_named(module):
     x = torch.randn(2, 2, 3)
@@ -123,7 +144,10 @@ def jet(module, x):
 
 @pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
 def test_what_needs_no_gradient_gets_none(frozen):
-    module, x = nn.Conv2d(2, 3, 3).double(), torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    module, x = (
+        nn.Conv2d(2, 3, 3).double(),
+        torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True),
+    )
     points = {"weight": module.weight, "bias": module.bias, "input": x}
     points.pop(frozen).requires_grad_(False)
     expected = torch.autograd.grad(module(x).square().sum(), list(points.values()))
@@ -146,7 +170,11 @@ class Counted(TorchDispatchMode):
 def test_a_product_convolves_up_and_down_once(layer, convolutions):
     """Tangents of the layers above, gradients of them, and three at the layer: its tangent, and gradients of weight and input."""
     torch.manual_seed(0)
-    stack = [module for _ in range(4) for module in (nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Tanh())]
+    stack = [
+        module
+        for _ in range(4)
+        for module in (nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Tanh())
+    ]
     model = nn.Sequential(*stack, nn.Flatten(), nn.Linear(32, 3)).double().eval()
     x, y = torch.randn(2, 2, 4, 4, dtype=torch.float64), torch.tensor([0, 2])
     objective = Objective(model, [(x, y)], losses.classification)

@@ -12,7 +12,15 @@ import torch
 from problems import problem, truth
 from quadratics import decaying, matrix_of, spectra_of
 
-from blockspec import Estimate, RitzValue, Spectra, block_diagonal, estimate_spectra, load_spectra, partition
+from blockspec import (
+    Estimate,
+    RitzValue,
+    Spectra,
+    block_diagonal,
+    estimate_spectra,
+    load_spectra,
+    partition,
+)
 
 NAME = "weights.a"
 
@@ -22,7 +30,9 @@ def normal(x, mean, width):
 
 
 def one(values, *, num_probes=3, num_steps=15, **settings):
-    return spectra_of({"a": matrix_of(values)}, num_probes=num_probes, num_steps=num_steps, **settings)[NAME]
+    return spectra_of(
+        {"a": matrix_of(values)}, num_probes=num_probes, num_steps=num_steps, **settings
+    )[NAME]
 
 
 def integral(density, grid):
@@ -47,9 +57,14 @@ def test_the_default_density_is_a_sum_of_normal_densities_on_the_asinh_scale():
     spectrum = one(decaying(60))
     grid, linear = np.linspace(-1, 3, 500), 0.01
     scaled, nodes = np.arcsinh(grid / linear), np.arcsinh(spectrum.nodes / linear)
-    expected = sum(w * normal(scaled, x, 0.2) for x, w in zip(nodes.ravel(), spectrum.weights.ravel(), strict=True))
+    expected = sum(
+        w * normal(scaled, x, 0.2)
+        for x, w in zip(nodes.ravel(), spectrum.weights.ravel(), strict=True)
+    )
     expected = expected / 3 / np.sqrt(grid**2 + linear**2)  # d asinh(x / c) / dx
-    np.testing.assert_allclose(spectrum.density(grid, linear=linear), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        spectrum.density(grid, linear=linear), expected, rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("width", [None, 0.003, 0.1])
@@ -59,7 +74,9 @@ def test_densities_integrate_to_one_over_their_own_grid(width, factor):
     width = width and width * factor
     grid = spectrum.grid(20_000)
     if width is not None:
-        grid = np.linspace(spectrum.smallest.value - 6 * width, spectrum.largest.value + 6 * width, 20_000)
+        grid = np.linspace(
+            spectrum.smallest.value - 6 * width, spectrum.largest.value + 6 * width, 20_000
+        )
     assert integral(spectrum.density(grid, width), grid) == pytest.approx(1, abs=1e-4)
 
 
@@ -67,7 +84,9 @@ def test_a_grid_in_any_order_gives_the_same_density():
     spectrum, generator = one(decaying(60)), np.random.default_rng(0)
     grid = spectrum.grid(300)
     shuffled = generator.permutation(300)
-    np.testing.assert_array_equal(spectrum.density(grid[shuffled]), spectrum.density(grid)[shuffled])
+    np.testing.assert_array_equal(
+        spectrum.density(grid[shuffled]), spectrum.density(grid)[shuffled]
+    )
 
 
 def test_densities_of_probes_average_to_the_density():
@@ -94,7 +113,10 @@ def test_the_default_width_keeps_the_mass_near_zero_that_a_linear_one_hides():
 def test_densities_of_a_model_are_those_of_its_exact_eigenvalues(name):
     """Smoothed as the paper's figures are, and on the default scale; whole model and a block."""
     it, matrix = problem(name), truth(name)
-    blocks = [*partition(it.model, "model"), max(partition(it.model, "tensor"), key=lambda block: block.numel)]
+    blocks = [
+        *partition(it.model, "model"),
+        max(partition(it.model, "tensor"), key=lambda block: block.numel),
+    ]
     spectra = estimate_spectra(it.objective(), blocks, num_probes=6, num_steps=50)
     for block in blocks:
         values = dense_truth.eigenvalues(matrix, dense_truth.positions(it.model, block)).numpy()
@@ -102,7 +124,9 @@ def test_densities_of_a_model_are_those_of_its_exact_eigenvalues(name):
         width = 0.03 * spectrum.norm
         grid = np.linspace(values[0] - 4 * width, values[-1] + 4 * width, 3000)
         exact = normal(grid[:, None], values, width).mean(1)
-        assert integral(np.abs(spectrum.density(grid, width) - exact), grid) < 0.06  # 2 would be no overlap
+        assert (
+            integral(np.abs(spectrum.density(grid, width) - exact), grid) < 0.06
+        )  # 2 would be no overlap
         distance = np.abs(spectrum.cdf(grid) - (values[None] <= grid[:, None]).mean(1))
         assert integral(distance, grid) < 0.01 * spectrum.norm
         assert integral(distance, grid) < spectrum.error
@@ -143,7 +167,9 @@ def test_the_distribution_function_steps_at_the_eigenvalues():
 
 def test_the_default_scale_turns_at_the_median_size_of_an_eigenvalue():
     assert one([0.1, -0.2, 0.3, -5.0, 7.0], num_steps=5).linear == pytest.approx(0.3)
-    assert one([1e-9] * 6 + [1.0], num_steps=7).linear == pytest.approx(1e-4)  # but not below the resolution
+    assert one([1e-9] * 6 + [1.0], num_steps=7).linear == pytest.approx(
+        1e-4
+    )  # but not below the resolution
     assert one([0.0] * 6, num_steps=6).linear == 1
 
 
@@ -167,7 +193,10 @@ def test_a_mean_of_any_function_of_the_eigenvalues():
 
 
 def small(**settings):
-    matrices = {name: matrix_of(decaying(size, seed=size)) for name, size in {"a": 30, "b": 50, "c": 5}.items()}
+    matrices = {
+        name: matrix_of(decaying(size, seed=size))
+        for name, size in {"a": 30, "b": 50, "c": 5}.items()
+    }
     return spectra_of(matrices, **{"num_probes": 2, "num_steps": 8} | settings)
 
 
@@ -209,7 +238,10 @@ def test_a_summary_has_a_row_a_block():
 
 
 def test_the_block_diagonal_spectrum_is_that_of_the_block_diagonal_matrix():
-    matrices = {name: matrix_of(decaying(size, seed=size)) for name, size in {"a": 8, "b": 5, "c": 2}.items()}
+    matrices = {
+        name: matrix_of(decaying(size, seed=size))
+        for name, size in {"a": 8, "b": 5, "c": 2}.items()
+    }
     mixed = block_diagonal(spectra_of(matrices, num_probes=3, num_steps=10))
     values = np.sort(np.concatenate([torch.linalg.eigvalsh(m).numpy() for m in matrices.values()]))
     assert mixed.block.numel == 15
@@ -234,9 +266,14 @@ def test_estimates_in_a_mixture_are_weighted_by_size():
 
 
 def test_standard_errors_of_mixtures_are_as_large_as_the_errors():
-    matrices = {name: matrix_of(decaying(size, seed=size)) for name, size in {"a": 20, "b": 30}.items()}
+    matrices = {
+        name: matrix_of(decaying(size, seed=size)) for name, size in {"a": 20, "b": 30}.items()
+    }
     exact = sum(m.trace().item() for m in matrices.values())
-    traces = [block_diagonal(spectra_of(matrices, num_probes=4, num_steps=2, seed=seed)).trace for seed in range(100)]
+    traces = [
+        block_diagonal(spectra_of(matrices, num_probes=4, num_steps=2, seed=seed)).trace
+        for seed in range(100)
+    ]
     stated = np.sqrt(np.mean([trace.stderr**2 for trace in traces]))
     assert np.std([trace.value - exact for trace in traces]) == pytest.approx(stated, rel=0.25)
 
@@ -282,7 +319,15 @@ def assert_same_spectrum(a, b):
 def test_spectra_come_back_from_a_file_as_they_were(tmp_path, reorthogonalize):
     it = problem("gpt2")
     blocks = partition(it.model, include=["*wte*", "*h.0*query*", "*ln_f*"])
-    spectra = estimate_spectra(it.objective(), blocks, 3, 9, seed=5, distribution="gaussian", reorthogonalize=reorthogonalize)
+    spectra = estimate_spectra(
+        it.objective(),
+        blocks,
+        3,
+        9,
+        seed=5,
+        distribution="gaussian",
+        reorthogonalize=reorthogonalize,
+    )
     path = tmp_path / "new folder" / "spectra.parquet"
     spectra.save(path)
     loaded = load_spectra(path)
@@ -295,7 +340,12 @@ def test_spectra_come_back_from_a_file_as_they_were(tmp_path, reorthogonalize):
 
 
 def test_blocks_of_different_numbers_of_steps_and_probes_share_a_file(tmp_path):
-    spectra = Spectra([small(num_probes=2, num_steps=8)["weights.a"], small(num_probes=3, num_steps=5)["weights.b"]])
+    spectra = Spectra(
+        [
+            small(num_probes=2, num_steps=8)["weights.a"],
+            small(num_probes=3, num_steps=5)["weights.b"],
+        ]
+    )
     spectra.save(tmp_path / "s.parquet")
     for name, spectrum in load_spectra(tmp_path / "s.parquet").items():
         assert_same_spectrum(spectrum, spectra[name])
@@ -305,7 +355,17 @@ def test_the_file_is_a_tidy_table(tmp_path):
     spectra = small()
     spectra.save(tmp_path / "s.parquet", step=300)
     table = pd.read_parquet(tmp_path / "s.parquet")
-    assert list(table.columns[:9]) == ["step", "block", "kind", "layer", "numel", "probe", "index", "node", "weight"]
+    assert list(table.columns[:9]) == [
+        "step",
+        "block",
+        "kind",
+        "layer",
+        "numel",
+        "probe",
+        "index",
+        "node",
+        "weight",
+    ]
     assert set(table["step"]) == {300}
     rows = table[(table["block"] == "weights.a") & (table["probe"] == 1)].sort_values("index")
     np.testing.assert_array_equal(rows["node"], spectra["weights.a"].nodes[1])
@@ -333,7 +393,9 @@ def test_what_is_no_file_of_spectra_is_an_error(tmp_path):
         load_spectra(damaged)
     other = tmp_path / "other.parquet"
     pd.DataFrame({"step": [1]}).to_parquet(other)
-    with pytest.raises(ValueError, match=r"is not a table of spectra: it lacks the columns \['block'"):
+    with pytest.raises(
+        ValueError, match=r"is not a table of spectra: it lacks the columns \['block'"
+    ):
         load_spectra(other)
 
 
@@ -348,7 +410,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
             file.write(b"half")
         raise OSError("disk full")
 
-    with mock.patch.object(pd.DataFrame, "to_parquet", failing), pytest.raises(OSError, match="disk full"):
+    with (
+        mock.patch.object(pd.DataFrame, "to_parquet", failing),
+        pytest.raises(OSError, match="disk full"),
+    ):
         small(seed=1).save(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["s.parquet"]

@@ -39,7 +39,9 @@ def make(*, seed=0, shift=0.0, tokens_seed=1):
     model = tiny_gpt2(seed=seed)
     with torch.no_grad():
         next(model.parameters()).add_(shift)
-    tokens = torch.randint(model.config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(tokens_seed))
+    tokens = torch.randint(
+        model.config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(tokens_seed)
+    )
     batches = [{"input_ids": row[None]} for row in tokens]
     objective = blockspec.Objective(model, batches, blockspec.losses.next_token)
     return objective, blockspec.partition(model, include=["*c_fc.weight", "*ln_1.weight"])
@@ -56,10 +58,14 @@ def interrupted(state, *, after, **settings):
 
     settings = {"num_probes": 2, "num_steps": 8} | settings
     with pytest.raises(Stop):
-        blockspec.estimate_spectra(*make(), state=state, state_every=0.0, progress=progress, **settings)
+        blockspec.estimate_spectra(
+            *make(), state=state, state_every=0.0, progress=progress, **settings
+        )
 
 
-@pytest.mark.parametrize("settings", [{}, {"reorthogonalize": False}, {"basis_dtype": "bfloat16"}, {"curvature": "ggn"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"reorthogonalize": False}, {"basis_dtype": "bfloat16"}, {"curvature": "ggn"}]
+)
 def test_a_stopped_estimate_goes_on_bit_by_bit_and_repeats_no_sweep(tmp_path, settings):
     unbroken = blockspec.estimate_spectra(*make(), 2, 8, **settings)
     interrupted(tmp_path, after=5, **settings)
@@ -93,10 +99,14 @@ def test_what_was_deflated_is_kept_in_files_and_mixtures(tmp_path, unbroken):
     older.to_parquet(tmp_path / "older.parquet")
     for s in blockspec.load_spectra(tmp_path / "older.parquet").values():
         assert not s.known.any()
-    both = pd.concat([older.assign(step=0), pd.read_parquet(tmp_path / "spectra.parquet").assign(step=1)])
+    both = pd.concat(
+        [older.assign(step=0), pd.read_parquet(tmp_path / "spectra.parquet").assign(step=1)]
+    )
     both.to_parquet(tmp_path / "both.parquet")
     for step in (0, 1):
-        assert (blockspec.load_spectra(tmp_path / "both.parquet", step=step).summary()["error"] >= 0).all()
+        assert (
+            blockspec.load_spectra(tmp_path / "both.parquet", step=step).summary()["error"] >= 0
+        ).all()
 
 
 @pytest.mark.parametrize("after", [40, 120])
@@ -144,7 +154,9 @@ def test_kill_9_at_random_moments(tmp_path):
     (tmp_path / "killed").mkdir()
     kills, random_moments = 0, random.Random(0)
     while not (tmp_path / "killed/spectra.parquet").exists():
-        process = subprocess.Popen([*command, str(tmp_path / "killed"), tests], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed"), tests], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline() == "begun\n"
         if kills < int(os.environ.get("KILLS", "3")):
             time.sleep(random_moments.uniform(0.05, 0.6))
@@ -154,6 +166,9 @@ def test_kill_9_at_random_moments(tmp_path):
             assert process.wait() == 0
         process.stdout.close()
     assert kills >= 1
-    unbroken, killed = (blockspec.load_spectra(tmp_path / name / "spectra.parquet") for name in ("unbroken", "killed"))
+    unbroken, killed = (
+        blockspec.load_spectra(tmp_path / name / "spectra.parquet")
+        for name in ("unbroken", "killed")
+    )
     for name, spectrum in unbroken.items():
         np.testing.assert_array_equal(killed[name].nodes, spectrum.nodes)

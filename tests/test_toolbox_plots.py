@@ -7,9 +7,9 @@ from matplotlib.colors import LogNorm
 from problems import problem
 
 import blockspec
-from blockspec import toolbox_plots as plots
-from blockspec.landscapes import Landscape
-from blockspec.matrices import dense
+from blockspec.figures import toolbox as plots
+from blockspec.toolbox.landscapes import Landscape
+from blockspec.toolbox.matrices import dense
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,11 @@ def test_small_heatmaps_are_written_out():
 def test_a_coupling_of_zeros_can_be_drawn(tmp_path):
     objective, blocks = coupled(0 * matrix_with_decay(9), (4, 5))
     for relative in (True, False):
-        plots.save(plots.coupling_heatmap(blockspec.coupling(objective, blocks, 1), relative=relative), tmp_path, "zeros")
+        plots.save(
+            plots.coupling_heatmap(blockspec.coupling(objective, blocks, 1), relative=relative),
+            tmp_path,
+            "zeros",
+        )
 
 
 def test_pictures_of_blocks(tmp_path):
@@ -73,7 +77,9 @@ def test_large_blocks_keep_their_largest_entries():
 def test_line(tmp_path):
     steps = np.linspace(-1, 1, 5)
     figure = plots.landscape_line(Landscape((steps,), steps**2, ("direction 1",)))
-    np.testing.assert_array_equal(figure.axes[0].lines[0].get_xydata(), np.stack([steps, steps**2], 1))
+    np.testing.assert_array_equal(
+        figure.axes[0].lines[0].get_xydata(), np.stack([steps, steps**2], 1)
+    )
     plots.save(figure, tmp_path, "line")
 
 
@@ -84,7 +90,11 @@ def test_surface(logarithmic, tmp_path):
     losses[0, 0] = np.inf
     figure = plots.landscape_surface(Landscape(steps, losses, ("u", "v")), logarithmic=logarithmic)
     solid, flat = figure.axes[:2]
-    assert (solid.get_xlabel(), solid.get_ylabel()) == (flat.get_xlabel(), flat.get_ylabel()) == ("u", "v")
+    assert (
+        (solid.get_xlabel(), solid.get_ylabel())
+        == (flat.get_xlabel(), flat.get_ylabel())
+        == ("u", "v")
+    )
     assert solid.get_zlabel() == ("log10 of the loss" if logarithmic else "loss")
     assert flat.get_ylim() == (-2, 2)
     plots.save(figure, tmp_path, "surface")

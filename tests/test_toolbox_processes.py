@@ -7,7 +7,7 @@ import torch.multiprocessing
 from problems import problem
 
 import blockspec
-from blockspec.traces import METHODS
+from blockspec.toolbox.traces import METHODS
 
 
 def numbers():
@@ -40,4 +40,6 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
     expected = numbers()
     for rank in range(2):
-        np.testing.assert_allclose(np.load(tmp_path / f"{rank}.npy"), expected, rtol=1e-8, atol=1e-11)
+        np.testing.assert_allclose(
+            np.load(tmp_path / f"{rank}.npy"), expected, rtol=1e-8, atol=1e-11
+        )

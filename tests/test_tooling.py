@@ -15,12 +15,23 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = sorted((ROOT / "blockspec").rglob("*.py"))
 OURS = {"language_models", "vision_models", "training", "benchmarks", "examples", "paper"}
-PUBLIC = ("Block", "Estimate", "Objective", "RitzValue", "Spectra", "Spectrum", "block_diagonal", "draw_probe")
+PUBLIC = (
+    "Block",
+    "Estimate",
+    "Objective",
+    "RitzValue",
+    "Spectra",
+    "Spectrum",
+    "block_diagonal",
+    "draw_probe",
+)
 PUBLIC += ("estimate_spectra", "js0", "js_distances", "load_spectra", "losses", "partition")
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
 
 
 def imports(path):
@@ -51,7 +62,11 @@ def test_the_package_is_typed_for_its_users():
 
 
 def test_every_package_of_the_folder_is_installed():
-    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in MODULES if path.name == "__init__.py"}
+    folders = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in MODULES
+        if path.name == "__init__.py"
+    }
     assert folders == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
@@ -65,14 +80,30 @@ def test_public_names(name):
 def test_the_package_needs_nothing_that_is_not_declared(path):
     top = {name.split(".")[0] for name in imports(path) if not name.startswith(".")}
     assert not top & OURS
-    declared = {re.split(r"[\[<>=]", line)[0].strip() for line in PROJECT["project"]["dependencies"]}
+    declared = {
+        re.split(r"[\[<>=]", line)[0].strip() for line in PROJECT["project"]["dependencies"]
+    }
     extra = {"matplotlib"}  # seaborn's own
-    allowed = {name.replace("-", "_") for name in declared} | set(sys.stdlib_module_names) | extra | {"blockspec"}
+    allowed = (
+        {name.replace("-", "_") for name in declared}
+        | set(sys.stdlib_module_names)
+        | extra
+        | {"blockspec"}
+    )
     integrations = {"pytorch_lightning", "lightning"} if "integrations" in path.parts else set()
     assert top <= allowed | integrations
 
 
-ROAD = ("attention", "objective", "blocks", "curvature", "lanczos", "spectra", "heterogeneity", "plots")
+ROAD = (
+    "attention",
+    "objective",
+    "blocks",
+    "curvature",
+    "lanczos",
+    "spectra",
+    "heterogeneity",
+    "plots",
+)
 
 
 @pytest.mark.parametrize("stop", ROAD)
@@ -81,7 +112,11 @@ def test_each_stop_of_the_road_imports_only_from_stops_before(stop):
     reached, todo = set(), [stop]
     while todo:
         path = ROOT / "blockspec" / f"{todo.pop()}.py"
-        names = {name.lstrip(".").split(".")[0] for name in imports(path) if name.startswith(".") and name != "."}
+        names = {
+            name.lstrip(".").split(".")[0]
+            for name in imports(path)
+            if name.startswith(".") and name != "."
+        }
         todo += [name for name in names - reached if (ROOT / "blockspec" / f"{name}.py").exists()]
         reached |= names
     assert not reached & set(ROAD[ROAD.index(stop) :])
@@ -106,8 +141,14 @@ def test_every_lower_bound_has_its_reason():
 
 
 def test_the_tested_versions_are_pinned():
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    assert pins["torch"] == "2.13.0"  # it has a CPU build; an unpinned one brings gigabytes of GPU libraries
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    assert (
+        pins["torch"] == "2.13.0"
+    )  # it has a CPU build; an unpinned one brings gigabytes of GPU libraries
     wanted = [re.split(r"[\[<>=]", line)[0] for line in PROJECT["project"]["dependencies"]]
     lower = {name.lower().replace("_", "-") for name in pins}
     assert not [name for name in wanted if name.lower() not in lower]
@@ -136,6 +177,11 @@ def test_functions_and_files_stay_small():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
-                functions.append((body[-1].end_lineno - body[0].lineno + 1 if body else 0, f"{path.name}:{node.name}"))
+                functions.append(
+                    (
+                        body[-1].end_lineno - body[0].lineno + 1 if body else 0,
+                        f"{path.name}:{node.name}",
+                    )
+                )
     assert max(lengths) <= 450
     assert sorted(functions)[-1][0] <= 60, sorted(functions)[-3:]

@@ -10,8 +10,8 @@ from quadratics import objective_of
 
 import blockspec
 from blockspec import Estimate, partition
-from blockspec.sweeps import run
-from blockspec.traces import METHODS, Sampling, extend, leave_one_out, xtrace
+from blockspec.numerics.algorithms import run
+from blockspec.toolbox.traces import METHODS, Sampling, extend, leave_one_out, xtrace
 
 CURVATURES = ("hessian", "ggn", "fisher")
 SIZES = (30, 40, 50)
@@ -19,7 +19,9 @@ SIZES = (30, 40, 50)
 
 def exact_traces(name, curvature, blocks):
     diagonal = truth(name, curvature).diagonal()
-    return {b.name: float(diagonal[dense_truth.positions(problem(name).model, b)].sum()) for b in blocks}
+    return {
+        b.name: float(diagonal[dense_truth.positions(problem(name).model, b)].sum()) for b in blocks
+    }
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -61,7 +63,10 @@ def test_intervals_cover_the_truth(method):
 def test_every_method_is_without_bias(method):
     matrix = matrix_with_decay(sum(SIZES))
     objective, blocks = coupled(matrix, SIZES)
-    trials = [blockspec.trace(objective, blocks, method, num_probes=6, seed=seed).values() for seed in range(150)]
+    trials = [
+        blockspec.trace(objective, blocks, method, num_probes=6, seed=seed).values()
+        for seed in range(150)
+    ]
     values = np.array([[estimate.value for estimate in trial] for trial in trials])
     exact = [float(cut(matrix, SIZES)[i][i].trace()) for i in range(3)]
     assert np.all(np.abs(values.mean(0) - exact) <= 4 * values.std(0) / np.sqrt(len(values)))
@@ -78,7 +83,9 @@ def test_hutchinson_takes_one_full_product_per_probe_for_any_number_of_blocks():
     assert costs[0].gradients == 2 * len(it.batches)  # 8 probes at once, then 2
 
 
-@pytest.mark.parametrize(("method", "probes"), [("hutch++", 12), ("hutch++", 14), ("xtrace", 12), ("xtrace", 13)])
+@pytest.mark.parametrize(
+    ("method", "probes"), [("hutch++", 12), ("hutch++", 14), ("xtrace", 12), ("xtrace", 13)]
+)
 def test_block_by_block_methods_take_at_most_their_products(method, probes):
     objective, blocks = coupled(matrix_with_decay(sum(SIZES)), SIZES)
     cost = blockspec.trace(objective, blocks, method, num_probes=probes).cost
@@ -89,7 +96,12 @@ def test_block_by_block_methods_take_at_most_their_products(method, probes):
 def test_traces_of_all_partitions_add_up_to_one_number():
     it = problem("gpt2")
     sums = [
-        sum(e.value for e in blockspec.trace(it.objective(), partition(it.model, by), num_probes=3, seed=5).values())
+        sum(
+            e.value
+            for e in blockspec.trace(
+                it.objective(), partition(it.model, by), num_probes=3, seed=5
+            ).values()
+        )
         for by in ("model", "tensor", "head", "neuron", "layer")
     ]
     np.testing.assert_allclose(sums, sums[0], rtol=1e-10)
@@ -103,13 +115,17 @@ def test_hessian_is_gauss_newton_plus_residual():
         for curvature in ("hessian", "ggn", "residual")
     }
     for name, value in parts["hessian"].items():
-        assert parts["ggn"][name].value + parts["residual"][name].value == pytest.approx(value.value, abs=1e-12)
+        assert parts["ggn"][name].value + parts["residual"][name].value == pytest.approx(
+            value.value, abs=1e-12
+        )
     assert any(abs(e.value) > 0.1 for e in parts["residual"].values())
 
 
 def test_blocks_of_other_parameters_do_not_disturb_a_single_block():
     """Alone, a block is probed alone: for one without off-diagonal entries the trace is exact."""
-    matrix = torch.block_diag(torch.diag(torch.arange(1.0, 5.0)), matrix_with_decay(6).float()).double()
+    matrix = torch.block_diag(
+        torch.diag(torch.arange(1.0, 5.0)), matrix_with_decay(6).float()
+    ).double()
     matrix[:4, 4:], matrix[4:, :4] = 0.5, 0.5
     objective, blocks = coupled(matrix, (4, 6))
     assert blockspec.trace(objective, blocks[0], num_probes=3)["parts.0"] == Estimate(10.0, 0.0)
@@ -120,7 +136,13 @@ def test_blocks_of_other_parameters_do_not_disturb_a_single_block():
 def test_ends_when_the_tolerance_is_met(method):
     objective, blocks = coupled(matrix_with_decay(sum(SIZES)) + torch.eye(sum(SIZES)), SIZES)
     loose, tight = (
-        blockspec.trace(objective, blocks, method, num_probes=3000 if method == "hutchinson" else 28, tolerance=tolerance)
+        blockspec.trace(
+            objective,
+            blocks,
+            method,
+            num_probes=3000 if method == "hutchinson" else 28,
+            tolerance=tolerance,
+        )
         for tolerance in (0.1, 0.002)
     )
     for estimate in loose.values():
@@ -129,8 +151,12 @@ def test_ends_when_the_tolerance_is_met(method):
 
 
 def test_a_block_of_zeros_does_not_keep_the_others_going():
-    objective = objective_of({"one": 0.1 * torch.ones(6, 6).double() + torch.eye(6), "zero": torch.zeros(4, 4).double()})
-    found = blockspec.trace(objective, partition(objective.model, "tensor"), num_probes=500, tolerance=0.2)
+    objective = objective_of(
+        {"one": 0.1 * torch.ones(6, 6).double() + torch.eye(6), "zero": torch.zeros(4, 4).double()}
+    )
+    found = blockspec.trace(
+        objective, partition(objective.model, "tensor"), num_probes=500, tolerance=0.2
+    )
     assert found.probes["weights.one"] < 50
     assert found["weights.zero"] == Estimate(0.0, 0.0)
 
@@ -148,7 +174,9 @@ def test_low_rank_is_exact(method):
 def test_leaving_one_out_is_what_it_says():
     """Against the definition: a QR factorisation of all other images, for each probe anew (equation 2.3 of the paper)."""
     matrix = matrix_with_decay(40)
-    drawn = torch.randn(7, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64).sign()
+    drawn = torch.randn(
+        7, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).sign()
     images = drawn @ matrix
     expected = []
     for i in range(7):
@@ -158,19 +186,27 @@ def test_leaving_one_out_is_what_it_says():
     basis = extend(images[:0], images[:3])
     basis = torch.cat([basis, extend(basis, images[3:])])
     torch.testing.assert_close(basis @ basis.T, torch.eye(7, dtype=torch.float64))
-    np.testing.assert_allclose(leave_one_out(drawn, images, basis, basis @ matrix), expected, rtol=1e-10)
+    np.testing.assert_allclose(
+        leave_one_out(drawn, images, basis, basis @ matrix), expected, rtol=1e-10
+    )
 
 
 def test_dependent_vectors_extend_a_basis_by_what_is_new():
     basis = torch.eye(5, dtype=torch.float64)[:2]
-    vectors = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 3, 0, 0], [1, 0, 3, 0, 0], [0, 0, 0, 0, 0]]).double()
-    torch.testing.assert_close(extend(basis, vectors).abs(), torch.tensor([[0, 0, 1, 0, 0]]).double())
+    vectors = torch.tensor(
+        [[1, 1, 0, 0, 0], [0, 0, 3, 0, 0], [1, 0, 3, 0, 0], [0, 0, 0, 0, 0]]
+    ).double()
+    torch.testing.assert_close(
+        extend(basis, vectors).abs(), torch.tensor([[0, 0, 1, 0, 0]]).double()
+    )
 
 
 def test_same_seed_same_numbers():
     it = problem("gpt2")
     blocks = partition(it.model)
-    first, again, other = (blockspec.trace(it.objective(), blocks, num_probes=2, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        blockspec.trace(it.objective(), blocks, num_probes=2, seed=seed) for seed in (1, 1, 2)
+    )
     assert dict(first) == dict(again) != dict(other)
 
 
@@ -208,6 +244,8 @@ def test_algorithms_know_nothing_of_models():
             generator = torch.Generator().manual_seed(start)
             return torch.randn(stop - start, 50, generator=generator, dtype=torch.float64).sign()
 
-    estimate, samples = run(xtrace(Drawn(), Sampling(40, None, 0, None)), lambda rows: rows @ matrix)
+    estimate, samples = run(
+        xtrace(Drawn(), Sampling(40, None, 0, None)), lambda rows: rows @ matrix
+    )
     assert samples == 20
     assert abs(estimate.value - float(matrix.trace())) < 5 * estimate.stderr

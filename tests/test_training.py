@@ -11,7 +11,13 @@ from torch import nn
 from blockspec.optim import AdaHessian
 from training.checkpoints import due_steps, list_checkpoints, read_record, write_checkpoint
 from training.log import read_log
-from training.optimizers import OptimizerSettings, ScheduleSettings, make_optimizer, parameter_groups, share_of_peak
+from training.optimizers import (
+    OptimizerSettings,
+    ScheduleSettings,
+    make_optimizer,
+    parameter_groups,
+    share_of_peak,
+)
 from training.trainer import TrainingSettings, mean_loss, train
 
 SETTINGS = TrainingSettings(
@@ -48,7 +54,9 @@ def losses(out) -> pd.Series:
     return log.dropna(subset="loss").set_index("step")["loss"]
 
 
-def bare_losses(optimizer: torch.optim.Optimizer, model: nn.Module, *, clip: float, rates: list[float]) -> list[float]:
+def bare_losses(
+    optimizer: torch.optim.Optimizer, model: nn.Module, *, clip: float, rates: list[float]
+) -> list[float]:
     found = []
     for step, rate in enumerate(rates):
         for group in optimizer.param_groups:
@@ -65,8 +73,12 @@ def bare_losses(optimizer: torch.optim.Optimizer, model: nn.Module, *, clip: flo
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adahessian"])
 def test_losses_are_those_of_a_bare_loop(name, tmp_path):
-    chosen = OptimizerSettings(name=name, lr=0.1, weight_decay=0.2, clip=0.3, spatial_averaging="rows")
-    settings = dataclasses.replace(SETTINGS, optimizer=chosen, schedule=ScheduleSettings(shape="constant"))
+    chosen = OptimizerSettings(
+        name=name, lr=0.1, weight_decay=0.2, clip=0.3, spatial_averaging="rows"
+    )
+    settings = dataclasses.replace(
+        SETTINGS, optimizer=chosen, schedule=ScheduleSettings(shape="constant")
+    )
     train(make_model(), batch_at, loss, settings=settings, out=tmp_path)
     model = make_model()
     matrices, vectors = [model[0].weight, model[3].weight], [model[0].bias, model[3].bias]
@@ -85,14 +97,22 @@ def test_losses_are_those_of_a_bare_loop(name, tmp_path):
 def test_micro_batches_give_the_mean_over_all_terms(name, tmp_path):
     optimizer = OptimizerSettings(name=name, lr=0.05, update_each=2)
     settings = dataclasses.replace(SETTINGS, optimizer=optimizer)
-    train(make_model(), batch_at, loss, settings=dataclasses.replace(settings, micro_batches=3), out=tmp_path / "cut")
+    train(
+        make_model(),
+        batch_at,
+        loss,
+        settings=dataclasses.replace(settings, micro_batches=3),
+        out=tmp_path / "cut",
+    )
 
     def whole(step: int) -> tuple[torch.Tensor, ...]:
         parts = [batch_at(3 * step + micro) for micro in range(3)]
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     train(make_model(), whole, loss, settings=settings, out=tmp_path / "whole")
-    torch.testing.assert_close(losses(tmp_path / "cut").tolist(), losses(tmp_path / "whole").tolist(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        losses(tmp_path / "cut").tolist(), losses(tmp_path / "whole").tolist(), rtol=1e-12, atol=0
+    )
 
 
 class Killed(Exception):
@@ -104,7 +124,14 @@ class Killed(Exception):
 def test_a_stopped_run_goes_on_with_the_same_losses(name, stop, tmp_path):
     settings = dataclasses.replace(SETTINGS, optimizer=OptimizerSettings(name=name, lr=0.05))
     measure = lambda model: {"held_out": mean_loss(model, [batch_at(99)], loss)}  # noqa: E731
-    train(make_model(dropout=0.3), batch_at, loss, settings=settings, out=tmp_path / "whole", measure=measure)
+    train(
+        make_model(dropout=0.3),
+        batch_at,
+        loss,
+        settings=settings,
+        out=tmp_path / "whole",
+        measure=measure,
+    )
 
     def breaking(index: int):
         if index == stop:
@@ -112,22 +139,45 @@ def test_a_stopped_run_goes_on_with_the_same_losses(name, stop, tmp_path):
         return batch_at(index)
 
     with pytest.raises(Killed):
-        train(make_model(dropout=0.3), breaking, loss, settings=settings, out=tmp_path / "cut", measure=measure)
+        train(
+            make_model(dropout=0.3),
+            breaking,
+            loss,
+            settings=settings,
+            out=tmp_path / "cut",
+            measure=measure,
+        )
     torch.rand(17)  # another process has other random numbers
     asked = []
     recorded = lambda index: asked.append(index) or batch_at(index)  # noqa: E731
-    train(make_model(dropout=0.3), recorded, loss, settings=settings, out=tmp_path / "cut", measure=measure)
+    train(
+        make_model(dropout=0.3),
+        recorded,
+        loss,
+        settings=settings,
+        out=tmp_path / "cut",
+        measure=measure,
+    )
     assert asked[0] == stop // 4 * 4  # the latest state, not the start
     pd.testing.assert_frame_equal(read_log(tmp_path / "cut"), read_log(tmp_path / "whole"))
     for checkpoint in ("step_000006", "step_000012"):
-        weights = [(tmp_path / run / checkpoint / "model.safetensors").read_bytes() for run in ("cut", "whole")]
+        weights = [
+            (tmp_path / run / checkpoint / "model.safetensors").read_bytes()
+            for run in ("cut", "whole")
+        ]
         assert weights[0] == weights[1]
 
 
 def test_dropout_is_drawn_in_training(tmp_path):
     """Otherwise the test above would not see whether random numbers are restored."""
     for dropout in (0.0, 0.3):
-        train(make_model(dropout=dropout), batch_at, loss, settings=SETTINGS, out=tmp_path / str(dropout))
+        train(
+            make_model(dropout=dropout),
+            batch_at,
+            loss,
+            settings=SETTINGS,
+            out=tmp_path / str(dropout),
+        )
     assert losses(tmp_path / "0.0").tolist() != losses(tmp_path / "0.3").tolist()
 
 
@@ -138,7 +188,11 @@ def test_a_complete_run_is_not_trained_again_and_keeps_no_state(tmp_path):
     def never(index: int):
         raise AssertionError("a complete run asked for a batch")
 
-    assert train(make_model(), never, loss, settings=SETTINGS, out=tmp_path) == last == tmp_path / "step_000012"
+    assert (
+        train(make_model(), never, loss, settings=SETTINGS, out=tmp_path)
+        == last
+        == tmp_path / "step_000012"
+    )
 
 
 def test_checkpoints_say_what_they_are(tmp_path):
@@ -152,9 +206,18 @@ def test_checkpoints_say_what_they_are(tmp_path):
         record=record,
         measure=lambda m: {"accuracy": 0.5},
     )
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000000", "step_000006", "step_000012"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step_000000",
+        "step_000006",
+        "step_000012",
+    ]
     found = read_record(tmp_path / "step_000006")
-    assert (found["step"], found["fraction"], found["accuracy"], found["data"]) == (6, 0.5, 0.5, record["data"])
+    assert (found["step"], found["fraction"], found["accuracy"], found["data"]) == (
+        6,
+        0.5,
+        0.5,
+        record["data"],
+    )
     assert found["loss"] == losses(tmp_path)[5]
     assert found["training"]["optimizer"]["lr"] == 0.01
     assert read_record(tmp_path / "step_000000")["loss"] is None
@@ -168,8 +231,13 @@ def test_other_settings_are_refused_with_their_names(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    settings = dataclasses.replace(SETTINGS, optimizer=OptimizerSettings(name="sgd", lr=1e200, clip=0.0))
-    with pytest.raises(FloatingPointError, match=r"the loss became (nan|inf) at step [1-3]: lower the learning rate"):
+    settings = dataclasses.replace(
+        SETTINGS, optimizer=OptimizerSettings(name="sgd", lr=1e200, clip=0.0)
+    )
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the loss became (nan|inf) at step [1-3]: lower the learning rate",
+    ):
         train(make_model(), batch_at, loss, settings=settings, out=tmp_path)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000000"]
 
@@ -181,12 +249,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         ({"micro_batches": 0}, "micro_batches is 0"),
         ({"checkpoints": (0.5, 1.5)}, "between 0 and 1"),
         ({"optimizer": OptimizerSettings(lr=0.0)}, "lr is 0.0; it must be above 0"),
-        ({"optimizer": OptimizerSettings(name="adahessian"), "compile": True}, "switch compile off"),
+        (
+            {"optimizer": OptimizerSettings(name="adahessian"), "compile": True},
+            "switch compile off",
+        ),
     ],
 )
 def test_wrong_settings(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train(make_model(), batch_at, loss, settings=dataclasses.replace(SETTINGS, **changes), out=tmp_path / "run")
+        train(
+            make_model(),
+            batch_at,
+            loss,
+            settings=dataclasses.replace(SETTINGS, **changes),
+            out=tmp_path / "run",
+        )
 
 
 def test_nothing_to_train():
@@ -195,15 +272,25 @@ def test_nothing_to_train():
 
 
 def test_due_steps():
-    assert due_steps((0.0, 0.001, 0.025, 0.5, 1.0), 100) == {0: 0.0, 1: 0.001, 2: 0.025, 50: 0.5, 100: 1.0}
+    assert due_steps((0.0, 0.001, 0.025, 0.5, 1.0), 100) == {
+        0: 0.0,
+        1: 0.001,
+        2: 0.025,
+        50: 0.5,
+        100: 1.0,
+    }
 
 
 def test_shapes_of_the_learning_rate():
     cosine = ScheduleSettings(warmup=10, final=0.1)
     assert [share_of_peak(step, 110, cosine) for step in (0, 9)] == [1 / 11, 10 / 11]
-    torch.testing.assert_close([share_of_peak(s, 110, cosine) for s in (10, 60, 110)], [1.0, 0.55, 0.1])
+    torch.testing.assert_close(
+        [share_of_peak(s, 110, cosine) for s in (10, 60, 110)], [1.0, 0.55, 0.1]
+    )
     linear = ScheduleSettings(shape="linear", warmup=10, final=0.0)
-    torch.testing.assert_close([share_of_peak(s, 110, linear) for s in (0, 10, 35, 110)], [1 / 11, 1.0, 0.75, 0.0])
+    torch.testing.assert_close(
+        [share_of_peak(s, 110, linear) for s in (0, 10, 35, 110)], [1 / 11, 1.0, 0.75, 0.0]
+    )
     steps = ScheduleSettings(shape="steps", milestones=(5, 8), factor=0.1)
     torch.testing.assert_close([share_of_peak(s, 10, steps) for s in (4, 5, 8)], [1.0, 0.1, 0.01])
 
@@ -242,7 +329,19 @@ def test_mean_loss_restores_the_mode():
 
 
 def test_tensorboard_has_the_losses(tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(make_model(), batch_at, loss, settings=dataclasses.replace(SETTINGS, tracker="tensorboard"), out=tmp_path)
-    found = event_accumulator.EventAccumulator(str(tmp_path / tmp_path.name)).Reload().Scalars("loss")
-    torch.testing.assert_close([event.value for event in found], losses(tmp_path).tolist(), rtol=1e-6, atol=0)
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    train(
+        make_model(),
+        batch_at,
+        loss,
+        settings=dataclasses.replace(SETTINGS, tracker="tensorboard"),
+        out=tmp_path,
+    )
+    found = (
+        event_accumulator.EventAccumulator(str(tmp_path / tmp_path.name)).Reload().Scalars("loss")
+    )
+    torch.testing.assert_close(
+        [event.value for event in found], losses(tmp_path).tolist(), rtol=1e-6, atol=0
+    )

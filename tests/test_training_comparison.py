@@ -71,9 +71,15 @@ def test_best_rates_are_compared_on_fresh_seeds(trained, tmp_path):
     assert table["std"].tolist() == [pytest.approx(0.01 * (5 / 3) ** 0.5)] * 2
     assert table["at_edge_of_grid"].to_dict() == {"adam": False, "sgd": True}
     assert table["gap"].to_dict() == {"adam": 0.0, "sgd": pytest.approx(0.5)}
-    asked = [(settings.optimizer.name, settings.optimizer.lr, settings.seed) for settings in trained]
-    tuning = [(name, lr, seed) for name, rates in RATES.items() for lr in rates for seed in (10, 11)]
-    assert asked == tuning + [(name, lr, seed) for name, lr in (("adam", 0.2), ("sgd", 2.0)) for seed in (1, 2, 3, 4)]
+    asked = [
+        (settings.optimizer.name, settings.optimizer.lr, settings.seed) for settings in trained
+    ]
+    tuning = [
+        (name, lr, seed) for name, rates in RATES.items() for lr in rates for seed in (10, 11)
+    ]
+    assert asked == tuning + [
+        (name, lr, seed) for name, lr in (("adam", 0.2), ("sgd", 2.0)) for seed in (1, 2, 3, 4)
+    ]
     same = {(s.num_steps, s.schedule, s.optimizer.clip, s.optimizer.weight_decay) for s in trained}
     assert len(same) == 1
 
@@ -82,12 +88,17 @@ def test_what_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "_pool", lambda settings: Here())
     compare(made_up([]), SETTINGS, out=tmp_path)
     for name in ("trials", "optimizers", "curves"):
-        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / f"{name}.parquet"), pd.read_csv(tmp_path / f"{name}.csv"))
+        pd.testing.assert_frame_equal(
+            pd.read_parquet(tmp_path / f"{name}.parquet"), pd.read_csv(tmp_path / f"{name}.csv")
+        )
     trials = pd.read_parquet(tmp_path / "trials.parquet")
     assert len(trials) == 10 + 8
     assert trials.query("lr == 0.4")["final_loss"].tolist() == [math.inf, math.inf]
     assert len(pd.read_parquet(tmp_path / "curves.parquet")) == 8 * 3
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["optimizers.pdf", "optimizers.png"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "optimizers.pdf",
+        "optimizers.png",
+    ]
 
 
 def test_runs_that_diverged_are_not_repeated(trained, tmp_path):
@@ -99,7 +110,9 @@ def test_runs_that_diverged_are_not_repeated(trained, tmp_path):
 
 def test_a_rate_that_one_seed_liked_by_luck_is_not_taken():
     losses = {(0.01, 10): 3.0, (0.01, 11): 3.6, (0.003, 10): 3.2, (0.003, 11): 3.2}
-    trials = pd.DataFrame([{"optimizer": "adam", "lr": lr, "final_loss": loss} for (lr, _), loss in losses.items()])
+    trials = pd.DataFrame(
+        [{"optimizer": "adam", "lr": lr, "final_loss": loss} for (lr, _), loss in losses.items()]
+    )
     assert best_rates(trials) == {"adam": 0.003}
 
 
@@ -119,14 +132,24 @@ def test_wrong_settings(changes, message, tmp_path):
 
 
 TINY = ComparisonSettings(
-    rates={"adam": (0.01,), "sgd": (0.3,)}, num_steps=12, measure_every=6, seeds=(1, 2), device="cpu", warmup=2
+    rates={"adam": (0.01,), "sgd": (0.3,)},
+    num_steps=12,
+    measure_every=6,
+    seeds=(1, 2),
+    device="cpu",
+    warmup=2,
 )
 
 
 @pytest.mark.parametrize(
     ("compare_models", "model", "data", "chance"),
     [
-        (compare_language, ModelSettings(num_layers=1, num_heads=2, width=8), DataSettings("embedded", 8, 4, 1), 6.3),
+        (
+            compare_language,
+            ModelSettings(num_layers=1, num_heads=2, width=8),
+            DataSettings("embedded", 8, 4, 1),
+            6.3,
+        ),
         (
             compare_vision,
             vision.ModelSettings("digits_mlp", {"sizes": [64, 8, 10]}),

@@ -42,7 +42,9 @@ def folder(tmp_path_factory):
         (root / name).mkdir()
         for rank in reversed(range(PER_CLASS[name])):
             label = sorted(PER_CLASS).index(name)
-            draw(label, rank).save(root / name / f"{name}_{rank}.{'png' if rank else 'JPEG'}", quality=95)
+            draw(label, rank).save(
+                root / name / f"{name}_{rank}.{'png' if rank else 'JPEG'}", quality=95
+            )
         (root / name / "notes.txt").write_text("no image")
     (root / "read.me").write_text("no class")
     return root
@@ -65,7 +67,19 @@ def test_digits_are_split_once_and_for_all():
 
 def test_images_come_one_of_each_class_at_a_time_whatever_the_order_on_disk(folder, monkeypatch):
     images = image_folder(folder)
-    expected = ["ant_0", "bee_0", "cat_0", "ant_1", "bee_1", "cat_1", "ant_2", "bee_2", "cat_2", "ant_3", "cat_3"]
+    expected = [
+        "ant_0",
+        "bee_0",
+        "cat_0",
+        "ant_1",
+        "bee_1",
+        "cat_1",
+        "ant_2",
+        "bee_2",
+        "cat_2",
+        "ant_3",
+        "cat_3",
+    ]
     assert names(images) == expected
     assert images.classes == ("ant", "bee", "cat")
     assert [images.read(i)[1] for i in range(4)] == [0, 1, 2, 0]
@@ -126,12 +140,16 @@ def test_images_of_every_mode_become_rgb_or_grey(mode, tmp_path):
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(4, 0), (11, 0), (3, 2)])
-def test_batches_are_the_same_images_in_any_size_from_any_number_of_workers(folder, batch_size, workers):
+def test_batches_are_the_same_images_in_any_size_from_any_number_of_workers(
+    folder, batch_size, workers
+):
     images = image_folder(folder)
     batches = fixed_batches(images, batch_size=batch_size, workers=workers)
     x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
     assert y.tolist() == list(images.labels)
-    alone = torch.stack([torch.from_numpy(normalise(pixels(path, IMAGENET), IMAGENET)) for path in images.files])
+    alone = torch.stack(
+        [torch.from_numpy(normalise(pixels(path, IMAGENET), IMAGENET)) for path in images.files]
+    )
     assert torch.equal(x, alone)
 
 
@@ -158,14 +176,18 @@ def broken(folder, tmp_path):
         target = tmp_path / source.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(source.read_bytes())
-    (tmp_path / "ant" / "ant_0.JPEG").write_bytes((folder / "ant" / "ant_0.JPEG").read_bytes()[:2000])
+    (tmp_path / "ant" / "ant_0.JPEG").write_bytes(
+        (folder / "ant" / "ant_0.JPEG").read_bytes()[:2000]
+    )
     (tmp_path / "bee" / "bee_1.png").write_text("not an image")
     return tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_images_are_an_error(broken, workers):
-    with pytest.raises(ValueError, match=r"cannot decode .*ant_0\.JPEG \(OSError: .*truncated.*on_broken='skip'"):
+    with pytest.raises(
+        ValueError, match=r"cannot decode .*ant_0\.JPEG \(OSError: .*truncated.*on_broken='skip'"
+    ):
         fixed_batches(image_folder(broken), workers=workers)
 
 
@@ -173,7 +195,9 @@ def test_broken_images_are_an_error(broken, workers):
 @pytest.mark.parametrize("memory_gib", [4.0, 0.001])
 def test_broken_images_are_left_out_counted_and_named(broken, folder, workers, memory_gib):
     settings = {"on_broken": "skip", "workers": workers, "memory_gib": memory_gib}
-    with pytest.warns(UserWarning, match=r"2 of 11 images cannot be decoded .*ant_0\.JPEG, .*bee_1\.png") as caught:
+    with pytest.warns(
+        UserWarning, match=r"2 of 11 images cannot be decoded .*ant_0\.JPEG, .*bee_1\.png"
+    ) as caught:
         batches = fixed_batches(image_folder(broken), batch_size=4, **settings)
     assert len(caught) == 1
     assert [len(y) for _, y in batches] == [4, 4, 1]  # what is left fills up the batches
@@ -194,7 +218,10 @@ def train_batches(**changes):
 
 def test_every_image_of_an_epoch_comes_once_and_epochs_differ():
     settings = {"images": 1442, "batch_size": 100, "seed": 5}
-    epochs = [[key for step in range(14) for key in shuffled_keys(14 * e + step, **settings)] for e in (0, 1)]
+    epochs = [
+        [key for step in range(14) for key in shuffled_keys(14 * e + step, **settings)]
+        for e in (0, 1)
+    ]
     for number, epoch in enumerate(epochs):
         assert {key[0] for key in epoch} == {number}
         assert len({key[1] for key in epoch}) == 1400
@@ -284,7 +311,9 @@ def test_imagenet_augmentation_takes_rectangles_of_8_to_100_percent():
 def saved(tmp_path_factory):
     """A data set with CIFAR-100's columns, as ``save_to_disk`` writes it."""
     generator = np.random.default_rng(0)
-    pictures = [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(7)]
+    pictures = [
+        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(7)
+    ]
     features = datasets.Features(
         {
             "img": datasets.Image(),
@@ -292,9 +321,15 @@ def saved(tmp_path_factory):
             "coarse_label": datasets.ClassLabel(names=["food", "animal"]),
         }
     )
-    columns = {"img": pictures, "fine_label": [0, 1, 2, 0, 1, 2, 2], "coarse_label": [0, 1, 0, 0, 1, 0, 0]}
+    columns = {
+        "img": pictures,
+        "fine_label": [0, 1, 2, 0, 1, 2, 2],
+        "coarse_label": [0, 1, 0, 0, 1, 0, 0],
+    }
     folder = tmp_path_factory.mktemp("saved")
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns, features=features)}).save_to_disk(folder)
+    datasets.DatasetDict(
+        {"train": datasets.Dataset.from_dict(columns, features=features)}
+    ).save_to_disk(folder)
     return folder, pictures
 
 
@@ -305,7 +340,9 @@ def test_a_saved_data_set(saved, workers):
     assert images.classes == ("apple", "bear", "cup")
     x, y = fixed_batches(images, workers=workers)[0]
     assert y.tolist() == [0, 1, 2, 0, 1, 2, 2]
-    restored = (x * torch.tensor(images.preprocess.std)[:, None, None]) + torch.tensor(images.preprocess.mean)[:, None, None]
+    restored = (x * torch.tensor(images.preprocess.std)[:, None, None]) + torch.tensor(
+        images.preprocess.mean
+    )[:, None, None]
     expected = np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)
     np.testing.assert_array_equal((restored * 255).round().numpy(), expected)
 
@@ -319,7 +356,10 @@ def test_label_column_and_count_of_a_saved_data_set(saved):
 def test_wrong_data_sets_say_what_is_right(saved, folder):
     with pytest.raises(ValueError, match=r"no split 'test' in .* which has train"):
         hub(str(saved[0]), split="test")
-    with pytest.raises(ValueError, match=r"label columns \['fine_label', 'coarse_label'\].*'label' is no label column"):
+    with pytest.raises(
+        ValueError,
+        match=r"label columns \['fine_label', 'coarse_label'\].*'label' is no label column",
+    ):
         hub(str(saved[0]), label="label")
     with pytest.raises(ValueError, match="was not written by save_to_disk"):
         hub(str(folder))
@@ -332,9 +372,14 @@ def test_without_a_network_there_is_one_clear_error_within_seconds(monkeypatch, 
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # refuses connections
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"cannot load 'uoft-cs/cifar10'.*save_to_disk wrote, or use the embedded digits"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot load 'uoft-cs/cifar10'.*save_to_disk wrote, or use the embedded digits",
+    ):
         hub("cifar10", count=count)
-    with pytest.raises(ValueError, match=r"no image classifier .*cannot be reached and this machine has no copy"):
+    with pytest.raises(
+        ValueError, match=r"no image classifier .*cannot be reached and this machine has no copy"
+    ):
         pretrained("google/vit-base-patch16-224")
     assert time.monotonic() - start < 10
 
@@ -350,15 +395,27 @@ def without_images(folder):
     ("call", "message"),
     [
         (lambda folder: digits("val"), "no split 'val' .* train, test and all"),
-        (lambda folder: image_folder(folder / "no"), "no folder .*/no: it should contain one folder .* each class"),
+        (
+            lambda folder: image_folder(folder / "no"),
+            "no folder .*/no: it should contain one folder .* each class",
+        ),
         (lambda folder: image_folder(folder, classes=4), "classes = 4: .* has 3, give 1 to 3"),
-        (lambda folder: image_folder(folder, classes=["dog"]), r"no class \['dog'\] in .* has ant, bee, cat"),
+        (
+            lambda folder: image_folder(folder, classes=["dog"]),
+            r"no class \['dog'\] in .* has ant, bee, cat",
+        ),
         (lambda folder: image_folder(without_images(folder)), "no images in the folders"),
         (lambda folder: fixed_batches(digits(), count=2000), "count = 2000: there are 1442 images"),
         (lambda folder: fixed_batches(digits(), batch_size=0), "batch_size = 0: give 1 or more"),
-        (lambda folder: fixed_batches(digits(), on_broken="ignore"), "on_broken = 'ignore': give 'error' or 'skip'"),
+        (
+            lambda folder: fixed_batches(digits(), on_broken="ignore"),
+            "on_broken = 'ignore': give 'error' or 'skip'",
+        ),
         (lambda folder: ShuffledBatches(digits(), 1443), "batch_size 1443 for 1442 images"),
-        (lambda folder: train_batches(augment=AUGMENT["imagenet"]), "'imagenet' is for images that are cropped"),
+        (
+            lambda folder: train_batches(augment=AUGMENT["imagenet"]),
+            "'imagenet' is for images that are cropped",
+        ),
     ],
 )
 def test_wrong_settings_say_what_is_right(folder, call, message):
@@ -366,7 +423,14 @@ def test_wrong_settings_say_what_is_right(folder, call, message):
         call(folder)
 
 
-SMALL_MIXER = {"width": 8, "depth": 1, "classes": 3, "token_hidden": 4, "channel_hidden": 4, "patch_size": 56}
+SMALL_MIXER = {
+    "width": 8,
+    "depth": 1,
+    "classes": 3,
+    "token_hidden": 4,
+    "channel_hidden": 4,
+    "patch_size": 56,
+}
 
 
 @pytest.mark.parametrize("memory_gib", [4.0, 0.001])
@@ -388,24 +452,38 @@ def test_the_factory_of_image_folders(folder, memory_gib):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_objective_takes_batches_that_are_decoded_in_every_pass(folder, workers):
-    settings = {"root": str(folder), "model": "mixer", "settings": SMALL_MIXER, "count": 6, "batch_size": 4}
+    settings = {
+        "root": str(folder),
+        "model": "mixer",
+        "settings": SMALL_MIXER,
+        "count": 6,
+        "batch_size": 4,
+    }
     values = []
     for memory_gib in (4.0, 0.001):
-        objective = blockspec.Objective(*factories.image_folder(**settings, workers=workers, memory_gib=memory_gib))
+        objective = blockspec.Objective(
+            *factories.image_folder(**settings, workers=workers, memory_gib=memory_gib)
+        )
         objective.check()
         values.append(objective.value())
     assert values[0] == values[1]
 
 
 def test_the_factory_of_data_sets(saved):
-    model, batches, loss = factories.hub(name=str(saved[0]), settings={"depth": 8, "classes": 3}, count=7, batch_size=5)
+    model, batches, loss = factories.hub(
+        name=str(saved[0]), settings={"depth": 8, "classes": 3}, count=7, batch_size=5
+    )
     assert [loss(model, batch)[1] for batch in batches] == [5, 2]
 
 
 def test_a_pretrained_model_gets_images_normalised_as_it_expects(folder, tmp_path):
-    small = vit(classes=3, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    small = vit(
+        classes=3, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
     small.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+    )
     settings = {"root": str(folder), "count": 2, "workers": 0, "model": "pretrained"}
     model, batches, _ = factories.image_folder(settings={"name": str(tmp_path)}, **settings)
     expected = pixels(image_folder(folder).files[0], IMAGENET) / 127.5 - 1

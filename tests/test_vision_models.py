@@ -86,7 +86,12 @@ def hf_name(name):
 def test_resnet_is_hfs(training):
     ours = ResNet((1, 2), classes=5, width=4, stem="imagenet").double().train(training)
     config = ResNetConfig(
-        num_labels=5, depths=[1, 2], hidden_sizes=[4, 8], embedding_size=4, layer_type="basic", hidden_act="relu"
+        num_labels=5,
+        depths=[1, 2],
+        hidden_sizes=[4, 8],
+        embedding_size=4,
+        layer_type="basic",
+        hidden_act="relu",
     )
     theirs = ResNetForImageClassification(config).double().train(training)
     theirs.load_state_dict({hf_name(name): tensor for name, tensor in ours.state_dict().items()})
@@ -123,14 +128,29 @@ def test_vgg_without_residuals_is_a_chain_of_convolutions():
     tensors = model.state_dict()
     x = y = torch.randn(3, 1, 8, 8, dtype=torch.float64)
     for i, pooled in ((0, False), (2, True), (5, True)):
-        y = F.conv2d(y, tensors[f"features.{i}.weight"], tensors[f"features.{i}.bias"], padding=1).clamp(min=0)
+        y = F.conv2d(
+            y, tensors[f"features.{i}.weight"], tensors[f"features.{i}.bias"], padding=1
+        ).clamp(min=0)
         y = y.unfold(2, 2, 2).unfold(3, 2, 2).amax((-2, -1)) if pooled else y
-    y = (y.flatten(1) @ tensors["classifier.0.weight"].T + tensors["classifier.0.bias"]).clamp(min=0)
-    torch.testing.assert_close(model(x), y @ tensors["classifier.3.weight"].T + tensors["classifier.3.bias"])
+    y = (y.flatten(1) @ tensors["classifier.0.weight"].T + tensors["classifier.0.bias"]).clamp(
+        min=0
+    )
+    torch.testing.assert_close(
+        model(x), y @ tensors["classifier.3.weight"].T + tensors["classifier.3.bias"]
+    )
 
 
 def test_mixer_mixes_tokens_then_channels():
-    model = Mixer(image_size=6, patch_size=2, channels=2, classes=3, width=4, depth=1, token_hidden=5, channel_hidden=7)
+    model = Mixer(
+        image_size=6,
+        patch_size=2,
+        channels=2,
+        classes=3,
+        width=4,
+        depth=1,
+        token_hidden=5,
+        channel_hidden=7,
+    )
     model = model.double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -139,7 +159,10 @@ def test_mixer_mixes_tokens_then_channels():
 
     def norm(x, name):
         x = x - x.mean(-1, keepdim=True)
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * t[f"{name}.weight"] + t[f"{name}.bias"]
+        return (
+            x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * t[f"{name}.weight"]
+            + t[f"{name}.bias"]
+        )
 
     def mlp(x, name, formula):
         first, second = formula
@@ -150,7 +173,10 @@ def test_mixer_mixes_tokens_then_channels():
 
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
     patches = x.reshape(2, 2, 3, 2, 3, 2)  # (B, C, row, y, column, x)
-    y = torch.einsum("bcrysx,dcyx->brsd", patches, t["stem.proj.weight"]).reshape(2, 9, 4) + t["stem.proj.bias"]
+    y = (
+        torch.einsum("bcrysx,dcyx->brsd", patches, t["stem.proj.weight"]).reshape(2, 9, 4)
+        + t["stem.proj.bias"]
+    )
     y = y + mlp(norm(y, "blocks.0.norm1"), "blocks.0.mlp_tokens", ("btd,ht->bhd", "bhd,th->btd"))
     y = y + mlp(norm(y, "blocks.0.norm2"), "blocks.0.mlp_channels", ("btd,hd->bth", "bth,dh->btd"))
     expected = norm(y, "norm").mean(1) @ t["head.weight"].T + t["head.bias"]
@@ -162,7 +188,9 @@ def test_scaled_layers_scale_blocks_of_the_hessian_and_keep_the_function():
     plain = make("mlp", sizes=(5, 4, 3, 2)).double()
     scaled = make("mlp", sizes=(5, 4, 3, 2), scales=scales).double()  # the same seed
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1, 0])
-    torch.testing.assert_close(scaled(x), plain(x), rtol=1e-6, atol=1e-7)  # the weights were divided in float32
+    torch.testing.assert_close(
+        scaled(x), plain(x), rtol=1e-6, atol=1e-7
+    )  # the weights were divided in float32
 
     def hessian(model):
         def loss(parameters):
@@ -174,17 +202,23 @@ def test_scaled_layers_scale_blocks_of_the_hessian_and_keep_the_function():
     for l in range(3):
         for m in range(3):
             a, b = f"layers.{l}.weight", f"layers.{m}.weight"
-            torch.testing.assert_close(other[a][b], scales[l] * scales[m] * one[a][b], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(
+                other[a][b], scales[l] * scales[m] * one[a][b], rtol=1e-5, atol=1e-7
+            )
 
 
-@pytest.mark.parametrize("name", ["digits_vit", "digits_resnet", "digits_vgg", "digits_mixer", "digits_mlp"])
+@pytest.mark.parametrize(
+    "name", ["digits_vit", "digits_resnet", "digits_vgg", "digits_mixer", "digits_mlp"]
+)
 def test_models_for_digits_run_and_depend_on_the_seed_alone(name):
     x = torch.randn(2, 1, 8, 8)
     state = torch.get_rng_state()
     models = [build(ModelSettings(name), seed=seed).eval() for seed in (3, 3, 4)]
     assert torch.equal(state, torch.get_rng_state())
     outputs = [model(x) for model in models]
-    first, again, other = (output if isinstance(output, torch.Tensor) else output.logits for output in outputs)
+    first, again, other = (
+        output if isinstance(output, torch.Tensor) else output.logits for output in outputs
+    )
     assert first.shape == (2, 10)
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
@@ -193,7 +227,10 @@ def test_models_for_digits_run_and_depend_on_the_seed_alone(name):
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("digits_vit", "embedding position query key value attention_output mlp_in mlp_out norm head bias"),
+        (
+            "digits_vit",
+            "embedding position query key value attention_output mlp_in mlp_out norm head bias",
+        ),
         ("digits_resnet", "conv norm head bias"),
         ("digits_vgg", "conv head bias"),
         ("digits_mixer", "embedding mlp_in mlp_out norm head bias"),
@@ -203,7 +240,9 @@ def test_the_partition_knows_every_part(name, kinds):
     model = make(name)
     blocks = blockspec.partition(model, by="matrix")
     assert {block.kind for block in blocks} == set(kinds.split())
-    assert sum(block.numel for block in blocks) == sum(parameter.numel() for parameter in model.parameters())
+    assert sum(block.numel for block in blocks) == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize(

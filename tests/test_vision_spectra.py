@@ -14,10 +14,11 @@ import yaml
 from problems import roughened
 from torch import nn
 
-from blockspec import Objective, cli, draw_probe, estimate_spectra, load_spectra, losses, partition
-from blockspec.blocks import GRANULARITIES
-from blockspec.curvature import Products
-from blockspec.run import BlockSettings, EstimateSettings, Resources, RunSettings, measure
+from blockspec import Objective, draw_probe, estimate_spectra, load_spectra, losses, partition
+from blockspec.model.blocks import GRANULARITIES
+from blockspec.products.curvature import Products
+from blockspec.runs import cli
+from blockspec.runs.run import BlockSettings, EstimateSettings, Resources, RunSettings, measure
 from vision_models import factories
 from vision_models.mixer import Mixer
 from vision_models.mlp import ScaledMLP
@@ -37,10 +38,23 @@ FAMILIES = {
     "vit": lambda: build(ModelSettings("vit", TINY_VIT)),
     "hf_resnet": lambda: build(ModelSettings("hf_resnet", TINY_HF_RESNET)),
     "resnet": lambda: ResNet((1, 1), classes=3, channels=1, width=2),
-    "plain": lambda: ResNet((1, 1), classes=3, channels=1, width=2, batch_norm=False, residual=[True, False]),
+    "plain": lambda: ResNet(
+        (1, 1), classes=3, channels=1, width=2, batch_norm=False, residual=[True, False]
+    ),
     "vgg": lambda: VGG(((2,), (3,)), classes=3, channels=1, hidden=(4,), pool=2),
-    "vgg_bn": lambda: VGG(((2,), (3,)), classes=3, channels=1, hidden=(4,), pool=1, batch_norm=True),
-    "mixer": lambda: Mixer(image_size=8, patch_size=4, channels=1, classes=3, width=4, depth=1, token_hidden=3, channel_hidden=5),
+    "vgg_bn": lambda: VGG(
+        ((2,), (3,)), classes=3, channels=1, hidden=(4,), pool=1, batch_norm=True
+    ),
+    "mixer": lambda: Mixer(
+        image_size=8,
+        patch_size=4,
+        channels=1,
+        classes=3,
+        width=4,
+        depth=1,
+        token_hidden=3,
+        channel_hidden=5,
+    ),
     "mlp": lambda: ScaledMLP((64, 3, 3, 3), scales=(3.0, 1.0, 0.3)),
     "alexnet": stand_ins.alexnet,  # a user's own, as the following
     "squeezenet": stand_ins.squeezenet,
@@ -63,7 +77,10 @@ def made(name):
 
 def images(counts=(4, 2)):
     generator = torch.Generator().manual_seed(0)
-    return [(torch.randn(n, 1, 8, 8, generator=generator, dtype=torch.float64), torch.arange(n) % 3) for n in counts]
+    return [
+        (torch.randn(n, 1, 8, 8, generator=generator, dtype=torch.float64), torch.arange(n) % 3)
+        for n in counts
+    ]
 
 
 def terms(call, batch):
@@ -74,13 +91,17 @@ def terms(call, batch):
 def check_products(objective, matrix, blocks):
     """One product with each block, all in one pass, is that of the dense matrix's diagonal block."""
     generator = torch.Generator().manual_seed(1)
-    vectors = [torch.randn(block.numel, generator=generator, dtype=torch.float64) for block in blocks]
+    vectors = [
+        torch.randn(block.numel, generator=generator, dtype=torch.float64) for block in blocks
+    ]
     found = Products(objective).sweep(list(zip(blocks, vectors, strict=True)))
     for block, vector, product in zip(blocks, vectors, found, strict=True):
         index = dense_truth.positions(objective.model, block)
         expected = matrix[index][:, index] @ vector
         noise = 1e-13 * float(matrix.abs().max())
-        torch.testing.assert_close(product, expected, rtol=0, atol=1e-10 * float(expected.abs().max()) + noise)
+        torch.testing.assert_close(
+            product, expected, rtol=0, atol=1e-10 * float(expected.abs().max()) + noise
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -98,7 +119,11 @@ def test_products_and_partitions_of_every_family(name):
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("alexnet", "conv head bias"), ("squeezenet", "conv bias"), ("densenet", "conv norm head bias")],
+    [
+        ("alexnet", "conv head bias"),
+        ("squeezenet", "conv bias"),
+        ("densenet", "conv norm head bias"),
+    ],
 )
 def test_the_partition_knows_torchvisions_networks(name, kinds):
     assert {block.kind for block in partition(made(name))} == set(kinds.split())
@@ -109,11 +134,15 @@ def test_all_eigenvalues_of_the_smaller_blocks(name):
     model, batches = made(name), images()
     matrix = dense_truth.dense_hessian(model, batches, terms)
     blocks = [block for block in partition(model) if block.numel <= 24]
-    spectra = estimate_spectra(Objective(model, batches, losses.classification), blocks, num_probes=1, num_steps=24)
+    spectra = estimate_spectra(
+        Objective(model, batches, losses.classification), blocks, num_probes=1, num_steps=24
+    )
     for block in blocks:
         values = dense_truth.eigenvalues(matrix, dense_truth.positions(model, block)).numpy()
         atol = 1e-9 * np.abs(values).max() + 1e-14 * float(matrix.abs().max())
-        np.testing.assert_allclose(spectra[block.name].nodes[0, : block.numel], values, rtol=0, atol=atol)
+        np.testing.assert_allclose(
+            spectra[block.name].nodes[0, : block.numel], values, rtol=0, atol=atol
+        )
 
 
 @pytest.mark.parametrize("name", WITH_BATCH_NORM)
@@ -121,7 +150,9 @@ def test_batch_norm_is_that_of_eval_mode_or_that_of_train_mode(name):
     model, batches = made(name), images((5,))
     of_batch = copy.deepcopy(model)
     for module in of_batch.modules():
-        if isinstance(module, nn.BatchNorm2d):  # then even eval mode uses the statistics of the batch
+        if isinstance(
+            module, nn.BatchNorm2d
+        ):  # then even eval mode uses the statistics of the batch
             module.track_running_stats, module.running_mean, module.running_var = False, None, None
     truths = {
         "eval": dense_truth.dense_hessian(model, batches, terms),
@@ -132,9 +163,15 @@ def test_batch_norm_is_that_of_eval_mode_or_that_of_train_mode(name):
     for mode, matrix in truths.items():
         for training in (True, False):
             model.train(training)
-            check_products(Objective(model, batches, losses.classification, batch_norm=mode), matrix, partition(model))
+            check_products(
+                Objective(model, batches, losses.classification, batch_norm=mode),
+                matrix,
+                partition(model),
+            )
             assert all(module.training == training for module in model.modules())
-    check_products(Objective(model, batches, losses.classification), truths["eval"], partition(model, "model"))  # the default
+    check_products(
+        Objective(model, batches, losses.classification), truths["eval"], partition(model, "model")
+    )  # the default
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -153,7 +190,11 @@ def test_a_run_in_float64_takes_images_in_float32(tmp_path):
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_mode_of_batch_norm_is_written_into_the_run(mode, tmp_path):
-    arguments = {"model": "resnet", "settings": {"blocks": [1], "channels": 1, "width": 2}, "count": 6}
+    arguments = {
+        "model": "resnet",
+        "settings": {"blocks": [1], "channels": 1, "width": 2},
+        "count": 6,
+    }
     settings = RunSettings(
         "vision_models.factories:digits",
         arguments,
@@ -165,12 +206,21 @@ def test_the_mode_of_batch_norm_is_written_into_the_run(mode, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["batch_norm"] == mode
 
 
-VIT_BASE = ["patch_embed", *(f"blocks.{i}.{part}" for i in (0, 6, 11) for part in ("qkv", "proj", "fc1", "fc2")), "head"]
+VIT_BASE = [
+    "patch_embed",
+    *(f"blocks.{i}.{part}" for i in (0, 6, 11) for part in ("qkv", "proj", "fc1", "fc2")),
+    "head",
+]
 
 
 def test_the_papers_14_blocks_of_a_timm_vit_by_one_list():
     model = stand_ins.timm_vit(layers=12)
-    include = ["patch_embed.proj.weight", "blocks.[06].[am]*.weight", "blocks.11.[am]*.weight", "head.weight"]
+    include = [
+        "patch_embed.proj.weight",
+        "blocks.[06].[am]*.weight",
+        "blocks.11.[am]*.weight",
+        "head.weight",
+    ]
     blocks = partition(model, "tensor", include)
     endings = (".weight", ".attn", ".mlp")
     names = [block.name for block in blocks]
@@ -180,7 +230,9 @@ def test_the_papers_14_blocks_of_a_timm_vit_by_one_list():
 
 
 def test_the_config_of_vit_base_has_the_papers_14_blocks():
-    settings = yaml.safe_load((CONFIGS / "spectra" / "imagenet_vit_base.yaml").read_text())["blocks"]
+    settings = yaml.safe_load((CONFIGS / "spectra" / "imagenet_vit_base.yaml").read_text())[
+        "blocks"
+    ]
     with torch.device("meta"):
         model = build(ModelSettings("vit"))
     blocks = partition(model, settings["by"], exclude=settings["exclude"])
@@ -197,7 +249,11 @@ def test_every_config_has_the_weight_matrices_of_its_model(path):
     with torch.device("meta"):
         model = build(ModelSettings(name))
     blocks = partition(model, settings.blocks.by, settings.blocks.include, settings.blocks.exclude)
-    matrices = [n for n, p in model.named_parameters() if p.ndim >= 2 and not n.endswith(("cls_token", "position_embeddings"))]
+    matrices = [
+        n
+        for n, p in model.named_parameters()
+        if p.ndim >= 2 and not n.endswith(("cls_token", "position_embeddings"))
+    ]
     found = [piece.parameter for block in blocks for piece in block.pieces]
     assert set(found) == set(matrices) if name != "vit" else set(found) < set(matrices)
 
@@ -206,7 +262,9 @@ def test_other_batch_sizes_give_the_same_spectra():
     nodes = []
     for batch_size in (40, 16, 1):
         settings = {"depth": 8, "width": 4}
-        model, *data = factories.digits(model="digits_resnet", settings=settings, count=40, batch_size=batch_size)
+        model, *data = factories.digits(
+            model="digits_resnet", settings=settings, count=40, batch_size=batch_size
+        )
         objective = Objective(model.double(), *data)
         blocks = partition(objective.model, "layer", ["layer1.0", "fc.weight"])
         spectra = estimate_spectra(objective, blocks, num_probes=1, num_steps=6)
@@ -221,9 +279,15 @@ STAGES = {"stem": ["conv1.*", "bn1.*"], "first": "layer1.*", "second": "layer2.*
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"second": ["layer2.*", "layer1.0.conv2.weight"]}, r"'first' and 'second' overlap: both hold layer1\.0\.conv2\.weight"),
+        (
+            {"second": ["layer2.*", "layer1.0.conv2.weight"]},
+            r"'first' and 'second' overlap: both hold layer1\.0\.conv2\.weight",
+        ),
         ({"head": "fc.weight"}, r"no block holds fc\.bias"),
-        ({"second": "layer3.*"}, r"block 'second': 'layer3\.\*' matches no block; the nearest are .*layer"),
+        (
+            {"second": "layer3.*"},
+            r"block 'second': 'layer3\.\*' matches no block; the nearest are .*layer",
+        ),
     ],
 )
 def test_stages_that_overlap_or_leave_gaps_are_refused_by_name(changes, message):
@@ -235,9 +299,17 @@ def test_stages_that_overlap_or_leave_gaps_are_refused_by_name(changes, message)
 
 def test_attention_against_mlp_in_a_vit():
     model, batches = made("vit"), images()
-    own = {"attention": "*attention*", "mlp": "*mlp*", "rest": ["*embeddings*", "*layernorm*", "classifier*"]}
+    own = {
+        "attention": "*attention*",
+        "mlp": "*mlp*",
+        "rest": ["*embeddings*", "*layernorm*", "classifier*"],
+    }
     blocks = partition(model, own)
-    check_products(Objective(model, batches, losses.classification), dense_truth.dense_hessian(model, batches, terms), blocks)
+    check_products(
+        Objective(model, batches, losses.classification),
+        dense_truth.dense_hessian(model, batches, terms),
+        blocks,
+    )
 
 
 # PyHessian's algorithms (github.com/amirgholami/PyHessian, pyhessian/hessian.py), written anew on flat vectors.
@@ -255,20 +327,26 @@ def resnet20():
     model.eval()
     parameters = list(model.parameters())
     value = F.cross_entropy(model(x.double()), y)
-    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters, create_graph=True)])
+    gradient = torch.cat(
+        [g.reshape(-1) for g in torch.autograd.grad(value, parameters, create_graph=True)]
+    )
 
     def product(vector):
         parts = torch.autograd.grad(gradient, parameters, vector, retain_graph=True)
         return torch.cat([part.reshape(-1) for part in parts])
 
     objective = Objective(model, batches, loss)
-    spectrum = estimate_spectra(objective, partition(model, "model"), num_probes=4, num_steps=16, seed=0)["model"]
+    spectrum = estimate_spectra(
+        objective, partition(model, "model"), num_probes=4, num_steps=16, seed=0
+    )["model"]
     return product, objective, spectrum
 
 
 def test_the_top_eigenvalue_is_that_of_pyhessians_power_iteration(resnet20):
     product, _, spectrum = resnet20
-    vector = torch.randn(spectrum.block.numel, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vector = torch.randn(
+        spectrum.block.numel, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     vector, value = vector / vector.norm(), None
     for _ in range(200):
         image = product(vector)
@@ -283,7 +361,9 @@ def test_the_top_eigenvalue_is_that_of_pyhessians_power_iteration(resnet20):
 def test_the_trace_is_that_of_pyhessians_hutchinson(resnet20):
     product, objective, spectrum = resnet20
     (block,) = partition(objective.model, "model")
-    trace = estimate_spectra(objective, block, num_probes=24, num_steps=1)["model"].trace  # one step knows v'Hv
+    trace = estimate_spectra(objective, block, num_probes=24, num_steps=1)[
+        "model"
+    ].trace  # one step knows v'Hv
     generator = torch.Generator().manual_seed(1)
     samples = []
     for _ in range(24):
@@ -294,7 +374,9 @@ def test_the_trace_is_that_of_pyhessians_hutchinson(resnet20):
     assert abs(trace.value - np.mean(samples)) < 3 * error
     vector = draw_probe("model", block.numel, probe=1).double()
     of_probe = block.numel * (spectrum.nodes[1] * spectrum.weights[1]).sum()
-    assert of_probe == pytest.approx(float(vector @ product(vector)), rel=1e-9)  # the same vector, the same number
+    assert of_probe == pytest.approx(
+        float(vector @ product(vector)), rel=1e-9
+    )  # the same vector, the same number
 
 
 def test_the_density_is_that_of_pyhessians_lanczos(resnet20):

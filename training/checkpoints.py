@@ -20,7 +20,9 @@ def due_steps(fractions: Iterable[float], num_steps: int) -> dict[int, float]:
     """Steps at which a checkpoint is due, with their fractions; only fraction 0 gives step 0."""
     fractions = sorted(fractions)
     if fractions and not 0 <= fractions[0] <= fractions[-1] <= 1:
-        raise ValueError(f"checkpoint fractions {fractions} must lie between 0 and 1 (1 is the end of training)")
+        raise ValueError(
+            f"checkpoint fractions {fractions} must lie between 0 and 1 (1 is the end of training)"
+        )
     return {max(round(fraction * num_steps), int(fraction > 0)): fraction for fraction in fractions}
 
 
@@ -45,7 +47,9 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     partial.rename(folder)
 
 
-def write_checkpoint(out: Path, model: nn.Module, *, step: int, record: Mapping[str, Any], save: Save) -> Path:
+def write_checkpoint(
+    out: Path, model: nn.Module, *, step: int, record: Mapping[str, Any], save: Save
+) -> Path:
     """Writes ``<out>/step_<step>/``: what ``save`` puts there, and the record as JSON."""
     folder = out / f"step_{step:06d}"
 
@@ -59,7 +63,11 @@ def write_checkpoint(out: Path, model: nn.Module, *, step: int, record: Mapping[
 
 def list_checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints of a run, first step first."""
-    return sorted(path.parent for path in Path(out).glob(f"step_*/{RECORD}") if not path.parent.name.endswith(".partial"))
+    return sorted(
+        path.parent
+        for path in Path(out).glob(f"step_*/{RECORD}")
+        if not path.parent.name.endswith(".partial")
+    )
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -69,5 +77,7 @@ def last_checkpoint(out: Path) -> Path | None:
 def read_record(checkpoint: Path | str) -> dict[str, Any]:
     path = Path(checkpoint) / RECORD
     if not path.is_file():
-        raise FileNotFoundError(f"{checkpoint} has no {RECORD}: it is no checkpoint of this trainer, or an unfinished one")
+        raise FileNotFoundError(
+            f"{checkpoint} has no {RECORD}: it is no checkpoint of this trainer, or an unfinished one"
+        )
     return json.loads(path.read_text(encoding="utf-8"))

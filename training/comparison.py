@@ -18,7 +18,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from training.checkpoints import write_json
 from training.curves import draw
@@ -59,7 +66,10 @@ class ComparisonSettings:
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
-    tuning_seeds: tuple[int, ...] = (10, 11)  # with one seed, a rate at the edge of stability can win by luck
+    tuning_seeds: tuple[int, ...] = (
+        10,
+        11,
+    )  # with one seed, a rate at the edge of stability can win by luck
     seeds: tuple[int, ...] = (1, 2, 3)
     measure_every: int = 25
     precision: str = "float32"
@@ -85,7 +95,9 @@ class Run:
         return float(read_log(self.folder)["held_out_loss"].dropna().iloc[-1])
 
 
-def compare(train_one: TrainOne, comparison: ComparisonSettings, *, out: Path | str) -> pd.DataFrame:
+def compare(
+    train_one: TrainOne, comparison: ComparisonSettings, *, out: Path | str
+) -> pd.DataFrame:
     """Runs what is not done yet, and writes the tables and the figure.
 
     Args:
@@ -108,9 +120,17 @@ def compare(train_one: TrainOne, comparison: ComparisonSettings, *, out: Path | 
     with _pool(comparison) as pool:
         _train_all(pool, train_one, trials, comparison, title="learning rates")
         best = best_rates(_trials(trials))
-        compared = [_run(out, name, lr, seed, tuning=False) for name, lr in best.items() for seed in comparison.seeds]
+        compared = [
+            _run(out, name, lr, seed, tuning=False)
+            for name, lr in best.items()
+            for seed in comparison.seeds
+        ]
         _train_all(pool, train_one, compared, comparison, title="seeds")
-    tried, table, curves = _trials(trials + compared), _table(compared, comparison), _curves(compared)
+    tried, table, curves = (
+        _trials(trials + compared),
+        _table(compared, comparison),
+        _curves(compared),
+    )
     for name, frame in {"trials": tried, "optimizers": table, "curves": curves}.items():
         frame.to_parquet(out / f"{name}.parquet")
         frame.to_csv(out / f"{name}.csv", index=False)
@@ -121,13 +141,21 @@ def compare(train_one: TrainOne, comparison: ComparisonSettings, *, out: Path | 
 def best_rates(trials: pd.DataFrame) -> dict[str, float]:
     """Of each optimizer, the learning rate with the lowest mean of the final losses."""
     means = trials.groupby(["optimizer", "lr"], sort=False)["final_loss"].mean()
-    return {name: float(mean.idxmin()[1]) for name, mean in means.groupby(level="optimizer", sort=False)}
+    return {
+        name: float(mean.idxmin()[1]) for name, mean in means.groupby(level="optimizer", sort=False)
+    }
 
 
 def _check(comparison: ComparisonSettings) -> None:
     if not comparison.rates or not all(comparison.rates.values()):
-        raise ValueError(f"rates are {comparison.rates}; each optimizer needs one learning rate at least")
-    if not comparison.seeds or not comparison.tuning_seeds or set(comparison.seeds) & set(comparison.tuning_seeds):
+        raise ValueError(
+            f"rates are {comparison.rates}; each optimizer needs one learning rate at least"
+        )
+    if (
+        not comparison.seeds
+        or not comparison.tuning_seeds
+        or set(comparison.seeds) & set(comparison.tuning_seeds)
+    ):
         raise ValueError(
             f"seeds are {comparison.seeds}, tuning_seeds {comparison.tuning_seeds}; both need one at least, none "
             "may be in both: the rates were chosen by the second"
@@ -139,8 +167,13 @@ def _run(out: Path, optimizer: str, lr: float, seed: int, *, tuning: bool) -> Ru
 
 
 def _settings(run: Run, comparison: ComparisonSettings) -> TrainingSettings:
-    shared = {name: getattr(comparison, name) for name in ("weight_decay", "momentum", "betas", "clip")}
-    same = {name: getattr(comparison, name) for name in ("num_steps", "measure_every", "precision", "device")}
+    shared = {
+        name: getattr(comparison, name) for name in ("weight_decay", "momentum", "betas", "clip")
+    }
+    same = {
+        name: getattr(comparison, name)
+        for name in ("num_steps", "measure_every", "precision", "device")
+    }
     return TrainingSettings(
         **same,
         checkpoints=() if run.tuning else (0.0, 1.0),
@@ -179,9 +212,20 @@ def _end_with_parent() -> None:
 
 
 def _train_all(
-    pool: ProcessPoolExecutor, train_one: TrainOne, runs: Sequence[Run], comparison: ComparisonSettings, *, title: str
+    pool: ProcessPoolExecutor,
+    train_one: TrainOne,
+    runs: Sequence[Run],
+    comparison: ComparisonSettings,
+    *,
+    title: str,
 ) -> None:
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     jobs = [pool.submit(_train, train_one, run, comparison) for run in runs]
     with Progress(*columns) as bar:
         for job in bar.track(as_completed(jobs), total=len(jobs)):
@@ -198,13 +242,18 @@ def _table(compared: Sequence[Run], comparison: ComparisonSettings) -> pd.DataFr
     groups = _trials(compared).groupby(["optimizer", "lr"], sort=False)["final_loss"]
     table = groups.agg(["mean", "std", "count"]).reset_index()
     edges = {name: (min(rates), max(rates)) for name, rates in comparison.rates.items()}
-    table["at_edge_of_grid"] = [lr in edges[name] for name, lr in zip(table["optimizer"], table["lr"], strict=True)]
+    table["at_edge_of_grid"] = [
+        lr in edges[name] for name, lr in zip(table["optimizer"], table["lr"], strict=True)
+    ]
     table["gap"] = table["mean"] - table["mean"].min()
     return table
 
 
 def _curves(compared: Sequence[Run]) -> pd.DataFrame:
     """Held-out and training loss of the compared runs, by step."""
-    logs = [read_log(run.folder).assign(optimizer=run.optimizer, lr=run.lr, seed=run.seed) for run in compared]
+    logs = [
+        read_log(run.folder).assign(optimizer=run.optimizer, lr=run.lr, seed=run.seed)
+        for run in compared
+    ]
     columns = ["optimizer", "lr", "seed", "step", "loss", "held_out_loss"]
     return pd.concat(logs, ignore_index=True)[columns]

@@ -46,7 +46,9 @@ class Log:
 
     def __enter__(self) -> Log:
         if self.accelerator.log_with:
-            self.accelerator.init_trackers(self.path.parent.resolve().name)  # the project in W&B, a folder for TensorBoard
+            self.accelerator.init_trackers(
+                self.path.parent.resolve().name
+            )  # the project in W&B, a folder for TensorBoard
         if self.accelerator.is_main_process:
             _keep_before(self.path, self.first)
             self._file = self.path.open("a", encoding="utf-8")
@@ -71,11 +73,15 @@ class Log:
         """Raises FloatingPointError at the first loss that is not finite, after writing it."""
         waiting, self._waiting = self._waiting, []
         for numbers in waiting:
-            line = {name: value if name == "step" else float(value) for name, value in numbers.items()}
+            line = {
+                name: value if name == "step" else float(value) for name, value in numbers.items()
+            }
             if self._file:
                 self._file.write(json.dumps(line) + "\n")
             if self.accelerator.log_with:
-                self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+                self.accelerator.log(
+                    {k: v for k, v in line.items() if k != "step"}, step=line["step"]
+                )
             self.loss = line.get("loss", self.loss)
             if not math.isfinite(line.get("loss", 0.0)):
                 raise FloatingPointError(

@@ -73,10 +73,14 @@ def _down(left: float, schedule: ScheduleSettings) -> float:
 
 
 SHAPES: Mapping[str, Callable[[int, int, ScheduleSettings], float]] = {
-    "cosine": lambda step, last, schedule: _down((1 + math.cos(math.pi * _done(step, last, schedule))) / 2, schedule),
+    "cosine": lambda step, last, schedule: _down(
+        (1 + math.cos(math.pi * _done(step, last, schedule))) / 2, schedule
+    ),
     "linear": lambda step, last, schedule: _down(1 - _done(step, last, schedule), schedule),
     "constant": lambda step, last, schedule: 1.0,
-    "steps": lambda step, last, schedule: schedule.factor ** sum(step >= m for m in schedule.milestones),
+    "steps": lambda step, last, schedule: (
+        schedule.factor ** sum(step >= m for m in schedule.milestones)
+    ),
 }
 
 
@@ -97,25 +101,35 @@ def parameter_groups(parameters: Iterable[nn.Parameter], *, weight_decay: float)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() >= 2]
     vectors = [parameter for parameter in trained if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
 def _adaptive(settings: OptimizerSettings) -> dict[str, Any]:
-    return {"lr": settings.lr, "betas": settings.betas} | ({} if settings.eps is None else {"eps": settings.eps})
+    return {"lr": settings.lr, "betas": settings.betas} | (
+        {} if settings.eps is None else {"eps": settings.eps}
+    )
 
 
 def _adahessian(groups: list[dict], settings: OptimizerSettings) -> Optimizer:
     from blockspec.optim import AdaHessian
 
-    own = {name: getattr(settings, name) for name in ("hessian_power", "update_each", "spatial_averaging")}
+    own = {
+        name: getattr(settings, name)
+        for name in ("hessian_power", "update_each", "spatial_averaging")
+    }
     return AdaHessian(groups, **own, **_adaptive(settings))
 
 
 OPTIMIZERS: Mapping[str, Callable[[list[dict], OptimizerSettings], Optimizer]] = {
     "adamw": lambda groups, settings: torch.optim.AdamW(groups, **_adaptive(settings)),
     "adam": lambda groups, settings: torch.optim.Adam(groups, **_adaptive(settings)),
-    "sgd": lambda groups, settings: torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum),
+    "sgd": lambda groups, settings: torch.optim.SGD(
+        groups, lr=settings.lr, momentum=settings.momentum
+    ),
     "adahessian": _adahessian,
 }
 

@@ -28,7 +28,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """The settings that differ, as ``training.lr: 0.1 -> 0.2``."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = [*old, *(name for name in new if name not in old)]
-        return [line for n in names for line in differences(old.get(n), new.get(n), f"{path}.{n}" if path else n)]
+        return [
+            line
+            for n in names
+            for line in differences(old.get(n), new.get(n), f"{path}.{n}" if path else n)
+        ]
     return [] if old == new else [f"{path}: {old} -> {new}"]
 
 
@@ -38,7 +42,9 @@ def begin(out: Path, settings: Mapping[str, Any], accelerator: Accelerator) -> N
     if path.is_file():
         changed = differences(json.loads(path.read_text(encoding="utf-8")), as_json(settings))
         if changed:
-            raise ValueError(f"{out} holds a run of other settings ({'; '.join(changed)}): choose another folder or delete it")
+            raise ValueError(
+                f"{out} holds a run of other settings ({'; '.join(changed)}): choose another folder or delete it"
+            )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)

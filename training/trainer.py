@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from training.checkpoints import Save, due_steps, last_checkpoint, save_weights, write_checkpoint
 from training.log import Log
-from training.optimizers import OptimizerSettings, ScheduleSettings, make_optimizer, set_learning_rate, share_of_peak
+from training.optimizers import (
+    OptimizerSettings,
+    ScheduleSettings,
+    make_optimizer,
+    set_learning_rate,
+    share_of_peak,
+)
 from training.state import begin, finish, is_complete, latest_state, save_state
 
 BatchAt = Callable[[int], Any]
@@ -52,7 +58,16 @@ class TrainingSettings:
 
     num_steps: int = 1000
     micro_batches: int = 1
-    checkpoints: tuple[float, ...] = (0.0, 0.001, 0.025, 0.05, 0.075, 0.1, 0.5, 1.0)  # up to 0.1: the paper's stages
+    checkpoints: tuple[float, ...] = (
+        0.0,
+        0.001,
+        0.025,
+        0.05,
+        0.075,
+        0.1,
+        0.5,
+        1.0,
+    )  # up to 0.1: the paper's stages
     measure_every: int = 0
     state_every: int = 500
     log_every: int = 10
@@ -110,12 +125,26 @@ def train(
             model.compile()
         model.train()
         optimizer = make_optimizer(model, settings.optimizer)
-        second_order = getattr(optimizer, "second_order", lambda model: nullcontext())  # AdaHessian has these three
+        second_order = getattr(
+            optimizer, "second_order", lambda model: nullcontext()
+        )  # AdaHessian has these three
         probe = getattr(optimizer, "probe", lambda loss: loss)
         rescale = getattr(optimizer, "rescale", lambda factor: None)
         model, optimizer = accelerator.prepare(model, optimizer)
         own = (second_order, probe, rescale)
-        loop = _Loop(accelerator, model, optimizer, batch_at, loss, settings, out, save, measure, content, *own)
+        loop = _Loop(
+            accelerator,
+            model,
+            optimizer,
+            batch_at,
+            loss,
+            settings,
+            out,
+            save,
+            measure,
+            content,
+            *own,
+        )
         loop.run(latest_state(out, accelerator), progress=progress and accelerator.is_main_process)
         finish(out, accelerator)
     return last_checkpoint(out) or out
@@ -136,7 +165,9 @@ def mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> float:
 
 def _make_accelerator(settings: TrainingSettings, out: Path) -> Accelerator:
     if settings.tracker != "none" and importlib.util.find_spec(settings.tracker) is None:
-        raise ValueError(f"the tracker {settings.tracker} is not installed: 'pip install {settings.tracker}', or tracker none")
+        raise ValueError(
+            f"the tracker {settings.tracker} is not installed: 'pip install {settings.tracker}', or tracker none"
+        )
     return Accelerator(
         cpu=settings.device == "cpu",
         mixed_precision=PRECISIONS[settings.precision],
@@ -149,12 +180,18 @@ def _check(settings: TrainingSettings, accelerator: Accelerator) -> None:
     """Raises ValueError before anything is written."""
     due_steps(settings.checkpoints, settings.num_steps)
     if settings.num_steps < 1 or settings.log_every < 1:
-        raise ValueError(f"num_steps is {settings.num_steps}, log_every {settings.log_every}; both must be at least 1")
+        raise ValueError(
+            f"num_steps is {settings.num_steps}, log_every {settings.log_every}; both must be at least 1"
+        )
     processes = accelerator.num_processes
     if settings.micro_batches < 1 or settings.micro_batches % processes:
-        raise ValueError(f"micro_batches is {settings.micro_batches}; a multiple of the {processes} processes is needed")
+        raise ValueError(
+            f"micro_batches is {settings.micro_batches}; a multiple of the {processes} processes is needed"
+        )
     if settings.optimizer.name == "adahessian" and settings.compile:
-        raise ValueError("compiled models cannot be differentiated twice: switch compile off for adahessian")
+        raise ValueError(
+            "compiled models cannot be differentiated twice: switch compile off for adahessian"
+        )
 
 
 @dataclass
@@ -179,7 +216,10 @@ class _Loop:
         """Trains from step ``first`` to the end. A step is the number of updates that were made."""
         settings, accelerator = self.settings, self.accelerator
         due = due_steps(settings.checkpoints, settings.num_steps)
-        with Log(self.out, first, settings.log_every, accelerator) as log, _progress(shown=progress) as bar:
+        with (
+            Log(self.out, first, settings.log_every, accelerator) as log,
+            _progress(shown=progress) as bar,
+        ):
             task = bar.add_task("", total=settings.num_steps, completed=first, loss="")
             for step in range(first, settings.num_steps + 1):
                 if step in due or (settings.measure_every and step % settings.measure_every == 0):
@@ -190,7 +230,11 @@ class _Loop:
                     log.flush()
                     save_state(self.out, step, accelerator)
                 log.add(self.update(step))
-                bar.update(task, completed=step + 1, loss=f"loss {log.loss:.3f}" if log.loss is not None else "")
+                bar.update(
+                    task,
+                    completed=step + 1,
+                    loss=f"loss {log.loss:.3f}" if log.loss is not None else "",
+                )
 
     def stop_and_measure(self, step: int, log: Log, *, is_due: bool) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -210,7 +254,9 @@ class _Loop:
         lr = settings.optimizer.lr * share_of_peak(step, settings.num_steps, settings.schedule)
         set_learning_rate(self.optimizer, lr)
         total, terms = self.gradient(step)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.optimizer.clip or math.inf)
+        norm = self.accelerator.clip_grad_norm_(
+            self.model.parameters(), settings.optimizer.clip or math.inf
+        )
         self.optimizer.step()
         self.optimizer.zero_grad()
         return {"step": step, "loss": total / terms, "lr": lr, "gradient_norm": norm}
@@ -219,7 +265,9 @@ class _Loop:
         """Leaves the gradient of the mean over all loss terms of all micro-batches; returns their sum and number."""
         processes = self.accelerator.num_processes
         here = self.settings.micro_batches // processes
-        alone = self.settings.micro_batches == 1  # then the number of terms is known before the backward pass
+        alone = (
+            self.settings.micro_batches == 1
+        )  # then the number of terms is known before the backward pass
         total, terms = torch.zeros((), device=self.accelerator.device), 0
         for micro in range(here):
             index = (step * here + micro) * processes + self.accelerator.process_index
@@ -231,8 +279,12 @@ class _Loop:
             total, terms = total + part.detach(), terms + count
         if alone:
             return total, terms
-        total, terms = self.accelerator.reduce(torch.stack([total, total.new_tensor(terms)]), reduction="sum")
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        total, terms = self.accelerator.reduce(
+            torch.stack([total, total.new_tensor(terms)]), reduction="sum"
+        )
+        gradients = [
+            parameter.grad for parameter in self.model.parameters() if parameter.grad is not None
+        ]
         # backward left the sum over the micro-batches, averaged over processes
         factor = processes / terms
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))

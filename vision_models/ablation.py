@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from blockspec.run import BlockSettings, EstimateSettings, Resources, RunSettings, measure
-from blockspec.spectra import Spectra, Spectrum, read_table, spectra_of, write_parquet
+from blockspec.runs.run import BlockSettings, EstimateSettings, Resources, RunSettings, measure
+from blockspec.spectra.collection import Spectra, read_table, spectra_of, write_parquet
+from blockspec.spectra.spectrum import Spectrum
 from training.checkpoints import list_checkpoints, read_record
 from training.command import run_command
 from training.optimizers import OptimizerSettings, ScheduleSettings
@@ -122,30 +123,49 @@ def ablation(
     """
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise ValueError(f"no variant {unknown[0]!r}: there are {', '.join(VARIANTS)}")
-    networks = [Network(depth, name, {**model, "depth": depth, **VARIANTS[name]}) for depth in depths for name in variants]
+    networks = [
+        Network(depth, name, {**model, "depth": depth, **VARIANTS[name]})
+        for depth in depths
+        for name in variants
+    ]
     for network in networks:
         build(_model(network))  # a depth that does not fit is found before the work
     # spawned, for a forked process cannot use a GPU, nor threads that its parent has started
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        jobs = [pool.submit(examine, network, Path(out), data, training, measuring) for network in networks]
+    with ProcessPoolExecutor(
+        workers, context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        jobs = [
+            pool.submit(examine, network, Path(out), data, training, measuring)
+            for network in networks
+        ]
         for network, job in zip(networks, jobs, strict=True):
             job.result()
             print(f"{network.folder}: done", flush=True)
     return collect(networks, Path(out))
 
 
-def train_network(network: Network, out: Path, data: DataSettings, training: TrainingSettings) -> Path:
+def train_network(
+    network: Network, out: Path, data: DataSettings, training: TrainingSettings
+) -> Path:
     """Trains a network, to its end or to where it diverges; returns the folder of its last checkpoint."""
     folder = out / network.folder
     try:
         train(out=str(folder), model=_model(network), data=data, training=training, progress=False)
     except FloatingPointError as error:
-        (folder / "diverged.json").write_text(json.dumps({"error": str(error)}) + "\n", encoding="utf-8")
+        (folder / "diverged.json").write_text(
+            json.dumps({"error": str(error)}) + "\n", encoding="utf-8"
+        )
     return list_checkpoints(folder)[-1]
 
 
-def examine(network: Network, out: Path, data: DataSettings, training: TrainingSettings, measuring: Measuring) -> None:
+def examine(
+    network: Network,
+    out: Path,
+    data: DataSettings,
+    training: TrainingSettings,
+    measuring: Measuring,
+) -> None:
     """Trains a network and measures its checkpoints."""
     folder = train_network(network, out, data, training).parent
     settings = RunSettings(
@@ -156,14 +176,27 @@ def examine(network: Network, out: Path, data: DataSettings, training: TrainingS
         estimate=EstimateSettings(num_probes=measuring.num_probes, num_steps=measuring.num_steps),
         batch_norm=measuring.batch_norm,
     )
-    measure(settings, factories.checkpoint, folder / "spectra", resources=Resources(device=measuring.device))
+    measure(
+        settings,
+        factories.checkpoint,
+        folder / "spectra",
+        resources=Resources(device=measuring.device),
+    )
 
 
 def collect(networks: list[Network], out: Path) -> pd.DataFrame:
     """Writes the table and the figures of networks that have been examined."""
-    spectra = {(network.depth, network.variant): _spectra(out / network.folder) for network in networks}
+    spectra = {
+        (network.depth, network.variant): _spectra(out / network.folder) for network in networks
+    }
     lines = [
-        {"depth": n.depth, "variant": n.variant, "step": step, **_record(out / n.folder, step), **numbers(spectrum)}
+        {
+            "depth": n.depth,
+            "variant": n.variant,
+            "step": step,
+            **_record(out / n.folder, step),
+            **numbers(spectrum),
+        }
         for n in networks
         for step, found in spectra[n.depth, n.variant].items()
         for spectrum in found.values()
@@ -180,8 +213,15 @@ def numbers(spectrum: Spectrum) -> dict[str, Any]:
     # One probe's values: those of all probes together would hold each eigenvalue several times.
     used = spectrum.weights[probe] > 0
     top = [row[used][::-1][:TOP] for row in (spectrum.nodes[probe], spectrum.residuals[probe])]
-    found = {"block": spectrum.block.name, "parameters": spectrum.block.numel, "smallest": spectrum.smallest.value}
-    found |= {"trace": trace.value, "trace_stderr": np.nan if trace.stderr is None else trace.stderr}
+    found = {
+        "block": spectrum.block.name,
+        "parameters": spectrum.block.numel,
+        "smallest": spectrum.smallest.value,
+    }
+    found |= {
+        "trace": trace.value,
+        "trace_stderr": np.nan if trace.stderr is None else trace.stderr,
+    }
     return found | {
         f"{name}_{i + 1}": float(value)
         for i, pair in enumerate(zip(*top, strict=True))
@@ -195,7 +235,10 @@ def _model(network: Network) -> ModelSettings:
 
 def _spectra(folder: Path) -> dict[int, Spectra]:
     table = read_table(folder / "spectra" / "spectra.parquet")
-    return {step: spectra_of(table[table["step"] == step]) for step in sorted(table["step"].unique().tolist())}
+    return {
+        step: spectra_of(table[table["step"] == step])
+        for step in sorted(table["step"].unique().tolist())
+    }
 
 
 def _record(folder: Path, step: int) -> dict[str, Any]:

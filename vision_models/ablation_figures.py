@@ -10,16 +10,30 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blockspec.panels import DENSITY, EIGENVALUE, density_axes, draw_line, label_outer, resolved_density, scale_of, smoothing_note
-from blockspec.spectra import Spectra
-from blockspec.style import RUN_MARKERS, RUNS, save, spread, step_axis, step_label, styled
-from blockspec.trends import DASHES
+from blockspec.figures.panels import (
+    DENSITY,
+    EIGENVALUE,
+    density_axes,
+    draw_line,
+    label_outer,
+    resolved_density,
+    scale_of,
+    smoothing_note,
+)
+from blockspec.figures.style import RUN_MARKERS, RUNS, save, spread, step_axis, step_label, styled
+from blockspec.figures.trends import DASHES
+from blockspec.spectra.collection import Spectra
 
-QUANTITIES = {"trace": "trace (loss / parameter²)", "eigenvalue_1": "largest eigenvalue (loss / parameter²)"}
+QUANTITIES = {
+    "trace": "trace (loss / parameter²)",
+    "eigenvalue_1": "largest eigenvalue (loss / parameter²)",
+}
 COLUMNS = 4  # checkpoints in the figure of densities, at most
 
 
-def draw(table: pd.DataFrame, spectra: Mapping[tuple[int, str], Mapping[int, Spectra]], folder: Path) -> list[Path]:
+def draw(
+    table: pd.DataFrame, spectra: Mapping[tuple[int, str], Mapping[int, Spectra]], folder: Path
+) -> list[Path]:
     """Writes ``trace``, ``largest``, ``density`` and ``density_<stage>`` for each stage, as png and pdf."""
     figures = {
         "trace": plot_course(table, "trace"),
@@ -35,9 +49,13 @@ def draw(table: pd.DataFrame, spectra: Mapping[tuple[int, str], Mapping[int, Spe
 @styled
 def plot_course(table: pd.DataFrame, quantity: str) -> Figure:
     """A quantity over training: a row a depth, a column a block, a line a variant; bars are standard errors or residuals."""
-    depths, blocks, variants = (table[name].unique().tolist() for name in ("depth", "block", "variant"))
+    depths, blocks, variants = (
+        table[name].unique().tolist() for name in ("depth", "block", "variant")
+    )
     blocks = ["model", *(block for block in blocks if block != "model")]
-    figure = Figure(figsize=(1.45 * len(blocks) + 1.9, 1.5 * len(depths) + 0.9), layout="constrained")
+    figure = Figure(
+        figsize=(1.45 * len(blocks) + 1.9, 1.5 * len(depths) + 0.9), layout="constrained"
+    )
     axes = figure.subplots(len(depths), len(blocks), sharex=True, sharey=True, squeeze=False)
     _value_axis(axes[0, 0], table[quantity])
     for i, depth in enumerate(depths):
@@ -64,9 +82,16 @@ def _line(axes: Axes, rows: pd.DataFrame, quantity: str, number: int, label: str
     error = {"trace": "trace_stderr", "eigenvalue_1": "residual_1"}[quantity]
     colour = RUNS[number % len(RUNS)]
     bars = rows[error].fillna(0)
-    axes.errorbar(rows["step"], rows[quantity], yerr=bars, fmt="none", ecolor=colour, elinewidth=0.8)
+    axes.errorbar(
+        rows["step"], rows[quantity], yerr=bars, fmt="none", ecolor=colour, elinewidth=0.8
+    )
     axes.plot(
-        rows["step"], rows[quantity], color=colour, marker=RUN_MARKERS[number % len(RUN_MARKERS)], markersize=3, label=label
+        rows["step"],
+        rows[quantity],
+        color=colour,
+        marker=RUN_MARKERS[number % len(RUN_MARKERS)],
+        markersize=3,
+        label=label,
     )
 
 
@@ -78,11 +103,18 @@ def _value_axis(axes: Axes, values: pd.Series) -> None:
 
 
 @styled
-def plot_densities(spectra: Mapping[tuple[int, str], Mapping[int, Spectra]], block: str = "model") -> Figure:
+def plot_densities(
+    spectra: Mapping[tuple[int, str], Mapping[int, Spectra]], block: str = "model"
+) -> Figure:
     """Spectral density of a stage or of the whole network: a row a depth, a column a checkpoint, a line a variant."""
     depths, variants = (list(dict.fromkeys(key[i] for key in spectra)) for i in (0, 1))
     steps = spread(sorted({step for stages in spectra.values() for step in stages}), COLUMNS)
-    shown = {(*key, step): stages[step][block] for key, stages in spectra.items() for step in steps if step in stages}
+    shown = {
+        (*key, step): stages[step][block]
+        for key, stages in spectra.items()
+        for step in steps
+        if step in stages
+    }
     scale = scale_of(shown.values())
     figure = Figure(figsize=(1.9 * len(steps) + 1.9, 1.5 * len(depths) + 1.1), layout="constrained")
     axes = figure.subplots(len(depths), len(steps), sharex=True, sharey=True, squeeze=False)
@@ -102,5 +134,7 @@ def plot_densities(spectra: Mapping[tuple[int, str], Mapping[int, Spectra]], blo
     figure.supylabel(DENSITY, fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
-    figure.suptitle(f"Hessian of {'the whole network' if block == 'model' else block}\n{smoothing_note(shown.values())}")
+    figure.suptitle(
+        f"Hessian of {'the whole network' if block == 'model' else block}\n{smoothing_note(shown.values())}"
+    )
     return figure

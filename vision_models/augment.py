@@ -11,7 +11,9 @@ Source = np.ndarray | bytes
 Augment = Callable[[Source, Preprocess, np.random.Generator], np.ndarray]
 
 
-def shifted(image: Source, how: Preprocess, generator: np.random.Generator, *, padding: int = 1) -> np.ndarray:
+def shifted(
+    image: Source, how: Preprocess, generator: np.random.Generator, *, padding: int = 1
+) -> np.ndarray:
     """The image moved by up to ``padding`` pixels, empty at the border."""
     array = pixels(image, how)
     padded = np.pad(array, ((padding, padding), (padding, padding), (0, 0)))
@@ -34,7 +36,9 @@ def imagenet(image: Source, how: Preprocess, generator: np.random.Generator) -> 
     return array[:, ::-1] if generator.random() < 0.5 else array
 
 
-def _rectangle(width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
+def _rectangle(
+    width: int, height: int, generator: np.random.Generator
+) -> tuple[int, int, int, int]:
     for _ in range(10):
         area = width * height * generator.uniform(0.08, 1)
         ratio = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))

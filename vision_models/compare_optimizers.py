@@ -39,7 +39,9 @@ def compare(
     return table
 
 
-def train_one(model: ModelSettings, data: DataSettings, settings: TrainingSettings, folder: Path) -> Path:
+def train_one(
+    model: ModelSettings, data: DataSettings, settings: TrainingSettings, folder: Path
+) -> Path:
     return train(out=str(folder), model=model, data=data, training=settings, progress=False)
 
 

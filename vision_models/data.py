@@ -62,7 +62,9 @@ class Broken:
 
 
 Item = tuple[np.ndarray, int] | Broken
-Collated = tuple[Batch | None, list[Broken]]  # what a worker sends: it cannot raise or warn in the caller's words
+Collated = tuple[
+    Batch | None, list[Broken]
+]  # what a worker sends: it cannot raise or warn in the caller's words
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,13 @@ class ShuffledBatches:
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= len(self.images):
-            raise ValueError(f"batch_size {self.batch_size} for {len(self.images)} images: give 1 to {len(self.images)}")
+            raise ValueError(
+                f"batch_size {self.batch_size} for {len(self.images)} images: give 1 to {len(self.images)}"
+            )
         if self.augment is AUGMENT["imagenet"] and self.images.preprocess.crop is None:
-            raise ValueError("augmentation 'imagenet' is for images that are cropped to one size: use 'cifar' or 'shift'")
+            raise ValueError(
+                "augmentation 'imagenet' is for images that are cropped to one size: use 'cifar' or 'shift'"
+            )
 
     def __call__(self, index: int) -> Batch:
         if index != self._next:
@@ -158,7 +164,9 @@ class ShuffledBatches:
         return CHECKS[self.on_broken](next(self._ahead))
 
 
-def _keys_from(index: int, stride: int, images: int, batch_size: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+def _keys_from(
+    index: int, stride: int, images: int, batch_size: int, seed: int
+) -> Iterator[list[tuple[int, int]]]:
     # No method: in a cycle of references with its loader the loader's end would wait 5 s for each worker.
     for i in itertools.count(index, stride):
         yield shuffled_keys(i, images=images, batch_size=batch_size, seed=seed)
@@ -171,7 +179,9 @@ def shuffled_keys(index: int, *, images: int, batch_size: int, seed: int) -> lis
     return [(epoch, i) for i in order[step * batch_size : (step + 1) * batch_size].tolist()]
 
 
-@functools.lru_cache(maxsize=2)  # a new order for every batch of ImageNet would take as long as the batch
+@functools.lru_cache(
+    maxsize=2
+)  # a new order for every batch of ImageNet would take as long as the batch
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
@@ -227,7 +237,9 @@ def _whole(collated: Collated) -> Batch:
     batch, broken = collated
     if batch is None or broken:
         first = broken[0]
-        raise ValueError(f"cannot decode {first.name} ({first.reason}): repair or remove it, or use on_broken='skip'")
+        raise ValueError(
+            f"cannot decode {first.name} ({first.reason}): repair or remove it, or use on_broken='skip'"
+        )
     return batch
 
 
@@ -237,7 +249,9 @@ def _remaining(collated: Collated) -> Batch:
     for item in broken:
         warnings.warn(f"skipped {item.name} ({item.reason})", stacklevel=3)
     if batch is None:
-        raise ValueError(f"no image of a batch can be decoded; {broken[0].name}: {broken[0].reason}")
+        raise ValueError(
+            f"no image of a batch can be decoded; {broken[0].name}: {broken[0].reason}"
+        )
     return batch
 
 
@@ -250,14 +264,21 @@ def _sound(images: Images, indices: list[int], batch_size: int, workers: int) ->
     checked = list(itertools.chain.from_iterable(_loader(_Check(images), chunks, workers, list)))
     broken = [item for item in checked if item is not None]
     if len(broken) == len(indices):
-        raise ValueError(f"none of {len(indices)} images can be decoded; {broken[0].name}: {broken[0].reason}")
+        raise ValueError(
+            f"none of {len(indices)} images can be decoded; {broken[0].name}: {broken[0].reason}"
+        )
     if broken:
         names = ", ".join(item.name for item in broken[:5]) + (", …" if len(broken) > 5 else "")
-        warnings.warn(f"{len(broken)} of {len(indices)} images cannot be decoded and are left out: {names}", stacklevel=3)
+        warnings.warn(
+            f"{len(broken)} of {len(indices)} images cannot be decoded and are left out: {names}",
+            stacklevel=3,
+        )
     return [i for i, item in zip(indices, checked, strict=True) if item is None]
 
 
-def _loader(dataset: Any, keys: Iterable, workers: int, collate: Callable[[Sequence], Any]) -> DataLoader:
+def _loader(
+    dataset: Any, keys: Iterable, workers: int, collate: Callable[[Sequence], Any]
+) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=keys,
@@ -272,5 +293,7 @@ def _checked_count(images: Images, count: int | None) -> int:
     if count is None:
         return len(images)
     if not 1 <= count <= len(images):
-        raise ValueError(f"count = {count}: there are {len(images)} images, give 1 to {len(images)}")
+        raise ValueError(
+            f"count = {count}: there are {len(images)} images, give 1 to {len(images)}"
+        )
     return count

@@ -19,7 +19,11 @@ def digits(split: str = "train") -> Arrays:
     if split not in ("train", "test", "all"):
         raise ValueError(f"no split {split!r} of the digits: there are train, test and all")
     data = load_digits()
-    chosen = {"train": ~_test(data.target), "test": _test(data.target), "all": np.full(len(data.target), True)}[split]
+    chosen = {
+        "train": ~_test(data.target),
+        "test": _test(data.target),
+        "all": np.full(len(data.target), True),
+    }[split]
     mean, std = NORMALISATION["digits"]
     return Arrays(
         arrays=data.images[chosen, :, :, None].astype(np.uint8),

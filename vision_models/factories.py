@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from blockspec.losses import Loss, classification
+from blockspec.model.losses import Loss, classification
 from training.checkpoints import read_record
 from vision_models import hub as hub_images
 from vision_models import image_folder as folders
@@ -43,7 +43,11 @@ def digits(
         seed: Of the model's weights.
     """
     _, network = _chosen(model, settings, checkpoint, seed)
-    return network, fixed_batches(open_digits(split), count=count, batch_size=batch_size), classification
+    return (
+        network,
+        fixed_batches(open_digits(split), count=count, batch_size=batch_size),
+        classification,
+    )
 
 
 def image_folder(
@@ -77,11 +81,18 @@ def image_folder(
         memory_gib: What decoded batches may take. Beyond, they are decoded again in every pass.
         seed: Of the model's weights.
     """
-    images = folders.image_folder(root, classes=classes, per_class=per_class)  # a wrong root is found before the model is made
+    images = folders.image_folder(
+        root, classes=classes, per_class=per_class
+    )  # a wrong root is found before the model is made
     chosen, network = _chosen(model, settings, checkpoint, seed)
     images = sources.as_expected(images, chosen)
     batches = fixed_batches(
-        images, count=count, batch_size=batch_size, workers=workers, on_broken=on_broken, memory_gib=memory_gib
+        images,
+        count=count,
+        batch_size=batch_size,
+        workers=workers,
+        on_broken=on_broken,
+        memory_gib=memory_gib,
     )
     return network, batches, classification
 
@@ -118,9 +129,16 @@ def hub(
         seed: Of the model's weights.
     """
     chosen, network = _chosen(model, settings, checkpoint, seed)
-    images = sources.as_expected(hub_images.hub(name, split=split, label=label, count=count), chosen)
+    images = sources.as_expected(
+        hub_images.hub(name, split=split, label=label, count=count), chosen
+    )
     batches = fixed_batches(
-        images, count=count, batch_size=batch_size, workers=workers, on_broken=on_broken, memory_gib=memory_gib
+        images,
+        count=count,
+        batch_size=batch_size,
+        workers=workers,
+        on_broken=on_broken,
+        memory_gib=memory_gib,
     )
     return network, batches, classification
 
@@ -147,12 +165,19 @@ def checkpoint(
     data = sources.DataSettings(**read_record(Path(checkpoint))["data"])
     images = sources.open_images(data, split or data.train_split, models.settings_of(checkpoint))
     batches = fixed_batches(
-        images, count=count, batch_size=batch_size, workers=workers, on_broken=data.on_broken, memory_gib=memory_gib
+        images,
+        count=count,
+        batch_size=batch_size,
+        workers=workers,
+        on_broken=data.on_broken,
+        memory_gib=memory_gib,
     )
     return models.load(checkpoint), batches, classification
 
 
-def _chosen(model: str, settings: dict[str, Any] | None, checkpoint: str | None, seed: int) -> tuple[ModelSettings, nn.Module]:
+def _chosen(
+    model: str, settings: dict[str, Any] | None, checkpoint: str | None, seed: int
+) -> tuple[ModelSettings, nn.Module]:
     if checkpoint is not None:
         return models.settings_of(checkpoint), models.load(checkpoint)
     chosen = ModelSettings(model, settings or {})

@@ -50,9 +50,13 @@ def pretrained(name: str = VIT_BASE, *, classes: int | None = None) -> PreTraine
     head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
     try:
         with _access(name):
-            return AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, **head)
+            return AutoModelForImageClassification.from_pretrained(
+                name, use_safetensors=True, **head
+            )
     except OSError as error:
-        raise ValueError(f"no image classifier with safetensors weights under {name!r}: {error}") from error
+        raise ValueError(
+            f"no image classifier with safetensors weights under {name!r}: {error}"
+        ) from error
 
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -73,5 +77,7 @@ def _access(name: str) -> AbstractContextManager[None]:
 def _config(kind: type, classes: int, fields: dict[str, Any]) -> Any:
     unknown = sorted(set(fields) - set(vars(kind())))
     if unknown:
-        raise ValueError(f"{kind.__name__} has no setting {unknown}: see its page in the documentation of transformers")
+        raise ValueError(
+            f"{kind.__name__} has no setting {unknown}: see its page in the documentation of transformers"
+        )
     return kind(num_labels=classes, **fields)

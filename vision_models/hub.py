@@ -81,7 +81,9 @@ def _load(name: str, split: str, count: int | None) -> Any:
         return _from_disk(Path(name), split)
     try:
         with hub_or_cache():
-            streaming = count is not None and not constants.HF_HUB_OFFLINE  # a cached copy cannot be streamed
+            streaming = (
+                count is not None and not constants.HF_HUB_OFFLINE
+            )  # a cached copy cannot be streamed
             return datasets.load_dataset(NAMES.get(name, name), split=split, streaming=streaming)
     except (OSError, ValueError) as error:  # offline, no such name, no such split, no permission
         raise ValueError(
@@ -104,7 +106,9 @@ def _from_disk(folder: Path, split: str) -> Any:
 
 def _columns(features: datasets.Features, name: str, label: str | None) -> tuple[str, str]:
     images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-    labels = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = [
+        column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)
+    ]
     if not images or not labels or label not in (None, *labels):
         raise ValueError(
             f"{name!r} has image columns {images} and label columns {labels}: there must be one of each"

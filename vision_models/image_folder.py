@@ -55,7 +55,9 @@ def image_folder(
     chosen = _chosen(names, classes, root)
     files = [(name, _files(root / name)[:per_class]) for name in chosen]
     if not any(found for _, found in files):
-        raise ValueError(f"no images in the folders of {root}: looked for {', '.join(sorted(SUFFIXES))}")
+        raise ValueError(
+            f"no images in the folders of {root}: looked for {', '.join(sorted(SUFFIXES))}"
+        )
     index = {name: i for i, name in enumerate(names)}
     order = sorted((rank, name, file) for name, found in files for rank, file in enumerate(found))
     return ImageFolder(
@@ -66,16 +68,22 @@ def image_folder(
     )
 
 
-def _chosen(names: tuple[str, ...], classes: int | Sequence[str] | None, root: Path) -> Sequence[str]:
+def _chosen(
+    names: tuple[str, ...], classes: int | Sequence[str] | None, root: Path
+) -> Sequence[str]:
     if classes is None:
         return names
     if isinstance(classes, int):
         if not 1 <= classes <= len(names):
-            raise ValueError(f"classes = {classes}: {root} has {len(names)}, give 1 to {len(names)}")
+            raise ValueError(
+                f"classes = {classes}: {root} has {len(names)}, give 1 to {len(names)}"
+            )
         return names[:classes]
     missing = sorted(set(classes) - set(names))
     if missing:
-        raise ValueError(f"no class {missing} in {root}, which has {', '.join(names[:5])}, … ({len(names)} in all)")
+        raise ValueError(
+            f"no class {missing} in {root}, which has {', '.join(names[:5])}, … ({len(names)} in all)"
+        )
     return classes
 
 

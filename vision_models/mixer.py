@@ -73,7 +73,9 @@ class Mixer(nn.Module):
             raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
         tokens = (image_size // patch_size) ** 2
         self.stem = PatchEmbedding(patch_size, channels, width)
-        self.blocks = nn.Sequential(*(MixerBlock(tokens, width, token_hidden, channel_hidden) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(MixerBlock(tokens, width, token_hidden, channel_hidden) for _ in range(depth))
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, classes)
         self.apply(_initialise)

@@ -32,7 +32,9 @@ class ScaledMLP(nn.Module):
         layers = len(sizes) - 1
         self.scales = [1.0] * layers if scales is None else list(scales)
         if len(self.scales) != layers:
-            raise ValueError(f"{len(self.scales)} scales {self.scales} for {layers} layers: give one for each layer")
+            raise ValueError(
+                f"{len(self.scales)} scales {self.scales} for {layers} layers: give one for each layer"
+            )
         if 0 in self.scales:
             raise ValueError(f"scales {self.scales} contain 0: every factor must differ from 0")
         self.layers = nn.ModuleList(nn.Linear(m, n, bias=bias) for m, n in pairwise(sizes))

@@ -45,7 +45,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         initializer_range=0.1,  # about 1 / sqrt(hidden_size); with the default 0.02, for 768, training hardly starts
     ),
     "digits_resnet": partial(cifar_resnet, depth=14, channels=1),
-    "digits_vgg": partial(VGG, stages=((32, 32), (64, 64)), classes=10, channels=1, hidden=(64,), pool=2, dropout=0.0),
+    "digits_vgg": partial(
+        VGG, stages=((32, 32), (64, 64)), classes=10, channels=1, hidden=(64,), pool=2, dropout=0.0
+    ),
     "digits_mixer": partial(
         Mixer,
         image_size=8,
@@ -91,7 +93,9 @@ def build(model: ModelSettings, *, seed: int = 0) -> nn.Module:
     try:
         inspect.signature(builder).bind(**model.settings)
     except TypeError as error:
-        raise ValueError(f"model {model.name!r} does not take the settings {model.settings}: {error}") from error
+        raise ValueError(
+            f"model {model.name!r} does not take the settings {model.settings}: {error}"
+        ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return builder(**model.settings)
@@ -125,5 +129,7 @@ def load(checkpoint: str | Path) -> nn.Module:
     try:
         load_model(model, str(folder / "model.safetensors"))
     except RuntimeError as error:
-        raise ValueError(f"the weights of {folder} do not fit its model {settings}: {error}") from error
+        raise ValueError(
+            f"the weights of {folder} do not fit its model {settings}: {error}"
+        ) from error
     return model

@@ -63,7 +63,9 @@ def decode(image: bytes | Path, *, channels: int) -> Image.Image:
 def resize_shorter(image: Image.Image, side: int) -> Image.Image:
     """The image with this shorter side, the longer in proportion, rounded down."""
     shorter = min(image.size)
-    width, height = (side if length == shorter else side * length // shorter for length in image.size)
+    width, height = (
+        side if length == shorter else side * length // shorter for length in image.size
+    )
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 

@@ -17,7 +17,9 @@ STEMS = {"cifar": (3, 1), "imagenet": (7, 2)}  # size and stride of the first co
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and, where ``residual``, a shortcut around them."""
 
-    def __init__(self, inputs: int, width: int, *, stride: int, batch_norm: bool, residual: bool) -> None:
+    def __init__(
+        self, inputs: int, width: int, *, stride: int, batch_norm: bool, residual: bool
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
         self.bn1 = _norm(width, batch_norm)
@@ -69,7 +71,10 @@ class ResNet(nn.Module):
         for i, name in enumerate(self.stages):
             switches = {"batch_norm": norms[i], "residual": shortcuts[i]}
             first = BasicBlock(widths[i], widths[i + 1], stride=2 if i else 1, **switches)
-            rest = [BasicBlock(widths[i + 1], widths[i + 1], stride=1, **switches) for _ in range(blocks[i] - 1)]
+            rest = [
+                BasicBlock(widths[i + 1], widths[i + 1], stride=1, **switches)
+                for _ in range(blocks[i] - 1)
+            ]
             self.add_module(name, nn.Sequential(first, *rest))
         self.fc = nn.Linear(widths[-1], classes)
         self.apply(_initialise)
@@ -101,14 +106,30 @@ def cifar_resnet(
         residual: One switch, or one for each of the three stages.
     """
     if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"depth {depth} does not fit: it must be 6 n + 2 with n >= 1, such as 8, 20, 32, 38, 56")
+        raise ValueError(
+            f"depth {depth} does not fit: it must be 6 n + 2 with n >= 1, such as 8, 20, 32, 38, 56"
+        )
     blocks = [(depth - 2) // 6] * 3
-    return ResNet(blocks, classes=classes, channels=channels, width=width, batch_norm=batch_norm, residual=residual)
+    return ResNet(
+        blocks,
+        classes=classes,
+        channels=channels,
+        width=width,
+        batch_norm=batch_norm,
+        residual=residual,
+    )
 
 
 def resnet18(*, classes: int = 1000, batch_norm: Switch = True, residual: Switch = True) -> ResNet:
     """ResNet18 for ImageNet: 11,689,512 parameters, four stages."""
-    return ResNet([2] * 4, classes=classes, width=64, batch_norm=batch_norm, residual=residual, stem="imagenet")
+    return ResNet(
+        [2] * 4,
+        classes=classes,
+        width=64,
+        batch_norm=batch_norm,
+        residual=residual,
+        stem="imagenet",
+    )
 
 
 def _norm(width: int, on: bool) -> nn.Module:
@@ -119,14 +140,20 @@ def _shortcut(inputs: int, width: int, stride: int, batch_norm: bool) -> nn.Modu
     if inputs == width and stride == 1:
         return nn.Identity()
     convolution = nn.Conv2d(inputs, width, 1, stride, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(width)) if batch_norm else nn.Sequential(convolution)
+    return (
+        nn.Sequential(convolution, nn.BatchNorm2d(width))
+        if batch_norm
+        else nn.Sequential(convolution)
+    )
 
 
 def _switches(value: Switch, stages: int) -> list[bool]:
     if isinstance(value, bool):
         return [value] * stages
     if len(value) != stages:
-        raise ValueError(f"{len(value)} switches {list(value)} for {stages} stages: give one switch, or one for each stage")
+        raise ValueError(
+            f"{len(value)} switches {list(value)} for {stages} stages: give one switch, or one for each stage"
+        )
     return list(value)
 
 

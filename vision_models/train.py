@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from blockspec.losses import classification
+from blockspec.model.losses import classification
 from training.command import run_command
 from training.trainer import TrainingSettings, mean_loss
 from training.trainer import train as run_training
@@ -47,7 +47,9 @@ def train(
         seed=training.seed,
         augment=AUGMENT.get(data.augment),
         workers=data.workers,
-        stride=int(os.environ.get("WORLD_SIZE", "1")),  # process i of n asks for batches i, i + n, …
+        stride=int(
+            os.environ.get("WORLD_SIZE", "1")
+        ),  # process i of n asks for batches i, i + n, …
         on_broken=data.on_broken,
     )
     held_out = fixed_batches(

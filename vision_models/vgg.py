@@ -36,7 +36,9 @@ class VGG(nn.Module):
         super().__init__()
         self.features = nn.Sequential(*_features(stages, channels, batch_norm))
         self.avgpool = nn.AdaptiveAvgPool2d(pool)
-        self.classifier = nn.Sequential(*_classifier(stages[-1][-1] * pool**2, hidden, classes, dropout))
+        self.classifier = nn.Sequential(
+            *_classifier(stages[-1][-1] * pool**2, hidden, classes, dropout)
+        )
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +67,9 @@ def _features(stages: Sequence[Sequence[int]], channels: int, batch_norm: bool) 
     return layers
 
 
-def _classifier(inputs: int, hidden: Sequence[int], classes: int, dropout: float) -> list[nn.Module]:
+def _classifier(
+    inputs: int, hidden: Sequence[int], classes: int, dropout: float
+) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for width in hidden:
         layers += [nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout)]

@@ -1,4 +1,4 @@
 """Spectra from anybody's training: for ``transformers.Trainer``, and for a loop of one's own."""
 
-from .recording import record as record
-from .trainer import SpectrumCallback as SpectrumCallback
+from blockspec.integrations.recording import record as record
+from blockspec.integrations.trainer import SpectrumCallback as SpectrumCallback

@@ -29,11 +29,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..blocks import Block
-from ..differentiability import check_twice_differentiable
-from ..objective import Objective, fingerprint
-from ..run import EstimateSettings, Resources, append_stage, append_tables, is_first, measure_stage, open_record
-from ..spectra import Spectra
+from blockspec.model.blocks import Block
+from blockspec.model.differentiability import check_twice_differentiable
+from blockspec.model.objective import Objective, fingerprint
+from blockspec.runs.run import (
+    EstimateSettings,
+    Resources,
+    append_stage,
+    append_tables,
+    is_first,
+    measure_stage,
+    open_record,
+)
+from blockspec.spectra.collection import Spectra
 
 T = TypeVar("T")
 WRAPPERS = {  # class names: torch's own are not importable in every build
@@ -65,7 +73,7 @@ def record(
     out: the folder: ``run.json``, ``spectra.parquet``, ``heterogeneity.parquet``.
     step: the number of updates that were made.
     memory, columns: see :func:`blockspec.estimate_spectra`.
-    settings: the fields of :class:`blockspec.run.EstimateSettings`: ``num_probes=4, num_steps=40, seed=0, ...``
+    settings: the fields of :class:`blockspec.runs.run.EstimateSettings`: ``num_probes=4, num_steps=40, seed=0, ...``
 
     Returns the step's scalars by name, for one's own tracker: the loss, ``spectrum/js0`` (mean Jensen-Shannon divergence over
     all pairs of blocks, nats), ``spectrum/largest/<kind>`` and ``spectrum/trace/<kind>``; kind ``full`` is the block ``model``.
@@ -79,7 +87,11 @@ def record(
         return known
     with undisturbed(objective.model):
         spectra, entry = measure_stage(
-            objective, blocks, estimate, step=step, resources=Resources(memory=memory, columns=columns)
+            objective,
+            blocks,
+            estimate,
+            step=step,
+            resources=Resources(memory=memory, columns=columns),
         )
         if is_first():
             heterogeneity = append_tables(out, spectra, step=step)
@@ -88,20 +100,31 @@ def record(
         return _from_first(entry.get("scalars", {}))
 
 
-def check(out: str | os.PathLike[str], objective: Objective, blocks: Sequence[Block], estimate: EstimateSettings) -> None:
+def check(
+    out: str | os.PathLike[str],
+    objective: Objective,
+    blocks: Sequence[Block],
+    estimate: EstimateSettings,
+) -> None:
     """Raises before training what :func:`record` would raise in the middle of it; costs one gradient of one batch."""
     _open(Path(out), objective, blocks, estimate)
     with undisturbed(objective.model):
         objective.check()
-        check_twice_differentiable(objective, [name for block in blocks for name in block.parameters])
+        check_twice_differentiable(
+            objective, [name for block in blocks for name in block.parameters]
+        )
 
 
 def scalars(spectra: Spectra, heterogeneity: pd.DataFrame | None) -> dict[str, float]:
     """The largest eigenvalue and the trace by kind of block, and the heterogeneity."""
     table = spectra.summary().reset_index()
     groups = table.groupby(table["kind"].where(table["block"] != "model", "full"), sort=False)
-    found = {f"spectrum/largest/{kind}": float(value) for kind, value in groups["largest"].max().items()}
-    found |= {f"spectrum/trace/{kind}": float(value) for kind, value in groups["trace"].sum().items()}
+    found = {
+        f"spectrum/largest/{kind}": float(value) for kind, value in groups["largest"].max().items()
+    }
+    found |= {
+        f"spectrum/trace/{kind}": float(value) for kind, value in groups["trace"].sum().items()
+    }
     if heterogeneity is not None:
         rows = heterogeneity[heterogeneity["definition"] == "jensen-shannon"]
         found["spectrum/js0"] = float(rows["js0"].iloc[0])
@@ -135,7 +158,9 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
             model.forward = wrapped
 
 
-def _open(out: Path, objective: Objective, blocks: Sequence[Block], estimate: EstimateSettings) -> dict[str, Any]:
+def _open(
+    out: Path, objective: Objective, blocks: Sequence[Block], estimate: EstimateSettings
+) -> dict[str, Any]:
     name = type(objective.model).__name__
     if name in WRAPPERS:
         raise ValueError(f"the objective's model is a {name}: {WRAPPERS[name]}")

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..losses import next_token
-from ..objective import Objective
-from ..run import BlockSettings, EstimateSettings, choose_blocks
-from .recording import check, record
+from blockspec.integrations.recording import check, record
+from blockspec.model.losses import next_token
+from blockspec.model.objective import Objective
+from blockspec.runs.run import BlockSettings, EstimateSettings, choose_blocks
 
 
 class SpectrumCallback(TrainerCallback):
@@ -53,7 +53,9 @@ class SpectrumCallback(TrainerCallback):
         columns: int | None = None,
     ) -> None:
         if not isinstance(trainer, Trainer):
-            raise TypeError(f"trainer is the transformers.Trainer that this is added to, got a {type(trainer).__name__}")
+            raise TypeError(
+                f"trainer is the transformers.Trainer that this is added to, got a {type(trainer).__name__}"
+            )
         self.due = (tuple(steps), tuple(fractions))
         due_steps(*self.due, total=1)
         self.trainer = trainer
@@ -61,7 +63,9 @@ class SpectrumCallback(TrainerCallback):
         self.batches, self.loss, self.blocks = batches, loss, blocks
         self.estimate, self.resources = estimate, {"memory": memory, "columns": columns}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
         self.due_steps = due_steps(*self.due, total=state.max_steps)
         model = self.trainer.model
         assert isinstance(model, nn.Module)
@@ -70,7 +74,9 @@ class SpectrumCallback(TrainerCallback):
         check(self.out, self.objective, self.chosen, self.estimate)
         self._measure(state, control)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
         self._measure(state, control)
 
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
@@ -88,5 +94,9 @@ def due_steps(steps: Sequence[int], fractions: Sequence[float], *, total: int) -
     if wrong := [step for step in steps if operator.index(step) < 0]:
         raise ValueError(f"steps are numbers of updates, at least 0; got {wrong[0]}")
     if outside := [fraction for fraction in fractions if not 0 <= fraction <= 1]:
-        raise ValueError(f"fractions of training lie between 0 and 1; got {outside[0]}: give numbers of updates as steps")
-    return frozenset(steps) | {max(round(fraction * total), int(fraction > 0)) for fraction in fractions}
+        raise ValueError(
+            f"fractions of training lie between 0 and 1; got {outside[0]}: give numbers of updates as steps"
+        )
+    return frozenset(steps) | {
+        max(round(fraction * total), int(fraction > 0)) for fraction in fractions
+    }

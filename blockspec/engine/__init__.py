@@ -1,0 +1,1 @@
+"""Which products next, until every block is accurate enough."""

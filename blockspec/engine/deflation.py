@@ -1,0 +1,101 @@
+"""Eigenvalues that the first probe of a block has found, so that further probes need not find them again.
+
+Most of a probe's noise is the random share that each of the largest eigenvalues has in it. Once their vectors are known they
+count with their exact weight 1 / P, and further probes stay in the orthogonal complement, where the rest of the spectrum is,
+other copies of a repeated eigenvalue among it. The idea is that of Hutch++ (Meyer et al. 2021), for a density.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockspec.engine.accuracy import Accuracy, probes_needed, probes_needed_beyond
+from blockspec.numerics.lanczos import Lanczos, Tridiagonal
+from blockspec.numerics.quadrature import quadrature, ritz_pairs
+
+CONVERGED = 1e-5  # residual, relative to the norm: together they move the spectrum by less than twice that over P
+SIMPLE = 8.0  # a single eigenvalue's share of a probe exceeds this many times 1 / P once in 200; more are several in one
+MOST_VECTORS = 128
+LARGEST = 2**16  # parameters: larger blocks need few probes
+FEWEST_PROBES = 3  # that the first one is given up for
+STEPS_BEYOND = 20  # that a probe typically takes in the complement
+ASKED_EVERY = 8  # steps: the answer takes time itself
+LONGEST = 4  # times as many parameters as the first probe takes steps, at least
+
+
+@dataclass(frozen=True, eq=False)
+class Deflation:
+    """c eigenpairs of a block.
+
+    values, residuals: (c,) unit of an eigenvalue.
+    leak: what leads from the complement to the vectors, at most: the norm of all residuals.
+    vectors: (c, P) orthonormal; (0, P) when no process will need them.
+    steps: of the process that found them.
+    """
+
+    values: np.ndarray
+    residuals: np.ndarray
+    leak: float
+    vectors: Tensor
+    steps: int
+
+
+def pays(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> bool:
+    """Whether the first probe, which stands still, should go on, to find more eigenvalues: while it has taken fewer products than
+    the probes beyond it would."""
+    steps = len(tridiagonal.alphas)
+    if LONGEST * steps >= numel or _needed(tridiagonal, numel, accuracy) < FEWEST_PROBES:
+        return False
+    if steps % ASKED_EVERY > 0:
+        return True
+    found = _found(tridiagonal, numel)
+    return steps < STEPS_BEYOND * probes_needed_beyond(tridiagonal, found, numel, accuracy)
+
+
+def deflation(process: Lanczos, numel: int, accuracy: Accuracy) -> tuple[Deflation, int] | None:
+    """What the first probe of a block has found, before its vectors are let go, and how many probes are needed beyond it; None
+    where that saves no probe."""
+    tridiagonal = process.tridiagonal()
+    needed = _needed(tridiagonal, numel, accuracy)
+    if needed < FEWEST_PROBES:
+        return None
+    found = _found(tridiagonal, numel)
+    beyond = probes_needed_beyond(tridiagonal, found, numel, accuracy)
+    if 1 + beyond >= needed:
+        return None
+    nodes, vectors, residuals = ritz_pairs(tridiagonal)
+    pairs = process.combined(np.ascontiguousarray(vectors[:, found].T))
+    known = Deflation(
+        values=nodes[found],
+        residuals=np.hypot(residuals[found], tridiagonal.asymmetry),
+        leak=float(np.linalg.norm(residuals[found])),
+        vectors=torch.linalg.qr(pairs.T).Q.T.contiguous(),
+        steps=len(nodes),
+    )
+    return known, beyond
+
+
+def longest_first_probe(numel: int, accuracy: Accuracy) -> int:
+    """Steps that the first probe of a block takes at most, to foresee its memory."""
+    return min(accuracy.max_steps, numel // LONGEST)
+
+
+def _needed(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> int:
+    """Probes that are needed without a deflation; 0 of a block that is too large for one, and after a breakdown."""
+    return (
+        0
+        if numel > LARGEST or tridiagonal.breakdown
+        else probes_needed([tridiagonal], numel, accuracy)
+    )
+
+
+def _found(tridiagonal: Tridiagonal, numel: int) -> np.ndarray:
+    """(m,) which Ritz pairs are eigenpairs, of single eigenvalues: the largest in magnitude, ``MOST_VECTORS`` at most."""
+    nodes, weights, residuals = quadrature(tridiagonal)
+    found = (residuals <= CONVERGED * np.abs(nodes).max()) & (weights <= SIMPLE / numel)
+    found[np.argsort(-np.abs(nodes) * found)[MOST_VECTORS:]] = False
+    return found

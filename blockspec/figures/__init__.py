@@ -1,0 +1,1 @@
+"""Tables -> pictures: a figure is a table and one function."""

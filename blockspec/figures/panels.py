@@ -1,0 +1,196 @@
+"""Panels of spectral densities: the scale that several share, and a density with its error band on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
+
+from blockspec.figures.style import Look, eigenvalue_axis, look, short_name
+from blockspec.spectra.collection import block_diagonal
+from blockspec.spectra.spectrum import RESOLUTION, Spectrum
+
+EIGENVALUE = "eigenvalue (loss / parameter²)"
+DENSITY = "spectral density (parameter² / loss)"
+POINTS = 800  # of a curve; 5 to 20 a width of smoothing
+WIDTH = 0.1  # of a converged node, relative to its value: outliers a quarter apart are seen apart
+CONVERGED = 0.01  # residual of a node, relative to its value, that is marked as an eigenvalue
+DECADES = 6  # of eigenvalues on each side of zero, at most
+SPAN = 1e10  # of densities, at most
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small multiple: a spectrum; of several blocks their mixture by number of parameters."""
+
+    title: str
+    spectrum: Spectrum
+    look: Look
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Axes that several spectra share: eigenvalues from ``low`` to ``high``, even on asinh(x / linear); densities."""
+
+    low: float
+    high: float
+    linear: float
+    floor: float
+    top: float
+
+    @property
+    def grid(self) -> np.ndarray:
+        return even_grid(self.low, self.high, self.linear)
+
+
+def even_grid(low: float, high: float, linear: float, points: int = POINTS) -> np.ndarray:
+    """(points,) eigenvalues that are even on the scale asinh(x / linear)."""
+    return linear * np.sinh(
+        np.linspace(np.arcsinh(low / linear), np.arcsinh(high / linear), points)
+    )
+
+
+def resolution(spectrum: Spectrum) -> float:
+    """How closely the bulk is known, in units of an eigenvalue: the mean residual of its nodes by weight.
+
+    At least ``RESOLUTION`` of the largest magnitude; 1 for a block of zeros.
+    """
+    known = float((spectrum.weights * spectrum.residuals).sum() / spectrum.num_probes)
+    return max(known, RESOLUTION * spectrum.norm) or 1.0
+
+
+def resolved_density(
+    spectrum: Spectrum, grid: np.ndarray, linear: float, *, like: Spectrum | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (G,) and standard error (G,) over probes of the density at the eigenvalues ``grid`` (G,), as it is drawn.
+
+    Each node is a Gaussian of ``WIDTH`` times its value, but as wide as its residual at least: where Lanczos has not
+    converged, the gaps between its nodes are no gaps of the spectrum. The density is per unit of eigenvalue, so that it
+    does not depend on the scale of the axis. The error is 0 where there is one probe.
+
+    linear: of the axis: around zero, no node is narrower than ``WIDTH`` times this, which the axis could not show.
+    like: a spectrum to compare with: the density is not drawn finer than that one is resolved.
+    """
+    nodes, weights = spectrum.nodes, spectrum.weights
+    widths = np.maximum(spectrum.residuals, WIDTH * np.hypot(nodes, linear))  # (K, M)
+    if like is not None:
+        order = np.argsort(like.nodes, axis=None)
+        widths = np.maximum(
+            widths, np.interp(nodes, like.nodes.ravel()[order], like.residuals.ravel()[order])
+        )
+    densities = np.stack(
+        [_gaussians(*probe, grid) for probe in zip(nodes, weights, widths, strict=True)]
+    )
+    probes = len(densities)
+    error = densities.std(0, ddof=1) / math.sqrt(probes) if probes > 1 else np.zeros(len(grid))
+    return densities.mean(0), error
+
+
+def _gaussians(
+    nodes: np.ndarray, weights: np.ndarray, widths: np.ndarray, grid: np.ndarray
+) -> np.ndarray:
+    """(G,) sum of normal densities, 4096 at a time: mixtures of many blocks have many nodes."""
+    total = np.zeros(len(grid))
+    for start in range(0, len(nodes), 4096):
+        node, weight, width = (array[start : start + 4096] for array in (nodes, weights, widths))
+        total += np.exp(-0.5 * ((grid[:, None] - node) / width) ** 2) @ (weight / width)
+    return total / math.sqrt(2 * math.pi)
+
+
+def scale_of(spectra: Iterable[Spectrum]) -> Scale:
+    """Axes that show every spectrum from its bulk to its outliers, as far as ``DECADES`` and ``SPAN`` allow."""
+    parts = list(spectra)
+    norm = max(part.norm for part in parts) or 1.0
+    resolutions = [resolution(part) for part in parts if not part.is_zero] or [1.0]
+    linear = max(float(np.quantile(resolutions, 0.25)), norm / 10**DECADES)
+    ends = np.array(
+        [min(part.nodes.min() for part in parts), max(part.nodes.max() for part in parts)]
+    )
+    low, high = linear * np.sinh(np.arcsinh(ends / linear) + np.array([-1.0, 1.0]))
+    low, high = min(low, -linear), max(high, linear)
+    grid = even_grid(low, high, linear)
+    top = 3 * max(float(resolved_density(part, grid, linear)[0].max()) for part in parts)
+    single = 1 / (
+        norm * max(part.block.numel for part in parts)
+    )  # about the density of one eigenvalue at the edge
+    return Scale(low, high, linear, max(single, top / SPAN), top)
+
+
+def draw_density(axes: Axes, panel: Panel, scale: Scale, *, width: float) -> None:
+    """The density with its error band, filled; ``width`` is that of the axes in inches."""
+    mean, error = resolved_density(panel.spectrum, scale.grid, scale.linear)
+    shown = np.maximum(mean, scale.floor)
+    axes.fill_between(
+        scale.grid, scale.floor, shown, color=panel.look.colour, alpha=0.15, linewidth=0
+    )
+    draw_line(axes, scale, mean, error, colour=panel.look.colour)
+    density_axes(axes, scale, width=width)
+
+
+def draw_line(
+    axes: Axes, scale: Scale, mean: np.ndarray, error: np.ndarray, *, colour: Any, **line: Any
+) -> None:
+    below = scale.floor / 10  # off the axis, and positive for its logarithm
+    low, high = (np.maximum(mean + sign * error, below) for sign in (-1, 1))
+    axes.fill_between(scale.grid, low, high, color=colour, alpha=0.35, linewidth=0)
+    axes.plot(scale.grid, np.maximum(mean, below), color=colour, **line)
+
+
+def density_axes(axes: Axes, scale: Scale, *, width: float) -> None:
+    axes.set_yscale("log")
+    axes.set_ylim(scale.floor, scale.top)
+    axes.yaxis.set_major_locator(LogLocator(numticks=4))
+    axes.yaxis.set_minor_locator(NullLocator())
+    eigenvalue_axis(axes, "x", scale.low, scale.high, scale.linear, room=0.32 / width)
+
+
+def mark_eigenvalues(axes: Axes, spectrum: Spectrum, *, colour: Any) -> None:
+    """Short lines on the axis at the nodes that have converged."""
+    nodes = spectrum.nodes[
+        (spectrum.residuals < CONVERGED * np.abs(spectrum.nodes)) & (spectrum.weights > 0)
+    ]
+    height, along = np.full(nodes.shape, 0.03), axes.get_xaxis_transform()
+    axes.plot(nodes, height, "|", color=colour, transform=along, markersize=5, markeredgewidth=0.5)
+
+
+def panel_of(
+    parts: Mapping[str, Spectrum], names: Mapping[str, str], *, by_kind: bool = False
+) -> Panel:
+    """A panel of one block, called by its short name in ``names`` or by its kind, or of the mixture of several."""
+    first = next(iter(parts))
+    shown = look(first, parts[first].block.kind)
+    if len(parts) > 1:
+        layers = {part.block.layer for part in parts.values()}
+        layer = (
+            short_name(first).split(".")[0] + " "
+            if not by_kind and layers.isdisjoint({None}) and len(layers) == 1
+            else ""
+        )
+        return Panel(f"{layer}{shown.label} ({len(parts)} blocks)", block_diagonal(parts), shown)
+    return Panel(shown.label if by_kind or first == "model" else names[first], parts[first], shown)
+
+
+def label_outer(axes: np.ndarray) -> None:
+    """Tick labels for the lowest panel of each column and the first of each row, also where the grid has holes."""
+    for column in axes.T:
+        [place for place in column if place.axison][-1].tick_params(labelbottom=True)
+    for row in axes:
+        next(place for place in row if place.axison).tick_params(labelleft=True)
+
+
+def smoothing_note(spectra: Iterable[Spectrum]) -> str:
+    """What a reader must know to read the curves: the second line of a title."""
+    parts = [spectrum for spectrum in spectra if not spectrum.exact]
+    if not parts:
+        return "exact eigenvalues, smoothed"
+    probes, steps = (
+        min(part.num_probes for part in parts),
+        max(int(part.steps.max()) for part in parts),
+    )
+    band = f"band: ± 1 standard error over {probes} probes; " if probes > 1 else ""
+    return f"{band}a flat top is what {steps} Lanczos steps do not resolve"

@@ -1,0 +1,375 @@
+"""Figures of spectra: one function each, from spectra or their tidy table to a matplotlib figure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Figure
+
+from blockspec.figures.heatmaps import CHARACTER
+from blockspec.figures.heatmaps import distance_heatmap as distance_heatmap
+from blockspec.figures.heatmaps import distance_heatmaps as distance_heatmaps
+from blockspec.figures.panels import (
+    DENSITY,
+    EIGENVALUE,
+    Panel,
+    draw_density,
+    draw_line,
+    label_outer,
+    mark_eigenvalues,
+    panel_of,
+    resolved_density,
+    scale_of,
+    smoothing_note,
+)
+from blockspec.figures.style import (
+    KINDS,
+    Look,
+    eigenvalue_axis,
+    matrix_name,
+    short_names,
+    spread,
+    step_label,
+    styled,
+)
+from blockspec.figures.style import save as save
+from blockspec.figures.trends import compare_runs as compare_runs
+from blockspec.figures.trends import heterogeneity_over_training as heterogeneity_over_training
+from blockspec.figures.trends import trace_by_kind_over_training as trace_by_kind_over_training
+from blockspec.spectra.collection import Spectra, block_diagonal
+from blockspec.spectra.spectrum import Spectrum
+
+WRAP = 6  # panels in a row where rows are not layers
+MOST_PANELS = 30
+PANEL = 1.1  # width of a panel in inches
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    panels: tuple[Panel | None, ...]
+
+
+@styled
+def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Figure:
+    """Spectral densities of the blocks side by side, on common axes.
+
+    Rows are layers (evenly spread ones where there are more than ``max_layers``), columns are kinds of block, and what
+    lies outside the layers comes last; models with fewer than three kinds of matrix in a layer get a panel a block.
+    Several blocks of one kind in one layer, such as norms, are drawn as their mixture by number of parameters. The band
+    is one standard error over probes. How curves are smoothed: see :func:`blockspec.figures.panels.resolved_density`.
+    """
+    rows, note = _rows(spectra, max_layers)
+    columns = max(len(row.panels) for row in rows)
+    scale = scale_of(panel.spectrum for row in rows for panel in row.panels if panel)
+    figure = Figure(
+        figsize=(max(PANEL * columns + 0.6, 5.2), max(1.15 * len(rows) + 0.9, 3.0)),
+        layout="constrained",
+    )
+    axes = figure.subplots(len(rows), columns, sharex=True, sharey=True, squeeze=False)
+    above: dict[int, str] = {}
+    for row, line in zip(rows, axes, strict=True):
+        for j, (place, panel) in enumerate(zip_longest(line, row.panels)):
+            if panel is None:
+                place.set_axis_off()
+                continue
+            draw_density(place, panel, scale, width=0.95)
+            if above.get(j) != panel.title:
+                place.set_title(
+                    panel.title, fontsize=min(8.0, 72 * PANEL / (CHARACTER * len(panel.title)))
+                )
+            above[j] = panel.title
+        next(place for place in line if place.axison).set_ylabel(row.label)
+    label_outer(axes)
+    figure.supxlabel(EIGENVALUE, fontsize=8)
+    figure.supylabel(DENSITY, fontsize=8)
+    figure.suptitle(
+        f"{matrix_name(spectra)}: spectrum of each block{note}\n{smoothing_note(spectra.values())}"
+    )
+    return figure
+
+
+def _rows(spectra: Mapping[str, Spectrum], max_layers: int) -> tuple[list[Row], str]:
+    """Rows of panels, and what the title says of what is left out."""
+    if not spectra:
+        raise ValueError("no spectra to draw: the mapping is empty")
+    names = short_names(spectra)
+    layers = sorted({s.block.layer for s in spectra.values() if s.block.layer is not None})
+    present = {s.block.kind for s in spectra.values() if s.block.layer is not None}
+    kinds = [kind for kind in KINDS if kind in present]
+    if len(present - {"norm", "bias"}) < 3:
+        panels = [panel_of(parts, names) for parts in _cells(spectra, by_layer=False).values()]
+        shown = spread(panels, MOST_PANELS)
+        return _wrapped("", shown, WRAP), f" ({len(shown)} of {len(panels)} panels)" if len(
+            shown
+        ) < len(panels) else ""
+    cells = _cells(spectra, by_layer=True)
+    chosen = spread(layers, max_layers)
+    grid = {
+        at: panel_of(parts, names, by_kind=True) for at, parts in cells.items() if at[0] in chosen
+    }
+    rows = [
+        Row(f"layer {layer}", tuple(grid.get((layer, kind)) for kind in kinds)) for layer in chosen
+    ]
+    outside = [panel_of(parts, names) for (layer, _), parts in cells.items() if layer is None]
+    note = (
+        f" (layers {', '.join(map(str, chosen))} of {len(layers)})"
+        if len(chosen) < len(layers)
+        else ""
+    )
+    return rows + _wrapped("outside\nlayers", outside, len(kinds)), note
+
+
+def _wrapped(label: str, panels: Sequence[Panel], columns: int) -> list[Row]:
+    return [
+        Row(label, tuple(panels[start : start + columns]))
+        for start in range(0, len(panels), columns)
+    ]
+
+
+def _cells(
+    spectra: Mapping[str, Spectrum], *, by_layer: bool
+) -> dict[tuple[int | None, str], dict[str, Spectrum]]:
+    """(layer, kind or name) -> the blocks that share a panel: norms, biases, the many pieces of one matrix."""
+    layer_of = {name: s.block.layer if by_layer else None for name, s in spectra.items()}
+    counts = Counter(name.split("/")[0] for name in spectra)
+    cells: dict[tuple[int | None, str], dict[str, Spectrum]] = {}
+    for name, spectrum in spectra.items():
+        layer, kind, matrix = layer_of[name], spectrum.block.kind, name.split("/")[0]
+        together = layer is not None or kind in ("norm", "bias")
+        key = kind if together else matrix if counts[matrix] > 4 else name
+        cells.setdefault((layer, key), {})[name] = spectrum
+    return cells
+
+
+@styled
+def esd_stages(
+    spectra_by_step: Mapping[int, Spectra],
+    block: str = "model",
+    *,
+    normalised: str | None = None,
+    max_stages: int = 6,
+) -> Figure:
+    """The spectrum of one block at stages of training, one below the other; the first stage as a dashed line in each.
+
+    normalised: None, or ``"tenth"``: eigenvalues are divided by the 10th largest one of their stage, as in figure 1 of
+        arXiv 2402.16788; see :func:`tenth_largest`.
+    max_stages: evenly spread stages are drawn where there are more.
+    """
+    if normalised not in (None, "tenth"):
+        raise ValueError(f"normalised is None or 'tenth', got {normalised!r}")
+    steps = spread(sorted(spectra_by_step), max_stages)
+    if not steps:
+        raise ValueError("no stages to draw: the mapping is empty")
+    parts = {step: spectra_by_step[step][block] for step in steps}
+    if normalised:
+        parts = {step: divided(part, tenth_largest(part)) for step, part in parts.items()}
+    scale = scale_of(parts.values())
+    figure = Figure(figsize=(5.5, 0.85 * len(steps) + 0.9), layout="constrained")
+    axes = figure.subplots(len(steps), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    first, _ = resolved_density(parts[steps[0]], scale.grid, scale.linear)
+    for place, step, shade in zip(axes, steps, np.linspace(0.05, 0.8, len(steps)), strict=True):
+        draw_density(
+            place,
+            Panel("", parts[step], Look("", "", colormaps["viridis"](shade), "")),
+            scale,
+            width=4.8,
+        )
+        if step != steps[0]:
+            below = scale.floor / 10
+            place.plot(
+                scale.grid,
+                np.maximum(first, below),
+                color="0.35",
+                linestyle=(0, (3, 2)),
+                linewidth=0.6,
+            )
+        mark_eigenvalues(place, parts[step], colour="0.2")
+        place.set_title(f"step {step_label(step)}", loc="right", y=0.72)
+    figure.supylabel("spectral density (no unit)" if normalised else DENSITY, fontsize=8)
+    axes[-1].set_xlabel(
+        "eigenvalue / 10th largest eigenvalue (no unit)" if normalised else EIGENVALUE
+    )
+    note = (
+        f" ({len(steps)} of {len(spectra_by_step)} stages)"
+        if len(steps) < len(spectra_by_step)
+        else ""
+    )
+    called = "full spectrum" if block == "model" else f"spectrum of {block}"
+    marks = f"{matrix_name(parts)}: {called}{note}; marks: converged eigenvalues"
+    figure.suptitle(f"{marks}\n{smoothing_note(parts.values())}")
+    return figure
+
+
+def tenth_largest(spectrum: Spectrum) -> float:
+    """The 10th largest Ritz value, the largest over probes: the 10th largest eigenvalue, once it has converged.
+
+    Raises ValueError where it cannot be told: fewer than 10 values, eigenvalues that may be repeated, or a value <= 0.
+    """
+    if not spectrum.reorthogonalized:
+        raise ValueError(
+            "the 10th largest eigenvalue needs reorthogonalize=True: without it eigenvalues are repeated"
+        )
+    rows = [
+        np.sort(nodes[weights > 0])[::-1]
+        for nodes, weights in zip(spectrum.nodes, spectrum.weights, strict=True)
+    ]
+    values = [float(row[9]) for row in rows if len(row) >= 10]
+    if not values:
+        raise ValueError(
+            f"the 10th largest eigenvalue needs at least 10 Lanczos steps, got {max(map(len, rows))}"
+        )
+    if max(values) <= 0:
+        raise ValueError(
+            f"the 10th largest Ritz value is {max(values):.3g}, not positive: take more Lanczos steps"
+        )
+    return max(values)
+
+
+def divided(spectrum: Spectrum, unit: float) -> Spectrum:
+    """The spectrum with eigenvalues in that unit, which is positive."""
+    lengths = {
+        name: getattr(spectrum, name) / unit for name in ("nodes", "residuals", "steps_error")
+    }
+    return replace(spectrum, **lengths)
+
+
+@styled
+def full_and_block_diagonal(spectra: Spectra, *, full: str = "model") -> Figure:
+    """The spectrum of the full matrix, and over it the one that it would have if it were block diagonal."""
+    whole, mixture = spectra[full], block_diagonal(spectra.select(exclude=full))
+    scale = scale_of([whole])
+    figure = Figure(figsize=(5.5, 2.8), layout="constrained")
+    axes = figure.subplots()
+    draw_density(axes, Panel("", whole, Look("", "", "#777777", "")), scale, width=4.8)
+    axes.lines[0].set_label(f"full: {_ends(whole)}")
+    label = f"block diagonal, {len(spectra) - 1} blocks: {_ends(mixture)}"
+    mean, error = resolved_density(mixture, scale.grid, scale.linear, like=whole)
+    draw_line(axes, scale, mean, error, colour="#AA3377", linestyle=(0, (4, 1.5)), label=label)
+    axes.set_xlabel(EIGENVALUE)
+    axes.set_ylabel(DENSITY)
+    figure.legend(loc="outside lower center")
+    figure.suptitle(
+        f"{matrix_name(spectra)}: full, and block diagonal at the same resolution\n{smoothing_note([whole])}"
+    )
+    return figure
+
+
+def _ends(spectrum: Spectrum) -> str:
+    ends = f"{spectrum.smallest.value:.3g} to {spectrum.largest.value:.3g}"
+    return f"eigenvalues from {ends.replace('-', chr(0x2212))}"
+
+
+@styled
+def edges_by_block(spectra: Mapping[str, Spectrum], *, max_blocks: int = 60) -> Figure:
+    """Smallest, mean and largest eigenvalue of each block: how different the blocks are, at a glance.
+
+    Bars are residuals of the extreme Ritz values and the standard error of the mean. Of models with more than
+    ``max_blocks`` blocks, the blocks of one kind in one layer share a line, and evenly spread layers are drawn.
+    """
+    panels, note = _lines(spectra, max_blocks)
+    table = edges(panels)
+    figure = Figure(figsize=(5.5, 0.135 * len(panels) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    colours = [panel.look.colour for panel in panels]
+    axes.hlines(
+        range(len(panels)),
+        table["smallest"],
+        table["largest"],
+        colors=colours,
+        linewidth=0.8,
+        alpha=0.6,
+    )
+    for column, (marker, filled, label) in EDGES.items():
+        _edge_markers(axes, table, column, colours, marker, filled)
+        axes.plot(
+            [],
+            [],
+            marker,
+            color="0.2",
+            markerfacecolor="0.2" if filled else "white",
+            markersize=3.5,
+            label=label,
+        )
+    axes.set_yticks(range(len(panels)), [panel.title for panel in panels], fontsize=6.5)
+    axes.set_ylim(len(panels) - 0.4, -0.6)
+    axes.axvline(0, color="0.7", linewidth=0.5, zorder=0)
+    axes.grid(axis="x", color="0.92", linewidth=0.5)
+    axes.set_axisbelow(True)
+    _edge_scale(axes, table)
+    axes.set_xlabel(EIGENVALUE)
+    axes.set_ylabel("block")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.suptitle(
+        f"{matrix_name(spectra)}: eigenvalues of each block{note}\nbars: residuals of the ends, ± 1 standard error of the mean"
+    )
+    return figure
+
+
+EDGES = {
+    "smallest": ("<", True, "smallest"),
+    "mean": ("o", False, "mean (trace / parameters)"),
+    "largest": (">", True, "largest"),
+}
+"""Column of the table of edges -> marker, whether it is filled, and its name in the legend."""
+
+
+def _edge_markers(
+    axes: Axes, table: pd.DataFrame, column: str, colours: Sequence[str], marker: str, filled: bool
+) -> None:
+    rows, errors = range(len(table)), table[f"{column}_error"].fillna(0)
+    axes.errorbar(table[column], rows, xerr=errors, fmt="none", ecolor="0.2", elinewidth=0.8)
+    for row, value, colour in zip(rows, table[column], colours, strict=True):
+        axes.plot(
+            value,
+            row,
+            marker,
+            color=colour,
+            markerfacecolor=colour if filled else "white",
+            markersize=3.5,
+        )
+
+
+def edges(panels: Sequence[Panel]) -> pd.DataFrame:
+    """A row a panel: smallest, mean and largest eigenvalue, each with its error (nan where it cannot be known)."""
+    columns = ("smallest", "smallest_error", "mean", "mean_error", "largest", "largest_error")
+    rows = [(*p.spectrum.smallest, *p.spectrum.moment(1), *p.spectrum.largest) for p in panels]
+    return pd.DataFrame(rows, columns=columns).astype(float)
+
+
+def _lines(spectra: Mapping[str, Spectrum], max_blocks: int) -> tuple[list[Panel], str]:
+    """A panel for each line of the figure, and what the title says of what is left out."""
+    if not spectra:
+        raise ValueError("no spectra to draw: the mapping is empty")
+    layers = sorted({s.block.layer for s in spectra.values() if s.block.layer is not None})
+    cells = [{name: spectrum} for name, spectrum in spectra.items()]
+    if len(cells) > max_blocks:
+        cells = list(_cells(spectra, by_layer=True).values())
+    chosen = layers
+    shown = cells
+    while len(shown) > max_blocks and len(chosen) > 2:
+        chosen = spread(layers, len(chosen) - 1)
+        shown = [cell for cell in cells if next(iter(cell.values())).block.layer in (None, *chosen)]
+    note = (
+        f" (layers {', '.join(map(str, chosen))} of {len(layers)})"
+        if len(chosen) < len(layers)
+        else ""
+    )
+    names = short_names(spectra)
+    return [panel_of(cell, names) for cell in shown], note
+
+
+def _edge_scale(axes: Axes, table: pd.DataFrame) -> None:
+    sizes = table[["smallest", "mean", "largest"]].abs().to_numpy()
+    norm = float(sizes.max()) or 1.0
+    linear = max(float(np.quantile(sizes[sizes > 0], 0.1)) if sizes.any() else 1.0, norm * 1e-8)
+    ends = np.array([min(0.0, table["smallest"].min()), max(0.0, table["largest"].max())])
+    low, high = linear * np.sinh(np.arcsinh(ends / linear) + np.array([-0.6, 0.6]))
+    eigenvalue_axis(axes, "x", low, high, linear, room=0.11)

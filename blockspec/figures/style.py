@@ -1,0 +1,276 @@
+"""How figures look: colours and markers of kinds, short block names, scales that show bulk and outliers, saving."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
+from torch import nn
+
+from blockspec.model.architectures import layer_prefix, role
+
+RC: Any = {
+    "font.size": 8,  # of figures 7 to 9 inches wide, so that they are legible across a paper's two columns
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "figure.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.minor.size": 1.5,
+    "ytick.minor.size": 1.5,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 4.0,
+    "errorbar.capsize": 1.5,
+    "axes.unicode_minus": True,
+}
+DPI = 200
+LN10 = math.log(10)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a kind of block is drawn everywhere."""
+
+    label: str
+    short: str
+    colour: str
+    marker: str
+
+
+# Paul Tol's muted scheme, safe for colour blindness, its pale ones darkened. Kinds of like lightness differ in markers.
+KINDS: dict[str, Look] = {
+    "query": Look("query", "query", "#332288", "o"),
+    "key": Look("key", "key", "#3A9BD0", "s"),
+    "value": Look("value", "value", "#117777", "^"),
+    "qkv": Look("query, key, value", "qkv", "#332288", "D"),
+    "attention_output": Look("attention out", "attn_out", "#44AA99", "v"),
+    "mlp_in": Look("MLP in", "mlp_in", "#CC6677", "P"),
+    "mlp_gate": Look("MLP gate", "mlp_gate", "#E08E45", "p"),
+    "mlp_out": Look("MLP out", "mlp_out", "#882255", "X"),
+    "conv": Look("convolution", "conv", "#332288", "h"),
+    "norm": Look("norm", "norm", "#AA4499", "d"),
+    "bias": Look("bias", "bias", "#777777", "x"),
+    "embedding": Look("embedding", "embedding", "#117733", "*"),
+    "position": Look("position", "position", "#999933", "<"),
+    "head": Look("head", "head", "#661100", ">"),
+    "other": Look("other", "other", "#444444", "."),
+}
+"""In the order in which kinds stand in figures."""
+
+MATRIX_KINDS = ("query", "key", "value", "qkv", "attention_output", "mlp_in", "mlp_gate", "mlp_out")
+"""What short names call a layer's matrices by."""
+
+FULL = Look("full", "full", "#000000", "+")
+RUNS = (
+    "#004488",
+    "#BB5566",
+    "#DDAA33",
+    "#228833",
+    "#66CCEE",
+    "#AA3377",
+)  # Tol's high contrast, then bright
+RUN_MARKERS = "osD^vP"
+MATRICES = {
+    "hessian": "Hessian",
+    "ggn": "generalised Gauss-Newton matrix",
+    "fisher": "empirical Fisher matrix",
+    "residual": "Hessian less Gauss-Newton",
+}
+
+
+def look(name: str, kind: str) -> Look:
+    """The look of a block by its name and kind."""
+    return FULL if name == "model" else KINDS[kind]
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draws under ``RC``, and leaves matplotlib's settings as they were."""
+
+    @functools.wraps(draw)
+    def drawn(*args: object, **kwargs: object) -> Figure:
+        with matplotlib.rc_context(RC):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def save(figure: Figure, folder: str | os.PathLike[str], name: str) -> Path:
+    """Writes ``name.png`` and ``name.pdf`` into ``folder``, each whole or not at all; returns the path of the png."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for form in ("pdf", "png"):
+        partial = folder / f".{name}.{form}.{os.getpid()}.partial"
+        try:
+            with matplotlib.rc_context(
+                RC | {"pdf.fonttype": 42}
+            ):  # TrueType: journals refuse Type 3
+                figure.savefig(partial, format=form, dpi=DPI)
+            partial.replace(folder / f"{name}.{form}")
+        finally:
+            partial.unlink(missing_ok=True)
+    return folder / f"{name}.png"
+
+
+def short_name(name: str) -> str:
+    """A block's name for an axis: ``transformer.h.0.attn.c_attn.weight/query`` is ``h0.query``.
+
+    A matrix within a layer is called by its kind where its architecture is known, anything else by its module.
+    """
+    path, *parts = name.split("/")
+    kind = role(path, nn.Identity()).matrix
+    if parts and kind == "qkv":
+        middle = [parts.pop(0)]
+    elif layer_prefix(path) and kind in MATRIX_KINDS:
+        middle = [KINDS[kind].short]
+    else:
+        below = _below_layer(path)
+        middle = below[-2:] if below and below[-1].isdigit() else below[-1:]
+    return _joined(path, middle, parts)
+
+
+def _longer_name(name: str) -> str:
+    """With the whole path below the layer: ``blocks0.mlp_tokens.fc1``."""
+    path, *parts = name.split("/")
+    return _joined(path, _below_layer(path), parts)
+
+
+def _joined(path: str, middle: Sequence[str], parts: Sequence[str]) -> str:
+    suffix = ["bias"] if path.endswith(".bias") else []
+    name = (
+        ".".join([*_layer(path), *middle, *suffix, *(part.replace("_", "") for part in parts)])
+        or path
+    )
+    return re.sub(r"(?<=[A-Za-z_])\.(?=\d+(\.|$))", "", name)  # h.0 is h0, but layer1.0 stays
+
+
+def _below_layer(path: str) -> list[str]:
+    """Modules from the layer, or from the whole model, to the parameter."""
+    module = re.sub(r"(^|\.)(weight|bias)$", "", path).removeprefix(layer_prefix(path) or "")
+    return [part for part in module.split(".") if part]
+
+
+def _layer(path: str) -> list[str]:
+    """The components of the layer's path from the first that is numbered: ``["h", "0"]``, ``["stages", "1", "layers", "0"]``."""
+    components = (layer_prefix(path) or "").split(".")
+    numbered = [i for i, component in enumerate(components) if component[-1:].isdigit()]
+    return components[max(numbered[0] - components[numbered[0]].isdigit(), 0) :] if numbered else []
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Name -> short name; names whose short names coincide are spelled longer, so that all stay different."""
+    names = list(names)
+    short = {name: short_name(name) for name in names}
+    for longer in (_longer_name, lambda name: name.replace(".weight", ""), lambda name: name):
+        counts = Counter(short.values())
+        short = {
+            name: label if counts[label] == 1 else longer(name) for name, label in short.items()
+        }
+    return short
+
+
+def spread(items: Sequence, count: int) -> list:
+    """At most ``count`` items, evenly spread, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
+
+
+def eigenvalue_axis(
+    axes: Axes, which: str, low: float, high: float, linear: float, *, room: float
+) -> None:
+    """A scale that is linear around zero and logarithmic beyond ``linear``; ticks at powers of ten and 0.
+
+    room: what a tick label takes, as a share of the axis.
+    """
+    axis: Axis = getattr(axes, f"{which}axis")
+    getattr(axes, f"set_{which}scale")("asinh", linear_width=linear)
+    getattr(axes, f"set_{which}lim")(low, high)
+    gap = room * (np.arcsinh(high / linear) - np.arcsinh(low / linear))
+    powers = _powers(high / linear, -low / linear, linear, gap)
+    values = [*(-value for value in reversed(powers[1])), 0.0, *powers[0]]
+    axis.set_major_locator(FixedLocator(values))
+    axis.set_major_formatter(FixedFormatter([power_of_ten(value) for value in values]))
+    axis.set_minor_formatter(NullFormatter())
+    decades = 10.0 ** np.arange(math.ceil(math.log10(linear)), math.log10(max(-low, high)))
+    axis.set_minor_locator(
+        FixedLocator([value for value in (*-decades, *decades) if low <= value <= high])
+    )
+
+
+def _powers(high: float, low: float, linear: float, gap: float) -> list[list[float]]:
+    """Powers of ten up to each of two ends (in units of ``linear``), ``gap`` apart on the scale from each other and from 0.
+
+    Both sides have the same ones, counted from the largest that the shorter side has room for.
+    """
+    exponents = range(
+        math.floor(math.log10(linear)), math.ceil(math.log10(max(high, low) * linear)) + 1
+    )
+    position = {e: np.arcsinh(10.0**e / linear) for e in exponents}
+    furthest = [
+        np.arcsinh(end) - 0.2 * gap for end in (high, low)
+    ]  # a label centred beyond would stand out of the axis
+    fitting = [[e for e in exponents if gap <= position[e] <= far] for far in furthest]
+    anchor = min((side[-1] for side in fitting if side), default=0)
+    stride = max(1, math.ceil(gap / LN10))
+    return [[10.0**e for e in side if (e - anchor) % stride == 0] for side in fitting]
+
+
+def power_of_ten(value: float) -> str:
+    if value == 0:
+        return "0"
+    sign = "-" if value < 0 else ""
+    return rf"${sign}10^{{{round(math.log10(abs(value)))}}}$"
+
+
+def step_axis(axes: Axes, steps: Sequence[int], *, width: float) -> None:
+    """A logarithmic axis of steps with a place for step 0; ticks at the steps that find room in ``width`` inches."""
+    steps = sorted(steps)
+    first = next((step for step in steps if step > 0), 1)
+    axes.set_xscale("symlog", linthresh=first, linscale=0.5)
+    place = axes.xaxis.get_transform()
+    position = dict(zip(steps, place.transform(np.array(steps, float)), strict=True))
+    margin = 0.06 * (position[steps[-1]] - position[steps[0]]) or 0.5
+    low, high = position[steps[0]] - margin, position[steps[-1]] + margin
+    axes.set_xlim(*place.inverted().transform(np.array([low, high])))
+    room = 0.4 / width * (high - low)  # what "1,000" takes, with a gap
+    shown: list[int] = []
+    for step in [steps[0], *reversed(steps[1:])]:
+        if all(abs(position[step] - position[other]) >= room for other in shown):
+            shown.append(step)
+    axes.set_xticks(shown, [step_label(step) for step in shown])
+    axes.xaxis.set_minor_locator(FixedLocator(steps))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("training step")
+
+
+def step_label(step: int) -> str:
+    return f"{step / 1000:g}k" if step >= 10_000 else f"{step:,}"
+
+
+def matrix_name(spectra: Mapping) -> str:
+    """What the spectra are of, for a title."""
+    return MATRICES.get(next(iter(spectra.values())).curvature, "matrix")

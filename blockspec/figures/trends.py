@@ -1,0 +1,232 @@
+"""Figures over training and across runs: heterogeneity, mean eigenvalues by kind of block, runs beside each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from blockspec.figures.heatmaps import MEASURES
+from blockspec.figures.panels import (
+    DENSITY,
+    EIGENVALUE,
+    Scale,
+    density_axes,
+    draw_line,
+    label_outer,
+    resolved_density,
+    scale_of,
+)
+from blockspec.figures.style import (
+    FULL,
+    KINDS,
+    RUN_MARKERS,
+    RUNS,
+    Look,
+    eigenvalue_axis,
+    step_axis,
+    styled,
+)
+from blockspec.spectra.collection import block_diagonal, spectra_of
+from blockspec.spectra.heterogeneity import js0
+from blockspec.spectra.spectrum import Spectrum
+
+QUANTITIES = {"mean": "mean eigenvalue (loss / parameter²)", "trace": "trace (loss / parameter²)"}
+
+
+@styled
+def heterogeneity_over_training(table: pd.DataFrame) -> Figure:
+    """Mean distance over all pairs of blocks (JS^0 at step 0) over training, a panel for each definition; bars are one
+    standard error.
+
+    table: columns step, definition, js0, js0_stderr, as in a run's heterogeneity.parquet; repeated rows count once.
+    """
+    rows = table.drop_duplicates(["definition", "step"]).sort_values("step")
+    definitions = [definition for definition in MEASURES if definition in set(rows["definition"])]
+    if not definitions:
+        raise ValueError(f"the table holds none of the definitions {tuple(MEASURES)}")
+    figure = Figure(figsize=(3.5 * len(definitions), 2.5), layout="constrained")
+    for axes, definition in zip(
+        figure.subplots(1, len(definitions), squeeze=False)[0], definitions, strict=True
+    ):
+        part = rows[rows["definition"] == definition]
+        _course(axes, part["step"], part["js0"], part["js0_stderr"], Look("", "", "#004488", "o"))
+        axes.set_ylabel(f"mean {MEASURES[definition].label}")
+        axes.set_ylim(0, None)
+        step_axis(axes, part["step"].tolist(), width=2.8)
+    figure.suptitle("Heterogeneity: mean distance over all pairs of blocks")
+    return figure
+
+
+def _course(axes: Axes, steps: Any, values: Any, errors: Any, shown: Look, **line: Any) -> None:
+    """A line with error bars; an unknown error has none."""
+    bars = np.nan_to_num(np.asarray(errors, float))
+    axes.errorbar(
+        steps,
+        values,
+        yerr=bars if bars.any() else None,
+        fmt="none",
+        ecolor=shown.colour,
+        elinewidth=0.8,
+    )
+    axes.plot(steps, values, color=shown.colour, marker=shown.marker, **line)
+
+
+def kinds_over_training(table: pd.DataFrame, quantity: str = "mean") -> pd.DataFrame:
+    """Trace, or mean eigenvalue (trace / parameters), of all blocks of each kind at each step, with its standard error.
+
+    Returns columns step, kind, value, stderr; kind ``full`` is the block ``model``. The traces of different blocks are
+    independent, so that their variances add; stderr is nan where it cannot be known (one probe).
+    """
+    if quantity not in QUANTITIES:
+        raise ValueError(f"quantity is one of {tuple(QUANTITIES)}, got {quantity!r}")
+    moments = table.assign(moment=table["node"] * table["weight"] * table["numel"])
+    keys = ["step", "block", "kind", "numel", "exact"]
+    probes = moments.groupby([*keys, "probe"], sort=False)["moment"].sum()
+    traces = probes.groupby(keys, sort=False).agg(["mean", "sem"]).reset_index()
+    traces["kind"] = traces["kind"].where(traces["block"] != "model", "full")
+    traces["variance"] = (traces["sem"] ** 2).where(~traces["exact"], 0.0)
+    groups = traces.groupby(["step", "kind"], sort=False)
+    unit = groups["numel"].sum() if quantity == "mean" else 1
+    error = groups["variance"].apply(lambda variances: math.sqrt(variances.sum(skipna=False)))
+    return pd.DataFrame(
+        {"value": groups["mean"].sum() / unit, "stderr": error / unit}
+    ).reset_index()
+
+
+@styled
+def trace_by_kind_over_training(table: pd.DataFrame, quantity: str = "mean") -> Figure:
+    """Curvature of each kind of block over training; bars are one standard error.
+
+    table: the tidy table of spectra at several steps.
+    quantity: ``"mean"``, the mean eigenvalue (trace / parameters), which compares kinds of any size; or ``"trace"``.
+    """
+    rows = kinds_over_training(table, quantity)
+    steps = sorted(rows["step"].unique().tolist())
+    last = rows[rows["step"] == steps[-1]].set_index("kind")["value"]
+    looks = {**KINDS, "full": FULL}
+    figure = Figure(figsize=(5.5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for kind in last.sort_values(ascending=False).index:
+        part = rows[rows["kind"] == kind].sort_values("step")
+        _course(
+            axes, part["step"], part["value"], part["stderr"], looks[kind], label=looks[kind].label
+        )
+    _value_axis(axes, rows)
+    step_axis(axes, steps, width=3.8)
+    axes.set_ylabel(QUANTITIES[quantity])
+    figure.legend(loc="outside right center", title="at the last step,\nlargest first")
+    bars = " (bars: ± 1 standard error)" if rows["stderr"].notna().any() else ""
+    figure.suptitle(f"Curvature by kind of block{bars}")
+    return figure
+
+
+def _value_axis(axes: Axes, rows: pd.DataFrame) -> None:
+    sizes = rows["value"].abs()
+    norm = float(sizes.max()) or 1.0
+    linear = max(float(sizes[sizes > 0].quantile(0.1)) if (sizes > 0).any() else 1.0, norm * 1e-8)
+    errors = rows["stderr"].fillna(0)
+    ends = np.array(
+        [min(0.0, (rows["value"] - errors).min()), max(0.0, (rows["value"] + errors).max())]
+    )
+    low, high = linear * np.sinh(np.arcsinh(ends / linear) + np.array([-0.4, 0.4]))
+    eigenvalue_axis(axes, "y", low, high, linear, room=0.08)
+    axes.axhline(0, color="0.7", linewidth=0.5, zorder=0)
+
+
+@styled
+def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Runs beside each other: heterogeneity (mean Jensen-Shannon divergence over all pairs of blocks) with its standard
+    error, and the spectra of the last step, full and by kind of block, the runs drawn over each other.
+
+    tables: run name -> tidy table of spectra.
+    """
+    if not 1 <= len(tables) <= len(RUNS):
+        raise ValueError(
+            f"between 1 and {len(RUNS)} runs can be told apart in one figure, got {len(tables)}"
+        )
+    looks = {name: Look(name, name, RUNS[i], RUN_MARKERS[i]) for i, name in enumerate(tables)}
+    kinds = _kinds_of_last_step(tables)
+    rows = math.ceil(len(kinds) / 6)
+    columns = max(3, math.ceil(len(kinds) / rows))
+    heights = (2.4, max(1.25 * rows + 0.6, 2.4))  # inches; the names of the axes take 2.2
+    figure = Figure(figsize=(1.55 * columns + 0.6, sum(heights)), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
+    _heterogeneity_of_runs(upper.subplots(), tables, looks)
+    upper.legend(loc="outside right upper", title="run")
+    scale = scale_of(part for parts in kinds.values() for part in parts.values())
+    axes = lower.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for place in axes.flat[len(kinds) :]:
+        place.set_axis_off()
+    for place, (kind, parts) in zip(axes.flat, kinds.items(), strict=False):
+        _overlaid(place, parts, scale, looks)
+        place.set_title({**KINDS, "full": FULL}[kind].label)
+    label_outer(axes)
+    upper.suptitle("Heterogeneity")
+    lower.suptitle("Spectra at the last step of each run, mixed over the blocks of a kind")
+    lower.supxlabel(EIGENVALUE, fontsize=8)
+    lower.supylabel(DENSITY, fontsize=8)
+    return figure
+
+
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2, 2)), (0, (8, 2)))
+
+
+def _overlaid(
+    axes: Axes, parts: Mapping[str, Spectrum], scale: Scale, looks: Mapping[str, Look]
+) -> None:
+    order = list(looks)
+    for name, spectrum in parts.items():
+        mean, error = resolved_density(spectrum, scale.grid, scale.linear)
+        draw_line(
+            axes, scale, mean, error, colour=looks[name].colour, linestyle=DASHES[order.index(name)]
+        )
+    density_axes(axes, scale, width=1.3)
+
+
+def _kinds_of_last_step(tables: Mapping[str, pd.DataFrame]) -> dict[str, dict[str, Spectrum]]:
+    """Kind (``full`` first) -> run -> mixture of the blocks of that kind."""
+    found: dict[str, dict[str, Spectrum]] = {}
+    for run, table in tables.items():
+        spectra = spectra_of(table[table["step"] == table["step"].max()])
+        for kind in ("full", *KINDS):
+            parts = {
+                n: s
+                for n, s in spectra.items()
+                if (n == "model") == (kind == "full") and kind in ("full", s.block.kind)
+            }
+            if parts:
+                found.setdefault(kind, {})[run] = block_diagonal(parts)
+    return {kind: found[kind] for kind in ("full", *KINDS) if kind in found}
+
+
+def _heterogeneity_of_runs(
+    axes: Axes, tables: Mapping[str, pd.DataFrame], looks: Mapping[str, Look]
+) -> None:
+    steps: set[int] = set()
+    for name, table in tables.items():
+        parts = table[table["block"] != "model"]
+        course = {
+            step: js0(spectra_of(parts[parts["step"] == step]))
+            for step in sorted(parts["step"].unique().tolist())
+        }
+        steps |= set(course)
+        errors = [
+            math.nan if estimate.stderr is None else estimate.stderr for estimate in course.values()
+        ]
+        _course(
+            axes,
+            list(course),
+            [estimate.value for estimate in course.values()],
+            errors,
+            looks[name],
+            label=name,
+        )
+    axes.set_ylim(0, math.log(2))
+    axes.set_ylabel("mean JS divergence over pairs\n(nats; axis ends at ln 2)")
+    step_axis(axes, sorted(steps), width=5)

@@ -1,0 +1,1 @@
+"""The model, its batches and blocks, made differentiable twice."""

@@ -1,0 +1,316 @@
+"""The parameters of a model, cut into named blocks: disjoint, complete, tied weights once."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from blockspec.model.architectures import fused_rows, head_counts, layer_prefix, role, unit
+
+GRANULARITIES = ("tensor", "matrix", "head", "neuron", "layer", "model")
+Patterns = str | Sequence[str]
+Rows = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter, or the rows ``index`` of it along ``axis``."""
+
+    parameter: str
+    axis: int | None = None  # None: the whole tensor
+    index: slice | tuple[int, ...] | None = None
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """The piece of ``tensor``, which has the parameter's shape: a view, but for an index that is a tuple."""
+        if self.axis is None:
+            return tensor
+        if isinstance(self.index, slice):
+            return tensor.narrow(self.axis, self.index.start, self.index.stop - self.index.start)
+        return tensor.index_select(self.axis, torch.tensor(self.index, device=tensor.device))
+
+    def fill(self, tensor: Tensor, values: Tensor) -> None:
+        """Write ``values`` (flat) into the piece of ``tensor``, in place."""
+        target = self.select(tensor)
+        if isinstance(self.index, tuple):
+            assert self.axis is not None
+            tensor.index_copy_(
+                self.axis, torch.tensor(self.index, device=tensor.device), values.view_as(target)
+            )
+        else:
+            target.copy_(values.view(target.shape))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A named subset of the parameters; its vectors are its pieces, flattened and put one after the other."""
+
+    name: str
+    kind: str
+    layer: int | None
+    numel: int
+    pieces: tuple[Piece, ...] = field(
+        default=(), repr=False, compare=False
+    )  # () for a block loaded from a file
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that the block has pieces of, each once, in order."""
+        return tuple(dict.fromkeys(piece.parameter for piece in self.pieces))
+
+
+def gather(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The block's vector (P,), a copy, out of tensors that have the shapes of the parameters; on the device of the first, where
+    a model is spread over several."""
+    parts = [piece.select(tensors[piece.parameter]).reshape(-1) for piece in block.pieces]
+    return torch.cat([part.to(parts[0].device) for part in parts])
+
+
+def scatter(block: Block, vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The block's vector (P,) as tensors of the shapes, dtypes and devices of ``like``; zero outside of the block.
+
+    Only the block's own parameters are keys. A tensor that is whole in the block is a view of ``vector`` where dtype
+    and device allow.
+    """
+    assert vector.shape == (block.numel,), (
+        f"{block.name}: vector {tuple(vector.shape)}, block ({block.numel},)"
+    )
+    tensors: dict[str, Tensor] = {}
+    start = 0
+    for piece in block.pieces:
+        reference = like[piece.parameter]
+        if piece.axis is None:
+            stop = start + reference.numel()
+            tensors[piece.parameter] = vector[start:stop].view(reference.shape).to(reference)
+        else:
+            if piece.parameter not in tensors:
+                tensors[piece.parameter] = torch.zeros_like(reference)
+            assert piece.index is not None
+            rows = (
+                len(piece.index)
+                if isinstance(piece.index, tuple)
+                else piece.index.stop - piece.index.start
+            )
+            stop = start + reference.numel() // reference.shape[piece.axis] * rows
+            piece.fill(tensors[piece.parameter], vector[start:stop].to(reference))
+        start = stop
+    return tensors
+
+
+def partition(
+    model: nn.Module,
+    by: str | Mapping[str, Patterns] = "matrix",
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> tuple[Block, ...]:
+    """Cut the parameters that require gradients into blocks.
+
+    Args:
+        model: Any module. What GPT-2, nanoGPT, ViT, BERT, Llama and their like, ResNet and VGG call their parts is
+            known; what is not known is a block per tensor, of kind ``other``.
+        by: ``"tensor"``: each parameter. ``"matrix"``: fused query-key-value tensors are cut into the three.
+            ``"head"``: query and key also by attention head (grouped queries: key by key head). ``"neuron"``: the rule
+            of Adam-mini (Zhang et al., arXiv 2406.16793): query and key by head; value, attention output and MLP by
+            output neuron; token embedding and LM head by token; all else whole. ``"layer"``: one block per layer, the
+            parameters outside of the layers one by one. ``"model"``: one block, ``model``: the full matrix.
+            Or blocks of one's own, ``{name: patterns}``, with globs on the names of parameters or of ``"matrix"``
+            blocks; they must cover everything, once.
+        include: Glob, or several, on block names: blocks that match none are left out.
+        exclude: Glob, or several, on block names: blocks that match one are left out.
+
+    Returns:
+        Blocks in the order of ``named_parameters()``; without ``include`` and ``exclude`` disjoint and complete. A tied
+        tensor is in one block, under its first name. Where a number of heads is not found, a matrix stays whole.
+
+    Raises:
+        ValueError: Unknown ``by``, a pattern that matches nothing, blocks of one's own that overlap or leave a gap, an
+            empty partition, a model without parameters that require gradients.
+    """
+    if isinstance(by, str) and by not in GRANULARITIES:
+        raise ValueError(
+            f"by={by!r} is not one of {', '.join(GRANULARITIES)}, nor a mapping {{name: [patterns]}}"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            f"no parameter of {type(model).__name__} requires gradients, so there is nothing to differentiate by: "
+            "model.requires_grad_(True)"
+        )
+    blocks = (
+        _blocks(model, by) if isinstance(by, str) else _own_blocks(_blocks(model, "matrix"), by)
+    )
+    return _selected(blocks, include, exclude)
+
+
+def _blocks(model: nn.Module, by: str) -> list[Block]:
+    if by == "model":
+        return [_union("model", _blocks(model, "tensor"))]
+    layers = _layers(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    pieces = [
+        Block(name, kind, layers.get(layer_prefix(parameter)), numel, (piece,))
+        for parameter, tensor in model.named_parameters()
+        if tensor.requires_grad and tensor.numel()
+        for name, kind, piece, numel in _cut(parameter, tensor, modules, by)
+    ]
+    return _by_layer(pieces) if by == "layer" else pieces
+
+
+def _layers(model: nn.Module) -> dict[str | None, int]:
+    """Prefix -> number of the layer, counted over the frozen ones too."""
+    prefixes = dict.fromkeys(layer_prefix(name) for name, _ in model.named_parameters())
+    return {prefix: number for number, prefix in enumerate(p for p in prefixes if p is not None)}
+
+
+def _union(name: str, blocks: Sequence[Block], kind: str = "other") -> Block:
+    layers = {block.layer for block in blocks}
+    pieces = tuple(piece for block in blocks for piece in block.pieces)
+    return Block(
+        name, kind, layers.pop() if len(layers) == 1 else None, sum(b.numel for b in blocks), pieces
+    )
+
+
+def _by_layer(blocks: Sequence[Block]) -> list[Block]:
+    groups: dict[str, list[Block]] = defaultdict(list)
+    for block in blocks:
+        groups[layer_prefix(block.name) or block.name].append(block)
+    return [
+        group[0] if name == group[0].name else _union(name, group) for name, group in groups.items()
+    ]
+
+
+def _cut(
+    name: str, tensor: Tensor, modules: Mapping[str, nn.Module], by: str
+) -> Iterator[tuple[str, str, Piece, int]]:
+    """Name, kind, piece and size of every block that ``by`` cuts the parameter into."""
+    path = name.rpartition(".")[0]
+    part = role(name, modules[path])
+    # Beyond two axes nothing is known of the first: experts, or channels.
+    if by in ("tensor", "layer") or part.kind == "norm" or tensor.ndim > 2 or tensor.ndim == 0:
+        yield name, part.kind, Piece(name), tensor.numel()
+        return
+    size = tensor.shape[part.axis]
+    heads = head_counts(modules, path)
+    fused = fused_rows(part, size, _attention(name, modules), heads)
+    for matrix, rows in (fused or {part.matrix: range(size)}).items():
+        stem = f"{name}/{matrix}" if fused else name
+        kind = "bias" if part.kind == "bias" else matrix
+        what = unit(by, matrix, part.ending)
+        for suffix, some in _units(
+            rows, what if tensor.ndim == 2 or what == "head" else None, matrix, heads
+        ):
+            piece = Piece(name) if len(some) == size else Piece(name, part.axis, _index(some))
+            yield stem + suffix, kind, piece, tensor.numel() // size * len(some)
+
+
+def _attention(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The module whose projection the parameter belongs to; MultiheadAttention holds it directly."""
+    path, _, last = name.rpartition(".")
+    return modules[path.rpartition(".")[0] if last in ("weight", "bias") else path]
+
+
+def _units(
+    rows: Rows, what: str | None, matrix: str, heads: tuple[int, int] | None
+) -> Iterator[tuple[str, Rows]]:
+    count = len(rows)
+    if what == "head":
+        count = heads[matrix == "key"] if heads else 0
+    if what is None or count == 0 or len(rows) % count:
+        yield "", rows
+        return
+    step = len(rows) // count
+    for number in range(count):
+        yield f"/{what}_{number}", rows[number * step : (number + 1) * step]
+
+
+def _index(rows: Rows) -> slice | tuple[int, ...]:
+    start, stop = rows[0], rows[-1] + 1
+    return slice(start, stop) if stop - start == len(rows) else tuple(rows)
+
+
+def _own_blocks(blocks: Sequence[Block], own: Mapping[str, Patterns]) -> list[Block]:
+    """User-defined unions of ``blocks``, each of which is a matrix of one parameter."""
+    owners: dict[str, str] = {}
+    for name, patterns in own.items():
+        for block in _matches(blocks, patterns, f"block {name!r}", also_parameters=True):
+            if owners.setdefault(block.name, name) != name:
+                raise ValueError(
+                    f"blocks {owners[block.name]!r} and {name!r} overlap: both hold {block.name}"
+                )
+    left = [block.name for block in blocks if block.name not in owners]
+    if left:
+        raise ValueError(
+            f"no block holds {_some(left)}: add a block for the rest; exclude= leaves it out if it is not wanted"
+        )
+    sizes = Counter(block.parameters[0] for block in blocks)
+    return [
+        _union(name, _merged([b for b in blocks if owners[b.name] == name], sizes)) for name in own
+    ]
+
+
+def _merged(blocks: Sequence[Block], sizes: Mapping[str, int]) -> list[Block]:
+    """The blocks, those that make up a whole parameter as one: its tensors need no copies then."""
+    groups: dict[str, list[Block]] = defaultdict(list)
+    for block in blocks:
+        groups[block.parameters[0]].append(block)
+    return [
+        block
+        for name, group in groups.items()
+        for block in (
+            group
+            if len(group) < sizes[name]
+            else [replace(_union(name, group), pieces=(Piece(name),))]
+        )
+    ]
+
+
+def _selected(
+    blocks: list[Block], include: Patterns | None, exclude: Patterns | None
+) -> tuple[Block, ...]:
+    wanted = blocks if include is None else _matches(blocks, include, "include")
+    unwanted = (
+        set() if exclude is None else {block.name for block in _matches(blocks, exclude, "exclude")}
+    )
+    chosen = tuple(block for block in wanted if block.name not in unwanted)
+    if not chosen:
+        raise ValueError(
+            f"the partition is empty: include={include!r} without exclude={exclude!r} leaves none of {len(blocks)} "
+            "blocks; widen include or narrow exclude"
+        )
+    return chosen
+
+
+def _matches(
+    blocks: Sequence[Block], patterns: Patterns, where: str, also_parameters: bool = False
+) -> list[Block]:
+    """The blocks whose name (or parameter's name) matches one of the globs; each glob must match something."""
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        match = re.compile(fnmatch.translate(pattern)).match
+        names = {
+            b.name for b in blocks if match(b.name) or (also_parameters and match(b.parameters[0]))
+        }
+        if not names:
+            raise ValueError(f"{where}: {pattern!r} matches no block; {_nearest(pattern, blocks)}")
+        found |= names
+    return [block for block in blocks if block.name in found]
+
+
+def _nearest(pattern: str, blocks: Sequence[Block]) -> str:
+    """Names like the pattern; those of neurons and tokens, which may be 100,000, as one."""
+    names = list(
+        dict.fromkeys(re.sub(r"/(neuron|token)_\d+$", r"/\1_*", block.name) for block in blocks)
+    )
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+    return f"the nearest are {', '.join(near)}" if near else f"there are {_some(names)}"
+
+
+def _some(names: Sequence[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (
+        f" and {len(names) - shown} more" if len(names) > shown else ""
+    )

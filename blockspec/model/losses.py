@@ -1,0 +1,149 @@
+"""Losses that say how many terms they have: ``loss(model, batch) -> (sum of the loss terms, number of terms)``.
+
+The objective divides by the total number of terms, so that cutting the same data into other batches changes nothing.
+All of them compute the loss from the logits, in the logits' own dtype: a model's built-in ``labels=`` loss may cast to
+float32 and average per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from blockspec.model import heads
+from blockspec.model.heads import Logits
+from blockspec.model.second_order import cross_entropies
+
+IGNORED = -100  # the label that torch and transformers leave out; nanoGPT uses -1
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss in two stages, so that curvatures which split there (GGN, Fisher) can.
+
+    outputs: ``(model, batch) -> Tensor``: what the model predicts, of any shape: the GGN is linearised here.
+    terms: ``(outputs, batch) -> Tensor (N,)``: one number per loss term (per predicted token, per image ...): the
+        empirical Fisher is the mean of the outer products of their gradients.
+    chunked: ``terms`` takes :class:`blockspec.model.heads.Logits`, so that the logits of a vocabulary need not be held whole.
+
+    Calling it gives ``(sum of the terms, number of terms)``.
+    """
+
+    outputs: Callable[[nn.Module, Any], Tensor]
+    terms: Callable[[Tensor, Any], Tensor]
+    chunked: bool = False
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        with heads.deferred(model) if self.chunked else nullcontext():
+            outputs = self.outputs(model, batch)
+        terms = self.terms(outputs, batch)
+        return terms.sum(), terms.numel()
+
+
+def _first_tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, tuple) and isinstance(output[0], Tensor):
+        return output[0]
+    raise TypeError(
+        f"the model gave a {type(output).__name__}; expected a tensor, a tuple or something with .logits"
+    )
+
+
+def _forward(model: nn.Module, batch: Any) -> Tensor:
+    """Logits for a mapping (all but its labels are passed on) or for the x of a pair (x, y)."""
+    if isinstance(batch, Mapping):
+        return _first_tensor(
+            model(**{name: value for name, value in batch.items() if name != "labels"})
+        )
+    return _first_tensor(model(_pair(batch)[0]))
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise TypeError(f"a batch is a mapping or a pair (x, y); this one is a {type(batch).__name__}")
+
+
+def _targets(batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping):
+        return _pair(batch)[1]
+    if "labels" not in batch:
+        raise ValueError(f"a batch needs 'labels'; this one has {sorted(batch)}")
+    return batch["labels"]
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor, *, ignored: int = IGNORED) -> Tensor:
+    """(..., C) logits and (...) class labels -> (N,) cross entropies of the labels that are not ignored."""
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} need labels of shape {tuple(logits.shape[:-1])}, "
+            f"got {tuple(labels.shape)}: check the batch"
+        )
+    kept = labels != ignored
+    if kept.all():
+        kept = ...  # type: ignore[assignment]
+    logits, labels = (
+        _rows(logits, lambda x: x[kept].reshape(-1, x.shape[-1])),
+        labels[kept].reshape(-1),
+    )
+    return (
+        heads.cross_entropies(logits, labels)
+        if isinstance(logits, Logits)
+        else cross_entropies(logits, labels)
+    )
+
+
+def _rows(logits: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """``choose`` acts on all dimensions but the last."""
+    return logits.rows(choose) if isinstance(logits, Logits) else choose(logits)
+
+
+def _causal_logits(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        return _forward(model, batch)
+    tokens, targets = _pair(batch)
+    # nanoGPT gives logits of every position only when it gets targets, and leaves out -1 alone
+    return _first_tensor(model(tokens, targets.masked_fill(targets == IGNORED, -1)))
+
+
+def _next_token_terms(logits: Tensor, batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        labels = batch.get("labels", batch["input_ids"])
+        if "labels" not in batch and "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
+        return _cross_entropies(_rows(logits, lambda x: x[:, :-1]), labels[:, 1:])
+    targets = _pair(batch)[1]
+    return _cross_entropies(logits, targets.masked_fill(targets == -1, IGNORED))
+
+
+def _squared_errors(outputs: Tensor, batch: Any) -> Tensor:
+    targets = _targets(batch)
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"outputs of shape {tuple(outputs.shape)} need targets of that shape, got {tuple(targets.shape)}"
+        )
+    return (outputs - targets).square().reshape(len(outputs), -1).sum(1)
+
+
+next_token = Loss(_causal_logits, _next_token_terms, chunked=True)
+"""Cross entropy of the next token, one term per predicted token. Batches: a mapping for Hugging Face causal models
+(``labels`` default to ``input_ids``, are shifted by one here, -100 is left out), or nanoGPT's pair ``(x, y)`` of already
+shifted tokens with ``model(x, y) -> (logits, loss)``."""
+
+masked_token = Loss(
+    _forward, lambda logits, batch: _cross_entropies(logits, _targets(batch)), chunked=True
+)
+"""Cross entropy of the masked tokens: a mapping with ``labels`` that are -100 everywhere else."""
+
+classification = Loss(_forward, lambda logits, batch: _cross_entropies(logits, _targets(batch)))
+"""Cross entropy of the class, one term per example: a pair ``(x, y)`` or a mapping with ``labels``."""
+
+regression = Loss(_forward, _squared_errors)
+"""Squared error summed over an example's outputs, one term per example: a pair ``(x, y)`` or a mapping with ``labels``."""

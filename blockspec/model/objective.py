@@ -1,0 +1,308 @@
+"""The objective: a model, a fixed list of batches and a loss; the function of the parameters whose curvature is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from blockspec.model.attention import twice_differentiable
+from blockspec.model.second_order import cheap_modules
+
+BATCH_NORMS = ("eval", "train")
+
+
+class Objective:
+    """``mean over all loss terms of all batches`` as a function of the parameters of ``model``.
+
+    model: left as it was found by everything here: training flags, gradients, attention implementation, buffers.
+    batches: a finite list (or anything that can be iterated again and again, in the same order and with the same
+        content, like an unshuffled DataLoader) of what the loss understands. An iterator is read into a list. Batches
+        are moved to the model's device one at a time, their numbers to its dtype (floating point, where it has one alone).
+    loss: ``loss(model, batch) -> (sum of the loss terms, number of terms)``, see :mod:`blockspec.losses`. For the
+        curvatures ``ggn`` and ``fisher`` it has to be a :class:`blockspec.losses.Loss`, which says where to split.
+    micro_batch: examples that go through the model at once; None: a batch as it comes. Changes memory, not the numbers (but
+        for rounding). Tensors of a batch are cut along their first dimension.
+    batch_norm: ``"eval"`` (running statistics, as at inference) or ``"train"`` (statistics of the batch, differentiated
+        through; then the objective depends on how the data is cut into batches). Running statistics are untouched.
+
+    Raises ValueError for no batches and for another ``batch_norm``, TypeError for a model or loss that is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Any,
+        *,
+        micro_batch: int | None = None,
+        batch_norm: str = "eval",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a torch.nn.Module; got a {type(model).__name__}")
+        if not callable(loss):
+            raise TypeError(
+                f"loss is a function (model, batch) -> (sum, number of terms); got a {type(loss).__name__}"
+            )
+        if isinstance(batches, (Tensor, Mapping)):
+            raise TypeError(
+                f"batches is a list of batches; got a single {type(batches).__name__}: put it in a list"
+            )
+        if batch_norm not in BATCH_NORMS:
+            raise ValueError(f"batch_norm is one of {BATCH_NORMS}, got {batch_norm!r}")
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch is a whole number >= 1 or None, got {micro_batch}")
+        if isinstance(batches, Iterator):
+            batches = list(batches)
+        if isinstance(batches, Sized) and len(batches) == 0:
+            raise ValueError(
+                "no batches: the list is empty, or the iterator had ended; pass a list of at least one batch"
+            )
+        self.model = model
+        self.loss = loss
+        self.micro_batch = micro_batch
+        self.batch_norm = batch_norm
+        self._batches = batches
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are moved to: the device of the first parameter."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the floating point numbers of batches: that of the model's parameters; None where they differ."""
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        return dtypes.pop() if len(dtypes) == 1 else None
+
+    def batches(self) -> Iterator[Any]:
+        """The batches, or the parts of ``micro_batch`` examples that they are cut into, each moved to the model's device and
+        dtype when its turn comes."""
+        for batch in self.whole_batches():
+            whole = (
+                self.micro_batch is None or self.batch_norm == "train"
+            )  # statistics of a batch need all of it
+            for part in [batch] if whole else cut(batch, self.micro_batch or 1):
+                yield placed(part, self.device, self.dtype)
+
+    def whole_batches(self) -> Iterator[Any]:
+        """The batches as they were given."""
+        empty = True
+        for batch in self._batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError(
+                "no batches: the iterable of batches ended at once; pass a list of at least one batch"
+            )
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that require gradients, by the name that ``named_parameters`` gives; a tied one once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The model in eval mode and differentiable twice; all of it restored on leaving, also by an exception."""
+        with ExitStack() as stack:
+            stack.enter_context(_eval_mode(self.model, batch_norm=self.batch_norm))
+            stack.enter_context(twice_differentiable(self.model))
+            stack.enter_context(cheap_modules(self.model))
+            stack.enter_context(torch.enable_grad())
+            yield
+
+    def loss_sum(self, batch: Any) -> tuple[Tensor, float]:
+        """Sum of the loss terms of one batch (a scalar with a graph) and their number."""
+        result = self.loss(self.model, batch)
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise TypeError(
+                f"the loss gave a {type(result).__name__}; it must give two: (sum of the loss terms, number of terms); "
+                "see blockspec.losses.Loss"
+            )
+        return result[0], float(result[1])
+
+    def value(self) -> float:
+        """The mean over all loss terms of all batches."""
+        sums, counts = 0.0, 0.0
+        with self.prepared(), torch.no_grad():
+            for batch in self.batches():
+                total, count = self.loss_sum(batch)
+                sums, counts = sums + total.item(), counts + count
+        return sums / counts
+
+    def gradient(self) -> dict[str, Tensor]:
+        """Gradient of the mean loss, by parameter name; zeros where the loss does not depend on a parameter."""
+        parameters = self.parameters()
+        gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        counts = 0.0
+        with self.prepared():
+            for batch in self.batches():
+                total, count = self.loss_sum(batch)
+                counts += count
+                parts = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+                for gradient, part in zip(gradients.values(), parts, strict=True):
+                    if part is not None:
+                        gradient += part
+        return {name: gradient / counts for name, gradient in gradients.items()}
+
+    def check(self) -> None:
+        """Everything that can be known to be wrong before the expensive part.
+
+        Raises ValueError for a loss without terms or without a graph, for a loss that is NaN or infinite, and for an
+        objective that does not give the same value twice (dropout left on, shuffled data, random numbers in the loss).
+        """
+        if not isinstance(self._batches, (list, tuple)):  # those give the same objects again
+            _check_repeatable(self._batches)
+        with self.prepared():
+            for batch in self.batches():
+                total, count = self.loss_sum(batch)
+                if count > 0:
+                    break
+            _check_loss(total, count)
+            repeated, _ = self.loss_sum(batch)
+            if not torch.equal(total.detach(), repeated.detach()):
+                raise ValueError(_nondeterminism(self.model, total.item(), repeated.item()))
+
+
+def examples(batch: Any) -> int | None:
+    """Length of a batch's tensors along their first dimension; None where they differ or there are none."""
+    sizes = {len(tensor) if tensor.dim() else None for tensor in _tensors(batch)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def cut(batch: Any, size: int) -> Iterator[Any]:
+    """The batch in parts of at most ``size`` examples; whole where its tensors have no common first dimension."""
+    length = examples(batch)
+    if length is None or length <= size:
+        yield batch
+        return
+    for start in range(0, length, size):
+        part = slice(start, start + size)
+        yield _map(batch, operator.itemgetter(part))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def placed(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """The same batch with its tensors on ``device``, those of floating point in ``dtype`` unless it is None."""
+    return _map(
+        batch, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None)
+    )
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest of mappings, tuples and lists with another tensor in each tensor's place."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {name: _map(item, function) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(item, function) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(item, function) for item in value)
+    return value
+
+
+def fingerprint(batch: Any) -> str:
+    """A digest of a batch's content: equal for equal tensors, whatever they are held in."""
+    digest = hashlib.sha256()
+    _digest(batch, digest)
+    return digest.hexdigest()[:16]
+
+
+def _digest(value: Any, digest: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(
+            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    elif isinstance(value, Mapping):
+        for name in value:
+            digest.update(str(name).encode())
+            _digest(value[name], digest)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _digest(item, digest)
+    elif isinstance(value, np.ndarray):
+        _digest(torch.from_numpy(np.ascontiguousarray(value)), digest)
+    elif hasattr(value, "__dict__"):  # its repr may be its address
+        _digest({"": type(value).__name__} | vars(value), digest)
+    else:
+        digest.update(repr(value).encode())
+
+
+def _check_repeatable(batches: Iterable[Any]) -> None:
+    first, again = ([fingerprint(batch) for batch in batches] for _ in range(2))
+    if first != again:
+        number = next(
+            (i for i, (a, b) in enumerate(zip(first, again, strict=False)) if a != b),
+            min(len(first), len(again)),
+        )
+        raise ValueError(
+            f"the batches are not the same the second time (batch {number} differs): the data is shuffled or drawn "
+            "anew. Pass a list, or a DataLoader with shuffle=False and without random augmentation"
+        )
+
+
+def _check_loss(total: Tensor, count: float) -> None:
+    if not isinstance(total, Tensor) or total.numel() != 1:
+        raise TypeError(f"the loss must give a scalar tensor and a count; it gave {total!r}")
+    if count <= 0:
+        raise ValueError(
+            f"the loss has {count:g} terms on all of the batches; it needs at least one (all labels -100?)"
+        )
+    if not total.requires_grad:
+        raise ValueError(
+            "the loss has no graph: it does not depend on a parameter that requires gradients (a frozen model, "
+            "torch.no_grad, .detach() or .item() in the loss); call model.requires_grad_(True) or mend the loss"
+        )
+    if not torch.isfinite(total):
+        raise ValueError(
+            f"the loss is {total.item()} on the first batch; curvature needs a finite one: check the checkpoint"
+        )
+
+
+def _nondeterminism(model: nn.Module, first: float, second: float) -> str:
+    return (
+        f"the objective is not deterministic: the same batch gave {first!r} and then {second!r}, with "
+        f"{type(model).__name__} in eval mode. Something still draws random numbers: dropout that ignores eval mode "
+        "(F.dropout without training=self.training, a module that overrides train()), or a loss or augmentation with random "
+        "numbers"
+    )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module, *, batch_norm: str) -> Iterator[None]:
+    """Every module in eval mode, or batch norms in train mode without touching their running statistics."""
+    flags = [(module, module.training) for module in model.modules()]
+    norms = (
+        [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        if batch_norm == "train"
+        else []
+    )
+    tracked = [
+        (module, module.track_running_stats, module.running_mean, module.running_var)
+        for module in norms
+    ]
+    try:
+        model.eval()
+        for norm in norms:  # without running statistics, eval mode uses those of the batch
+            norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+        yield
+    finally:
+        for norm, tracks, mean, variance in tracked:
+            norm.track_running_stats, norm.running_mean, norm.running_var = tracks, mean, variance
+        for module, flag in flags:
+            module.training = flag

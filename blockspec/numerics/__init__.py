@@ -1,0 +1,1 @@
+"""Lanczos and its kin; knows nothing of models."""

@@ -1,0 +1,122 @@
+"""The orthonormal Krylov vectors of one probe, kept wherever there is room."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blockspec.numerics.ranks import Ranks, Shared
+
+ROWS = 16  # vectors that are allocated at once, unless they are large
+LARGE = 2**20  # entries
+
+
+class Basis:
+    """Vectors q_1 ... q_m (P,) that are only ever appended to and projected out.
+
+    fixed: (c, P) orthonormal vectors that are projected out too and come first in coefficients; not copied, where their type and
+        place allow it.
+    dtype, device: of the storage; None takes those of the vectors. bfloat16 halves the memory of float32 at the price of an
+        orthogonality of about 2^-9 / sqrt(P) between vectors (see LOG.md); arithmetic is in the vectors' own dtype.
+    ranks: processes that share the vectors, each keeping a part of every one.
+    """
+
+    def __init__(
+        self,
+        numel: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        fixed: Tensor | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._ranks = ranks or Ranks()
+        self._whole = numel
+        self._part = self._ranks.share(numel)
+        self.numel = self._part.stop - self._part.start
+        """Entries of each vector that are kept here."""
+        self._dtype, self._device = dtype, torch.device(device)
+        self._fixed = [] if fixed is None else [fixed[:, self._part].to(self._device, dtype)]
+        self._chunks: list[Tensor] = []  # (rows, P), all full but the last
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, vector: Tensor) -> None:
+        """Stores a copy of ``vector`` (P,)."""
+        self._append(vector[self._part])
+
+    def project_out(self, vector: Tensor) -> Shared[Tensor]:
+        """Subtracts from ``vector`` (P,), in place, its part in the span, twice (the second time removes what rounding left);
+        returns its coefficients (m,) in float64. A generator, see :meth:`blockspec.numerics.ranks.Ranks.together`."""
+        part = vector[self._part]
+        chunks = self._rows()
+        sizes = [len(rows) for rows in chunks]
+        coefficients = torch.zeros(sum(sizes), dtype=torch.float64, device=vector.device)
+        for _ in range(2):
+            found = yield torch.cat([rows.to(part) @ part for rows in chunks])
+            for rows, along in zip(chunks, found.split(sizes), strict=True):
+                part.addmv_(rows.to(part).T, along, alpha=-1)
+            coefficients += found
+        if self._ranks.rows > 1:
+            vector[: self._part.start] = 0
+            vector[self._part.stop :] = 0
+            vector.copy_((yield vector))
+        return coefficients
+
+    def orthogonality(self) -> float:
+        """max |Q'Q - I|, of the vectors as they are stored, the fixed ones among them."""
+        wide = torch.promote_types(self._dtype, torch.float32)
+        chunks = self._rows()
+        pairs = [(i, j) for i in range(len(chunks)) for j in range(i + 1)]
+        grams = self._ranks.sums([chunks[i].to(wide) @ chunks[j].to(wide).T for i, j in pairs])
+        for (i, j), gram in zip(pairs, grams, strict=True):
+            if i == j:
+                gram.diagonal().sub_(1)
+        return max(float(gram.abs().max()) for gram in grams)
+
+    def combined(self, coefficients: Tensor) -> Tensor:
+        """(c, m) coefficients of all that were appended -> (c, P) their combinations, whole on every process."""
+        found = torch.zeros(len(coefficients), self._whole, dtype=self._dtype, device=self._device)
+        chunks = self._appended()
+        for rows, share in zip(
+            chunks, coefficients.split([len(rows) for rows in chunks], dim=1), strict=True
+        ):
+            found[:, self._part].addmm_(share.to(found), rows)
+        return self._ranks.sums([found])[0]
+
+    def matrix(self) -> Tensor:
+        """(m, P) what is kept here of all that were appended, a copy."""
+        return torch.cat(
+            [torch.empty(0, self.numel, dtype=self._dtype, device=self._device), *self._appended()]
+        )
+
+    def restore(self, matrix: Tensor) -> None:
+        """Appends what :meth:`matrix` gave."""
+        for row in matrix:
+            self._append(row)
+
+    def _append(self, part: Tensor) -> None:
+        rows = self._rows_at_once()
+        place = self._length % rows
+        if place == 0:
+            self._chunks.append(
+                torch.empty(rows, self.numel, dtype=self._dtype, device=self._device)
+            )
+        self._chunks[-1][place].copy_(part)
+        self._length += 1
+
+    def _rows_at_once(self) -> int:
+        return ROWS if self.numel < LARGE else 1
+
+    def _rows(self) -> list[Tensor]:
+        return [*self._fixed, *self._appended()]
+
+    def _appended(self) -> list[Tensor]:
+        left = self._length
+        rows = []
+        for chunk in self._chunks:
+            rows.append(chunk[: min(left, len(chunk))])
+            left -= len(chunk)
+        return rows

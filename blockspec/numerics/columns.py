@@ -1,0 +1,59 @@
+"""Blocks whose matrix is computed column by column."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockspec.numerics.ranks import Shared
+
+
+class Columns:
+    """The process of a small block: it asks for the products with all P unit vectors, one after the other; driven like
+    :class:`blockspec.numerics.lanczos.Lanczos`."""
+
+    def __init__(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._columns: list[Tensor] = []
+        self._numel, self._dtype, self._device = numel, dtype, device
+
+    @property
+    def done(self) -> bool:
+        return self.remaining == 0
+
+    @property
+    def remaining(self) -> int:
+        """Products that it will still ask for."""
+        return self._numel - len(self._columns)
+
+    @property
+    def vector(self) -> Tensor:
+        """(P,) the next unit vector."""
+        unit = torch.zeros(self._numel, dtype=self._dtype, device=self._device)
+        unit[len(self._columns)] = 1
+        return unit
+
+    def step(self, product: Tensor) -> Shared[None]:
+        """Takes the product with :attr:`vector`. A generator, as that of a Lanczos process; it has nothing to sum."""
+        self._columns.append(product.cpu())
+        yield from ()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What :meth:`restore` needs to go on."""
+        return {
+            "columns": torch.stack(self._columns) if self._columns else torch.empty(0, self._numel)
+        }, {}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        self._columns = list(tensors["columns"])
+
+    def matrix(self) -> np.ndarray:
+        """(P, P) the symmetrised matrix, float64."""
+        matrix = torch.stack(self._columns).double().numpy()
+        return (matrix + matrix.T) / 2
+
+    def eigenvalues(self) -> np.ndarray:
+        """(P,) ascending."""
+        return np.linalg.eigvalsh(self.matrix())

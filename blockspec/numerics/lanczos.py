@@ -1,0 +1,216 @@
+"""Lanczos: from products with a symmetric matrix to tridiagonal matrices. Knows nothing of models.
+
+A :class:`Lanczos` is one probe's process. It is driven from outside, a product at a time, so that many of them can share a
+sweep over the data:
+
+    while not process.done:
+        process.advance(A @ process.vector)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockspec.numerics.basis import Basis
+from blockspec.numerics.ranks import Ranks, Shared
+
+CHUNK = 2**20  # entries whose float64 copy is small; see _dot
+
+ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-11}
+"""What is left relative to the norm of A when rounding alone is left. float32: 16 eps; the bulk of a network's spectrum begins
+not far above. float64: rounding of the first steps, amplified by later small betas, was seen at 1e-12."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tridiagonal:
+    """The matrix T = Q' A Q of one probe after m steps, and what tells how far to trust it.
+
+    alphas: (m,) diagonal, float64.
+    betas: (m,) ``betas[:-1]`` is the off-diagonal; ``betas[-1]`` is the norm of what is left after the last step.
+    breakdown: the probe lies in an invariant subspace of dimension m: the m Ritz values are eigenvalues.
+    orthogonality: max |Q'Q - I|; None where the basis was not kept, or is not finished.
+    asymmetry: norm of the coefficients that are zero for a symmetric matrix without rounding; same unit as A.
+    """
+
+    alphas: np.ndarray
+    betas: np.ndarray
+    breakdown: bool
+    orthogonality: float | None
+    asymmetry: float
+
+
+class Lanczos:
+    """Lanczos process of one start vector (Lanczos 1950; full reorthogonalisation as in Parlett, "The Symmetric Eigenvalue
+    Problem", 1998, section 6.9: classical Gram-Schmidt, twice).
+
+    start: (P,) nonzero; normalised here.
+    num_steps: steps after which it is done, at most P of them; it is done earlier after a breakdown.
+    reorthogonalize: False keeps two vectors instead of ``num_steps``, at the price of repeated copies of converged
+        eigenvalues: densities are not hurt, but counts of eigenvalues must not be read from the result.
+    deflated: (c, P) orthonormal vectors; the process runs in their complement. With ``reorthogonalize`` only.
+    storage: dtype and device of the kept vectors; None takes those of ``start``.
+    ranks: processes that run this process together, with equal products, and share the kept vectors.
+    """
+
+    def __init__(
+        self,
+        start: Tensor,
+        num_steps: int,
+        *,
+        reorthogonalize: bool = True,
+        deflated: Tensor | None = None,
+        storage: tuple[torch.dtype, torch.device] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        given = () if deflated is None else deflated
+        self._deflated = len(given)
+        for vector in given:
+            start = start - _dot(vector, start) * vector
+        norm = math.sqrt(_dot(start, start))
+        if not 0 < norm < math.inf:
+            raise ValueError(f"a start vector must have a positive finite norm, got {norm}")
+        self.num_steps = min(num_steps, start.numel() - self._deflated)
+        self.alphas: list[float] = []
+        self.betas: list[float] = []
+        self.breakdown = False
+        self.asymmetry = 0.0
+        self.vector = start / norm
+        """(P,) the vector whose product is wanted next."""
+        self._previous: Tensor | None = None
+        dtype, device = storage or (start.dtype, start.device)
+        assert reorthogonalize or deflated is None
+        self._basis = None
+        if reorthogonalize:
+            self._basis = Basis(
+                start.numel(), dtype=dtype, device=device, fixed=deflated, ranks=ranks
+            )
+
+    @property
+    def done(self) -> bool:
+        return self.remaining == 0
+
+    @property
+    def remaining(self) -> int:
+        """Products that it will still ask for, unless it breaks down."""
+        return 0 if self.breakdown else self.num_steps - len(self.alphas)
+
+    @property
+    def scale(self) -> float:
+        """A bound on the norm of T, for relative thresholds; 0 before the first step."""
+        return max((abs(a) + b for a, b in zip(self.alphas, self.betas, strict=True)), default=0.0)
+
+    def step(self, product: Tensor) -> Shared[None]:
+        """One step. ``product`` (P,) is A times :attr:`vector` and is overwritten. A generator, see
+        :meth:`blockspec.numerics.ranks.Ranks.together`."""
+        alpha = (
+            self._recurrence(product)
+            if self._basis is None
+            else (yield from self._project(product, self._basis))
+        )
+        beta = math.sqrt(_dot(product, product))
+        self.alphas.append(alpha)
+        self.betas.append(beta)
+        self.breakdown = beta <= ROUNDING[product.dtype] * self.scale
+        if not self.breakdown:
+            self._previous = self.vector if self._basis is None else None
+            self.vector = product.mul_(1 / beta)
+
+    def advance(self, product: Tensor) -> None:
+        """One :meth:`step` of a process that is not shared."""
+        Ranks().together([self.step(product)])
+
+    def tridiagonal(self, steps: int | None = None) -> Tridiagonal:
+        """What has been found so far, or after the first ``steps`` steps."""
+        found = len(self.alphas)
+        steps = found if steps is None else steps
+        return Tridiagonal(
+            alphas=np.array(self.alphas[:steps]),
+            betas=np.array(self.betas[:steps]),
+            breakdown=self.breakdown and steps == found,
+            orthogonality=None,
+            asymmetry=self.asymmetry,
+        )
+
+    def combined(self, coefficients: np.ndarray) -> Tensor:
+        """(c, m) -> (c, P) combinations of the m Krylov vectors, which :meth:`finish` lets go."""
+        assert self._basis is not None
+        return self._basis.combined(torch.from_numpy(coefficients)).to(self.vector)
+
+    def finish(self) -> Tridiagonal:
+        """The final result; the vectors are let go."""
+        orthogonality = None if self._basis is None else self._basis.orthogonality()
+        self._basis = self._previous = None
+        self.vector = self.vector[:0]
+        return replace(self.tridiagonal(), orthogonality=orthogonality)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What :meth:`restore` needs to go on, bit by bit the same: tensors and plain numbers."""
+        tensors = {"vector": self.vector}
+        if self._previous is not None:
+            tensors["previous"] = self._previous
+        if self._basis is not None:
+            tensors["basis"] = self._basis.matrix()
+        return tensors, {"alphas": self.alphas, "betas": self.betas, "asymmetry": self.asymmetry}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Goes on from a state of the same start vector."""
+        self.alphas, self.betas, self.asymmetry = (
+            list(numbers["alphas"]),
+            list(numbers["betas"]),
+            numbers["asymmetry"],
+        )
+        self.vector = tensors["vector"].to(self.vector)
+        self._previous = tensors["previous"].to(self.vector) if "previous" in tensors else None
+        if self._basis is not None:
+            self._basis.restore(tensors["basis"])
+
+    def _project(self, product: Tensor, basis: Basis) -> Shared[float]:
+        """Removes the basis from ``product`` in two passes; returns alpha. What leads out of the complement of the deflated
+        vectors is no asymmetry."""
+        basis.append(self.vector)
+        coefficients = (yield from basis.project_out(product)).tolist()
+        self.asymmetry = max(self.asymmetry, math.hypot(*coefficients[self._deflated : -2]))
+        return coefficients[-1]
+
+    def _recurrence(self, product: Tensor) -> float:
+        """The three-term recurrence."""
+        if self._previous is not None:
+            product.sub_(self._previous, alpha=self.betas[-1])
+        alpha = _dot(self.vector, product)
+        product.sub_(self.vector, alpha=alpha)
+        return alpha
+
+
+def tridiagonalize(
+    product: Callable[[Tensor], Tensor],
+    starts: Tensor,
+    num_steps: int,
+    *,
+    reorthogonalize: bool = True,
+) -> list[Tridiagonal]:
+    """The tridiagonal matrices of K start vectors: ``tridiagonalize(lambda V: V @ A, torch.randn(K, P), M)``.
+
+    product: (K, P) -> (K, P), row by row a product with the same symmetric matrix; it gets only the rows not done yet.
+    starts: (K, P).
+    """
+    processes = [Lanczos(start, num_steps, reorthogonalize=reorthogonalize) for start in starts]
+    while active := [process for process in processes if not process.done]:
+        products = product(torch.stack([process.vector for process in active]))
+        for process, row in zip(active, products, strict=True):
+            process.advance(row.clone())
+    return [process.finish() for process in processes]
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Inner product in float64, in pieces: float32 sums over 10^8 entries lose four digits."""
+    parts = [
+        x.double().dot(y.double()) for x, y in zip(a.split(CHUNK), b.split(CHUNK), strict=True)
+    ]
+    return float(torch.stack(parts).sum())

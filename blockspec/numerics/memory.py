@@ -1,0 +1,125 @@
+"""How much memory there is, and how much a piece of work takes at its peak."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+@dataclass
+class Peak:
+    """Bytes in use before, and at most while it was watched."""
+
+    before: int = 0
+    peak: int = 0
+
+    @property
+    def growth(self) -> int:
+        return max(self.peak - self.before, 0)
+
+
+@contextmanager
+def watched(device: torch.device) -> Iterator[Peak]:
+    """Measures the peak of the device's memory while it is open; on a CPU the process's resident set."""
+    result = Peak()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        result.before = torch.cuda.memory_allocated(device)
+    else:
+        _reset_high_water()
+        result.before = resident()
+    try:
+        yield result
+    finally:
+        result.peak = (
+            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+        )
+
+
+def resident() -> int:
+    """Bytes of the process's resident set now."""
+    return _status("VmRSS")
+
+
+def used(device: torch.device) -> int:
+    """Bytes that are in use now: on the device, or by this process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
+
+
+def total(device: torch.device) -> int:
+    """Bytes that the device has, or that this machine or its container lets a process have."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [int(_meminfo("MemTotal"))]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(path).read_text().strip() if Path(path).exists() else ""
+        limits += [int(text)] if text.isdigit() else []
+    return min(limits)
+
+
+def parse(limit: int | float | str, device: torch.device) -> int:
+    """Bytes from a number of bytes, a share of the device (``0.8``, ``"80%"``) or a size (``"20GiB"``, ``"500 MB"``: powers of
+    1024)."""
+    if isinstance(limit, str):
+        text = limit.strip()
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
+            limit = float(match[1]) / 100
+        elif match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.lower()):
+            number = float(match[1])
+            limit = number if 0 < number <= 1 and not match[2] else int(number * UNITS[match[2]])
+        else:
+            raise ValueError(
+                f"memory is a number of bytes, a share of the device (0.8, 80%) or a size (20GiB), got {limit!r}"
+            )
+    if limit <= 0:
+        raise ValueError(f"memory must be positive, got {limit!r}")
+    return int(limit * total(device)) if isinstance(limit, float) and limit <= 1 else int(limit)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError)
+        and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+    )
+
+
+def readable(size: float) -> str:
+    """``3.2 GiB``"""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+def _status(field: str) -> int:
+    return int(_field(Path("/proc/self/status").read_text(), field)) * 1024
+
+
+def _meminfo(field: str) -> int:
+    return int(_field(Path("/proc/meminfo").read_text(), field)) * 1024
+
+
+def _field(text: str, field: str) -> str:
+    match = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+    assert match, f"no {field} in /proc"
+    return match[1]
+
+
+def _reset_high_water() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except (
+        OSError
+    ):  # not allowed in some containers: the peak is then that of the process's whole life
+        return

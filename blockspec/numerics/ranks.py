@@ -1,0 +1,116 @@
+"""Many processes: which of them hold which blocks and which batches.
+
+Processes form a grid. Those of one column share the same blocks and split the batches: their products are summed once per sweep,
+and each keeps a part of the Krylov vectors. Columns hold different blocks and do not talk until the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+Shared = Generator[Tensor, Tensor, T]
+"""A computation that yields its own part of a sum over processes, and is sent the whole."""
+MANY = 4  # blocks per process from which splitting the blocks alone is balanced
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: ``column`` of ``columns`` (blocks), ``row`` of ``rows`` (batches)."""
+
+    column: int = 0
+    columns: int = 1
+    row: int = 0
+    rows: int = 1
+    group: Any = None  # of the processes of this column
+
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor summed over the processes of the column; one message for all of a dtype."""
+        if self.rows == 1:
+            return list(tensors)
+        results = list(tensors)
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            places = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            flat = torch.cat([tensors[i].flatten().to(self._carrier(tensors[i])) for i in places])
+            with _explained():
+                dist.all_reduce(flat, group=self.group)
+            for i, part in zip(
+                places, flat.split([tensors[i].numel() for i in places]), strict=True
+            ):
+                results[i] = part.view_as(tensors[i]).to(tensors[i].device)
+        return results
+
+    def _carrier(self, tensor: Tensor) -> torch.device:
+        """Where a tensor can be sent from."""
+        return torch.device("cuda") if dist.get_backend(self.group) == "nccl" else tensor.device
+
+    def together(self, computations: Sequence[Shared[T]]) -> list[T]:
+        """The results of computations that sum over the processes; their messages are sent together, round by round."""
+        results: dict[int, T] = {}
+        received: dict[int, Tensor | None] = dict.fromkeys(range(len(computations)))
+        while received:
+            asked = {}
+            for i, tensor in received.items():
+                try:
+                    asked[i] = computations[i].send(tensor)  # type: ignore[arg-type]
+                except StopIteration as end:
+                    results[i] = end.value
+            received = dict(zip(asked, self.sums(list(asked.values())), strict=True))
+        return [results[i] for i in range(len(computations))]
+
+    def share(self, numel: int) -> slice:
+        """The part of a vector that this process keeps."""
+        return slice(self.row * numel // self.rows, (self.row + 1) * numel // self.rows)
+
+    def all_of(self, item: T) -> list[T]:
+        """Every process's item, in the order of the ranks."""
+        if self.columns * self.rows == 1:
+            return [item]
+        items: list[Any] = [None] * (self.columns * self.rows)
+        with _explained():
+            dist.all_gather_object(items, item)
+        return items
+
+    def first_of_column(self, flag: bool) -> bool:
+        """The flag of the column's first process, known to all of the column: a decision by the clock."""
+        if self.rows == 1:
+            return flag
+        return bool(self.sums([torch.tensor([float(flag and self.row == 0)])])[0].item())
+
+
+def arrange(num_blocks: int, *, columns: int | None = None) -> Ranks:
+    """The grid of the processes that ``torch.distributed`` knows; a single one where it was not started.
+
+    columns: how many ways to split the blocks; None: all ways where there are many blocks, else none.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Ranks()
+    world = dist.get_world_size()
+    columns = columns or (world if num_blocks >= MANY * world else 1)
+    if world % columns or columns > num_blocks:
+        raise ValueError(
+            f"{world} processes cannot split {num_blocks} blocks {columns} ways: give a divisor of {world}"
+        )
+    rows = world // columns
+    column, row = divmod(dist.get_rank(), rows)
+    groups = [dist.new_group(list(range(c * rows, (c + 1) * rows))) for c in range(columns)]
+    return Ranks(column, columns, row, rows, groups[column])
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Says what a broken connection means."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"another process of this run has died or does not answer ({error}); its own message says why; "
+            "the same command goes on from the last saved state"
+        ) from error

@@ -1,0 +1,3 @@
+"""Optimizers that use curvature."""
+
+from blockspec.optim.adahessian import AdaHessian as AdaHessian

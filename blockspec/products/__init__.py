@@ -1,0 +1,1 @@
+"""Operators: (block, vector) -> H_bb v."""

@@ -1,0 +1,283 @@
+"""Products with blocks of a curvature matrix.
+
+All blocks of a micro-batch share one forward and one first backward pass (:func:`linearise`); each product then runs only
+through the part of the graph between the block's gradient and the block itself (``autograd.grad(g_b, p_b, v_b)``).
+The full matrix is the same code with one block that holds every parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockspec.model.blocks import Block, gather, scatter
+from blockspec.model.differentiability import explained
+from blockspec.model.losses import Loss
+from blockspec.model.objective import Objective, examples
+from blockspec.numerics import memory
+from blockspec.numerics.ranks import Ranks
+from blockspec.products.precision import check, reduced_model, reduced_multiplication
+
+Tensors = Mapping[str, Tensor]
+Request = tuple[Block, Tensor, Sequence[Block]]
+Apply = Callable[[Tensors, Sequence[str]], dict[str, Tensor]]
+"""``apply(direction, targets)``: product with a direction (parameter name -> tensor; zero elsewhere), restricted to the
+parameters named in ``targets``; summed over the loss terms of the batch it was made from. Absent names are zeros."""
+
+
+class Products:
+    """Products of the blocks of one objective; counts what they cost.
+
+    curvature: ``"hessian"``; ``"ggn"``, the generalised Gauss-Newton matrix J' H_L J with J the Jacobian of the loss's
+        ``outputs`` (Schraudolph 2002); ``"fisher"``, the empirical Fisher matrix: mean over loss terms of g g' with g the
+        gradient of the term; ``"residual"``, what the Hessian has beyond the ``ggn``: sum over outputs of the loss's slope
+        times the output's own Hessian.
+
+    ranks: processes that split the batches; every one of them must ask for the same products.
+    graphs: where there are at most so many batches, their graphs are kept from one call to the next, and the shared passes are
+        made once. One takes no more memory at the peak than none.
+    precision: ``"tf32"`` or ``"bfloat16"``, see :mod:`blockspec.products.precision`; None: that of the parameters.
+
+    When memory runs out on the way, the objective's micro-batch is halved, a warning says so, and the sweep begins anew.
+
+    ``gradients`` counts shared forward-and-backward passes over one batch, ``products`` products of one vector with
+    one batch.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        curvature: str = "hessian",
+        *,
+        ranks: Ranks | None = None,
+        graphs: int = 1,
+        precision: str | None = None,
+    ) -> None:
+        if curvature not in LINEARISATIONS:
+            raise ValueError(f"curvature is one of {tuple(LINEARISATIONS)}, got {curvature!r}")
+        if curvature != "hessian" and not isinstance(objective.loss, Loss):
+            raise ValueError(
+                f"curvature {curvature!r} needs a loss that is split at the model's outputs: "
+                "blockspec.losses.Loss(outputs=..., terms=...)"
+            )
+        check(precision)
+        self.objective = objective
+        self.curvature = curvature
+        self.ranks = ranks or Ranks()
+        self.graphs = graphs
+        self.precision = precision
+        self._kept: list[tuple[Apply, float]] = []
+        self._kept_parameters: frozenset[str] = frozenset()
+        self.gradients = 0
+        self.products = 0
+        self._parameters = objective.parameters()
+
+    def sweep(self, requests: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
+        """For each (block b, v (P_b,)): H_bb v (P_b,); all of them from one pass over the batches."""
+        return [
+            parts[0]
+            for parts in self._pass([(block, vector, (block,)) for block, vector in requests])
+        ]
+
+    def columns(
+        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block]
+    ) -> list[list[Tensor]]:
+        """For each (block b, v (P_b,)): H_cb v (P_c,) of every block c in ``targets``; one pass over the batches."""
+        return self._pass([(block, vector, targets) for block, vector in requests])
+
+    def _pass(self, requests: Sequence[Request]) -> list[list[Tensor]]:
+        while True:
+            try:
+                return self._try_pass(requests)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_exhausted(error) or not self._halve_micro_batch():
+                    raise
+
+    def _try_pass(self, requests: Sequence[Request]) -> list[list[Tensor]]:
+        totals = [
+            [vector.new_zeros(target.numel) for target in targets]
+            for _, vector, targets in requests
+        ]
+        blocks = [block for source, _, targets in requests for block in (source, *targets)]
+        names = dict.fromkeys(name for block in blocks for name in block.parameters)
+        terms = torch.zeros(1, dtype=torch.float64)
+        with self.objective.prepared(), explained(), reduced_multiplication(self.precision):
+            for apply, count in self._linearised({name: self._parameters[name] for name in names}):
+                terms += count
+                for total, (block, vector, targets) in zip(totals, requests, strict=True):
+                    self._add_product(total, apply, block, vector, targets)
+        parts = [part for total in totals for part in total]
+        *parts, terms = self.ranks.sums([*parts, terms])
+        for part in parts:
+            part /= terms.item()
+        results = iter(parts)
+        products = [[next(results) for _ in targets] for _, _, targets in requests]
+        for (block, _, _), found in zip(requests, products, strict=True):
+            if not all(_is_finite(part) for part in found):
+                raise ValueError(
+                    f"a product with block {block.name!r} holds NaN or infinite values; check the checkpoint and the "
+                    "data, or use a wider dtype (model.double())"
+                )
+        return products
+
+    def _linearised(self, parameters: dict[str, Tensor]) -> Iterator[tuple[Apply, float]]:
+        if parameters.keys() <= self._kept_parameters:
+            yield from self._kept
+            return
+        self._forget()
+        batches = islice(self.objective.batches(), self.ranks.row, None, self.ranks.rows)
+        ahead = list(islice(batches, self.graphs + 1))
+        kept = []
+        for batch in chain(ahead, batches):
+            apply, count = self.linearise(batch, parameters)
+            self.gradients += 1
+            if len(ahead) <= self.graphs:
+                kept.append((apply, count))
+            yield apply, count
+            del apply  # the graph is freed before the next batch makes its own
+        if kept:
+            self._kept, self._kept_parameters = kept, frozenset(parameters)
+
+    def linearise(self, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+        """The shared pass of one batch, and its number of loss terms; the objective must be prepared."""
+        with reduced_model(self.precision, self.objective.device):
+            return LINEARISATIONS[self.curvature](self.objective, batch, parameters)
+
+    def _forget(self) -> None:
+        self._kept, self._kept_parameters = [], frozenset()
+
+    def _halve_micro_batch(self) -> bool:
+        self._forget()
+        objective = self.objective
+        size = objective.micro_batch or max(
+            (examples(batch) or 1 for batch in objective.batches()), default=1
+        )
+        if size <= 1 or objective.batch_norm == "train":
+            return False
+        objective.micro_batch = size // 2
+        warnings.warn(
+            f"out of memory: going on with a micro-batch of {size // 2} instead of {size}",
+            stacklevel=2,
+        )
+        return True
+
+    def _add_product(
+        self,
+        totals: list[Tensor],
+        apply: Apply,
+        block: Block,
+        vector: Tensor,
+        targets: Sequence[Block],
+    ) -> None:
+        self.products += 1
+        names = list(dict.fromkeys(name for target in targets for name in target.parameters))
+        product = apply(scatter(block, vector, self._parameters), names)
+        for total, target in zip(totals, targets, strict=True):
+            parts = {
+                n: product[n] if n in product else torch.zeros_like(self._parameters[n])
+                for n in target.parameters
+            }
+            total += gather(target, parts).to(total)
+
+
+def _hessian(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+    total, count = objective.loss_sum(batch)
+    return _slopes(_grad([total], parameters, create_graph=True), parameters), count
+
+
+def _residual(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+    outputs = objective.loss.outputs(objective.model, batch)
+    leaf = outputs.detach().requires_grad_()
+    terms = objective.loss.terms(leaf, batch)
+    (slope,) = torch.autograd.grad(
+        terms.sum(), leaf
+    )  # held fixed: the outputs' own curvature is left
+    gradients = _grad([outputs], parameters, grad_outputs=[slope], create_graph=True)
+    return _slopes(gradients, parameters), float(terms.numel())
+
+
+def _slopes(gradients: Tensors, parameters: Tensors) -> Apply:
+    """Products with the derivative of gradients that have a graph."""
+
+    def apply(direction: Tensors, targets: Sequence[str]) -> dict[str, Tensor]:
+        sources = [
+            name for name in direction if name in gradients and gradients[name].requires_grad
+        ]
+        return _grad(
+            [gradients[name] for name in sources],
+            {name: parameters[name] for name in targets},
+            grad_outputs=[direction[name] for name in sources],
+            retain_graph=True,
+        )
+
+    return apply
+
+
+def _ggn(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+    outputs = objective.loss.outputs(objective.model, batch)
+    leaf = outputs.detach().requires_grad_()
+    terms = objective.loss.terms(leaf, batch)
+    (slope,) = torch.autograd.grad(terms.sum(), leaf, create_graph=True)
+
+    def middle(tangent: Tensor) -> Tensor:
+        if not slope.requires_grad:  # terms linear in the outputs
+            return torch.zeros_like(leaf)
+        return _grad([slope], {"": leaf}, grad_outputs=[tangent], retain_graph=True).get(
+            "", torch.zeros_like(leaf)
+        )
+
+    return _gauss_newton(outputs, parameters, middle), float(terms.numel())
+
+
+def _fisher(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+    terms = objective.loss.terms(objective.loss.outputs(objective.model, batch), batch)
+    return _gauss_newton(terms, parameters, lambda tangent: tangent), float(terms.numel())
+
+
+def _gauss_newton(
+    outputs: Tensor, parameters: Tensors, middle: Callable[[Tensor], Tensor]
+) -> Apply:
+    """J' M J with J the Jacobian of ``outputs``; J v is the derivative of J' u with respect to u, so it shares a pass too."""
+    dual = torch.zeros_like(outputs, requires_grad=True)
+    transposed = _grad([outputs], parameters, grad_outputs=[dual], create_graph=True)
+
+    def apply(direction: Tensors, targets: Sequence[str]) -> dict[str, Tensor]:
+        sources = [name for name in direction if name in transposed]
+        tangent = _grad(
+            [transposed[name] for name in sources],
+            {"": dual},
+            grad_outputs=[direction[name] for name in sources],
+            retain_graph=True,
+        )
+        if not tangent:
+            return {}
+        wanted = {name: parameters[name] for name in targets}
+        return _grad([outputs], wanted, grad_outputs=[middle(tangent[""])], retain_graph=True)
+
+    return apply
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Several times faster than a tensor of truth values; NaN carries over to both ends."""
+    return not tensor.numel() or all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
+
+
+LINEARISATIONS = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher, "residual": _residual}
+
+
+def _grad(outputs: Sequence[Tensor], inputs: Tensors, **settings: Any) -> dict[str, Tensor]:
+    """``torch.autograd.grad`` by name; without the inputs that the outputs do not depend on."""
+    if not outputs or not inputs:
+        return {}
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), allow_unused=True, **settings)
+    return {
+        name: gradient
+        for name, gradient in zip(inputs, gradients, strict=True)
+        if gradient is not None
+    }

@@ -1,0 +1,144 @@
+"""The command line: ``blockspec run|plan|plot|compare|show``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from rich.console import Console
+
+from blockspec.runs import report
+from blockspec.engine.estimate import plan_spectra
+from blockspec.runs.factories import find_factory
+from blockspec.engine.plan import Plan
+from blockspec.runs.progress import progress_bars
+from blockspec.runs.run import BlockSettings, EstimateSettings, Resources, RunSettings, measure, prepare, stages
+
+console = Console(stderr=True)
+
+
+def run(settings: RunSettings, resources: Resources, out: Path, *, plots: bool) -> None:
+    """Estimates spectra and leaves a run folder."""
+    first = _join_processes()
+
+    def announce(plan: Plan, stages: int) -> None:
+        if first:
+            report.show_totals(plan, console, stages=stages)
+
+    with progress_bars(shown=first) as progress:
+        factory = find_factory(settings.model)
+        announced = announce if resources.plan else None
+        measure(settings, factory, out, resources=resources, progress=progress, announce=announced)
+    if first:
+        if plots:
+            report.draw(out)
+        report.show(out)
+
+
+def plan(settings: RunSettings, resources: Resources) -> None:
+    """Prints what a run would cost, going by its first stage."""
+    todo = stages(settings)
+    objective, blocks = prepare(settings, todo[0], find_factory(settings.model), resources.device)
+    cost = plan_spectra(objective, blocks, **asdict(settings.estimate), memory=resources.memory)
+    report.show_plan(cost, stages=len(todo))
+
+
+def plot(folder: Path) -> None:
+    """Draws the figures of a run anew from its tables."""
+    for path in report.draw(folder):
+        print(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit code 0, or 1 with one line; a traceback only with --debug."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        parsed = _parser().parse_args([argument for argument in arguments if argument != "--debug"])
+        _dispatch(parsed.subcommand, parsed[parsed.subcommand])
+    except KeyboardInterrupt:
+        told = " (another process has ended: its message says why)" if _launched() else ""
+        told = f"blockspec: stopped{told}; the same command goes on from the last saved state"
+        console.print(told, highlight=False, soft_wrap=True)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        console.print(f"blockspec: error: {_one_line(error)}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="blockspec", description="Blockwise Hessian spectra of transformers.", exit_on_error=False)
+    commands = parser.add_subcommands(required=True)
+    for name, help in (
+        ("run", "estimate spectra and leave a run folder; a second call does what is not done yet"),
+        ("plan", "print what a run would cost: products, gradients, operations, time, peak memory"),
+    ):
+        command = ArgumentParser(description=help, exit_on_error=False)
+        command.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; later arguments override it")
+        command.add_class_arguments(RunSettings)
+        command.add_class_arguments(Resources)
+        command.add_argument("--out", type=Path, required=name == "run", help="the run's folder")
+        command.add_argument("--plots", type=bool, default=True, help="draw the figures at the end")
+        commands.add_subcommand(name, command, help=help)
+    for name, help in (("plot", "draw the figures of a run anew; needs no model"), ("show", "print what a run found")):
+        command = ArgumentParser(description=help, exit_on_error=False)
+        command.add_argument("folder", type=Path, help="a run's folder")
+        commands.add_subcommand(name, command, help=help)
+    command = ArgumentParser(description="set runs side by side: heterogeneity and spectra", exit_on_error=False)
+    command.add_argument("folders", type=Path, nargs="+", help="folders of runs")
+    command.add_argument("--out", type=Path, required=True, help="folder for the table and the figure")
+    commands.add_subcommand("compare", command, help="set runs side by side: heterogeneity and spectra")
+    return parser
+
+
+def _dispatch(command: str, given: Namespace) -> None:
+    if command in ("run", "plan"):
+        settings, resources = (_build(kind, given) for kind in (RunSettings, Resources))
+        if command == "run":
+            run(settings, resources, given.out, plots=given.plots)
+        else:
+            plan(settings, resources)
+    elif command == "compare":
+        report.compare(given.folders, given.out)
+    else:
+        {"plot": plot, "show": report.show}[command](given.folder)
+
+
+def _build(kind: Any, given: Namespace) -> Any:
+    """The dataclass from its flat arguments; nested dataclasses are namespaces."""
+    values = {field.name: given[field.name] for field in fields(kind)}
+    nested = {"blocks": BlockSettings, "estimate": EstimateSettings}
+    return kind(**{name: nested[name](**vars(value)) if name in nested else value for name, value in values.items()})
+
+
+def _join_processes() -> bool:
+    """Joins the other processes where a launcher started several; whether this one is the first."""
+    if not _launched():
+        return True
+    from accelerate import PartialState
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a launcher ends the others when one has died
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+
+def _launched() -> bool:
+    """Whether this is one of several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    known = (ValueError, TypeError, OSError, ArgumentError, KeyError)
+    return text if isinstance(error, known) and text else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Spectra of many blocks: saved, loaded, selected, mixed, summarised."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from blockspec.model.blocks import Block
+from blockspec.spectra.spectrum import Spectrum
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an estimate took: shared forward-and-backward passes, and products of one vector, each over one batch."""
+
+    gradients: int
+    products: int
+
+
+class Spectra(Mapping[str, Spectrum]):
+    """Spectra by block name, in the order of the blocks; read-only."""
+
+    def __init__(self, spectra: Iterable[Spectrum], *, cost: Cost | None = None) -> None:
+        self._spectra = {spectrum.block.name: spectrum for spectrum in spectra}
+        self.cost = cost
+
+    def __getitem__(self, name: str) -> Spectrum:
+        try:
+            return self._spectra[name]
+        except KeyError:
+            near = difflib.get_close_matches(name, self._spectra, n=3, cutoff=0.0)
+            raise KeyError(
+                f"no spectrum of a block {name!r}; the nearest names are {near}"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spectra)
+
+    def __len__(self) -> int:
+        return len(self._spectra)
+
+    def __repr__(self) -> str:
+        return f"Spectra of {len(self)} blocks: {', '.join(list(self)[:3])}{', ...' if len(self) > 3 else ''}"
+
+    def select(
+        self, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
+    ) -> Spectra:
+        """The spectra whose block names match a glob of ``include`` and none of ``exclude``."""
+        return Spectra(s for name, s in self.items() if _kept(name, include, exclude))
+
+    def frame(self, *, step: int = 0) -> pd.DataFrame:
+        """The tidy table that :meth:`save` writes: one row per node of each probe of each block; ``step`` is a column."""
+        return pd.concat([_frame(spectrum, step) for spectrum in self.values()], ignore_index=True)
+
+    def save(self, path: str | os.PathLike[str], *, step: int = 0) -> None:
+        """Writes the table as parquet, whole or not at all."""
+        write_parquet(self.frame(step=step), path)
+
+    def summary(self) -> pd.DataFrame:
+        """A row a block: extreme eigenvalues, trace, and how far to trust them."""
+        return pd.DataFrame([_summary(spectrum) for spectrum in self.values()]).set_index("block")
+
+
+def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
+    """The mixture of the blocks' spectra by number of parameters: what the full spectrum would be if the matrix were block
+    diagonal. Blocks must be disjoint: leave ``model`` out.
+
+    The probes of different blocks are independent, so the k-th probe of the mixture is made of the k-th of each block, and
+    its spread over k is its error. Blocks that were done with different numbers of probes are averaged into one row, whose
+    standard error cannot be known.
+    """
+    parts = list(spectra.values())
+    if not parts:
+        raise ValueError("no spectra to mix: the mapping is empty")
+    if len(parts) > 1 and any(part.block.name == "model" for part in parts):
+        raise ValueError(
+            "'model' overlaps the other blocks: mix disjoint ones, e.g. spectra.select(exclude='model')"
+        )
+    total = sum(part.block.numel for part in parts)
+    counts = {part.num_probes for part in parts if not part.exact}
+    probes = counts.pop() if len(counts) == 1 else 1
+    rows = [_rows(part, probes) for part in parts]
+    nodes, residuals, known = (np.concatenate([row[i] for row in rows], axis=1) for i in (0, 2, 3))
+    weights = np.concatenate(
+        [r[1] * p.block.numel / total for r, p in zip(rows, parts, strict=True)], axis=1
+    )
+    order = np.argsort(nodes, axis=1)
+    return replace(
+        parts[0],
+        block=Block(name="block_diagonal", kind="other", layer=None, numel=total),
+        nodes=np.take_along_axis(nodes, order, 1),
+        weights=np.take_along_axis(weights, order, 1),
+        residuals=np.take_along_axis(residuals, order, 1),
+        known=np.take_along_axis(known, order, 1),
+        steps=np.full(len(nodes), sum(int(part.steps.max()) for part in parts)),
+        breakdown=np.full(len(nodes), all(part.breakdown.all() for part in parts)),
+        orthogonality=np.full(len(nodes), max(part.orthogonality.max() for part in parts)),
+        steps_error=np.full(
+            len(nodes), sum(p.steps_error.mean() * p.block.numel for p in parts) / total
+        ),
+        reorthogonalized=all(part.reorthogonalized for part in parts),
+        exact=all(part.exact for part in parts),
+        precision_error=sum(part.precision_error * part.block.numel for part in parts) / total,
+    )
+
+
+def _rows(part: Spectrum, probes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes, weights, residuals, known of ``probes`` rows: an exact row repeated, the probes themselves, or all in one."""
+    arrays = (part.nodes, part.weights, part.residuals, part.known)
+    if part.exact:
+        nodes, weights, residuals, known = (np.tile(array[:1], (probes, 1)) for array in arrays)
+    elif part.num_probes == probes:
+        nodes, weights, residuals, known = arrays
+    else:
+        nodes, weights, residuals, known = (array.reshape(1, -1) for array in arrays)
+        weights = weights / part.num_probes
+    return nodes, weights, residuals, known
+
+
+def load_spectra(path: str | os.PathLike[str], *, step: int | None = None) -> Spectra:
+    """The spectra of a file that :meth:`Spectra.save` or a run wrote; ``step`` chooses one where it holds several.
+
+    Raises FileNotFoundError, and ValueError for a file that is no table of spectra or a step that it does not hold.
+    """
+    table = read_table(path)
+    steps = table["step"].unique().tolist()
+    if step is None and len(steps) > 1:
+        raise ValueError(f"{path} holds the steps {steps}: choose one with step=")
+    if step is not None and step not in steps:
+        raise ValueError(f"{path} has no step {step}; it holds {steps}")
+    return spectra_of(table if step is None else table[table["step"] == step])
+
+
+def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """The tidy table of a spectra file."""
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(
+            f"{path} is not a parquet file of spectra ({error}); run again to write it anew"
+        ) from error
+    for name, value in {
+        "precision_error": 0.0,
+        "known": False,
+    }.items():  # what files, or stages, of earlier versions lack
+        if name not in table:
+            table[name] = value
+        elif table[name].isna().any():
+            table[name] = (
+                table[name].astype(object).where(table[name].notna(), value).astype(type(value))
+            )
+    if missing := set(COLUMNS) - set(table.columns):
+        raise ValueError(
+            f"{path} is not a table of spectra: it lacks the columns {sorted(missing)}"
+        )
+    return table
+
+
+def spectra_of(table: pd.DataFrame) -> Spectra:
+    """The spectra of one step of a tidy table."""
+    return Spectra(_spectrum(rows) for _, rows in table.groupby("block", sort=False))
+
+
+PER_BLOCK = (
+    "reorthogonalized",
+    "exact",
+    "curvature",
+    "dtype",
+    "distribution",
+    "seed",
+    "precision_error",
+)
+PER_PROBE = ("steps", "breakdown", "orthogonality", "steps_error")
+PER_NODE = {"node": "nodes", "weight": "weights", "residual": "residuals", "known": "known"}
+COLUMNS = (
+    "step",
+    "block",
+    "kind",
+    "layer",
+    "numel",
+    "probe",
+    "index",
+    *PER_NODE,
+    *PER_PROBE,
+    *PER_BLOCK,
+)
+
+
+def _frame(spectrum: Spectrum, step: int) -> pd.DataFrame:
+    probes, places = spectrum.nodes.shape
+    block = spectrum.block
+    columns: dict[str, object] = {
+        "step": step,
+        "block": block.name,
+        "kind": block.kind,
+        "layer": block.layer,
+    }
+    columns |= {"numel": block.numel, "probe": np.repeat(np.arange(probes), places)}
+    columns |= {"index": np.tile(np.arange(places), probes)}
+    columns |= {column: getattr(spectrum, name).ravel() for column, name in PER_NODE.items()}
+    columns |= {name: np.repeat(getattr(spectrum, name), places) for name in PER_PROBE}
+    columns |= {name: getattr(spectrum, name) for name in PER_BLOCK}
+    return pd.DataFrame(columns).astype({"layer": "Int64"})[list(COLUMNS)]
+
+
+def _spectrum(rows: pd.DataFrame) -> Spectrum:
+    first = rows.iloc[0]
+    probes = int(rows["probe"].nunique())
+    layer = None if pd.isna(first["layer"]) else int(first["layer"])
+    arrays: dict[str, Any] = {
+        name: rows[column].to_numpy().reshape(probes, -1) for column, name in PER_NODE.items()
+    }
+    arrays |= {name: rows[name].to_numpy().reshape(probes, -1)[:, 0] for name in PER_PROBE}
+    arrays |= {
+        name: first[name].item() if hasattr(first[name], "item") else first[name]
+        for name in PER_BLOCK
+    }
+    block = Block(name=first["block"], kind=first["kind"], layer=layer, numel=int(first["numel"]))
+    return Spectrum(block=block, **arrays)
+
+
+def _summary(spectrum: Spectrum) -> dict[str, object]:
+    block, trace = spectrum.block, spectrum.trace
+    return {
+        "block": block.name,
+        "kind": block.kind,
+        "layer": block.layer,
+        "numel": block.numel,
+        "largest": spectrum.largest.value,
+        "smallest": spectrum.smallest.value,
+        "residual": max(spectrum.largest.residual, spectrum.smallest.residual),
+        "trace": trace.value,
+        "trace_stderr": trace.stderr,
+        "error": spectrum.error,
+        "probes": spectrum.num_probes,
+        "steps": int(spectrum.steps.max()),
+        "exact": spectrum.exact,
+    }
+
+
+def _kept(
+    name: str, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+) -> bool:
+    def matches(patterns: str | Iterable[str]) -> bool:
+        return any(
+            fnmatchcase(name, pattern)
+            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+        )
+
+    return (include is None or matches(include)) and not (exclude is not None and matches(exclude))
+
+
+def write_parquet(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Writes whole or not at all: under a temporary name in the same folder, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        table.to_parquet(partial, index=False, compression="zstd")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,198 @@
+"""The spectrum of one block: quadrature nodes and weights, and what is read off them: moments, extreme eigenvalues, densities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from blockspec.model.blocks import Block
+from blockspec.numerics.density import RELATIVE_WIDTH, smooth
+from blockspec.numerics.measures import CONFIDENCE, likely_weights, probe_error
+
+RESOLUTION = 1e-4  # eigenvalues closer to zero than this, relative to the largest one, are one point on the default scale
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error over probes; None where it cannot be known (one probe), 0 where it is exact. Over K probes
+    it has K - 1 degrees of freedom: intervals take Student's t."""
+
+    value: float
+    stderr: float | None
+
+    def __float__(self) -> float:
+        return self.value
+
+
+class RitzValue(NamedTuple):
+    """An approximate eigenvalue: a true one lies within ``residual`` of ``value``."""
+
+    value: float
+    residual: float
+
+    def __float__(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The spectrum of one block as K quadratures: ``sum_i weights[k, i] f(nodes[k, i])`` estimates tr f(H_bb) / P.
+
+    block: name, kind, layer, numel (P).
+    nodes: (K, M) Ritz values in ascending order, in units of the loss over squared parameters.
+    weights: (K, M) quadrature weights; each row sums to 1. Places that an ended probe did not use have weight 0 and
+        repeat its last node.
+    residuals: (K, M) an eigenvalue lies within residual of the node.
+    known: (K, M) True where a node is an eigenvalue that has its exact weight 1/P, the same in all rows, because its vector is
+        known; only the rest is noisy. Left out: everywhere where ``exact``, else nowhere.
+    steps: (K,) Lanczos steps done; without those of a probe that found what is known, and is no part of this.
+    breakdown: (K,) True where the probe ended in an invariant subspace: its nodes are eigenvalues.
+    orthogonality: (K,) max |Q'Q - I| of the Krylov basis; nan where it was not kept.
+    steps_error: (K,) how far each probe's quadrature is from the probe's spectral measure: Wasserstein-1 distance, in units of
+        an eigenvalue; see :func:`blockspec.engine.accuracy.steps_error`.
+    reorthogonalized: False: converged eigenvalues may appear several times; do not count them.
+    exact: True: all P eigenvalues, weight 1/P each; nothing is estimated.
+    curvature, dtype, distribution, seed: which matrix, in which precision, and how the probes were drawn.
+    precision_error: expected distance between the spectra of the products as they were computed (``tf32``, ``bfloat16``) and in
+        the parameters' precision; 0 where that was used.
+    """
+
+    block: Block
+    nodes: np.ndarray
+    weights: np.ndarray
+    residuals: np.ndarray
+    steps: np.ndarray
+    breakdown: np.ndarray
+    orthogonality: np.ndarray
+    steps_error: np.ndarray
+    reorthogonalized: bool
+    exact: bool
+    curvature: str
+    dtype: str
+    distribution: str
+    seed: int
+    precision_error: float = 0.0
+    known: np.ndarray = field(default=None)  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        if self.known is None:
+            object.__setattr__(self, "known", np.full(self.nodes.shape, self.exact))
+
+    @property
+    def num_probes(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def is_zero(self) -> bool:
+        """The block has no curvature at all: the loss does not depend on it, or only linearly."""
+        return not self.nodes.any()
+
+    @property
+    def trace(self) -> Estimate:
+        """Trace of the block; unit of an eigenvalue."""
+        mean = self.moment(1)
+        numel = self.block.numel
+        return Estimate(numel * mean.value, None if mean.stderr is None else numel * mean.stderr)
+
+    @property
+    def largest(self) -> RitzValue:
+        """The algebraically largest Ritz value of all probes: a lower bound, up to its residual and rounding."""
+        return self._ritz(np.argmax(self.nodes))
+
+    @property
+    def smallest(self) -> RitzValue:
+        """The algebraically smallest (most negative) Ritz value of all probes."""
+        return self._ritz(np.argmin(self.nodes))
+
+    @property
+    def norm(self) -> float:
+        """Spectral norm, as far as it is known: the largest Ritz value in magnitude."""
+        return float(np.abs(self.nodes).max())
+
+    @property
+    def error(self) -> float:
+        """The estimated spectrum is within this Wasserstein-1 distance of the true one, in units of an eigenvalue, with about
+        95 % confidence: the error of the steps and the expected error of the probes, times ``accuracy.CONFIDENCE``. Divide by
+        :attr:`norm` to compare with a tolerance. 0 for exact spectra; reduced precision adds its own error to all."""
+        precision = CONFIDENCE * self.precision_error
+        if self.exact:
+            return precision
+        noisy = ~self.known
+        likely = likely_weights(self.nodes, self.weights, self.residuals, self.block.numel)
+        share = float(self.weights[noisy].sum()) / self.num_probes
+        probes = (
+            share
+            * probe_error(self.nodes[noisy], likely[noisy], share * self.block.numel)
+            / math.sqrt(self.num_probes)
+        )
+        return float(self.steps_error.mean()) + CONFIDENCE * probes + precision
+
+    def _ritz(self, place: np.intp) -> RitzValue:
+        return RitzValue(float(self.nodes.flat[place]), float(self.residuals.flat[place]))
+
+    def moment(self, k: int) -> Estimate:
+        """tr(H^k) / P: the mean over probes of ``v' H^k v`` with v of norm 1; exact per probe for k <= 2M - 1,
+        without known eigenvalues."""
+        return self.mean(lambda nodes: nodes**k)
+
+    def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+        """tr f(H) / P for a function f of an array of eigenvalues."""
+        return estimate((self.weights * function(self.nodes)).sum(1), exact=self.exact)
+
+    def cdf(self, points: np.ndarray) -> np.ndarray:
+        """(G,) share of the eigenvalues that are at most ``points`` (G,), mean over probes."""
+        order = np.argsort(self.nodes, axis=None)
+        cumulated = (
+            np.concatenate([[0.0], np.cumsum(self.weights.ravel()[order])]) / self.num_probes
+        )
+        return cumulated[np.searchsorted(self.nodes.ravel()[order], points, side="right")]
+
+    @property
+    def linear(self) -> float:
+        """Where the default scale turns from linear to logarithmic: the median magnitude of the eigenvalues, but at least
+        ``RESOLUTION`` of the largest magnitude; 1 for a block of zeros."""
+        sizes = np.abs(self.nodes).ravel()
+        order = np.argsort(sizes)
+        half = np.searchsorted(np.cumsum(self.weights.ravel()[order]), 0.5 * self.num_probes)
+        return max(float(sizes[order][min(half, len(order) - 1)]), RESOLUTION * self.norm) or 1.0
+
+    def grid(self, points: int = 2000, *, linear: float | None = None) -> np.ndarray:
+        """(points,) eigenvalues that cover the spectrum and its smoothed edges, even on the scale asinh(x / linear)."""
+        linear = linear or self.linear
+        margin = 5 * RELATIVE_WIDTH
+        low, high = np.arcsinh(np.array([self.nodes.min(), self.nodes.max()]) / linear)
+        return linear * np.sinh(np.linspace(low - margin, high + margin, points))
+
+    def densities(
+        self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None
+    ) -> np.ndarray:
+        """(K, G) the density of each probe; see :meth:`density`. Their spread over probes is its error bar."""
+        return np.stack(
+            [
+                smooth(n, w, grid, width, linear or self.linear)
+                for n, w in zip(self.nodes, self.weights, strict=True)
+            ]
+        )
+
+    def density(
+        self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None
+    ) -> np.ndarray:
+        """(G,) spectral density at the eigenvalues ``grid`` (G,), mean over probes; integrates to 1 over all eigenvalues.
+
+        width: standard deviation of a Gaussian kernel in units of an eigenvalue. None: a kernel of width
+            ``RELATIVE_WIDTH`` on the scale asinh(x / linear), that is 0.2 * linear around zero and 20 % of the eigenvalue
+            far from it. A single width that suits the outliers hides the bulk: it is never the default.
+        linear: see :attr:`linear`, its default; only used where ``width`` is None.
+        """
+        return self.densities(grid, width, linear=linear).mean(0)
+
+
+def estimate(samples: np.ndarray, *, exact: bool = False) -> Estimate:
+    """Mean and standard error of K independent samples."""
+    if exact:
+        return Estimate(float(samples[0]), 0.0)
+    stderr = float(samples.std(ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else None
+    return Estimate(float(samples.mean()), stderr)

@@ -1,0 +1,1 @@
+"""Traces, diagonals, eigenpairs, couplings, norms, matrices, landscapes."""

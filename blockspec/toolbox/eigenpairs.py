@@ -1,0 +1,138 @@
+"""Extreme eigenpairs of a block by Lanczos with thick restarts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from blockspec.model.blocks import Block
+from blockspec.model.objective import Objective
+from blockspec.numerics.probes import draw_probe
+from blockspec.numerics.ranks import arrange
+from blockspec.numerics.restarts import Found, Search
+from blockspec.products.curvature import Products
+from blockspec.products.requests import block_dtype, checked_blocks
+from blockspec.products.sweeps import run_together
+from blockspec.spectra.collection import Cost
+
+ORDERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "magnitude": np.abs,
+    "largest": np.positive,
+    "smallest": np.negative,
+}
+"""``which`` -> what is to be large."""
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenpairs:
+    """k eigenpairs of one block, the wanted ones first.
+
+    values: (k,) Ritz values. vectors: (k, P) orthonormal Ritz vectors, as the block's vectors are laid out.
+    residuals: (k,) ``||H u - value u||``: an eigenvalue lies within it of the value.
+    converged: (k,) residual at most the tolerance times the norm of the matrix, as far as it is known.
+    complete: a search from another random vector, orthogonal to these, has found nothing that belongs among them: no copy of
+        a repeated eigenvalue is missing.
+    products: products of the block with a vector that were taken.
+    """
+
+    block: Block
+    values: np.ndarray
+    vectors: Tensor = field(repr=False)
+    residuals: np.ndarray
+    converged: np.ndarray
+    complete: bool
+    products: int
+    cost: Cost
+    which: str
+    curvature: str
+
+
+def top_eigenpairs(
+    objective: Objective,
+    block: Block,
+    k: int = 1,
+    which: str = "magnitude",
+    *,
+    tolerance: float = 1e-3,
+    basis: int | None = None,
+    max_products: int | None = None,
+    seed: int = 0,
+    curvature: str = "hessian",
+    progress: Callable[[int], None] | None = None,
+) -> Eigenpairs:
+    """The k extreme eigenpairs of a block of a curvature matrix, or of the full one (``partition(model, "model")[0]``).
+
+    which: ``"magnitude"``, ``"largest"`` (algebraically) or ``"smallest"`` (the most negative).
+    tolerance: bound on the residuals, relative to the norm of the matrix. The error of a well separated eigenvalue is of
+        the order of its square.
+    basis: vectors (P,) that are kept at once, at most; None: ``max(2 k + 1, 20)``, as ARPACK does. Lanczos is restarted with the
+        best of them (thick restarts: Wu, Simon 2000), fully reorthogonalised. After convergence the search goes on, orthogonal to
+        what was found, from a new random vector until nothing better can be there: a Krylov space holds one vector of each
+        eigenspace only.
+    max_products: None: ``40 k + 400``. What has not converged then is marked, and a warning says so.
+    progress: called with the number of products done.
+
+    Raises ValueError for settings out of range, and as :func:`blockspec.estimate_spectra` does.
+    """
+    (block,) = checked_blocks(objective, block)
+    if which not in ORDERS:
+        raise ValueError(f"which is one of {tuple(ORDERS)}, got {which!r}")
+    if not 1 <= k <= block.numel:
+        raise ValueError(
+            f"k is between 1 and the {block.numel} parameters of block {block.name!r}, got {k}"
+        )
+    if not 0 < tolerance < 1:
+        raise ValueError(
+            f"tolerance is relative to the norm of the matrix, between 0 and 1 (both excluded), got {tolerance}"
+        )
+    if basis is not None and basis < k + 2:
+        raise ValueError(f"basis is at least k + 2 = {k + 2} vectors, got {basis}")
+    products = Products(objective, curvature, ranks=arrange(1))
+    objective.check()
+    dtype, device = block_dtype(objective, block), objective.device
+
+    def draw(number: int) -> Tensor:
+        probe = draw_probe(
+            block.name, block.numel, seed=seed, probe=number, distribution="gaussian"
+        )
+        return probe.to(device, dtype)
+
+    most = max_products or 40 * k + 400
+    search = Search(
+        draw,
+        k,
+        ORDERS[which],
+        tolerance=tolerance,
+        basis=basis or max(2 * k + 1, 20),
+        max_products=most,
+    )
+    found = run_together({block: search.run()}, products, progress=progress)[block]
+    if not found.converged.all() or not found.complete:
+        _warn(block, found, search)
+    cost = Cost(products.gradients, products.products)
+    return Eigenpairs(
+        block=block,
+        products=search.products,
+        cost=cost,
+        which=which,
+        curvature=curvature,
+        **vars(found),
+    )
+
+
+def _warn(block: Block, found: Found, search: Search) -> None:
+    missing = int((~found.converged).sum())
+    what = (
+        f"{missing} of {search.k} eigenpairs have not converged"
+        if missing
+        else "repeated eigenvalues may be missing"
+    )
+    warnings.warn(
+        f"{block.name!r}: {what} after {search.products} products (relative residual {found.residuals.max() / search.scale:.1e}, "
+        f"tolerance {search.tolerance:.1e}); allow more max_products or a larger basis",
+        stacklevel=3,
+    )
