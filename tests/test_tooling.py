@@ -61,15 +61,6 @@ def test_the_package_is_typed_for_its_users():
     assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["blockspec"]
 
 
-def test_every_package_of_the_folder_is_installed():
-    folders = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for path in MODULES
-        if path.name == "__init__.py"
-    }
-    assert folders == set(PROJECT["tool"]["setuptools"]["packages"])
-
-
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names(name):
     found = getattr(blockspec, name)
@@ -92,39 +83,6 @@ def test_the_package_needs_nothing_that_is_not_declared(path):
     )
     integrations = {"pytorch_lightning", "lightning"} if "integrations" in path.parts else set()
     assert top <= allowed | integrations
-
-
-ROAD = (
-    "attention",
-    "objective",
-    "blocks",
-    "curvature",
-    "lanczos",
-    "spectra",
-    "heterogeneity",
-    "plots",
-)
-
-
-@pytest.mark.parametrize("stop", ROAD)
-def test_each_stop_of_the_road_imports_only_from_stops_before(stop):
-    """Directly or through the modules beside the road."""
-    reached, todo = set(), [stop]
-    while todo:
-        path = ROOT / "blockspec" / f"{todo.pop()}.py"
-        names = {
-            name.lstrip(".").split(".")[0]
-            for name in imports(path)
-            if name.startswith(".") and name != "."
-        }
-        todo += [name for name in names - reached if (ROOT / "blockspec" / f"{name}.py").exists()]
-        reached |= names
-    assert not reached & set(ROAD[ROAD.index(stop) :])
-
-
-def test_lanczos_knows_nothing_of_models():
-    names = set(imports(ROOT / "blockspec" / "lanczos.py"))
-    assert not names & {".blocks", ".objective", ".curvature", ".losses", "transformers"}
 
 
 def test_nothing_needs_torchvision_or_timm():

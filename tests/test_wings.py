@@ -52,11 +52,3 @@ def test_every_wing_is_known_and_the_picture_holds_no_other():
         "__main__.py",
         "losses.py",
     }
-
-
-@pytest.mark.parametrize("folder", ["language_models", "vision_models", "training"])
-def test_the_package_imports_from_no_other_folder(folder):
-    for path in PACKAGE.rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        assert f"import {folder}" not in text, path
-        assert f"from {folder}" not in text, path
