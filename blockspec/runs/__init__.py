@@ -1,0 +1,1 @@
+"""A run: its folder, the command line, the report."""
