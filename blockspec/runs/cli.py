@@ -13,12 +13,20 @@ import torch
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 
-from blockspec.runs import report
 from blockspec.engine.estimate import plan_spectra
-from blockspec.runs.factories import find_factory
 from blockspec.engine.plan import Plan
+from blockspec.runs import report
+from blockspec.runs.factories import find_factory
 from blockspec.runs.progress import progress_bars
-from blockspec.runs.run import BlockSettings, EstimateSettings, Resources, RunSettings, measure, prepare, stages
+from blockspec.runs.run import (
+    BlockSettings,
+    EstimateSettings,
+    Resources,
+    RunSettings,
+    measure,
+    prepare,
+    stages,
+)
 
 console = Console(stderr=True)
 
@@ -70,32 +78,51 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        console.print(f"blockspec: error: {_one_line(error)}", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"blockspec: error: {_one_line(error)}", highlight=False, markup=False, soft_wrap=True
+        )
         sys.exit(1)
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="blockspec", description="Blockwise Hessian spectra of transformers.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="blockspec",
+        description="Blockwise Hessian spectra of transformers.",
+        exit_on_error=False,
+    )
     commands = parser.add_subcommands(required=True)
     for name, help in (
         ("run", "estimate spectra and leave a run folder; a second call does what is not done yet"),
         ("plan", "print what a run would cost: products, gradients, operations, time, peak memory"),
     ):
         command = ArgumentParser(description=help, exit_on_error=False)
-        command.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; later arguments override it")
+        command.add_argument(
+            "--config",
+            action=ActionConfigFile,
+            help="YAML file of settings; later arguments override it",
+        )
         command.add_class_arguments(RunSettings)
         command.add_class_arguments(Resources)
         command.add_argument("--out", type=Path, required=name == "run", help="the run's folder")
         command.add_argument("--plots", type=bool, default=True, help="draw the figures at the end")
         commands.add_subcommand(name, command, help=help)
-    for name, help in (("plot", "draw the figures of a run anew; needs no model"), ("show", "print what a run found")):
+    for name, help in (
+        ("plot", "draw the figures of a run anew; needs no model"),
+        ("show", "print what a run found"),
+    ):
         command = ArgumentParser(description=help, exit_on_error=False)
         command.add_argument("folder", type=Path, help="a run's folder")
         commands.add_subcommand(name, command, help=help)
-    command = ArgumentParser(description="set runs side by side: heterogeneity and spectra", exit_on_error=False)
+    command = ArgumentParser(
+        description="set runs side by side: heterogeneity and spectra", exit_on_error=False
+    )
     command.add_argument("folders", type=Path, nargs="+", help="folders of runs")
-    command.add_argument("--out", type=Path, required=True, help="folder for the table and the figure")
-    commands.add_subcommand("compare", command, help="set runs side by side: heterogeneity and spectra")
+    command.add_argument(
+        "--out", type=Path, required=True, help="folder for the table and the figure"
+    )
+    commands.add_subcommand(
+        "compare", command, help="set runs side by side: heterogeneity and spectra"
+    )
     return parser
 
 
@@ -116,7 +143,12 @@ def _build(kind: Any, given: Namespace) -> Any:
     """The dataclass from its flat arguments; nested dataclasses are namespaces."""
     values = {field.name: given[field.name] for field in fields(kind)}
     nested = {"blocks": BlockSettings, "estimate": EstimateSettings}
-    return kind(**{name: nested[name](**vars(value)) if name in nested else value for name, value in values.items()})
+    return kind(
+        **{
+            name: nested[name](**vars(value)) if name in nested else value
+            for name, value in values.items()
+        }
+    )
 
 
 def _join_processes() -> bool:
@@ -125,7 +157,9 @@ def _join_processes() -> bool:
         return True
     from accelerate import PartialState
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a launcher ends the others when one has died
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # how a launcher ends the others when one has died
     return PartialState(cpu=not torch.cuda.is_available()).is_main_process
 
 
@@ -137,7 +171,11 @@ def _launched() -> bool:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     known = (ValueError, TypeError, OSError, ArgumentError, KeyError)
-    return text if isinstance(error, known) and text else f"{type(error).__name__}: {text} (--debug shows where)"
+    return (
+        text
+        if isinstance(error, known) and text
+        else f"{type(error).__name__}: {text} (--debug shows where)"
+    )
 
 
 if __name__ == "__main__":

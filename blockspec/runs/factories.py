@@ -25,16 +25,26 @@ def find_factory(name: str) -> Factory:
     if ":" not in name:
         return lambda **arguments: hugging_face(name, **arguments)
     module_name, function_name = name.split(":", 1)
-    if str(Path.cwd()) not in sys.path:  # a console script does not look in the working folder, where users' factories are
+    if (
+        str(Path.cwd()) not in sys.path
+    ):  # a console script does not look in the working folder, where users' factories are
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ValueError(f"no module {module_name!r} for the factory {name!r} ({error}); run from the folder it is in") from error
+        raise ValueError(
+            f"no module {module_name!r} for the factory {name!r} ({error}); run from the folder it is in"
+        ) from error
     factory = getattr(module, function_name, None)
     if not callable(factory):
-        functions = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module_name and n[0] != "_"]
-        raise ValueError(f"module {module_name!r} has no factory {function_name!r}; it has {functions}")
+        functions = [
+            n
+            for n, f in vars(module).items()
+            if inspect.isfunction(f) and f.__module__ == module_name and n[0] != "_"
+        ]
+        raise ValueError(
+            f"module {module_name!r} has no factory {function_name!r}; it has {functions}"
+        )
     return factory
 
 
@@ -66,21 +76,32 @@ def hugging_face(
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     masked = any("MaskedLM" in architecture for architecture in config.architectures or [])
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    model = auto.from_pretrained(checkpoint or name, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    model = auto.from_pretrained(
+        checkpoint or name, trust_remote_code=trust_remote_code, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     ids = torch.tensor(tokenizer(_text(text), verbose=False)["input_ids"])
     wanted = tokens * batch_size * num_batches
     if len(ids) < wanted:
-        raise ValueError(f"the text has {len(ids)} tokens; {num_batches} batches of {batch_size} x {tokens} need {wanted}")
+        raise ValueError(
+            f"the text has {len(ids)} tokens; {num_batches} batches of {batch_size} x {tokens} need {wanted}"
+        )
     batches = ids[:wanted].reshape(num_batches, batch_size, tokens)
     if not masked:
         return model, [{"input_ids": batch} for batch in batches], losses.next_token
-    return model, [_masked(batch, tokenizer.mask_token_id, mask_share) for batch in batches], losses.masked_token
+    return (
+        model,
+        [_masked(batch, tokenizer.mask_token_id, mask_share) for batch in batches],
+        losses.masked_token,
+    )
 
 
 def _masked(batch: torch.Tensor, mask_token: int, share: float) -> dict[str, torch.Tensor]:
     chosen = torch.rand(batch.shape, generator=torch.Generator().manual_seed(0)) < share
-    return {"input_ids": batch.masked_fill(chosen, mask_token), "labels": batch.masked_fill(~chosen, losses.IGNORED)}
+    return {
+        "input_ids": batch.masked_fill(chosen, mask_token),
+        "labels": batch.masked_fill(~chosen, losses.IGNORED),
+    }
 
 
 def _text(path: str | None) -> str:

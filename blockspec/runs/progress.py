@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 @contextmanager
@@ -20,11 +27,15 @@ def progress_bar(label: str, *, unit: str = "products") -> Iterator[Callable[...
 
 
 @contextmanager
-def progress_bars(*, unit: str = "products", shown: bool = True) -> Iterator[Callable[[str, int, int | None], None]]:
+def progress_bars(
+    *, unit: str = "products", shown: bool = True
+) -> Iterator[Callable[[str, int, int | None], None]]:
     """A function ``(label, done, total)`` that draws a bar for each label."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[counted]}"))
     console = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not shown) as bars:
+    with Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not shown
+    ) as bars:
         tasks: dict[str, TaskID] = {}
 
         def update(label: str, done: int, total: int | None) -> None:

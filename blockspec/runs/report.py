@@ -10,9 +10,9 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from blockspec.engine.plan import Plan
 from blockspec.figures import plots
 from blockspec.numerics.memory import readable
-from blockspec.engine.plan import Plan
 from blockspec.runs.run import read_json
 from blockspec.spectra.collection import Spectra, read_table, spectra_of, write_parquet
 
@@ -22,10 +22,16 @@ SHOWN = 30  # blocks in the printed plan
 def draw(run: Path) -> list[Path]:
     """Draws every figure that the run's tables have the data for; returns the paths of the png files."""
     table = read_table(run / "spectra.parquet")
-    by_step = {step: spectra_of(table[table["step"] == step]) for step in sorted(table["step"].unique().tolist())}
+    by_step = {
+        step: spectra_of(table[table["step"] == step])
+        for step in sorted(table["step"].unique().tolist())
+    }
     last = max(by_step)
     parts = by_step[last].select(exclude="model")
-    figures = {"esd_by_block": plots.esd_by_block(parts), "edges_by_block": plots.edges_by_block(parts)}
+    figures = {
+        "esd_by_block": plots.esd_by_block(parts),
+        "edges_by_block": plots.edges_by_block(parts),
+    }
     if "model" in by_step[last]:
         figures["esd_full"] = plots.esd_stages(by_step)
         figures["full_and_block_diagonal"] = plots.full_and_block_diagonal(by_step[last])
@@ -40,9 +46,13 @@ def _heterogeneity_figures(table: pd.DataFrame) -> dict[str, plots.Figure]:
     maps = _distances(table)
     steps = list(maps)
     chosen = dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]])
-    figures = {"distances": plots.distance_heatmaps({f"step {step}": maps[step] for step in chosen})}
+    figures = {
+        "distances": plots.distance_heatmaps({f"step {step}": maps[step] for step in chosen})
+    }
     if len(maps) > 1:
-        figures["heterogeneity"] = plots.heterogeneity_over_training(table[table["definition"] == "jensen-shannon"])
+        figures["heterogeneity"] = plots.heterogeneity_over_training(
+            table[table["definition"] == "jensen-shannon"]
+        )
     return figures
 
 
@@ -69,7 +79,8 @@ def summary(spectra: Spectra) -> pd.DataFrame:
             "largest": groups["largest"].max(),
             "smallest": groups["smallest"].min(),
             "mean": groups["trace"].sum() / groups["numel"].sum(),
-            "stderr": groups["trace_stderr"].apply(lambda s: (s**2).sum(skipna=False) ** 0.5) / groups["numel"].sum(),
+            "stderr": groups["trace_stderr"].apply(lambda s: (s**2).sum(skipna=False) ** 0.5)
+            / groups["numel"].sum(),
         }
     )
 
@@ -87,14 +98,18 @@ def show(run: Path) -> None:
         console.print(_rich(summary(spectra_of(rows)), title))
     _show_heterogeneity(run, console)
     console.print(
-        f"run folder: {run}  (run.json, spectra.parquet, heterogeneity.parquet, figures/)", highlight=False, soft_wrap=True
+        f"run folder: {run}  (run.json, spectra.parquet, heterogeneity.parquet, figures/)",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
 def show_plan(plan: Plan, *, stages: int = 1) -> None:
     """Prints the cost of an estimate: the dearest blocks, and the total."""
     console = Console()
-    table = Table(title=f"{len(plan.table)} blocks; one gradient of the objective takes {plan.gradient_seconds:.3g} s")
+    table = Table(
+        title=f"{len(plan.table)} blocks; one gradient of the objective takes {plan.gradient_seconds:.3g} s"
+    )
     for column in ("block", "parameters", "products", "gradients", "operations", "time"):
         table.add_column(column, justify="left" if column == "block" else "right", overflow="fold")
     dearest = plan.table.sort_values("seconds", ascending=False)
@@ -102,7 +117,11 @@ def show_plan(plan: Plan, *, stages: int = 1) -> None:
     if len(dearest) > SHOWN:
         shown.append((f"{len(dearest) - SHOWN} more", dearest.iloc[SHOWN:].sum(numeric_only=True)))
     for name, row in [*shown, ("all", plan.table.sum(numeric_only=True))]:
-        counts = (f"{int(row['parameters']):,}", f"{int(row['products']):,}", f"{row['gradients']:.4g}")
+        counts = (
+            f"{int(row['parameters']):,}",
+            f"{int(row['products']):,}",
+            f"{row['gradients']:.4g}",
+        )
         table.add_row(name, *counts, f"{row['flops']:.3g}", duration(row["seconds"]))
     console.print(table)
     show_totals(plan, console, stages=stages)
@@ -110,7 +129,11 @@ def show_plan(plan: Plan, *, stages: int = 1) -> None:
 
 def show_totals(plan: Plan, console: Console, *, stages: int = 1) -> None:
     """Prints what an estimate costs in all."""
-    micro_batch = "batches as they come" if plan.micro_batch is None else f"micro-batches of {plan.micro_batch}"
+    micro_batch = (
+        "batches as they come"
+        if plan.micro_batch is None
+        else f"micro-batches of {plan.micro_batch}"
+    )
     bound = "" if plan.limit is None else f" of {readable(plan.limit)}"
     time = f"time {duration(plan.seconds)} a model, {duration(plan.seconds * stages)} for {stages}"
     peak = f"peak memory {readable(plan.peak)}{bound}, {micro_batch}, {plan.passes} group(s) of processes"
@@ -125,7 +148,9 @@ def _outcome(stage: Mapping[str, Any]) -> str:
     parts = []
     for name, text in found.items():
         if stage.get(name) is not None:
-            parts.append(text(stage[name]) + (f" (planned {text(planned[name])})" if planned else ""))
+            parts.append(
+                text(stage[name]) + (f" (planned {text(planned[name])})" if planned else "")
+            )
     return ", peak ".join(parts)
 
 
@@ -133,7 +158,9 @@ def duration(seconds: float) -> str:
     """``2 h 05 min``, ``3 min 20 s``, ``4.2 s``"""
     if seconds >= 3600:
         return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
-    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" if seconds >= 60 else f"{seconds:.2g} s"
+    return (
+        f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" if seconds >= 60 else f"{seconds:.2g} s"
+    )
 
 
 def _show_heterogeneity(run: Path, console: Console) -> None:
@@ -155,7 +182,10 @@ def _rich(frame: pd.DataFrame, title: str) -> Table:
     for column in frame.columns:
         table.add_column(column, justify="right")
     for name, row in frame.iterrows():
-        cells = [f"{int(row[c]):,}" if c in ("blocks", "parameters", "step") else _number(row[c]) for c in frame.columns]
+        cells = [
+            f"{int(row[c]):,}" if c in ("blocks", "parameters", "step") else _number(row[c])
+            for c in frame.columns
+        ]
         table.add_row(str(name), *cells)
     return table
 
@@ -169,19 +199,36 @@ def compare(runs: list[Path], out: Path) -> None:
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least 2 runs, got {len(runs)}")
     names = _names(runs)
-    spectra = {name: read_table(run / "spectra.parquet") for name, run in zip(names, runs, strict=True)}
-    distances = {name: pd.read_parquet(run / "heterogeneity.parquet") for name, run in zip(names, runs, strict=True)}
+    spectra = {
+        name: read_table(run / "spectra.parquet") for name, run in zip(names, runs, strict=True)
+    }
+    distances = {
+        name: pd.read_parquet(run / "heterogeneity.parquet")
+        for name, run in zip(names, runs, strict=True)
+    }
     first = {name: next(iter(_distances(table).items())) for name, table in distances.items()}
     maps = {f"{name}, step {step}": distance for name, (step, distance) in first.items()}
-    means = [table.drop_duplicates(["definition", "step"]).assign(run=name) for name, table in distances.items()]
+    means = [
+        table.drop_duplicates(["definition", "step"]).assign(run=name)
+        for name, table in distances.items()
+    ]
     joined = pd.concat(means)[["run", "step", "definition", "js0", "js0_stderr"]]
     write_parquet(joined, out / "comparison.parquet")
-    figures = {"comparison": plots.compare_runs(spectra), "distances": plots.distance_heatmaps(maps)}
+    figures = {
+        "comparison": plots.compare_runs(spectra),
+        "distances": plots.distance_heatmaps(maps),
+    }
     paths = [plots.save(figure, out / "figures", name) for name, figure in figures.items()]
     console = Console()
-    frame = joined[joined["definition"] == "jensen-shannon"].set_index("run")[["step", "js0", "js0_stderr"]]
+    frame = joined[joined["definition"] == "jensen-shannon"].set_index("run")[
+        ["step", "js0", "js0_stderr"]
+    ]
     console.print(_rich(frame, "mean Jensen-Shannon divergence over all pairs of blocks (nats)"))
-    console.print(f"table: {out / 'comparison.parquet'}   figures: {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)
+    console.print(
+        f"table: {out / 'comparison.parquet'}   figures: {', '.join(map(str, paths))}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _names(runs: list[Path]) -> list[str]:

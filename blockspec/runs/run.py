@@ -24,15 +24,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from blockspec.numerics import memory
-from blockspec.model.blocks import Block, partition
 from blockspec.engine.estimate import TOLERANCE, estimate_spectra, plan_spectra
-from blockspec.runs.factories import Factory
-from blockspec.spectra.heterogeneity import DEFINITIONS, js0, js_distances
-from blockspec.model.objective import Objective, fingerprint
 from blockspec.engine.plan import Plan
-from blockspec.spectra.collection import Spectra, write_parquet
 from blockspec.engine.state import clear, differences
+from blockspec.model.blocks import Block, partition
+from blockspec.model.objective import Objective, fingerprint
+from blockspec.numerics import memory
+from blockspec.runs.factories import Factory
+from blockspec.spectra.collection import Spectra, write_parquet
+from blockspec.spectra.heterogeneity import DEFINITIONS, js0, js_distances
 
 VERSIONED = ("blockspec", "torch", "transformers", "numpy", "scipy", "pandas")
 Progress = Callable[[str, int, int], None]
@@ -178,9 +178,18 @@ def measure(
         else:
             objective, blocks = prepare(settings, stage, factory, resources.device)
             if announce is not None and planned is None:
-                plan = plan_spectra(objective, blocks, **dataclasses.asdict(settings.estimate), memory=resources.memory)
+                plan = plan_spectra(
+                    objective,
+                    blocks,
+                    **dataclasses.asdict(settings.estimate),
+                    memory=resources.memory,
+                )
                 announce(plan, sum(other.step not in done for other in todo))
-                planned = {"products": plan.products, "seconds": round(plan.seconds, 2), "peak": plan.peak}
+                planned = {
+                    "products": plan.products,
+                    "seconds": round(plan.seconds, 2),
+                    "peak": plan.peak,
+                }
             with memory.watched(objective.device) as peak:
                 spectra, entry = measure_stage(
                     objective,
@@ -221,7 +230,9 @@ def is_first() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def prepare(settings: RunSettings, stage: Stage, factory: Factory, device: str) -> tuple[Objective, tuple[Block, ...]]:
+def prepare(
+    settings: RunSettings, stage: Stage, factory: Factory, device: str
+) -> tuple[Objective, tuple[Block, ...]]:
     """The objective of one stage and its blocks, the full matrix among them if it is wanted."""
     dtype = None if settings.dtype is None else _dtype(settings.dtype)
     model, batches, loss = factory(**stage.arguments)
@@ -236,7 +247,9 @@ def prepare(settings: RunSettings, stage: Stage, factory: Factory, device: str) 
 def choose_blocks(model: nn.Module, settings: BlockSettings) -> tuple[Block, ...]:
     """The blocks, the full matrix among them if it is wanted."""
     blocks = partition(model, settings.by, settings.include, settings.exclude)
-    return blocks + partition(model, "model") if settings.full and settings.by != "model" else blocks
+    return (
+        blocks + partition(model, "model") if settings.full and settings.by != "model" else blocks
+    )
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -253,7 +266,9 @@ def find_device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used ({error}); devices here: cpu, or auto") from None
+        raise ValueError(
+            f"device {name!r} cannot be used ({error}); devices here: cpu, or auto"
+        ) from None
     return name
 
 
@@ -261,7 +276,9 @@ def stages(settings: RunSettings) -> list[Stage]:
     """The stages in order of their step: one per checkpoint, or the model as the factory makes it as step 0."""
     if not settings.checkpoints:
         return [Stage(0, dict(settings.model_args))]
-    paths = [path for pattern in settings.checkpoints for path in sorted(glob.glob(pattern)) or [pattern]]
+    paths = [
+        path for pattern in settings.checkpoints for path in sorted(glob.glob(pattern)) or [pattern]
+    ]
     if missing := [path for path in paths if not Path(path).exists()]:
         raise ValueError(f"no checkpoint at {missing[0]!r}: give files, folders or globs of them")
     steps = [step_of(path) for path in paths]
@@ -315,7 +332,11 @@ def measure_stage(
 
 def _describe(model: nn.Module) -> dict[str, Any]:
     sizes = [p.numel() for p in model.parameters()]
-    return {"class": type(model).__name__, "parameters": sum(sizes), "dtype": str(next(model.parameters()).dtype)}
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(sizes),
+        "dtype": str(next(model.parameters()).dtype),
+    }
 
 
 def append_stage(out: Path, record: dict[str, Any], entry: dict[str, Any]) -> None:
@@ -331,7 +352,9 @@ def append_tables(out: Path, spectra: Spectra, *, step: int) -> pd.DataFrame | N
     parts = spectra.select(exclude="model")
     if len(parts) < 2:
         return None
-    heterogeneity = pd.concat([heterogeneity_table(parts, definition, step=step) for definition in DEFINITIONS])
+    heterogeneity = pd.concat(
+        [heterogeneity_table(parts, definition, step=step) for definition in DEFINITIONS]
+    )
     _join(heterogeneity, out / "heterogeneity.parquet")
     return heterogeneity
 
@@ -340,7 +363,11 @@ def heterogeneity_table(spectra: Spectra, definition: str, *, step: int) -> pd.D
     """Distances of all pairs of blocks as a tidy table, with their mean and its standard error in every row."""
     distances = js_distances(spectra, definition)
     mean = js0(spectra, definition)
-    pairs = distances.rename_axis("block").reset_index().melt("block", var_name="other", value_name="distance")
+    pairs = (
+        distances.rename_axis("block")
+        .reset_index()
+        .melt("block", var_name="other", value_name="distance")
+    )
     return pairs.assign(step=step, definition=definition, js0=mean.value, js0_stderr=mean.stderr)
 
 
@@ -348,7 +375,9 @@ def _join(table: pd.DataFrame, path: Path) -> None:
     """Adds a step to a table on disk, in place of what an interrupted run may have left of that step."""
     if path.exists():
         before = pd.read_parquet(path)
-        table = pd.concat([before[~before["step"].isin(table["step"].unique())], table], ignore_index=True)
+        table = pd.concat(
+            [before[~before["step"].isin(table["step"].unique())], table], ignore_index=True
+        )
     write_parquet(table, path)
 
 
@@ -361,16 +390,25 @@ def open_record(settings: Mapping[str, Any], out: Path, *, write: bool) -> dict[
     path = out / "run.json"
     if path.exists():
         record = read_json(path)
-        if different := differences(record["settings"] | {"checkpoints": None}, wanted | {"checkpoints": None}):
-            raise ValueError(f"{out} holds a run of other settings ({'; '.join(different)}): choose another --out")
+        if different := differences(
+            record["settings"] | {"checkpoints": None}, wanted | {"checkpoints": None}
+        ):
+            raise ValueError(
+                f"{out} holds a run of other settings ({'; '.join(different)}): choose another --out"
+            )
         return record
     record = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "settings": wanted,
-        "versions": {name: version(name) for name in VERSIONED} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in VERSIONED}
+        | {"python": platform.python_version()},
         "git_commit": git_commit(),
         "seed": settings["estimate"]["seed"],
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {
+            "system": platform.platform(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
         "started": _now(),
         "stages": [],
     }
@@ -383,7 +421,11 @@ def git_commit() -> str | None:
     """The commit of the working folder, with a + where files differ from it."""
     try:
         run = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, timeout=5, check=True
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -394,7 +436,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent} is no run's folder: it has no {path.name}") from None
+        raise FileNotFoundError(
+            f"{path.parent} is no run's folder: it has no {path.name}"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged ({error}): delete the folder and run again") from error
 
