@@ -136,6 +136,31 @@ def test_a_small_matrix_is_done_exactly():
     assert found.complete
 
 
+@pytest.mark.parametrize("outlier", [1.0, 10.0, 1e4])
+@pytest.mark.parametrize(("size", "k"), [(100, 50), (101, 50), (102, 50), (300, 50), (19, 9)])
+def test_a_bulk_under_an_outlier_is_resolved(size, k, outlier):
+    """Against a norm of 10 every vector of this bulk is an eigenvector to a thousandth."""
+    draws = np.random.default_rng(size)
+    values = torch.tensor([outlier, *draws.uniform(0, 0.0126, size - 1)])
+    found, it = search(matrix_of(values), k, "magnitude")
+    np.testing.assert_allclose(found.values, wanted(values, k, "magnitude"), rtol=2e-3)
+    assert found.converged.all()
+    assert found.complete
+    if size <= 2 * k + 1:
+        assert it.products == size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_more_pairs_than_the_rank(dtype):
+    """Eigenvalues of zero have no scale of their own; rounding is their bound."""
+    values = torch.cat([torch.zeros(80), torch.tensor([1e-3, 0.5, 7.0, 100.0])])
+    found, it = search(matrix_of(values).to(dtype), 8, "magnitude")
+    np.testing.assert_allclose(np.abs(found.values), wanted(values, 8, "magnitude"), atol=3e-4)
+    assert found.converged.all()
+    assert found.complete
+    assert it.products < 84
+
+
 def test_takes_about_what_arpack_takes():
     """To the same residuals; ARPACK does not search for missing copies."""
     matrix = matrix_of(

@@ -17,6 +17,7 @@ COLUMNS_AT_ONCE = 2**16  # of the Krylov vectors, when they are turned in place
 MARGIN = 0.5  # of the tolerance: what is locked is a little better, so that later rounds are not spoilt by it
 FEWEST_STEPS = 10  # of a search for what was missed: a first step sees the mean eigenvalue, with a deceptively small residual
 LOOSE = 0.05  # of the largest that such a search has seen: its residual, before it is believed
+FEW = 20  # parameters, or twice as many as pairs are wanted: so small a matrix is done exactly
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,20 +34,24 @@ class Found:
 @dataclass(frozen=True, eq=False)
 class Round:
     """What one round has found: the wanted Ritz pairs, the best first; ``settled``: they have converged, or are known not to
-    belong among the best."""
+    belong among the best; ``whole``: the round's vectors span all that there is, so nothing can be missing."""
 
     values: np.ndarray
     vectors: Tensor
     residuals: np.ndarray
     settled: bool
+    whole: bool
 
 
 class Search:
     """The search for the k eigenpairs whose ``order(value)`` is largest.
 
     draw: number -> (P,) random vector.
-    tolerance: bound on the residuals, relative to the norm of the matrix as far as it is known, ``scale``.
+    tolerance: bound on the residual of each pair, relative to :meth:`own_scale`: with a bound relative to the norm of the
+        whole matrix, everything in a bulk under a large outlier would count as found after one step.
     basis: Krylov vectors that are kept; beside them, those that are found.
+
+    scale: the norm of the matrix, as far as it is known.
     """
 
     def __init__(
@@ -63,7 +68,16 @@ class Search:
         self.tolerance, self.basis, self.max_products = tolerance, basis, max_products
         self.products = 0
         self.scale = 0.0
+        self._rounding = 0.0
+        self._last = math.inf  # the Ritz value of the lowest order seen
         self._drawn = 0
+
+    def own_scale(self, values: np.ndarray) -> np.ndarray:
+        """The norm of the matrix without the pairs that come before each of these, as far as it is known: in order of
+        magnitude, the value itself. Not less than what rounding leaves of the residuals."""
+        rounding = self._rounding * self.scale / self.tolerance
+        last = 0.0 if math.isinf(self._last) else abs(self._last)
+        return np.maximum(np.abs(values), max(last, rounding))
 
     def run(self) -> Algorithm[Found]:
         """Rounds of Lanczos, each orthogonal to what was found, until one finds nothing that belongs among the k best."""
@@ -72,27 +86,25 @@ class Search:
         complete = False
         while not complete and self.products < self.max_products:
             part = yield from self._round(vectors, worst)
-            complete = part.settled and (
-                self.order(part.values).max() <= worst + self.tolerance * self.scale
-            )
+            margin = self.tolerance * self.own_scale(part.values[:1])[0]
+            complete = part.settled and self.order(part.values).max() <= worst + margin
             if complete:
                 break
             vectors = torch.cat([vectors, part.vectors])
             values, residuals = np.append(values, part.values), np.append(residuals, part.residuals)
-            complete = len(vectors) == vectors.shape[1] or (
-                worst == -math.inf and self.basis >= vectors.shape[1]
-            )
+            complete = part.whole
             if not part.settled:
                 break
             worst = np.sort(self.order(values))[-self.k]
         best = np.argsort(-self.order(values), kind="stable")[: self.k]
-        converged = residuals[best] <= self.tolerance * self.scale
+        converged = residuals[best] <= self.tolerance * self.own_scale(values[best])
         return Found(values[best], vectors[best.tolist()], residuals[best], converged, complete)
 
     def _round(self, locked: Tensor, worst: float) -> Generator[Tensor, Tensor, Round]:
         """Thick-restart Lanczos in the complement of ``locked``: for k pairs at first, later for one better than ``worst``."""
         size = locked.shape[1] - len(locked)
         wanted = min(self.k if worst == -math.inf else 1, size)
+        exactly = worst == -math.inf and size <= min(self.basis, max(2 * self.k + 1, FEW))
         space = Space(locked, min(self.basis, size))
         vector = self._fresh(space)
         steps = 0
@@ -107,13 +119,15 @@ class Search:
             values, turns, residuals = space.ritz(0.0 if broken or whole else left)
             residuals = np.hypot(residuals, 32 * torch.finfo(product.dtype).eps * self.scale)
             best = np.argsort(-self.order(values), kind="stable")
+            self._note(product.dtype, values[best[-1]])
             some = best[:wanted]
             enough = len(space) >= wanted and self._settled(
                 values[some], residuals[some], worst, space, steps
             )
-            settled = whole or enough
+            settled = whole or (enough and not exactly)
             if settled or self.products >= self.max_products:
-                return Round(values[some], space.turned(turns[:, some]), residuals[some], settled)
+                found = space.turned(turns[:, some])
+                return Round(values[some], found, residuals[some], settled, whole)
             if len(space) == space.room:
                 kept = best[: wanted + (space.room - wanted) // 2]
                 space.restart(values[kept], turns[:, kept])
@@ -123,11 +137,18 @@ class Search:
         self, values: np.ndarray, residuals: np.ndarray, worst: float, space: Space, steps: int
     ) -> bool:
         largest = residuals.max()
+        near = (residuals <= MARGIN * self.tolerance * self.own_scale(values)).all()
         if worst == -math.inf or largest <= ROUNDING[space.vectors.dtype] * self.scale:
-            return bool(largest <= MARGIN * self.tolerance * self.scale)
-        seen = steps >= FEWEST_STEPS and largest <= LOOSE * space.scale
+            return bool(near)
+        visible = max(LOOSE * space.scale, self._rounding * self.scale)
+        seen = steps >= FEWEST_STEPS and largest <= visible
         below = self.order(values).max() + largest < worst
-        return bool(seen and (below or largest <= MARGIN * self.tolerance * self.scale))
+        return bool(seen and (below or near))
+
+    def _note(self, dtype: torch.dtype, value: float) -> None:
+        self._rounding = max(ROUNDING[dtype], 128 * torch.finfo(dtype).eps)
+        if math.isinf(self._last) or self.order(np.array(value)) < self.order(np.array(self._last)):
+            self._last = float(value)
 
     def _fresh(self, space: Space) -> Tensor:
         vector = self.draw(self._drawn)

@@ -33,9 +33,10 @@ class Eigenpairs:
 
     values: (k,) Ritz values. vectors: (k, P) orthonormal Ritz vectors, as the block's vectors are laid out.
     residuals: (k,) ``||H u - value u||``: an eigenvalue lies within it of the value.
-    converged: (k,) residual at most the tolerance times the norm of the matrix, as far as it is known.
+    converged: (k,) residual at most the tolerance times the norm of what is left of the matrix without the pairs before this
+        one (for ``which="magnitude"``: times the value itself).
     complete: a search from another random vector, orthogonal to these, has found nothing that belongs among them: no copy of
-        a repeated eigenvalue is missing.
+        a repeated eigenvalue is missing. Or all of a small block was searched.
     products: products of the block with a vector that were taken.
     """
 
@@ -67,8 +68,9 @@ def top_eigenpairs(
     """The k extreme eigenpairs of a block of a curvature matrix, or of the full one (``partition(model, "model")[0]``).
 
     which: ``"magnitude"``, ``"largest"`` (algebraically) or ``"smallest"`` (the most negative).
-    tolerance: bound on the residuals, relative to the norm of the matrix. The error of a well separated eigenvalue is of
-        the order of its square.
+    tolerance: bound on each pair's residual, relative to the norm of the matrix without the pairs before it: for
+        ``"magnitude"`` to the value itself, so that a bulk under a large outlier is resolved too. The error of a well
+        separated eigenvalue is of the order of its square.
     basis: vectors (P,) that are kept at once, at most; None: ``max(2 k + 1, 20)``, as ARPACK does. Lanczos is restarted with the
         best of them (thick restarts: Wu, Simon 2000), fully reorthogonalised. After convergence the search goes on, orthogonal to
         what was found, from a new random vector until nothing better can be there: a Krylov space holds one vector of each
@@ -131,8 +133,9 @@ def _warn(block: Block, found: Found, search: Search) -> None:
         if missing
         else "repeated eigenvalues may be missing"
     )
+    relative = float((found.residuals / search.own_scale(found.values)).max())
     warnings.warn(
-        f"{block.name!r}: {what} after {search.products} products (relative residual {found.residuals.max() / search.scale:.1e}, "
-        f"tolerance {search.tolerance:.1e}); allow more max_products or a larger basis",
+        f"{block.name!r}: {what} after {search.products} products (relative residual "
+        f"{relative:.1e}, tolerance {search.tolerance:.1e}); allow more max_products or a larger basis",
         stacklevel=3,
     )
