@@ -6,6 +6,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from problems import VOCABULARY, bert, gpt2, nanogpt, tokens, vit
 
 from blockspec import losses
@@ -88,6 +89,135 @@ def test_both_spellings_of_left_out_targets_count_for_nanogpt(ignored):
     assert (given[0].item(), given[1]) == (expected[0].item(), expected[1])
 
 
+LLAMA_LIKE = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+    "head_dim": 4,
+}
+GPT2_LIKE = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+CAUSAL = {
+    "gpt2": GPT2_LIKE,
+    "gpt_bigcode": GPT2_LIKE,
+    "gptj": GPT2_LIKE | {"rotary_dim": 4},
+    "mpt": {"d_model": 8, "n_heads": 2, "n_layers": 1, "max_seq_len": 16},
+    "xglm": {"d_model": 8, "ffn_dim": 12, "num_layers": 1, "attention_heads": 2},
+    "bloom": {"hidden_size": 8, "n_layer": 1, "n_head": 2},
+    "opt": LLAMA_LIKE | {"ffn_dim": 12, "word_embed_proj_dim": 8},
+    "mixtral": LLAMA_LIKE | {"num_local_experts": 2},
+} | {
+    name: LLAMA_LIKE
+    for name in ("llama", "mistral", "qwen2", "gemma2", "gpt_neox", "phi", "olmo2", "biogpt")
+}
+TOKEN_IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+def hugging_face(kind, auto, settings, seed=0):
+    config = transformers.AutoConfig.for_model(kind, **TOKEN_IDS, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return auto.from_config(config).eval().float()
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_next_token_is_the_own_loss_of_every_family(family):
+    """A mapping, padded on the right, on the left or not at all, and a pair; Llama's second argument is its mask."""
+    model = hugging_face(family, transformers.AutoModelForCausalLM, CAUSAL[family])
+    ids = tokens(2, 6, seed=9)
+    masks = torch.ones(3, 2, 6, dtype=torch.long)
+    masks[0, 1, 4:] = masks[1, 1, :2] = 0
+    with torch.no_grad():
+        for mask in masks:
+            labels = ids.masked_fill(mask == 0, -100)
+            own = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            total, count = losses.next_token(model, {"input_ids": ids, "attention_mask": mask})
+            torch.testing.assert_close(total / count, own, rtol=1e-6, atol=0)
+        total, count = losses.next_token(model, (ids[:, :-1], ids[:, 1:]))
+    assert count == 10
+    torch.testing.assert_close(total / count, own, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "albert"])
+def test_masked_token_is_the_own_loss_of_every_family(family):
+    sizes = LLAMA_LIKE | {"max_position_embeddings": 18, "embedding_size": 8}
+    model = hugging_face(family, transformers.AutoModelForMaskedLM, sizes)
+    labels = tokens(2, 6, seed=7)
+    labels[:, ::2] = -100
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    for padded in ({}, {"attention_mask": mask}):
+        batch = {"input_ids": tokens(2, 6), "labels": labels} | padded
+        total, count = losses.masked_token(model, batch)
+        torch.testing.assert_close(total / count, model(**batch).loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "loss"), [(1, losses.regression), (3, losses.classification)]
+)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_losses_of_sequences_are_those_of_every_family(family, num_labels, loss):
+    sizes = (GPT2_LIKE if family == "gpt2" else LLAMA_LIKE) | {"num_labels": num_labels}
+    model = hugging_face(family, transformers.AutoModelForSequenceClassification, sizes)
+    labels = torch.tensor([0.5, -1.0]) if num_labels == 1 else torch.tensor([2, 0])
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    ids = tokens(2, 6).masked_fill(mask == 0, 0)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    total, count = loss(model, batch)
+    assert count == 2
+    torch.testing.assert_close(total / count, model(**batch).loss, rtol=1e-6, atol=0)
+
+
+class Passing(torch.nn.Module):
+    """A wrapper that passes on whatever it gets."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class Required(torch.nn.Module):
+    """Wants y, whatever it calls it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, x, y):
+        return self.inner(x, y)
+
+
+class LossAlone(Required):
+    """nanochat's: the logits without targets, the loss alone with them."""
+
+    def forward(self, idx, targets=None, loss_reduction="mean"):
+        logits, loss = self.inner(idx, idx if targets is None else targets)
+        return logits if targets is None else loss
+
+
+@pytest.mark.parametrize("wrapper", [Passing, Required, LossAlone])
+def test_a_pair_reaches_models_that_want_the_targets(wrapper):
+    it = quiet(nanogpt)
+    wrapped = wrapper(it.model)
+    for batch in it.batches:
+        expected, given = (losses.next_token(model, batch) for model in (it.model, wrapped))
+        assert (given[0].item(), given[1]) == (expected[0].item(), expected[1])
+
+
+def test_a_wrapped_hugging_face_model_gets_the_tokens_of_a_pair_alone():
+    it = quiet(gpt2)
+    ids = tokens(2, 6)
+    expected = losses.next_token(it.model, {"input_ids": ids})
+    given = losses.next_token(Passing(it.model), (ids[:, :-1], ids[:, 1:]))
+    torch.testing.assert_close(given, expected, rtol=1e-12, atol=0)
+
+
 def test_masked_token_is_the_loss_of_the_hugging_face_model():
     it = quiet(bert)
     (batch,) = it.batches
@@ -156,7 +286,33 @@ def test_extra_entries_of_a_mapping_reach_the_model():
 
 
 LONG = torch.zeros(2, 7, dtype=torch.long)
+EMBEDS = {"inputs_embeds": torch.zeros(2, 3, 4)}
 SHAPES = {
+    "embeddings without labels": (
+        losses.next_token,
+        EMBEDS,
+        r"this batch has \['inputs_embeds'\]. Give it 'labels'",
+    ),
+    "next labels that are none": (
+        losses.next_token,
+        {"input_ids": LONG, "labels": None},
+        r"labels of a batch are None.*leave the entry out",
+    ),
+    "labels that are none": (
+        losses.masked_token,
+        {"input_ids": LONG, "labels": None},
+        r"labels of a batch are None; they must be a tensor",
+    ),
+    "four-dimensional mask": (
+        losses.next_token,
+        {"input_ids": LONG[:, :3], "attention_mask": torch.ones(2, 1, 3, 3)},
+        r"shape of input_ids, \(2, 3\); this one has \(2, 1, 3, 3\)",
+    ),
+    "pair of another length": (
+        losses.next_token,
+        (LONG, LONG[:, 1:]),
+        r"every one of the targets \(2, 6\); the model gave \(2, 3, 5\)",
+    ),
     "classes": (
         losses.classification,
         (torch.zeros(2), LONG[0, :4]),
@@ -182,7 +338,11 @@ SHAPES = {
 
 @pytest.mark.parametrize(("loss", "batch", "message"), SHAPES.values(), ids=SHAPES)
 def test_a_batch_of_another_shape_is_an_error_that_names_the_shapes(loss, batch, message):
-    outputs = torch.zeros(2, 3, 5) if isinstance(batch, dict) else torch.zeros(2, 3)
+    outputs = (
+        torch.zeros(2, 3)
+        if loss in (losses.classification, losses.regression)
+        else torch.zeros(2, 3, 5)
+    )
     with pytest.raises(ValueError, match=message):
         loss(Constant(outputs), batch)
 

@@ -7,7 +7,8 @@ float32 and average per batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from blockspec.model.heads import Logits
 from blockspec.model.second_order import cross_entropies
 
 IGNORED = -100  # the label that torch and transformers leave out; nanoGPT uses -1
+TARGETS = ("targets", "target")  # what models that want the targets of a pair call them
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ def _targets(batch: Any) -> Tensor:
         return _pair(batch)[1]
     if "labels" not in batch:
         raise ValueError(f"a batch needs 'labels'; this one has {sorted(batch)}")
+    if batch["labels"] is None:
+        raise ValueError(
+            "the labels of a batch are None; they must be a tensor. Give the batch its labels, or "
+            "leave the entry out where the loss is next_token: its labels default to input_ids"
+        )
     return batch["labels"]
 
 
@@ -110,21 +117,80 @@ def _causal_logits(model: nn.Module, batch: Any) -> Tensor:
         return _forward(model, batch)
     tokens, targets = _pair(batch)
     # nanoGPT gives logits of every position only when it gets targets, and leaves out -1 alone
-    return _first_tensor(model(tokens, targets.masked_fill(targets == IGNORED, -1)))
+    given = {name: targets.masked_fill(targets == IGNORED, -1) for name in _target_names(model)}
+    logits = _first_tensor(model(tokens, **given))
+    if given and logits.dim() == 0:  # nanochat gives its loss alone when it gets targets
+        logits = _first_tensor(model(tokens))
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"next_token needs logits for every one of the targets {tuple(targets.shape)}; the "
+            f"model gave {tuple(logits.shape)}. A pair (x, y) holds tokens and the tokens that "
+            "follow them, of one shape; a model that wants y too has an argument named one of "
+            f"{TARGETS}"
+        )
+    return logits
+
+
+def _target_names(model: nn.Module) -> tuple[str, ...]:
+    """What the model calls the targets; nothing where it has no such argument.
+
+    Another model's second argument is something else: Hugging Face's take an attention mask there.
+    """
+    for module in (model, *_wrapped(model)):
+        names = inspect.signature(module.forward).parameters
+        required = [name for name, p in list(names.items())[1:2] if _is_required(p)]
+        if found := [name for name in TARGETS if name in names] or required:
+            return (found[0],)
+    return ()
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    named = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return named and parameter.default is inspect.Parameter.empty
+
+
+def _wrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """What a wrapper passes its arguments on to: the one module that it holds."""
+    children = list(model.children())
+    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
+    if len(children) == 1 and inspect.Parameter.VAR_KEYWORD in kinds:
+        yield children[0]
+        yield from _wrapped(children[0])
 
 
 def _next_token_terms(logits: Tensor, batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
-        labels = batch.get("labels", batch["input_ids"])
-        if "labels" not in batch and "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
+        labels = _next_labels(batch)
         return _cross_entropies(_rows(logits, lambda x: x[:, :-1]), labels[:, 1:])
     targets = _pair(batch)[1]
     return _cross_entropies(logits, targets.masked_fill(targets == -1, IGNORED))
 
 
+def _next_labels(batch: Mapping[str, Any]) -> Tensor:
+    """The labels of a batch, or its tokens without the padding."""
+    if "labels" in batch:
+        return _targets(batch)
+    if "input_ids" not in batch:
+        raise ValueError(
+            f"next_token needs to know which tokens follow; this batch has {sorted(batch)}. Give it "
+            "'labels' (the tokens themselves, -100 where none counts) beside 'inputs_embeds'"
+        )
+    labels, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None:
+        return labels
+    if mask.shape != labels.shape:
+        raise ValueError(
+            f"next_token takes padding from an attention_mask of the shape of input_ids, "
+            f"{tuple(labels.shape)}; this one has {tuple(mask.shape)}. Give the batch 'labels' "
+            "(-100 where no token counts)"
+        )
+    return labels.masked_fill(mask == 0, IGNORED)
+
+
 def _squared_errors(outputs: Tensor, batch: Any) -> Tensor:
     targets = _targets(batch)
+    if outputs.shape == (*targets.shape, 1):  # Hugging Face's models with one label
+        outputs = outputs.squeeze(-1)
     if outputs.shape != targets.shape:
         raise ValueError(
             f"outputs of shape {tuple(outputs.shape)} need targets of that shape, got {tuple(targets.shape)}"
@@ -135,7 +201,8 @@ def _squared_errors(outputs: Tensor, batch: Any) -> Tensor:
 next_token = Loss(_causal_logits, _next_token_terms, chunked=True)
 """Cross entropy of the next token, one term per predicted token. Batches: a mapping for Hugging Face causal models
 (``labels`` default to ``input_ids``, are shifted by one here, -100 is left out), or nanoGPT's pair ``(x, y)`` of already
-shifted tokens with ``model(x, y) -> (logits, loss)``."""
+shifted tokens. A model gets y too where its ``forward`` has an argument ``targets``: ``model(x,
+targets=y) -> (logits, loss)``."""
 
 masked_token = Loss(
     _forward, lambda logits, batch: _cross_entropies(logits, _targets(batch)), chunked=True
