@@ -7,62 +7,18 @@ import fnmatch
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from blockspec.model.architectures import fused_rows, head_counts, layer_prefix, role, unit
+from blockspec.model.pieces import Block as Block
+from blockspec.model.pieces import Piece as Piece
 
 GRANULARITIES = ("tensor", "matrix", "head", "neuron", "layer", "model")
 Patterns = str | Sequence[str]
 Rows = Sequence[int]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A parameter, or the rows ``index`` of it along ``axis``."""
-
-    parameter: str
-    axis: int | None = None  # None: the whole tensor
-    index: slice | tuple[int, ...] | None = None
-
-    def select(self, tensor: Tensor) -> Tensor:
-        """The piece of ``tensor``, which has the parameter's shape: a view, but for an index that is a tuple."""
-        if self.axis is None:
-            return tensor
-        if isinstance(self.index, slice):
-            return tensor.narrow(self.axis, self.index.start, self.index.stop - self.index.start)
-        return tensor.index_select(self.axis, torch.tensor(self.index, device=tensor.device))
-
-    def fill(self, tensor: Tensor, values: Tensor) -> None:
-        """Write ``values`` (flat) into the piece of ``tensor``, in place."""
-        target = self.select(tensor)
-        if isinstance(self.index, tuple):
-            assert self.axis is not None
-            tensor.index_copy_(
-                self.axis, torch.tensor(self.index, device=tensor.device), values.view_as(target)
-            )
-        else:
-            target.copy_(values.view(target.shape))
-
-
-@dataclass(frozen=True)
-class Block:
-    """A named subset of the parameters; its vectors are its pieces, flattened and put one after the other."""
-
-    name: str
-    kind: str
-    layer: int | None
-    numel: int
-    pieces: tuple[Piece, ...] = field(
-        default=(), repr=False, compare=False
-    )  # () for a block loaded from a file
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that the block has pieces of, each once, in order."""
-        return tuple(dict.fromkeys(piece.parameter for piece in self.pieces))
 
 
 def gather(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import activations
 
 Jet = tuple[Tensor, Tensor, Tensor]
 """Values of a function, and of its first and second derivative."""
@@ -247,21 +246,17 @@ HUGGING_FACE: dict[str, Callable[[Tensor], Jet] | None] = {
     "QuickGELUActivation": _quick_gelu,
     "FastGELUActivation": None,
 }
-"""Names differ from version to version."""
+"""By the names of their classes, which differ from version to version: nothing is imported for them."""
 
-Replacements = Mapping[type[nn.Module], Callable[[Any], Callable[[Tensor], Tensor]]]
-"""Type of module -> what its ``forward`` is replaced with."""
+Replacements = Mapping[type[nn.Module] | str, Callable[[Any], Callable[[Tensor], Tensor]]]
+"""Type of module, or name of a class of transformers.activations -> what its ``forward`` is replaced with."""
 ACTIVATIONS: Replacements = {
     nn.GELU: lambda module: _elementwise(
         module, _tanh_gelu if module.approximate == "tanh" else _gelu
     ),
     nn.SiLU: partial(_elementwise, jet=_silu),
     **dict.fromkeys((nn.Tanh, nn.Sigmoid, nn.Softplus), _elementwise),
-    **{
-        getattr(activations, name): partial(_elementwise, jet=jet)
-        for name, jet in HUGGING_FACE.items()
-        if hasattr(activations, name)
-    },
+    **{name: partial(_elementwise, jet=jet) for name, jet in HUGGING_FACE.items()},
 }
 """Cheaper from the first product on."""
 CHEAPER: Replacements = {
@@ -275,14 +270,19 @@ CHEAPER: Replacements = {
 @contextmanager
 def cheap_modules(model: nn.Module, replacements: Replacements = CHEAPER) -> Iterator[None]:
     """While this is open, modules of the types in ``replacements`` have second derivatives that are cheap."""
-    modules = [m for m in model.modules() if type(m) in replacements and "forward" not in vars(m)]
+    modules = [m for m in model.modules() if _kind(m) in replacements and "forward" not in vars(m)]
     try:
         for module in modules:
-            module.forward = replacements[type(module)](module)
+            module.forward = replacements[_kind(module)](module)
         yield
     finally:
         for module in modules:
             vars(module).pop("forward", None)
+
+
+def _kind(module: nn.Module) -> type[nn.Module] | str:
+    kind = type(module)
+    return kind.__name__ if kind.__module__ == "transformers.activations" else kind
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.interpolate import CubicSpline
 
 RELATIVE_WIDTH = (
     0.2  # of the default smoothing: 40 Ritz values over six decades are about this far apart
@@ -44,6 +43,8 @@ def _on_ascending(
 ) -> np.ndarray:
     enough = math.ceil((points[-1] - points[0]) / width * PER_WIDTH) + 2
     if len(points) > 2 * enough and reach <= REACH:
+        from scipy.interpolate import CubicSpline  # here: it takes half a second to import
+
         coarse = np.linspace(points[0], points[-1], enough)
         return np.maximum(
             CubicSpline(coarse, _sum(nodes, weights, coarse, width, reach))(points), 0

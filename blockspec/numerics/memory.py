@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -32,8 +34,8 @@ def watched(device: torch.device) -> Iterator[Peak]:
     result = Peak()
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        result.before = torch.cuda.memory_allocated(device)
+        _cuda().reset_peak_memory_stats(device)
+        result.before = _cuda().memory_allocated(device)
     else:
         _reset_high_water()
         result.before = resident()
@@ -41,7 +43,7 @@ def watched(device: torch.device) -> Iterator[Peak]:
         yield result
     finally:
         result.peak = (
-            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+            _cuda().max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
         )
 
 
@@ -52,13 +54,13 @@ def resident() -> int:
 
 def used(device: torch.device) -> int:
     """Bytes that are in use now: on the device, or by this process."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
+    return _cuda().memory_allocated(device) if device.type == "cuda" else resident()
 
 
 def total(device: torch.device) -> int:
     """Bytes that the device has, or that this machine or its container lets a process have."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return _cuda().get_device_properties(device).total_memory
     limits = [int(_meminfo("MemTotal"))]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = Path(path).read_text().strip() if Path(path).exists() else ""
@@ -87,6 +89,8 @@ def parse(limit: int | float | str, device: torch.device) -> int:
 
 def is_exhausted(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
+    import torch
+
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError)
         and ("can't allocate memory" in str(error) or "out of memory" in str(error))
@@ -100,6 +104,12 @@ def readable(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1024
     return f"{size:.3g} TiB"
+
+
+def _cuda() -> Any:
+    import torch  # here: printing a size takes no torch
+
+    return torch.cuda
 
 
 def _status(field: str) -> int:

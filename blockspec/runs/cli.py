@@ -7,32 +7,28 @@ import signal
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 
-from blockspec.engine.estimate import plan_spectra
-from blockspec.engine.plan import Plan
 from blockspec.runs import report
-from blockspec.runs.factories import find_factory
-from blockspec.runs.progress import progress_bars
-from blockspec.runs.run import (
-    BlockSettings,
-    EstimateSettings,
-    Resources,
-    RunSettings,
-    measure,
-    prepare,
-    stages,
-)
+
+if (
+    TYPE_CHECKING
+):  # what computes is imported by the commands that compute: help and tables come at once
+    from blockspec.engine.plan import Plan
+    from blockspec.runs.run import Resources, RunSettings
 
 console = Console(stderr=True)
 
 
 def run(settings: RunSettings, resources: Resources, out: Path, *, plots: bool) -> None:
     """Estimates spectra and leaves a run folder."""
+    from blockspec.runs.factories import find_factory
+    from blockspec.runs.progress import progress_bars
+    from blockspec.runs.run import measure
+
     first = _join_processes()
 
     def announce(plan: Plan, stages: int) -> None:
@@ -51,6 +47,10 @@ def run(settings: RunSettings, resources: Resources, out: Path, *, plots: bool) 
 
 def plan(settings: RunSettings, resources: Resources) -> None:
     """Prints what a run would cost, going by its first stage."""
+    from blockspec.engine.estimate import plan_spectra
+    from blockspec.runs.factories import find_factory
+    from blockspec.runs.run import prepare, stages
+
     todo = stages(settings)
     objective, blocks = prepare(settings, todo[0], find_factory(settings.model), resources.device)
     cost = plan_spectra(objective, blocks, **asdict(settings.estimate), memory=resources.memory)
@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
-        parsed = _parser().parse_args([argument for argument in arguments if argument != "--debug"])
+        given = [argument for argument in arguments if argument != "--debug"]
+        parsed = _parser(given).parse_args(given)
         _dispatch(parsed.subcommand, parsed[parsed.subcommand])
     except KeyboardInterrupt:
         told = " (another process has ended: its message says why)" if _launched() else ""
@@ -84,18 +85,43 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _parser() -> ArgumentParser:
+COMMANDS = {
+    "run": "estimate spectra and leave a run folder; a second call does what is not done yet",
+    "plan": "print what a run would cost: products, gradients, operations, time, peak memory",
+    "plot": "draw the figures of a run anew; needs no model",
+    "show": "print what a run found",
+    "compare": "set runs side by side: heterogeneity and spectra",
+}
+
+
+def _parser(arguments: list[str]) -> ArgumentParser:
+    """Names all commands, and knows the settings of the one that is called."""
     parser = ArgumentParser(
         prog="blockspec",
         description="Blockwise Hessian spectra of transformers.",
         exit_on_error=False,
     )
     commands = parser.add_subcommands(required=True)
-    for name, help in (
-        ("run", "estimate spectra and leave a run folder; a second call does what is not done yet"),
-        ("plan", "print what a run would cost: products, gradients, operations, time, peak memory"),
-    ):
+    called = next((argument for argument in arguments if argument in COMMANDS), None)
+    for name, help in COMMANDS.items():
         command = ArgumentParser(description=help, exit_on_error=False)
+        if name == called:
+            _add_settings(command, name)
+        commands.add_subcommand(name, command, help=help)
+    return parser
+
+
+def _add_settings(command: ArgumentParser, name: str) -> None:
+    if name in ("plot", "show"):
+        command.add_argument("folder", type=Path, help="a run's folder")
+    elif name == "compare":
+        command.add_argument("folders", type=Path, nargs="+", help="folders of runs")
+        command.add_argument(
+            "--out", type=Path, required=True, help="folder for the table and the figure"
+        )
+    else:
+        from blockspec.runs.run import Resources, RunSettings
+
         command.add_argument(
             "--config",
             action=ActionConfigFile,
@@ -105,29 +131,12 @@ def _parser() -> ArgumentParser:
         command.add_class_arguments(Resources)
         command.add_argument("--out", type=Path, required=name == "run", help="the run's folder")
         command.add_argument("--plots", type=bool, default=True, help="draw the figures at the end")
-        commands.add_subcommand(name, command, help=help)
-    for name, help in (
-        ("plot", "draw the figures of a run anew; needs no model"),
-        ("show", "print what a run found"),
-    ):
-        command = ArgumentParser(description=help, exit_on_error=False)
-        command.add_argument("folder", type=Path, help="a run's folder")
-        commands.add_subcommand(name, command, help=help)
-    command = ArgumentParser(
-        description="set runs side by side: heterogeneity and spectra", exit_on_error=False
-    )
-    command.add_argument("folders", type=Path, nargs="+", help="folders of runs")
-    command.add_argument(
-        "--out", type=Path, required=True, help="folder for the table and the figure"
-    )
-    commands.add_subcommand(
-        "compare", command, help="set runs side by side: heterogeneity and spectra"
-    )
-    return parser
 
 
 def _dispatch(command: str, given: Namespace) -> None:
     if command in ("run", "plan"):
+        from blockspec.runs.run import Resources, RunSettings
+
         settings, resources = (_build(kind, given) for kind in (RunSettings, Resources))
         if command == "run":
             run(settings, resources, given.out, plots=given.plots)
@@ -141,6 +150,8 @@ def _dispatch(command: str, given: Namespace) -> None:
 
 def _build(kind: Any, given: Namespace) -> Any:
     """The dataclass from its flat arguments; nested dataclasses are namespaces."""
+    from blockspec.runs.run import BlockSettings, EstimateSettings
+
     values = {field.name: given[field.name] for field in fields(kind)}
     nested = {"blocks": BlockSettings, "estimate": EstimateSettings}
     return kind(
@@ -155,6 +166,7 @@ def _join_processes() -> bool:
     """Joins the other processes where a launcher started several; whether this one is the first."""
     if not _launched():
         return True
+    import torch
     from accelerate import PartialState
 
     signal.signal(

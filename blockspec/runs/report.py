@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from blockspec.engine.plan import Plan
-from blockspec.figures import plots
 from blockspec.numerics.memory import readable
-from blockspec.runs.run import read_json
+from blockspec.runs.records import read_json
 from blockspec.spectra.collection import Spectra, read_table, spectra_of, write_parquet
+
+if TYPE_CHECKING:  # a summary is printed without torch and matplotlib
+    from matplotlib.figure import Figure
+
+    from blockspec.engine.plan import Plan
 
 SHOWN = 30  # blocks in the printed plan
 
 
 def draw(run: Path) -> list[Path]:
     """Draws every figure that the run's tables have the data for; returns the paths of the png files."""
+    from blockspec.figures import plots
+
     table = read_table(run / "spectra.parquet")
     by_step = {
         step: spectra_of(table[table["step"] == step])
@@ -42,7 +47,9 @@ def draw(run: Path) -> list[Path]:
     return [plots.save(figure, run / "figures", name) for name, figure in figures.items()]
 
 
-def _heterogeneity_figures(table: pd.DataFrame) -> dict[str, plots.Figure]:
+def _heterogeneity_figures(table: pd.DataFrame) -> dict[str, Figure]:
+    from blockspec.figures import plots
+
     maps = _distances(table)
     steps = list(maps)
     chosen = dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]])
@@ -198,6 +205,8 @@ def compare(runs: list[Path], out: Path) -> None:
     """Tables and figures of several runs beside each other; the heat maps are those of each run's first step."""
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least 2 runs, got {len(runs)}")
+    from blockspec.figures import plots
+
     names = _names(runs)
     spectra = {
         name: read_table(run / "spectra.parquet") for name, run in zip(names, runs, strict=True)

@@ -31,6 +31,7 @@ from blockspec.model.blocks import Block, partition
 from blockspec.model.objective import Objective, fingerprint
 from blockspec.numerics import memory
 from blockspec.runs.factories import Factory
+from blockspec.runs.records import read_json, write_json
 from blockspec.spectra.collection import Spectra, write_parquet
 from blockspec.spectra.heterogeneity import DEFINITIONS, js0, js_distances
 
@@ -430,25 +431,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return run.stdout.strip()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path.parent} is no run's folder: it has no {path.name}"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete the folder and run again") from error
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Writes whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    partial.replace(path)
 
 
 def _now() -> str:

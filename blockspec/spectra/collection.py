@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from blockspec.model.blocks import Block
+from blockspec.model.pieces import Block
 from blockspec.spectra.spectrum import Spectrum
 
 

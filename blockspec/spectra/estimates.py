@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
-from blockspec.model.blocks import Block
+from blockspec.model.pieces import Block
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.spectrum import Estimate
 
@@ -78,7 +78,7 @@ def interval(
         return np.nan, np.nan
     if value.stderr == 0:
         return value.value, value.value
-    reach = float(student.ppf((1 + confidence) / 2, samples - 1)) * value.stderr
+    reach = float(stdtrit(samples - 1, (1 + confidence) / 2)) * value.stderr
     if not positive:
         return value.value - reach, value.value + reach
     factor = np.exp(min(reach / value.value, 700.0))

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 from scipy.special import xlogy
-from scipy.stats import wasserstein_distance
 
 from blockspec.numerics.density import RELATIVE_WIDTH, gaussians
+from blockspec.numerics.measures import wasserstein
 from blockspec.spectra.spectrum import Estimate, Spectrum
 
 DEFINITIONS = ("jensen-shannon", "symmetrised-kl", "wasserstein")
@@ -109,7 +109,7 @@ def _distances(
     linear = settings["linear"] or _linear(parts)
     rows = [_measure(part, leave_out) for part in parts]
     if definition == "wasserstein":
-        return _pairwise(rows, _wasserstein)
+        return _pairwise(rows, wasserstein)
     if definition == "jensen-shannon":
         scaled = [(np.arcsinh(nodes / linear), weights) for nodes, weights in rows]
         return jensen_shannon(_masses(scaled, width=RELATIVE_WIDTH, points=POINTS, floor=0.0))
@@ -166,10 +166,6 @@ def _symmetrised_kl(p: np.ndarray) -> np.ndarray:
     distances = np.maximum((own[:, None] + own[None, :] - (cross + cross.T)) / 2, 0)
     np.fill_diagonal(distances, 0)
     return distances
-
-
-def _wasserstein(p: tuple[np.ndarray, np.ndarray], q: tuple[np.ndarray, np.ndarray]) -> float:
-    return float(wasserstein_distance(p[0], q[0], p[1], q[1]))
 
 
 def _pairwise(rows: Rows, distance: Callable[..., float]) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blockspec.model.blocks import Block
+from blockspec.model.pieces import Block
 from blockspec.numerics.density import RELATIVE_WIDTH, smooth
 from blockspec.numerics.measures import CONFIDENCE, likely_weights, probe_error
 

@@ -1,0 +1,61 @@
+"""A block of parameters, as the pieces of tensors that it consists of.
+
+Tables know blocks without a model. This module therefore imports torch only where a tensor is cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter, or the rows ``index`` of it along ``axis``."""
+
+    parameter: str
+    axis: int | None = None  # None: the whole tensor
+    index: slice | tuple[int, ...] | None = None
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """The piece of ``tensor``, which has the parameter's shape: a view, but for an index that is a tuple."""
+        if self.axis is None:
+            return tensor
+        if isinstance(self.index, slice):
+            return tensor.narrow(self.axis, self.index.start, self.index.stop - self.index.start)
+        return tensor.index_select(self.axis, self._positions(tensor))
+
+    def fill(self, tensor: Tensor, values: Tensor) -> None:
+        """Write ``values`` (flat) into the piece of ``tensor``, in place."""
+        target = self.select(tensor)
+        if isinstance(self.index, tuple):
+            assert self.axis is not None
+            tensor.index_copy_(self.axis, self._positions(tensor), values.view_as(target))
+        else:
+            target.copy_(values.view(target.shape))
+
+    def _positions(self, tensor: Tensor) -> Tensor:
+        import torch
+
+        return torch.tensor(self.index, device=tensor.device)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A named subset of the parameters; its vectors are its pieces, flattened and put one after the other."""
+
+    name: str
+    kind: str
+    layer: int | None
+    numel: int
+    pieces: tuple[Piece, ...] = field(
+        default=(), repr=False, compare=False
+    )  # () for a block loaded from a file
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that the block has pieces of, each once, in order."""
+        return tuple(dict.fromkeys(piece.parameter for piece in self.pieces))
