@@ -15,7 +15,10 @@ import torch
 import transformers
 
 from blockspec import js_distances, load_spectra
+from blockspec.figures import plots
 from blockspec.runs import cli, report
+from blockspec.runs import factories as run_factories
+from blockspec.runs import run as run_module
 from blockspec.runs.report import duration
 from blockspec.spectra.collection import read_table, spectra_of
 
@@ -136,7 +139,9 @@ def test_a_run_prints_what_it_found_and_shows_its_progress(tmp_path):
 
 
 def test_plot_draws_from_the_tables_alone(done):
-    with mock.patch.object(cli, "find_factory", side_effect=AssertionError("no model is needed")):
+    with mock.patch.object(
+        run_factories, "find_factory", side_effect=AssertionError("no model is needed")
+    ):
         result = invoke("plot", str(done / "first"))
     assert result.code == 0
     printed = [Path(line) for line in result.out.splitlines()]
@@ -168,7 +173,7 @@ def test_compare_draws_the_distances_of_each_runs_first_step(done, tmp_path):
         drawn[name] = figure
         return folder / name
 
-    with mock.patch.object(report.plots, "save", keep):
+    with mock.patch.object(plots, "save", keep):
         report.compare([done / "first", done / "second"], tmp_path)
     maps = [axes for axes in drawn["distances"].axes if axes.get_title()]
     assert [axes.get_title() for axes in maps] == ["first, step 10", "second, step 10"]
@@ -290,7 +295,7 @@ def test_debug_gives_the_traceback(tmp_path):
 
 
 def test_stopping_it_says_how_to_go_on(tmp_path):
-    with mock.patch.object(cli, "measure", side_effect=KeyboardInterrupt):
+    with mock.patch.object(run_module, "measure", side_effect=KeyboardInterrupt):
         result = invoke(*run_arguments(tmp_path / "run"))
     assert result.code == 130
     assert "goes on" in result.err
