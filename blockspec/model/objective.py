@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from blockspec.model.attention import twice_differentiable
 from blockspec.model.second_order import cheap_modules
+from blockspec.model.weight_norms import elementary_weight_norms
 
 BATCH_NORMS = ("eval", "train")
 
@@ -114,6 +115,7 @@ class Objective:
             stack.enter_context(_eval_mode(self.model, batch_norm=self.batch_norm))
             stack.enter_context(twice_differentiable(self.model))
             stack.enter_context(cheap_modules(self.model))
+            stack.enter_context(elementary_weight_norms(self.model))
             stack.enter_context(torch.enable_grad())
             yield
 

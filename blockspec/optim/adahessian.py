@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from blockspec.model.attention import twice_differentiable
 from blockspec.model.second_order import ACTIVATIONS, cheap_modules
+from blockspec.model.weight_norms import elementary_weight_norms
 from blockspec.optim.averaging import SpatialAveraging, averaging
 
 LIMITS = {
@@ -180,7 +181,11 @@ class AdaHessian(torch.optim.Optimizer):
         if not self.due:
             yield
             return
-        with twice_differentiable(model), cheap_modules(model, ACTIVATIONS):
+        with (
+            twice_differentiable(model),
+            cheap_modules(model, ACTIVATIONS),
+            elementary_weight_norms(model),
+        ):
             yield
 
     def backward(self, loss: Tensor) -> None:
