@@ -15,6 +15,23 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = sorted((ROOT / "blockspec").rglob("*.py"))
 OURS = {"language_models", "vision_models", "training", "benchmarks", "examples", "paper"}
+EXTRAS = {  # folder -> the extras whose distributions it may import
+    "blockspec": (),
+    "language_models": ("train",),
+    "vision_models": ("train",),
+    "training": ("train",),
+    "paper": ("train",),
+    "examples": ("train",),
+    "benchmarks": ("train", "peers"),
+    "tests": ("train", "peers", "test"),
+}
+IMPORTED_AS = {
+    "scikit_learn": "sklearn",
+    "pillow": "PIL",
+    "PyYAML": "yaml",
+    "hessian_eigenthings": "hessian_eigenthings",
+    "curvlinops_for_pytorch": "curvlinops",
+}
 PUBLIC = (
     "Block",
     "Estimate",
@@ -67,22 +84,26 @@ def test_public_names(name):
     assert name == "losses" or found.__doc__
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_the_package_needs_nothing_that_is_not_declared(path):
-    top = {name.split(".")[0] for name in imports(path) if not name.startswith(".")}
-    assert not top & OURS
-    declared = {
-        re.split(r"[\[<>=]", line)[0].strip() for line in PROJECT["project"]["dependencies"]
-    }
-    extra = {"matplotlib"}  # seaborn's own
-    allowed = (
-        {name.replace("-", "_") for name in declared}
-        | set(sys.stdlib_module_names)
-        | extra
-        | {"blockspec"}
-    )
-    integrations = {"pytorch_lightning", "lightning"} if "integrations" in path.parts else set()
-    assert top <= allowed | integrations
+def declared(*extras):
+    """Names by which the declared distributions are imported."""
+    project = PROJECT["project"]
+    lines = [*project["dependencies"], *PROJECT["build-system"]["requires"]]
+    lines += [line for extra in extras for line in project["optional-dependencies"][extra]]
+    names = {re.split(r"[\[<>=]", line)[0].strip().replace("-", "_") for line in lines}
+    return names | {IMPORTED_AS[name] for name in names & set(IMPORTED_AS)}
+
+
+@pytest.mark.parametrize("folder", EXTRAS)
+def test_what_a_folder_imports_is_declared(folder):
+    ours = OURS | {"blockspec"} if folder != "blockspec" else {"blockspec"}
+    beside = {
+        path.stem for name in ("tests", "examples") for path in (ROOT / name).glob("*.py")
+    } | {"tests"}
+    allowed = declared(*EXTRAS[folder]) | set(sys.stdlib_module_names) | ours
+    for path in (ROOT / folder).rglob("*.py"):
+        top = {name.split(".")[0] for name in imports(path)}
+        integrations = {"pytorch_lightning", "lightning"} if "integrations" in path.parts else set()
+        assert top <= allowed | integrations | (beside if folder == "tests" else set()), path
 
 
 def test_nothing_needs_torchvision_or_timm():
