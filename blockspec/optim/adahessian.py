@@ -18,12 +18,8 @@ from blockspec.model.second_order import ACTIVATIONS, cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
 from blockspec.optim.averaging import SpatialAveraging, averaging
 
-LIMITS = {
-    "lr": math.inf,
-    "eps": math.inf,
-    "weight_decay": math.inf,
-    "hessian_power": 1.0,
-}  # all of them from 0 on
+LIMITS = {**dict.fromkeys(("lr", "eps", "weight_decay"), math.inf), "hessian_power": 1.0}
+"""The largest value of each setting; the smallest is 0."""
 
 
 class AdaHessian(torch.optim.Optimizer):
