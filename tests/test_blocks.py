@@ -420,8 +420,8 @@ def test_kinds(family, name, kind):
         ("blocks.3.mlp_tokens.fc1.weight", "mlp_in"),
         ("blocks.3.mlp_channels.fc2.weight", "mlp_out"),
         ("encoder.layers.encoder_layer_3.mlp.0.weight", "mlp_in"),  # torchvision
-        ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "other"),
-        ("bert.pooler.dense.weight", "other"),
+        ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "adapter"),
+        ("bert.pooler.dense.weight", "head"),
         ("fc1.weight", "other"),  # of a plain network, not of a transformer's layer
         ("fc.weight", "head"),
     ],
@@ -467,7 +467,7 @@ def test_the_nearest_number_of_heads_counts():
 
     assert counts() == [2, 1]
     attention.num_heads = 8  # of the model around it nothing holds then, nor do its key heads
-    assert counts() == [8, 8]
+    assert counts() == [8, 1]  # how many keys is not known: whole
     attention.config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=4)
     assert counts() == [8, 4]
     attention.num_key_value_heads = 2

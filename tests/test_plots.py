@@ -22,7 +22,8 @@ import blockspec
 from blockspec.figures import plots
 from blockspec.figures.heatmaps import MEASURES
 from blockspec.figures.panels import resolved_density
-from blockspec.figures.style import KINDS, short_name, short_names, spread
+from blockspec.figures.style import KINDS, look, looks_of, short_name, short_names, spread
+from blockspec.model.architectures import ENDINGS
 from blockspec.figures.trends import kinds_over_training
 from blockspec.model.blocks import Block
 from blockspec.spectra.collection import Spectra
@@ -593,9 +594,16 @@ def test_short_names_stay_different() -> None:
 
 
 def test_every_kind_has_a_look_of_its_own() -> None:
-    kinds = "query key value qkv attention_output mlp_in mlp_out mlp_gate embedding position norm head conv bias other"
-    assert set(KINDS) == set(kinds.split())
+    assert set(KINDS) == {*ENDINGS, "adapter", "norm", "conv", "bias", "other"}
     assert len({(look.colour, look.marker) for look in KINDS.values()}) == len(KINDS)
+
+
+def test_a_kind_of_ones_own_is_drawn() -> None:
+    """It comes after the known kinds, with a look that does not depend on what else there is."""
+    both = looks_of(["my_expert", "bias", "full", "query", "bias"])
+    assert list(both) == ["full", "query", "bias", "my_expert"]
+    assert both["my_expert"] == looks_of(["my_expert"])["my_expert"] == look("a/b", "my_expert")
+    assert both["my_expert"].label == "my expert"
 
 
 def test_spread_keeps_both_ends() -> None:

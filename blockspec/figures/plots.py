@@ -30,9 +30,9 @@ from blockspec.figures.panels import (
     smoothing_note,
 )
 from blockspec.figures.style import (
-    KINDS,
     Look,
     eigenvalue_axis,
+    looks_of,
     matrix_name,
     short_names,
     spread,
@@ -103,7 +103,7 @@ def _rows(spectra: Mapping[str, Spectrum], max_layers: int) -> tuple[list[Row], 
     names = short_names(spectra)
     layers = sorted({s.block.layer for s in spectra.values() if s.block.layer is not None})
     present = {s.block.kind for s in spectra.values() if s.block.layer is not None}
-    kinds = [kind for kind in KINDS if kind in present]
+    kinds = list(looks_of(present))
     if len(present - {"norm", "bias"}) < 3:
         panels = [panel_of(parts, names) for parts in _cells(spectra, by_layer=False).values()]
         shown = spread(panels, MOST_PANELS)

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,9 +69,13 @@ KINDS: dict[str, Look] = {
     "value": Look("value", "value", "#117777", "^"),
     "qkv": Look("query, key, value", "qkv", "#332288", "D"),
     "attention_output": Look("attention out", "attn_out", "#44AA99", "v"),
+    "attention_gate": Look("attention gate", "attn_gate", "#6699CC", "H"),
     "mlp_in": Look("MLP in", "mlp_in", "#CC6677", "P"),
     "mlp_gate": Look("MLP gate", "mlp_gate", "#E08E45", "p"),
     "mlp_out": Look("MLP out", "mlp_out", "#882255", "X"),
+    "mixer": Look("state-space mixer", "mixer", "#994455", "8"),
+    "router": Look("router", "router", "#997700", "1"),
+    "adapter": Look("adapter", "adapter", "#EE6677", "2"),
     "conv": Look("convolution", "conv", "#332288", "h"),
     "norm": Look("norm", "norm", "#AA4499", "d"),
     "bias": Look("bias", "bias", "#777777", "x"),
@@ -79,9 +84,24 @@ KINDS: dict[str, Look] = {
     "head": Look("head", "head", "#661100", ">"),
     "other": Look("other", "other", "#444444", "."),
 }
-"""In the order in which kinds stand in figures."""
+"""In the order in which kinds stand in figures; kinds of a user's own come after them, see ``looks_of``."""
 
-MATRIX_KINDS = ("query", "key", "value", "qkv", "attention_output", "mlp_in", "mlp_gate", "mlp_out")
+OWN = ("#0077BB", "#EE7733", "#009988", "#CC3311", "#BBBBBB")
+OWN_MARKERS = "34|_,"
+"""Colours and markers of kinds that are not in KINDS."""
+
+MATRIX_KINDS = (
+    "query",
+    "key",
+    "value",
+    "qkv",
+    "attention_output",
+    "attention_gate",
+    "mlp_in",
+    "mlp_gate",
+    "mlp_out",
+    "router",
+)
 """What short names call a layer's matrices by."""
 
 FULL = Look("full", "full", "#000000", "+")
@@ -104,7 +124,24 @@ MATRICES = {
 
 def look(name: str, kind: str) -> Look:
     """The look of a block by its name and kind."""
-    return FULL if name == "model" else KINDS[kind]
+    return FULL if name == "model" else looks_of([kind])[kind]
+
+
+def looks_of(kinds: Iterable[str]) -> dict[str, Look]:
+    """Kind -> look for the kinds given, each once, in the order in which they stand in figures.
+
+    A kind that is not in KINDS has a look that depends on its name alone, so that it is the same in every figure.
+    """
+    present = set(kinds)
+    own = sorted(present - set(KINDS) - {"full"})
+    known = {kind: KINDS[kind] for kind in KINDS if kind in present}
+    return ({"full": FULL} if "full" in present else {}) | known | {k: _own_look(k) for k in own}
+
+
+def _own_look(kind: str) -> Look:
+    number = zlib.crc32(kind.encode())
+    label = kind.replace("_", " ")
+    return Look(label, kind, OWN[number % len(OWN)], OWN_MARKERS[number // 7 % len(OWN_MARKERS)])
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:

@@ -24,11 +24,11 @@ from blockspec.figures.panels import (
 )
 from blockspec.figures.style import (
     FULL,
-    KINDS,
     RUN_MARKERS,
     RUNS,
     Look,
     eigenvalue_axis,
+    looks_of,
     step_axis,
     styled,
 )
@@ -109,13 +109,13 @@ def trace_by_kind_over_training(table: pd.DataFrame, quantity: str = "mean") -> 
     rows = kinds_over_training(table, quantity)
     steps = sorted(rows["step"].unique().tolist())
     last = rows[rows["step"] == steps[-1]].set_index("kind")["value"]
-    looks = {**KINDS, "full": FULL}
+    drawn = looks_of(last.index)
     figure = Figure(figsize=(5.5, 3.4), layout="constrained")
     axes = figure.subplots()
     for kind in last.sort_values(ascending=False).index:
         part = rows[rows["kind"] == kind].sort_values("step")
         _course(
-            axes, part["step"], part["value"], part["stderr"], looks[kind], label=looks[kind].label
+            axes, part["step"], part["value"], part["stderr"], drawn[kind], label=drawn[kind].label
         )
     _value_axis(axes, rows)
     step_axis(axes, steps, width=3.8)
@@ -165,7 +165,7 @@ def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
         place.set_axis_off()
     for place, (kind, parts) in zip(axes.flat, kinds.items(), strict=False):
         _overlaid(place, parts, scale, looks)
-        place.set_title({**KINDS, "full": FULL}[kind].label)
+        place.set_title(looks_of([kind])[kind].label)
     label_outer(axes)
     upper.suptitle("Heterogeneity")
     lower.suptitle("Spectra at the last step of each run, mixed over the blocks of a kind")
@@ -194,7 +194,7 @@ def _kinds_of_last_step(tables: Mapping[str, pd.DataFrame]) -> dict[str, dict[st
     found: dict[str, dict[str, Spectrum]] = {}
     for run, table in tables.items():
         spectra = spectra_of(table[table["step"] == table["step"].max()])
-        for kind in ("full", *KINDS):
+        for kind in looks_of(("full", *(s.block.kind for s in spectra.values()))):
             parts = {
                 n: s
                 for n, s in spectra.items()
@@ -202,7 +202,7 @@ def _kinds_of_last_step(tables: Mapping[str, pd.DataFrame]) -> dict[str, dict[st
             }
             if parts:
                 found.setdefault(kind, {})[run] = block_diagonal(parts)
-    return {kind: found[kind] for kind in ("full", *KINDS) if kind in found}
+    return {kind: found[kind] for kind in looks_of(found)}
 
 
 def _heterogeneity_of_runs(

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from blockspec.model.architectures import fused_rows, head_counts, layer_prefix, role, unit
+from blockspec.model.architectures import Names, layer_key, layer_prefix, role, unit
+from blockspec.model.cuts import Heads, fused_rows, heads_around
 from blockspec.model.pieces import Block as Block
 from blockspec.model.pieces import Piece as Piece
 
@@ -64,6 +65,8 @@ def partition(
     by: str | Mapping[str, Patterns] = "matrix",
     include: Patterns | None = None,
     exclude: Patterns | None = None,
+    *,
+    names: Names | None = None,
 ) -> tuple[Block, ...]:
     """Cut the parameters that require gradients into blocks.
 
@@ -79,6 +82,9 @@ def partition(
             blocks; they must cover everything, once.
         include: Glob, or several, on block names: blocks that match none are left out.
         exclude: Glob, or several, on block names: blocks that match one are left out.
+        names: What the parts of your model are called, kind -> endings of names: ``{"query": ["attn.my_q"],
+            "mlp_in": ["@mlp.first"]}``; see ``blockspec.model.architectures.ENDINGS``. They come before the known ones.
+            A kind may be one of your own.
 
     Returns:
         Blocks in the order of ``named_parameters()``; without ``include`` and ``exclude`` disjoint and complete. A tied
@@ -98,29 +104,38 @@ def partition(
             "model.requires_grad_(True)"
         )
     blocks = (
-        _blocks(model, by) if isinstance(by, str) else _own_blocks(_blocks(model, "matrix"), by)
+        _blocks(model, by, names)
+        if isinstance(by, str)
+        else _own_blocks(_blocks(model, "matrix", names), by)
     )
     return _selected(blocks, include, exclude)
 
 
-def _blocks(model: nn.Module, by: str) -> list[Block]:
+def _blocks(model: nn.Module, by: str, known: Names | None) -> list[Block]:
     if by == "model":
-        return [_union("model", _blocks(model, "tensor"))]
-    layers = _layers(model)
+        return [_union("model", _blocks(model, "tensor", known))]
+    prefixes, numbers = _layers(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     pieces = [
-        Block(name, kind, layers.get(layer_prefix(parameter)), numel, (piece,))
+        Block(name, kind, numbers.get(prefixes.get(parameter, "")), numel, (piece,))
         for parameter, tensor in model.named_parameters()
         if tensor.requires_grad and tensor.numel()
-        for name, kind, piece, numel in _cut(parameter, tensor, modules, by)
+        for name, kind, piece, numel in _cut(parameter, tensor, modules, by, known)
     ]
-    return _by_layer(pieces) if by == "layer" else pieces
+    return _by_layer(pieces, prefixes) if by == "layer" else pieces
 
 
-def _layers(model: nn.Module) -> dict[str | None, int]:
-    """Prefix -> number of the layer, counted over the frozen ones too."""
-    prefixes = dict.fromkeys(layer_prefix(name) for name, _ in model.named_parameters())
-    return {prefix: number for number, prefix in enumerate(p for p in prefixes if p is not None)}
+def _layers(model: nn.Module) -> tuple[dict[str, str], dict[str, int]]:
+    """Parameter -> prefix of its layer, and prefix -> number of the layer, counted over the frozen ones too."""
+    found = {name: layer_prefix(name) for name, _ in model.named_parameters()}
+    prefixes = [prefix for prefix in dict.fromkeys(found.values()) if prefix is not None]
+    above = {".".join(p.split(".")[:n]) for p in prefixes for n in range(1, p.count(".") + 1)}
+    layers = [prefix for prefix in prefixes if prefix not in above]  # a stage is no layer
+    keys = list(dict.fromkeys(map(layer_key, layers)))
+    numbers = {prefix: keys.index(layer_key(prefix)) for prefix in layers}
+    return {n: layer_key(p) for n, p in found.items() if p in numbers}, {
+        layer_key(prefix): number for prefix, number in numbers.items()
+    }
 
 
 def _union(name: str, blocks: Sequence[Block], kind: str = "other") -> Block:
@@ -131,34 +146,35 @@ def _union(name: str, blocks: Sequence[Block], kind: str = "other") -> Block:
     )
 
 
-def _by_layer(blocks: Sequence[Block]) -> list[Block]:
+def _by_layer(blocks: Sequence[Block], prefixes: Mapping[str, str]) -> list[Block]:
     groups: dict[str, list[Block]] = defaultdict(list)
     for block in blocks:
-        groups[layer_prefix(block.name) or block.name].append(block)
+        groups[prefixes.get(block.name, block.name)].append(block)
     return [
         group[0] if name == group[0].name else _union(name, group) for name, group in groups.items()
     ]
 
 
 def _cut(
-    name: str, tensor: Tensor, modules: Mapping[str, nn.Module], by: str
+    name: str, tensor: Tensor, modules: Mapping[str, nn.Module], by: str, known: Names | None
 ) -> Iterator[tuple[str, str, Piece, int]]:
     """Name, kind, piece and size of every block that ``by`` cuts the parameter into."""
     path = name.rpartition(".")[0]
-    part = role(name, modules[path])
+    part = role(name, modules[path], known)
     # Beyond two axes nothing is known of the first: experts, or channels.
-    if by in ("tensor", "layer") or part.kind == "norm" or tensor.ndim > 2 or tensor.ndim == 0:
+    if by in ("tensor", "layer") or part.kind in ("norm", "adapter") or tensor.ndim > 2 or tensor.ndim == 0:
         yield name, part.kind, Piece(name), tensor.numel()
         return
     size = tensor.shape[part.axis]
-    heads = head_counts(modules, path)
-    fused = fused_rows(part, size, _attention(name, modules), heads)
+    heads = heads_around(modules, path)
+    inputs = _inputs(name, size, modules[path])
+    fused = fused_rows(part, size, _attention(name, modules), heads, inputs)
     for matrix, rows in (fused or {part.matrix: range(size)}).items():
         stem = f"{name}/{matrix}" if fused else name
         kind = "bias" if part.kind == "bias" else matrix
         what = unit(by, matrix, part.ending)
         for suffix, some in _units(
-            rows, what if tensor.ndim == 2 or what == "head" else None, matrix, heads
+            rows, what if tensor.ndim == 2 or what == "head" else None, matrix, heads, inputs
         ):
             piece = Piece(name) if len(some) == size else Piece(name, part.axis, _index(some))
             yield stem + suffix, kind, piece, tensor.numel() // size * len(some)
@@ -170,12 +186,19 @@ def _attention(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
     return modules[path.rpartition(".")[0] if last in ("weight", "bias") else path]
 
 
+def _inputs(name: str, outputs: int, owner: nn.Module) -> int | None:
+    """Inputs of a matrix, or of the matrix beside a bias."""
+    last = name.rpartition(".")[2]
+    matrix = getattr(owner, re.sub("bias$", "weight", last), None)
+    return matrix.numel() // outputs if isinstance(matrix, Tensor) and matrix.ndim == 2 else None
+
+
 def _units(
-    rows: Rows, what: str | None, matrix: str, heads: tuple[int, int] | None
+    rows: Rows, what: str | None, matrix: str, heads: Heads, inputs: int | None
 ) -> Iterator[tuple[str, Rows]]:
     count = len(rows)
     if what == "head":
-        count = heads[matrix == "key"] if heads else 0
+        count = heads.counts(matrix, len(rows), inputs) or 0
     if what is None or count == 0 or len(rows) % count:
         yield "", rows
         return
