@@ -23,8 +23,8 @@ from blockspec.figures import plots
 from blockspec.figures.heatmaps import MEASURES
 from blockspec.figures.panels import resolved_density
 from blockspec.figures.style import KINDS, look, looks_of, short_name, short_names, spread
-from blockspec.model.architectures import ENDINGS
 from blockspec.figures.trends import kinds_over_training
+from blockspec.model.architectures import ENDINGS
 from blockspec.model.blocks import Block
 from blockspec.spectra.collection import Spectra
 from blockspec.spectra.heterogeneity import DEFINITIONS

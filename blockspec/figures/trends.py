@@ -23,7 +23,6 @@ from blockspec.figures.panels import (
     scale_of,
 )
 from blockspec.figures.style import (
-    FULL,
     RUN_MARKERS,
     RUNS,
     Look,

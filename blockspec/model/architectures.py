@@ -22,123 +22,140 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "@mixer": ("mamba", "mixer", "ssm", "linear_attn", "temporal_block", "rg_lru", "lightning"),
     "@head": ("head", "classifier", "predictions", "prediction"),
     "@attention": ("attn", "attention", "self_att"),
-    "@mlp": ("mlp", "ffn", "feed_forward", "feedforward", "ffwd", "expert", "moe", "densereludense"),
+    "@mlp": (
+        "mlp", "ffn", "feed_forward", "feedforward", "ffwd", "expert", "moe", "densereludense",
+        "=ff",
+    ),
     "@projector": ("projector", "connector", "projection"),
 }  # fmt: skip
-"""Context -> words that a component of the path around a parameter holds, in lower case."""
+"""Context -> words that a component of the path around a parameter holds, in lower case; with ``=`` all of it."""
 
 ENDINGS: dict[str, tuple[str, ...]] = {
     "query": (
-        "q_proj", "query", "query_proj", "q_attn", "q_lin", "q_proj_weight", "wq", "w_q", "c_q", "to_q", "to_query",
-        "queries", "project_q", "linear_q", "projection_query", "query_global", "q_b_proj", "q_a_proj", "wq_a", "wq_b",
-        "@attention.q", "self.q",
+        "q_proj", "query", "query_proj", "q_attn", "q_lin", "q_proj_weight", "wq", "w_q", "c_q",
+        "to_q", "to_query", "queries", "project_q", "linear_q", "projection_query", "query_global",
+        "q_b_proj", "q_a_proj", "wq_a", "wq_b", "@attention.q", "self.q",
     ),
     "key": (
-        "k_proj", "key", "key_proj", "k_lin", "k_proj_weight", "wk", "w_k", "c_k", "to_k", "to_key", "keys",
-        "project_k", "linear_k", "projection_key", "key_global", "@attention.k", "self.k",
+        "k_proj", "key", "key_proj", "k_lin", "k_proj_weight", "wk", "w_k", "c_k", "to_k",
+        "to_key", "keys", "project_k", "linear_k", "projection_key", "key_global", "@attention.k",
+        "self.k",
     ),
     "value": (
-        "v_proj", "value", "value_proj", "v_lin", "v_proj_weight", "wv", "w_v", "c_v", "to_v", "to_value", "values",
-        "project_v", "linear_v", "projection_value", "value_global", "@attention.v", "self.v",
+        "v_proj", "value", "value_proj", "v_lin", "v_proj_weight", "wv", "w_v", "c_v", "to_v",
+        "to_value", "values", "project_v", "linear_v", "projection_value", "value_global",
+        "@attention.v", "self.v",
     ),
     "qkv": (
-        "self.in_proj",
-        "c_attn", "crossattention.c_attn", "qkv", "qkv_proj", "Wqkv", "to_qkv", "query_key_value", "linear_qkv",
-        "in_proj_weight", "in_proj_bias", "att_proj", "qkv_w", "qkvo_w", "queries_keys_values",
-        "to_kv", "kv", "kv_proj", "Wkv", "keys_values", "linear_kv", "kv_b_proj", "kv_a_proj_with_mqa", "kv_a_proj",
-        "wkv_a", "wkv_b", "key_value", "@attention.attn", "@attention.in_proj",
+        "self.in_proj", "c_attn", "crossattention.c_attn", "qkv", "qkv_proj", "Wqkv", "to_qkv",
+        "query_key_value", "linear_qkv", "in_proj_weight", "in_proj_bias", "att_proj", "qkv_w",
+        "qkvo_w", "queries_keys_values", "to_kv", "kv", "kv_proj", "Wkv", "keys_values",
+        "linear_kv", "kv_b_proj", "kv_a_proj_with_mqa", "kv_a_proj", "wkv_a", "wkv_b", "key_value",
+        "@attention.attn", "@attention.in_proj",
     ),
     "attention_output": (
-        "projection.linear", "cross_attn.out",
-        "@attention.c_proj", "@attention.proj", "o_proj", "out_proj", "out_lin", "@attention.output.dense",
-        "@attention.dense", "@attention.Wo", "@attention.wo", "@attention.w_o", "@attention.w_out", "@attention.o",
-        "@attention.output", "@attention.out", "@attention.to_out", "@attention.to_out.0", "to_out.0", "to_out",
-        "@attention.attention_out", "@attention.final", "@attention.linear_out", "attn_out", "linear_proj",
-        "o_a_proj", "o_b_proj", "@attention.final_linear", "att_out",
+        "projection.linear", "cross_attn.out", "@attention.c_proj", "@attention.proj", "o_proj",
+        "out_proj", "out_lin", "@attention.output.dense", "@attention.dense", "@attention.Wo",
+        "@attention.wo", "@attention.w_o", "@attention.w_out", "@attention.o", "@attention.output",
+        "@attention.out", "@attention.to_out", "@attention.to_out.0", "to_out.0", "to_out",
+        "@attention.attention_out", "@attention.final", "@attention.linear_out", "attn_out",
+        "linear_proj", "o_a_proj", "o_b_proj", "@attention.final_linear", "att_out",
     ),
     "attention_gate": (
-        "@attention.output_gate", "@attention.g_proj", "@attention.q_gate_proj", "@attention.attn_gate",
-        "@attention.gate", "@attention.gate_proj",
+        "@attention.output_gate", "@attention.g_proj", "@attention.q_gate_proj",
+        "@attention.attn_gate", "@attention.gate", "@attention.gate_proj",
     ),
     "mlp_in": (
-        "linear_up.linear",
-        "c_fc", "@mlp.fc1", "mlp_tokens.fc1", "mlp_channels.fc1", "layers.#.fc1", "intermediate.dense", "up_proj",
-        "gate_up_proj", "dense_h_to_4h", "layers.#.linear1", "@mlp.lin1", "@mlp.Wi", "@mlp.wi", "@mlp.w3", "w3",
-        "@mlp.wi_1", "encoder_layer_#.mlp.0", "fc_in", "@mlp.linear1", "@mlp.linear_1", "@mlp.dense1", "@mlp.w_in",
-        "@mlp.up", "@mlp.w_up", "@mlp.w_1", "@mlp.fc_2", "@mlp.fc", "linear_fc1", "ff_proj", "pwconv1",
-        "intermediate_dense", "@mlp.dense_1", "@mlp.input_linear", "layer.#.ffn", "layers.#.ffn", "albert_layers.#.ffn",
-        "intermediate_query.dense", "@mlp.key", "net.0", "net.1", "@mlp.#.0", "@mlp.0", "w12", "@mlp.linear_in",
-        "@projector.linear_1", "@mlp.linear_up.linear", "@mlp.keys", "w_in.w_1",
+        "linear_up.linear", "c_fc", "@mlp.fc1", "mlp_tokens.fc1", "mlp_channels.fc1",
+        "layers.#.fc1", "intermediate.dense", "up_proj", "gate_up_proj", "dense_h_to_4h",
+        "layers.#.linear1", "@mlp.lin1", "@mlp.Wi", "@mlp.wi", "@mlp.w3", "w3", "@mlp.wi_1",
+        "encoder_layer_#.mlp.0", "fc_in", "@mlp.linear1", "@mlp.linear_1", "@mlp.dense1",
+        "@mlp.w_in", "@mlp.up", "@mlp.w_up", "@mlp.w_1", "@mlp.fc_2", "@mlp.fc", "linear_fc1",
+        "ff_proj", "pwconv1", "intermediate_dense", "@mlp.dense_1", "@mlp.input_linear",
+        "layer.#.ffn", "layers.#.ffn", "albert_layers.#.ffn", "intermediate_query.dense",
+        "@mlp.key", "net.0", "net.1", "@mlp.#.0", "@mlp.0", "w12", "@mlp.linear_in",
+        "@projector.linear_1", "@mlp.linear_up.linear", "@mlp.keys", "w_in.w_1", "@mlp.#.proj",
     ),
     "mlp_gate": (
         "gate_proj", "@mlp.w1", "w1", "@mlp.wi_0", "@mlp.w_gate", "@mlp.gate_linear", "@mlp.fc_1",
         "@mlp.receptance", "w_in.w_0",
     ),
     "mlp_out": (
-        "linear_down.linear",
-        "@mlp.c_proj", "@mlp.fc2", "mlp_tokens.fc2", "mlp_channels.fc2", "layers.#.fc2", "output.dense", "down_proj",
-        "dense_4h_to_h", "layers.#.linear2", "@mlp.lin2", "@mlp.Wo", "@mlp.w2", "w2", "@mlp.wo", "fc_out",
-        "encoder_layer_#.mlp.3", "@mlp.linear2", "@mlp.linear_2", "@mlp.dense2", "@mlp.w_out", "@mlp.down",
-        "@mlp.w_down", "@mlp.proj", "linear_fc2", "blocks.#.ff_out", "pwconv2", "output_dense", "@mlp.dense_2",
-        "@mlp.output_linear", "layer.#.ffn_output", "layers.#.ffn_output", "albert_layers.#.ffn_output",
-        "output_query.dense", "@mlp.value", "net.2", "net.3", "net.4", "@mlp.2", "@mlp.3", "@mlp.output",
-        "@projector.linear_2", "@mlp.linear_down.linear", "@mlp.values", "@mlp.#.3", "@mlp.#.2", "@mlp.linear_out",
+        "linear_down.linear", "@mlp.c_proj", "@mlp.fc2", "mlp_tokens.fc2", "mlp_channels.fc2",
+        "layers.#.fc2", "output.dense", "down_proj", "dense_4h_to_h", "layers.#.linear2",
+        "@mlp.lin2", "@mlp.Wo", "@mlp.w2", "w2", "@mlp.wo", "fc_out", "encoder_layer_#.mlp.3",
+        "@mlp.linear2", "@mlp.linear_2", "@mlp.dense2", "@mlp.w_out", "@mlp.down", "@mlp.w_down",
+        "@mlp.proj", "linear_fc2", "blocks.#.ff_out", "pwconv2", "output_dense", "@mlp.dense_2",
+        "@mlp.output_linear", "layer.#.ffn_output", "layers.#.ffn_output",
+        "albert_layers.#.ffn_output", "output_query.dense", "@mlp.value", "net.2", "net.3",
+        "net.4", "@mlp.2", "@mlp.3", "@mlp.output", "@projector.linear_2",
+        "@mlp.linear_down.linear", "@mlp.values", "@mlp.#.3", "@mlp.#.2", "@mlp.linear_out",
     ),
     "mixer": (
-        "modulation.projection_in", "modulation.projection_out", "conv_out_layer", "conv_kernel_layer",
-        "@mixer.out_proj", "@mixer.in_proj", "@mixer.x_proj", "@mixer.dt_proj", "A_log", "@mixer.D", "@mixer.o_proj",
-        "conv.in_proj", "conv.out_proj", "f_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj",
-        "@attention.receptance", "@attention.time_decay", "time_mix_k", "forget_gate.f_proj", "@attention.b_proj",
+        "modulation.projection_in", "modulation.projection_out", "conv_out_layer",
+        "conv_kernel_layer", "@mixer.out_proj", "@mixer.in_proj", "@mixer.x_proj",
+        "@mixer.dt_proj", "A_log", "@mixer.D", "@mixer.o_proj", "conv.in_proj", "conv.out_proj",
+        "f_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj", "@attention.receptance",
+        "@attention.time_decay", "time_mix_k", "forget_gate.f_proj", "@attention.b_proj",
         "@mixer.g_proj",
     ),
     "router": (
-        "@router.weight", "router", "@router.layer", "@router.classifier", "@mlp.gate", "@mlp.gate.wg", "@experts.gate",
-        "@router.proj", "@router.linear", "@router.gate",
+        "@router.weight", "router", "@router.layer", "@router.classifier", "@mlp.gate",
+        "@mlp.gate.wg", "@experts.gate", "@router.proj", "@router.linear", "@router.gate",
     ),
     "embedding": (
-        "downsample.reduction", "subsampler.dense_0", "subsampler.dense_1",
-        "wte", "embed_tokens", "word_embeddings", "embed_in", "tok_embeddings", "tok_embedding", "token_embedding",
-        "token_embeddings", "tokens_embed", "word_embedding", "token_emb.emb", "token_emb", "tok_emb",
-        "shared", "token_type_embeddings", "patch_embeddings.projection", "patch_embed.proj", "patch_embedding",
-        "stem.proj", "conv_proj", "cls_token", "mask_token", "dist_token", "reg_token", "class_token",
-        "distillation_token", "register_tokens", "class_embedding", "^embeddings", "vision_embed_tokens",
-        "embeddings.projection", "embedding_hidden_mapping_in", "embedding_transformation", "map_inputs_layer",
-        "feature_projection", "feature_projection.projection", "to_patch_embedding.1", "to_patch_embedding.2",
-        "patch_embed.#.proj", "embedding_projection", "embeddings_project", "audio_tower.conv_out", "embed.out",
-        "subsampling.linear", "subsampling.out",
+        "downsample.reduction", "subsampler.dense_0", "subsampler.dense_1", "wte", "embed_tokens",
+        "word_embeddings", "embed_in", "tok_embeddings", "tok_embedding", "token_embedding",
+        "token_embeddings", "tokens_embed", "word_embedding", "token_emb.emb", "token_emb",
+        "tok_emb", "shared", "token_type_embeddings", "patch_embeddings.projection",
+        "patch_embed.proj", "patch_embedding", "stem.proj", "conv_proj", "cls_token", "mask_token",
+        "dist_token", "reg_token", "class_token", "distillation_token", "register_tokens",
+        "class_embedding", "^embeddings", "vision_embed_tokens", "embeddings.projection",
+        "embedding_hidden_mapping_in", "embedding_transformation", "map_inputs_layer",
+        "feature_projection", "feature_projection.projection", "to_patch_embedding.1",
+        "to_patch_embedding.2", "patch_embed.#.proj", "embedding_projection", "embeddings_project",
+        "audio_tower.conv_out", "embed.out", "subsampling.linear", "subsampling.out",
         "embeddings.patch_embeddings.layernorm", "latents", "query_tokens", "visual_projection.0",
-        "multi_modal_projector.linear", "projector.linear", "multi_modal_projector", "projector.proj", "projector",
-        "mm_input_projection_weight", "modality_projection", "modality_projection.proj", "model.in_proj", "input_projection",
+        "multi_modal_projector.linear", "projector.linear", "multi_modal_projector",
+        "projector.proj", "projector", "mm_input_projection_weight", "modality_projection",
+        "modality_projection.proj", "model.in_proj", "input_projection",
     ),
     "position": (
-        "wpe", "position_embeddings", "position_embedding", "embed_positions", "pos_embed", "pos_embedding",
-        "positions_embed", "relative_attention_bias", "relative_position_bias_table", "pos_emb.emb", "pos_emb",
-        "rel_pos_emb", "rel_embeddings", "distance_embedding", "relative_k_proj", "relative_key_proj", "r_proj",
-        "linear_pos", "pos_key_proj", "pos_query_proj", "pos_proj", "rel_logits_proj.proj", "h_position_embeddings",
-        "w_position_embeddings", "x_position_embeddings", "y_position_embeddings", "@attention.r",
-        "rel_pos_h", "rel_pos_w", "attention_biases", "position_encoding",
+        "wpe", "position_embeddings", "position_embedding", "embed_positions", "pos_embed",
+        "pos_embedding", "positions_embed", "relative_attention_bias",
+        "relative_position_bias_table", "pos_emb.emb", "pos_emb", "rel_pos_emb", "rel_embeddings",
+        "distance_embedding", "relative_k_proj", "relative_key_proj", "r_proj", "linear_pos",
+        "pos_key_proj", "pos_query_proj", "pos_proj", "rel_logits_proj.proj",
+        "h_position_embeddings", "w_position_embeddings", "x_position_embeddings",
+        "y_position_embeddings", "@attention.r", "rel_pos_h", "rel_pos_w", "attention_biases",
+        "position_encoding",
     ),
     "head": (
         "lm_head", "lm_heads.#", "lm_heads", "embed_out", "predictions.decoder", "lm_head.decoder",
-        "predictions.transform.dense", "@head.dense", "head", "head.fc", "fc", "classifier", "@head.out_proj",
-        "@head.decoder", "@head.linear1", "@head.linear2", "@head.linear", "@head.fc", "score", "qa_outputs", "head.#",
-        # HF and torchvision put dropout and activations between the layers of a classifier.
-        "classifier.0", "classifier.1", "classifier.3", "classifier.4", "classifier.6",
-        "pooler", "pooler.dense", "^output", "^output_layer", "^output_projection", "^logits", "^to_logits", "mlp_head",
-        "output_layer", "transformer.ff_out", "lm_head.w_out", "vocab_transform", "vocab_projector", "mlp_head.#",
-        "ctc_head", "pred_layer.proj", "to_logits", "encoder.out", "encoder.out_mid", "summary", "@head.proj",
-        "visual_projection", "text_projection", "logits_proj", "lm_loss", "cls_head", "lm_head_w", "reg_head",
+        "predictions.transform.dense", "@head.dense", "head", "head.fc", "fc", "classifier",
+        "@head.out_proj", "@head.decoder", "@head.linear1", "@head.linear2", "@head.linear",
+        "@head.fc", "score", "qa_outputs", "head.#", "classifier.0", "classifier.1",
+        "classifier.3", "classifier.4", "classifier.6", "pooler", "pooler.dense", "^output",
+        "^output_layer", "^output_projection", "^logits", "^to_logits", "mlp_head", "output_layer",
+        "transformer.ff_out", "lm_head.w_out", "vocab_transform", "vocab_projector", "mlp_head.#",
+        "ctc_head", "pred_layer.proj", "to_logits", "encoder.out", "encoder.out_mid", "summary",
+        "@head.proj", "visual_projection", "text_projection", "logits_proj", "lm_loss", "cls_head",
+        "lm_head_w", "reg_head",
     ),
 }  # fmt: skip
 """Kind -> endings. ``#`` stands for a number in any component but the last, ``@attention`` for a component with one of
 the words of CONTEXTS (first component only), ``^`` for the beginning of the name."""
 
 TOKENS = frozenset(
-    "wte embed_tokens word_embeddings embed_in tok_embeddings tok_embedding token_embedding token_embeddings "
-    "tokens_embed word_embedding token_emb.emb token_emb tok_emb shared ^embeddings lm_head lm_heads.# embed_out "
-    "predictions.decoder lm_head.decoder @head.decoder ^output ^output_layer output_layer transformer.ff_out "
-    "lm_head.w_out to_logits ^to_logits vocab_projector lm_loss pred_layer.proj".split()
-)
+    {
+        "wte", "embed_tokens", "word_embeddings", "embed_in", "tok_embeddings", "tok_embedding",
+        "token_embedding", "token_embeddings", "tokens_embed", "word_embedding", "token_emb.emb",
+        "token_emb", "tok_emb", "shared", "^embeddings", "lm_head", "lm_heads.#", "embed_out",
+        "predictions.decoder", "lm_head.decoder", "@head.decoder", "^output", "^output_layer",
+        "output_layer", "transformer.ff_out", "lm_head.w_out", "to_logits", "^to_logits",
+        "vocab_projector", "lm_loss", "pred_layer.proj",
+    }
+)  # fmt: skip
 """Endings of the matrices that hold one row per token of the vocabulary."""
 
 ADAPTERS = re.compile(
@@ -314,7 +331,8 @@ def _contexts(part: str) -> list[str]:
     return [
         context
         for context, words in CONTEXTS.items()
-        if any(word in part for word in words) and not (context == "@attention" and "linear" in part)
+        if any(word in part or word == "=" + part for word in words)
+        and not (context == "@attention" and "linear" in part)
     ]
 
 

@@ -162,7 +162,12 @@ def _cut(
     path = name.rpartition(".")[0]
     part = role(name, modules[path], known)
     # Beyond two axes nothing is known of the first: experts, or channels.
-    if by in ("tensor", "layer") or part.kind in ("norm", "adapter") or tensor.ndim > 2 or tensor.ndim == 0:
+    if (
+        by in ("tensor", "layer")
+        or part.kind in ("norm", "adapter")
+        or tensor.ndim > 2
+        or tensor.ndim == 0
+    ):
         yield name, part.kind, Piece(name), tensor.numel()
         return
     size = tensor.shape[part.axis]

@@ -43,7 +43,15 @@ OPAQUE_CLASSES = frozenset(
 OPAQUE_ATTRIBUTES = ("head_first", "key_dim", "val_dim", "attn_ratio", "multi_query_group_num")
 """Attributes of attention that orders its rows by head, or in another way that its names do not tell (timm, GLM)."""
 
-QUERY_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "nhead", "heads", "n_local_heads")
+QUERY_HEADS = (
+    "num_heads",
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "nhead",
+    "heads",
+    "n_local_heads",
+)
 KEY_HEADS = (
     "num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads", "n_kv_head", "n_query_groups",
     "num_query_groups", "num_heads_kv", "n_head_kv", "kv_n_heads", "effective_n_kv_heads",
@@ -66,7 +74,9 @@ class Heads:
         """
         count = self.keys if matrix == "key" else self.queries
         if self.size and rows % self.size == 0 and (matrix == "key" or count is None):
-            count = rows // self.size  # layers of one model may differ, and their config counts one of them
+            count = (
+                rows // self.size
+            )  # layers of one model may differ, and their config counts one of them
         elif matrix == "key" and count is None and rows == inputs:
             count = self.queries
         return count if count and rows % count == 0 else None
