@@ -6,6 +6,8 @@ from blockspec.model.blocks import partition as partition
 from blockspec.model.objective import Objective as Objective
 from blockspec.model.pieces import Block as Block
 from blockspec.numerics.probes import draw_probe as draw_probe
+from blockspec.products.operators import FunctionOperator as FunctionOperator
+from blockspec.products.operators import Operator as Operator
 from blockspec.runs.progress import progress_bar as progress_bar
 from blockspec.spectra.collection import Spectra as Spectra
 from blockspec.spectra.collection import block_diagonal as block_diagonal

@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from blockspec.engine.settings import EstimateSettings
 from blockspec.figures.plots import distance_heatmaps
 from blockspec.figures.style import short_name
-from blockspec.runs.run import BlockSettings, EstimateSettings, RunSettings
+from blockspec.runs.run import BlockSettings, RunSettings
 from paper.distances import (
     DEFAULT,
     DEFINITIONS,

@@ -10,8 +10,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from blockspec.engine.settings import EstimateSettings
 from blockspec.figures.style import RUN_MARKERS, RUNS, styled
-from blockspec.runs.run import BlockSettings, EstimateSettings, RunSettings
+from blockspec.runs.run import BlockSettings, RunSettings
 from paper.distances import RESOLVED, mean_distance
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
 from paper.optimizers import ADAM, SGD

@@ -13,9 +13,10 @@ import pandas as pd
 import yaml
 from torch import nn
 
+from blockspec.engine.settings import EstimateSettings
 from blockspec.model.blocks import partition
 from blockspec.runs.factories import find_factory
-from blockspec.runs.run import BlockSettings, EstimateSettings, RunSettings
+from blockspec.runs.run import BlockSettings, RunSettings
 from blockspec.spectra.collection import Spectra
 from language_models import compare_optimizers as language
 from language_models.models import ModelSettings as LanguageModel

@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from blockspec import Objective, estimate_spectra, load_spectra, losses, partition
+from blockspec.engine.settings import EstimateSettings
 from blockspec.integrations import SpectrumCallback, record
 from blockspec.integrations.trainer import due_steps
 from blockspec.runs import cli, report
-from blockspec.runs.run import BlockSettings, EstimateSettings
+from blockspec.runs.run import BlockSettings
 
 ROOT = Path(__file__).parent.parent
 QUICK = {"num_probes": 2, "num_steps": 3}

@@ -15,10 +15,11 @@ from problems import roughened
 from torch import nn
 
 from blockspec import Objective, draw_probe, estimate_spectra, load_spectra, losses, partition
+from blockspec.engine.settings import EstimateSettings
 from blockspec.model.blocks import GRANULARITIES
 from blockspec.products.curvature import Products
 from blockspec.runs import cli
-from blockspec.runs.run import BlockSettings, EstimateSettings, Resources, RunSettings, measure
+from blockspec.runs.run import BlockSettings, Resources, RunSettings, measure
 from vision_models import factories
 from vision_models.mixer import Mixer
 from vision_models.mlp import ScaledMLP

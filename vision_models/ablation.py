@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from blockspec.runs.run import BlockSettings, EstimateSettings, Resources, RunSettings, measure
+from blockspec.engine.settings import EstimateSettings
+from blockspec.runs.run import BlockSettings, Resources, RunSettings, measure
 from blockspec.spectra.collection import Spectra, read_table, spectra_of, write_parquet
 from blockspec.spectra.spectrum import Spectrum
 from training.checkpoints import list_checkpoints, read_record

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import pandas as pd
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from blockspec.engine.schedule import Schedule
-from blockspec.model.blocks import Block, scatter
-from blockspec.model.objective import Objective, examples
+from blockspec.model.blocks import Block
 from blockspec.numerics import memory
-from blockspec.products.curvature import Products
-from blockspec.products.precision import reduced_multiplication
+from blockspec.products.calibration import Calibrated
+from blockspec.products.operators import Operator
 
-MEASURED = 60  # products that are timed; the others take the time of the nearest one
 MARGIN = 1.05  # on measured growth: allocators round up
 
 
@@ -49,14 +43,29 @@ class Plan:
         return int(self.table["products"].sum())
 
 
-def plan(schedule: Schedule, products: Products, *, limit: int | None = None) -> Plan:
-    """Calibrates on the first micro-batch and adds up; leaves the objective's micro-batch as :func:`fit` chose it."""
-    objective = products.objective
+def plan(schedule: Schedule, operator: Operator, *, limit: int | None = None) -> Plan:
+    """Calibrates on the first micro-batch and adds up."""
+    operator = _calibrated(operator)
     if limit is not None:
-        schedule.budget = fit(objective, schedule, products, limit)
-    count = sum(1 for _ in objective.batches())
+        schedule.budget = fit(schedule, operator, limit)
     blocks = [task.block for task in schedule.tasks]
-    gradient, shared, costs = _calibrate(products, blocks)
+    count, costs = operator.num_batches(), operator.calibrate(blocks)
+    table = _table(schedule, costs.blocks, costs.gradient, count)
+    at_once = int(table["basis"].sum())
+    passes = 1 if schedule.budget is None else -(-at_once // max(schedule.budget, 1))
+    sweeps = passes * max(table["products"] / [max(task.wanted, 1) for task in schedule.tasks])
+    vectors = at_once if schedule.budget is None else min(at_once, schedule.budget)
+    kept = count <= operator.graphs  # one linearisation serves every sweep
+    graphs = (count if kept else 1) * int(MARGIN * _growth(operator, blocks, None))
+    peak = memory.used(operator.device) + graphs + vectors
+    total = float(table["seconds"].sum() + (1 if kept else sweeps) * count * costs.shared)
+    gradient = costs.gradient * count
+    return Plan(table, gradient, total, operator.micro_batch, peak, limit, int(passes))
+
+
+def _table(
+    schedule: Schedule, costs: Mapping[str, tuple[float, float]], gradient: float, count: int
+) -> pd.DataFrame:
     rows = []
     for task in schedule.tasks:
         number = schedule.waiting(task)
@@ -73,125 +82,54 @@ def plan(schedule: Schedule, products: Products, *, limit: int | None = None) ->
                 "basis": task.job_bytes() * (1 if task.exact else task.wanted),
             }
         )
-    table = pd.DataFrame(rows).set_index("block")
-    at_once = int(table["basis"].sum())
-    passes = 1 if schedule.budget is None else -(-at_once // max(schedule.budget, 1))
-    sweeps = passes * max(table["products"] / [max(task.wanted, 1) for task in schedule.tasks])
-    vectors = at_once if schedule.budget is None else min(at_once, schedule.budget)
-    kept = count <= products.graphs  # one linearisation serves every sweep
-    graphs = count if kept else 1
-    peak = (
-        memory.used(objective.device)
-        + graphs * int(MARGIN * _growth(products, blocks, None))
-        + vectors
-    )
-    total = float(table["seconds"].sum() + (1 if kept else sweeps) * count * shared)
-    return Plan(table, gradient * count, total, objective.micro_batch, peak, limit, int(passes))
+    return pd.DataFrame(rows).set_index("block")
 
 
-def fit(objective: Objective, schedule: Schedule, products: Products, limit: int) -> int:
-    """Chooses the objective's micro-batch so that the estimate stays within ``limit`` bytes, and how many graphs are kept;
-    returns what is left for the processes under way: all of them at once if that leaves room for one example at a time, else as
-    many as fit.
+def fit(schedule: Schedule, operator: Operator, limit: int) -> int:
+    """Chooses the operator's micro-batch so that the estimate stays within ``limit`` bytes, and how many graphs are kept.
 
-    Raises ValueError where not even one process fits beside one example, with what would.
+    Returns:
+        What is left for the recurrences under way: all of them at once if that leaves room for one example at a time, else as
+        many as fit.
+
+    Raises:
+        ValueError: Not even one recurrence fits beside one example; the message says what would.
     """
+    operator = _calibrated(operator)
     blocks = [task.block for task in schedule.tasks]
-    _growth(products, blocks, 1)  # what is allocated once and kept, is in use from here on
-    used = memory.used(objective.device)
-    largest = max((examples(batch) or 1 for batch in objective.whole_batches()), default=1)
-    one = _growth(products, blocks, 1)
-    slope = _growth(products, blocks, 2) - one if largest > 1 else 0
+    _growth(operator, blocks, 1)  # what is allocated once and kept, is in use from here on
+    used = memory.used(operator.device)
+    largest = operator.largest_batch()
+    one = _growth(operator, blocks, 1)
+    slope = _growth(operator, blocks, 2) - one if largest > 1 else 0
     at_once = sum(task.job_bytes() * (1 if task.exact else task.wanted) for task in schedule.tasks)
     single = max(task.job_bytes() for task in schedule.tasks)
     room = limit - used - int(MARGIN * one)
     if room < single:
         raise ValueError(
             f"memory of {memory.readable(limit)} is too little: {memory.readable(used)} are in use, one example takes "
-            f"{memory.readable(one)} and one process on the largest block {memory.readable(single)}; "
+            f"{memory.readable(one)} and one recurrence on the largest block {memory.readable(single)}; "
             f"{memory.readable(used + MARGIN * one + single)} would fit, or fewer steps, basis_dtype='bfloat16', "
             "basis_device='cpu', or reorthogonalize=False"
         )
     spare = max(room - at_once, 0)
     micro_batch = min(largest, 1 + int(spare / (MARGIN * slope)) if slope > 0 else largest)
-    objective.micro_batch = None if micro_batch >= largest else micro_batch
+    operator.micro_batch = None if micro_batch >= largest else micro_batch
     graph = MARGIN * (one + slope * (micro_batch - 1))
-    products.graphs = 1 + int(max(room + MARGIN * one - at_once - graph, 0) / max(graph, 1))
+    operator.graphs = 1 + int(max(room + MARGIN * one - at_once - graph, 0) / max(graph, 1))
     return min(room, at_once)
 
 
-def _growth(products: Products, blocks: Sequence[Block], size: int | None) -> int:
+def _calibrated(operator: Operator) -> Calibrated:
+    if not isinstance(operator, Calibrated):
+        raise ValueError(
+            f"the operator {operator.curvature!r} cannot be planned: what its products cost is not known; leave out memory="
+        )
+    return operator
+
+
+def _growth(operator: Calibrated, blocks: Sequence[Block], size: int | None) -> int:
     """Peak memory of one shared pass and one product of the deepest block, on ``size`` examples."""
-    objective = products.objective
-    before, objective.micro_batch = objective.micro_batch, size or objective.micro_batch
-    try:
-        with memory.watched(objective.device) as peak:
-            _one_product(products, blocks)
-    finally:
-        objective.micro_batch = before
+    with memory.watched(operator.device) as peak:
+        operator.rehearse(blocks, size)
     return peak.growth
-
-
-def _one_product(products: Products, blocks: Sequence[Block]) -> None:
-    objective = products.objective
-    parameters = objective.parameters()
-    deepest = max(blocks, key=lambda block: len(block.parameters))
-    vector = torch.zeros(deepest.numel, device=objective.device)
-    names = dict.fromkeys(name for block in blocks for name in block.parameters)
-    with objective.prepared():
-        for batch in islice(objective.batches(), 1):
-            apply, _ = products.linearise(batch, {name: parameters[name] for name in names})
-            apply(scatter(deepest, vector, parameters), deepest.parameters)
-
-
-def _calibrate(
-    products: Products, blocks: Sequence[Block]
-) -> tuple[float, float, dict[str, tuple[float, float]]]:
-    """Seconds of a gradient and of a shared pass, and of each block's product its seconds and floating-point operations; all of
-    one micro-batch."""
-    objective = products.objective
-    parameters = objective.parameters()
-    by_parameters = {block.parameters: block for block in blocks}
-    stride = -(-len(by_parameters) // MEASURED)
-    with objective.prepared(), reduced_multiplication(products.precision):
-        batch = next(iter(objective.batches()))
-
-        def gradient() -> None:
-            torch.autograd.grad(
-                objective.loss_sum(batch)[0], list(parameters.values()), allow_unused=True
-            )
-
-        gradient()
-        gradient_seconds = min(_seconds(gradient, objective) for _ in range(3))
-        names = dict.fromkeys(name for block in blocks for name in block.parameters)
-        wanted = {name: parameters[name] for name in names}
-        start = time.perf_counter()
-        apply, _ = products.linearise(batch, wanted)
-        shared_seconds = time.perf_counter() - start
-        measured: dict[tuple[str, ...], tuple[float, float]] = {}
-        nearest = (0.0, 0.0)
-        for index, (key, block) in enumerate(by_parameters.items()):
-            if index % stride == 0:
-                direction = scatter(
-                    block, torch.zeros(block.numel, device=objective.device), parameters
-                )
-                seconds = _seconds(
-                    lambda direction=direction, key=key: apply(direction, key), objective
-                )  # type: ignore[misc]
-                with FlopCounterMode(display=False) as counter:
-                    apply(direction, key)
-                nearest = (seconds, float(counter.get_total_flops()))
-            measured[key] = nearest
-    return (
-        gradient_seconds,
-        shared_seconds,
-        {block.name: measured[block.parameters] for block in blocks},
-    )
-
-
-def _seconds(function, objective: Objective) -> float:  # type: ignore[no-untyped-def]
-    start = time.perf_counter()
-    function()
-    if objective.device.type == "cuda":
-        torch.cuda.synchronize(objective.device)
-    return time.perf_counter() - start

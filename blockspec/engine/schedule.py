@@ -17,7 +17,7 @@ from blockspec.numerics.lanczos import Lanczos, Tridiagonal
 from blockspec.numerics.measures import NOTHING
 from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.ranks import Ranks
-from blockspec.products.curvature import Products
+from blockspec.products.operators import Operator
 
 ALWAYS_EXACT = 64  # parameters: where numbers are chosen by tolerance, blocks this small would need more products otherwise
 TYPICAL_STEPS = 40  # of an adaptive process, to foresee its memory
@@ -215,13 +215,13 @@ class Schedule:
     def __post_init__(self) -> None:
         self._task = {task.block.name: task for task in self.tasks}
 
-    def run(self, products: Products, *, after_sweep: Callable[[Schedule], None]) -> None:
+    def run(self, operator: Operator, *, after_sweep: Callable[[Schedule], None]) -> None:
         """Drives every task to its end."""
         self._admit()
         while self.active:
-            results = products.sweep([(job.block, job.process.vector) for job in self.active])
+            results = operator.sweep([(job.block, job.process.vector) for job in self.active])
             self.products += len(self.active)
-            products.ranks.together(
+            operator.ranks.together(
                 [job.process.step(result) for job, result in zip(self.active, results, strict=True)]
             )
             del results

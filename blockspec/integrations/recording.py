@@ -29,11 +29,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from blockspec.engine.settings import EstimateSettings
 from blockspec.model.blocks import Block
 from blockspec.model.differentiability import check_twice_differentiable
 from blockspec.model.objective import Objective, fingerprint
 from blockspec.runs.run import (
-    EstimateSettings,
     Resources,
     append_stage,
     append_tables,
@@ -73,7 +73,7 @@ def record(
     out: the folder: ``run.json``, ``spectra.parquet``, ``heterogeneity.parquet``.
     step: the number of updates that were made.
     memory, columns: see :func:`blockspec.estimate_spectra`.
-    settings: the fields of :class:`blockspec.runs.run.EstimateSettings`: ``num_probes=4, num_steps=40, seed=0, ...``
+    settings: the fields of :class:`blockspec.engine.settings.EstimateSettings`: ``num_probes=4, num_steps=40, seed=0, ...``
 
     Returns the step's scalars by name, for one's own tracker: the loss, ``spectrum/js0`` (mean Jensen-Shannon divergence over
     all pairs of blocks, nats), ``spectrum/largest/<kind>`` and ``spectrum/trace/<kind>``; kind ``full`` is the block ``model``.

@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from blockspec.engine.settings import EstimateSettings
 from blockspec.integrations.recording import check, record
 from blockspec.model.losses import next_token
 from blockspec.model.objective import Objective
-from blockspec.runs.run import BlockSettings, EstimateSettings, choose_blocks
+from blockspec.runs.run import BlockSettings, choose_blocks
 
 
 class SpectrumCallback(TrainerCallback):

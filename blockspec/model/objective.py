@@ -83,14 +83,18 @@ class Objective:
         dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         return dtypes.pop() if len(dtypes) == 1 else None
 
-    def batches(self) -> Iterator[Any]:
-        """The batches, or the parts of ``micro_batch`` examples that they are cut into, each moved to the model's device and
-        dtype when its turn comes."""
+    def batches(self, micro_batch: int | None = None) -> Iterator[Any]:
+        """The batches, or the parts that they are cut into, each moved to the model's device and dtype when its turn comes.
+
+        Args:
+            micro_batch: Examples of a part; None: the objective's own ``micro_batch``.
+        """
+        size = micro_batch or self.micro_batch
         for batch in self.whole_batches():
             whole = (
-                self.micro_batch is None or self.batch_norm == "train"
+                size is None or self.batch_norm == "train"
             )  # statistics of a batch need all of it
-            for part in [batch] if whole else cut(batch, self.micro_batch or 1):
+            for part in [batch] if whole else cut(batch, size or 1):
                 yield placed(part, self.device, self.dtype)
 
     def whole_batches(self) -> Iterator[Any]:

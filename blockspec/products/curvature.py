@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from blockspec.model.blocks import Block, gather, scatter
-from blockspec.model.differentiability import explained
+from blockspec.model.differentiability import check_twice_differentiable, explained
 from blockspec.model.losses import Loss
 from blockspec.model.objective import Objective, examples
 from blockspec.numerics import memory
 from blockspec.numerics.ranks import Ranks
+from blockspec.products.calibration import Costs, seconds_of, time_products
 from blockspec.products.precision import check, reduced_model, reduced_multiplication
 
 Tensors = Mapping[str, Tensor]
@@ -44,7 +45,8 @@ class Products:
         made once. One takes no more memory at the peak than none.
     precision: ``"tf32"`` or ``"bfloat16"``, see :mod:`blockspec.products.precision`; None: that of the parameters.
 
-    When memory runs out on the way, the objective's micro-batch is halved, a warning says so, and the sweep begins anew.
+    micro_batch: examples that go through the model at once; the objective's at first. When memory runs out on the way, it is
+        halved, a warning says so, and the sweep begins anew. The objective itself is left alone.
 
     ``gradients`` counts shared forward-and-backward passes over one batch, ``products`` products of one vector with
     one batch.
@@ -72,11 +74,32 @@ class Products:
         self.ranks = ranks or Ranks()
         self.graphs = graphs
         self.precision = precision
+        self.micro_batch = objective.micro_batch
         self._kept: list[tuple[Apply, float]] = []
         self._kept_parameters: frozenset[str] = frozenset()
         self.gradients = 0
         self.products = 0
         self._parameters = objective.parameters()
+
+    @property
+    def parameters(self) -> Tensors:
+        """Those that require gradients, by name."""
+        return self._parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Of the objective's model."""
+        return self.objective.device
+
+    def check(self, blocks: Sequence[Block]) -> None:
+        """Raises ValueError where the objective is not deterministic, not finite, or has no second derivative."""
+        self.objective.check()
+        names = [name for block in blocks for name in block.parameters]
+        check_twice_differentiable(self.objective, names)
+
+    def batches(self) -> Iterator[Any]:
+        """The objective's batches in parts of ``micro_batch`` examples, each placed when its turn comes."""
+        return self.objective.batches(self.micro_batch)
 
     def sweep(self, requests: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
         """For each (block b, v (P_b,)): H_bb v (P_b,); all of them from one pass over the batches."""
@@ -105,10 +128,9 @@ class Products:
             for _, vector, targets in requests
         ]
         blocks = [block for source, _, targets in requests for block in (source, *targets)]
-        names = dict.fromkeys(name for block in blocks for name in block.parameters)
         terms = torch.zeros(1, dtype=torch.float64)
         with self.objective.prepared(), explained(), reduced_multiplication(self.precision):
-            for apply, count in self._linearised({name: self._parameters[name] for name in names}):
+            for apply, count in self._linearised(self._named(blocks)):
                 terms += count
                 for total, (block, vector, targets) in zip(totals, requests, strict=True):
                     self._add_product(total, apply, block, vector, targets)
@@ -126,12 +148,12 @@ class Products:
                 )
         return products
 
-    def _linearised(self, parameters: dict[str, Tensor]) -> Iterator[tuple[Apply, float]]:
+    def _linearised(self, parameters: Tensors) -> Iterator[tuple[Apply, float]]:
         if parameters.keys() <= self._kept_parameters:
             yield from self._kept
             return
         self._forget()
-        batches = islice(self.objective.batches(), self.ranks.row, None, self.ranks.rows)
+        batches = islice(self.batches(), self.ranks.row, None, self.ranks.rows)
         ahead = list(islice(batches, self.graphs + 1))
         kept = []
         for batch in chain(ahead, batches):
@@ -149,18 +171,66 @@ class Products:
         with reduced_model(self.precision, self.objective.device):
             return LINEARISATIONS[self.curvature](self.objective, batch, parameters)
 
+    def num_batches(self) -> int:
+        """Number of micro-batches."""
+        return sum(1 for _ in self.batches())
+
+    def largest_batch(self) -> int:
+        """Examples of the largest batch; 1 where batches cannot be cut."""
+        return max((examples(batch) or 1 for batch in self.objective.whole_batches()), default=1)
+
+    def rehearse(self, blocks: Sequence[Block], size: int | None) -> None:
+        """One shared pass and one product of the deepest block, on ``size`` examples."""
+        deepest = max(blocks, key=lambda block: len(block.parameters))
+        direction = scatter(
+            deepest, torch.zeros(deepest.numel, device=self.device), self._parameters
+        )
+        with self.objective.prepared():
+            for batch in islice(self.objective.batches(size or self.micro_batch), 1):
+                apply, _ = self.linearise(batch, self._named(blocks))
+                apply(direction, deepest.parameters)
+
+    def calibrate(self, blocks: Sequence[Block]) -> Costs:
+        """Seconds of a gradient, of the shared pass and of each block's product, on one micro-batch."""
+        with self.objective.prepared(), reduced_multiplication(self.precision):
+            batch = next(iter(self.batches()))
+            everything = list(self._parameters.values())
+
+            def gradient() -> None:
+                torch.autograd.grad(
+                    self.objective.loss_sum(batch)[0], everything, allow_unused=True
+                )
+
+            gradient()
+            gradient_seconds = min(seconds_of(gradient, self.device) for _ in range(3))
+            linearised: list[Apply] = []
+            shared_seconds = seconds_of(
+                lambda: linearised.append(self.linearise(batch, self._named(blocks))[0]),
+                self.device,
+            )
+            products = {b.parameters: self._zero_product(linearised[0], b) for b in blocks}
+            measured = time_products(products, self.device)
+        by_block = {block.name: measured[block.parameters] for block in blocks}
+        return Costs(gradient_seconds, shared_seconds, by_block)
+
+    def _zero_product(self, apply: Apply, block: Block) -> Callable[[], object]:
+        zeros = torch.zeros(block.numel, device=self.device)
+        return lambda: apply(scatter(block, zeros, self._parameters), block.parameters)
+
+    def _named(self, blocks: Sequence[Block]) -> Tensors:
+        return {name: self._parameters[name] for block in blocks for name in block.parameters}
+
     def _forget(self) -> None:
         self._kept, self._kept_parameters = [], frozenset()
 
     def _halve_micro_batch(self) -> bool:
         self._forget()
-        objective = self.objective
-        size = objective.micro_batch or max(
-            (examples(batch) or 1 for batch in objective.batches()), default=1
+        size = self.micro_batch or max(
+            (examples(batch) or 1 for batch in self.batches()), default=1
         )
-        if size <= 1 or objective.batch_norm == "train":
+        if size <= 1 or self.objective.batch_norm == "train":
             return False
-        objective.micro_batch = size // 2
+        self.micro_batch = size // 2
         warnings.warn(
             f"out of memory: going on with a micro-batch of {size // 2} instead of {size}",
             stacklevel=2,

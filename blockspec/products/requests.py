@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from blockspec.model.blocks import Block
-from blockspec.model.objective import Objective
 
 
-def block_dtype(objective: Objective, block: Block) -> torch.dtype:
+def block_dtype(parameters: Mapping[str, Tensor], block: Block) -> torch.dtype:
     """The dtype that the block's vectors have: the widest of its parameters', at least float32."""
-    parameters = objective.parameters()
     dtype = torch.float32
     for name in block.parameters:
         dtype = torch.promote_types(dtype, parameters[name].dtype)
     return dtype
 
 
-def checked_blocks(objective: Objective, blocks: Iterable[Block] | Block) -> tuple[Block, ...]:
+def checked_blocks(
+    parameters: Mapping[str, Tensor], blocks: Iterable[Block] | Block
+) -> tuple[Block, ...]:
+    """The blocks as a tuple.
+
+    Raises:
+        ValueError: There are none, two have one name, or one is not cut from these parameters.
+    """
     blocks = (blocks,) if isinstance(blocks, Block) else tuple(blocks)
     if not blocks:
         raise ValueError("no blocks: the partition is empty; see blockspec.partition")
@@ -27,7 +33,6 @@ def checked_blocks(objective: Objective, blocks: Iterable[Block] | Block) -> tup
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"blocks with the same name: {twice[:3]}; names must differ")
-    parameters = objective.parameters()
     for block in blocks:
         if unknown := [name for name in block.parameters if name not in parameters]:
             raise ValueError(

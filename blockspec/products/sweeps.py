@@ -13,12 +13,12 @@ from torch import Tensor
 
 from blockspec.model.blocks import Block
 from blockspec.numerics.algorithms import Algorithm, R
-from blockspec.products.curvature import Products
+from blockspec.products.operators import Operator
 
 
 def run_together(
     algorithms: Mapping[Block, Algorithm[R]],
-    products: Products,
+    operator: Operator,
     *,
     progress: Callable[[int], None] | None = None,
 ) -> dict[Block, R]:
@@ -42,7 +42,7 @@ def run_together(
         resume(block, None)
     while asked:
         questions, asked = asked, {}
-        flat = products.sweep(
+        flat = operator.sweep(
             [(block, probe) for block, probes in questions.items() for probe in probes]
         )
         done += len(flat)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from blockspec.model.blocks import Block, Piece, gather
-from blockspec.model.objective import Objective
 from blockspec.numerics.probes import draw_probe
-from blockspec.products.curvature import Products
+from blockspec.products.operators import Operator
+from blockspec.products.requests import block_dtype
 
 PROBED_AT_ONCE = 2**27  # entries of all probes of one sweep: 512 MiB in float32
 MOST_AT_ONCE = (
@@ -22,18 +22,16 @@ MOST_AT_ONCE = (
 class Union:
     """The parameters that the blocks, which may overlap, have pieces of; whole tensors, so that products need no copies."""
 
-    def __init__(self, objective: Objective, blocks: Sequence[Block]) -> None:
+    def __init__(self, operator: Operator, blocks: Sequence[Block]) -> None:
         held = {name for block in blocks for name in block.parameters}
-        self.parameters = {name: p for name, p in objective.parameters().items() if name in held}
+        self.parameters = {name: p for name, p in operator.parameters.items() if name in held}
         numel = sum(p.numel() for p in self.parameters.values())
         self.block = Block(
             "union", "other", None, numel, tuple(Piece(name) for name in self.parameters)
         )
         self.blocks = blocks
-        self.device = objective.device
-        self.dtype = torch.float32
-        for p in self.parameters.values():
-            self.dtype = torch.promote_types(self.dtype, p.dtype)
+        self.device = operator.device
+        self.dtype = block_dtype(operator.parameters, self.block)
         self._inside = self._mask()
 
     def _mask(self) -> Tensor | None:
@@ -64,14 +62,14 @@ class Union:
         return vector if self._inside is None else vector.mul_(self._inside)
 
     def products(
-        self, products: Products, num_probes: int, *, seed: int
+        self, operator: Operator, num_probes: int, *, seed: int
     ) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """(v, H v) of the probes 0 ... K - 1, in groups that share a pass over the data."""
         for start in range(0, num_probes, together := self.at_once(MOST_AT_ONCE)):
             probes = [
                 self.probe(k, seed=seed) for k in range(start, min(start + together, num_probes))
             ]
-            results = products.sweep([(self.block, probe) for probe in probes])
+            results = operator.sweep([(self.block, probe) for probe in probes])
             yield list(zip(probes, results, strict=True))
 
     def at_once(self, most: int) -> int:

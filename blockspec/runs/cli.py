@@ -150,7 +150,8 @@ def _dispatch(command: str, given: Namespace) -> None:
 
 def _build(kind: Any, given: Namespace) -> Any:
     """The dataclass from its flat arguments; nested dataclasses are namespaces."""
-    from blockspec.runs.run import BlockSettings, EstimateSettings
+    from blockspec.engine.settings import EstimateSettings
+    from blockspec.runs.run import BlockSettings
 
     values = {field.name: given[field.name] for field in fields(kind)}
     nested = {"blocks": BlockSettings, "estimate": EstimateSettings}

@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from blockspec.engine.estimate import TOLERANCE, estimate_spectra, plan_spectra
+from blockspec.engine.estimate import estimate_spectra, plan_spectra
 from blockspec.engine.plan import Plan
+from blockspec.engine.settings import EstimateSettings, Execution
 from blockspec.engine.state import clear, differences
 from blockspec.model.blocks import Block, partition
 from blockspec.model.objective import Objective, fingerprint
@@ -61,50 +62,15 @@ class BlockSettings:
 
 
 @dataclass(frozen=True)
-class EstimateSettings:
-    """How well.
-
-    Args:
-        num_probes: Random start vectors a block, or auto; the error of a mean falls with its square root.
-        num_steps: Lanczos steps a probe, or auto; blocks with at most as many parameters are done exactly.
-        tolerance: Of auto: Wasserstein-1 error relative to the block's spectral norm.
-        curvature: hessian, ggn, fisher, or residual (hessian less ggn).
-        seed: Of the probes.
-        distribution: Of the probes' entries: rademacher or gaussian.
-        reorthogonalize: False saves memory; counts of eigenvalues must then not be read from the result.
-        basis_dtype: Of the kept Krylov vectors: float32, bfloat16 or float64; as the parameters if left out.
-        basis_device: Where they are kept, e.g. cpu; as the parameters if left out.
-        precision: tf32 or bfloat16 products; their error is measured and stated. As the parameters if left out.
-    """
-
-    num_probes: int | Literal["auto"] = 4
-    num_steps: int | Literal["auto"] = 40
-    tolerance: float = TOLERANCE
-    curvature: Literal["hessian", "ggn", "fisher", "residual"] = "hessian"
-    seed: int = 0
-    distribution: Literal["rademacher", "gaussian"] = "rademacher"
-    reorthogonalize: bool = True
-    basis_dtype: str | None = None
-    basis_device: str | None = None
-    precision: Literal["tf32", "bfloat16"] | None = None
-
-
-@dataclass(frozen=True)
-class Resources:
+class Resources(Execution):
     """What a run may take: the numbers depend on it by rounding alone.
 
     Args:
         device: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.
-        memory: Bytes, a share of the device (0.8) or a size (20GiB); no bound is kept if left out.
-        columns: With several processes: how many ways the blocks are split; the batches are split the remaining ways.
-        state_every: Seconds between states that a killed run goes on from.
         plan: Calibrate before the first stage and say what it will cost, as blockspec plan does; run.json says how it came out.
     """
 
     device: str = "auto"
-    memory: int | float | str | None = None
-    columns: int | None = None
-    state_every: float = 300.0
     plan: bool = True
 
 

@@ -13,9 +13,10 @@ import torch
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.probes import draw_probe
-from blockspec.numerics.ranks import arrange
-from blockspec.products.curvature import Products
-from blockspec.products.requests import block_dtype, checked_blocks
+from blockspec.products.operators import Operator
+from blockspec.products.requests import block_dtype
+from blockspec.products.selection import OperatorSettings, open_operator
+from blockspec.products.settings import takes
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.estimates import interval
@@ -141,13 +142,14 @@ def _merged(name: str, blocks: Sequence[Block]) -> Block:
     return Block(name, kind, layer, sum(block.numel for block in blocks), pieces)
 
 
+@takes(settings=OperatorSettings)
 def coupling(
-    objective: Objective,
+    objective: Objective | None,
     blocks: Sequence[Block],
     num_probes: int = 8,
     *,
     seed: int = 0,
-    curvature: str = "hessian",
+    settings: OperatorSettings,
     progress: Callable[[int, int], None] | None = None,
 ) -> Coupling:
     """Frobenius norms of all cross blocks H_bc: the mean of ``||H_bc v||^2`` over Rademacher probes v on block c. One product of
@@ -158,34 +160,34 @@ def coupling(
     num_probes: of each block: the estimate takes ``num_probes * len(blocks)`` full products. Where one eigenvalue of
         ``H_cb H_bc`` dominates, a squared norm has a relative standard error of up to ``sqrt(2 / num_probes)``, and less where
         more share it. Sums of many blocks, such as :attr:`Coupling.off_diagonal_share`, are known better.
-    seed, curvature: as for :func:`blockspec.trace`.
+    seed: as for :func:`blockspec.trace`.
+    [settings]
     progress: called with (products done, products in all).
 
     Raises ValueError for overlapping blocks, and as :func:`blockspec.estimate_spectra` does.
     """
-    blocks = checked_blocks(objective, blocks)
     sampling = checked_sampling(num_probes, None, seed, None)
-    union = Union(objective, blocks)
+    operator, blocks = open_operator(objective, blocks, settings)
+    union = Union(operator, blocks)
     if sum(block.numel for block in blocks) > union.covered:
         raise ValueError(
             "blocks overlap (is 'model' beside its parts?): coupling needs disjoint ones, e.g. of one partition"
         )
-    products = Products(objective, curvature, ranks=arrange(1))
-    objective.check()
     samples = np.empty((sampling.num_probes, len(blocks), len(blocks)))
     requests = [(probe, place) for probe in range(num_probes) for place in range(len(blocks))]
-    for done, (probe, place), column in _columns(objective, union, products, requests, seed):
+    for done, (probe, place), column in _columns(operator, union, requests, seed):
         samples[probe, :, place] = column
         if progress is not None:
             progress(done, len(requests))
     symmetric = (samples + samples.transpose(0, 2, 1)) / 2
-    return Coupling(blocks, symmetric, curvature, Cost(products.gradients, products.products))
+    return Coupling(
+        blocks, symmetric, operator.curvature, Cost(operator.gradients, operator.products)
+    )
 
 
 def _columns(
-    objective: Objective,
+    operator: Operator,
     union: Union,
-    products: Products,
     requests: Sequence[tuple[int, int]],
     seed: int,
 ) -> Iterator[tuple[int, tuple[int, int], np.ndarray]]:
@@ -194,10 +196,10 @@ def _columns(
     for start in range(0, len(requests), together):
         group = requests[start : start + together]
         sources = [
-            (union.blocks[place], _probe(objective, union.blocks[place], probe, seed))
+            (union.blocks[place], _probe(operator, union.blocks[place], probe, seed))
             for probe, place in group
         ]
-        columns = products.columns(sources, union.blocks)
+        columns = operator.columns(sources, union.blocks)
         for done, (request, parts) in enumerate(zip(group, columns, strict=True), start + 1):
             yield (
                 done,
@@ -208,6 +210,6 @@ def _columns(
             )
 
 
-def _probe(objective: Objective, block: Block, number: int, seed: int) -> torch.Tensor:
+def _probe(operator: Operator, block: Block, number: int, seed: int) -> torch.Tensor:
     probe = draw_probe(block.name, block.numel, seed=seed, probe=number)
-    return probe.to(objective.device, block_dtype(objective, block))
+    return probe.to(operator.device, block_dtype(operator.parameters, block))

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
-from blockspec.numerics.ranks import arrange
-from blockspec.products.curvature import Products
-from blockspec.products.requests import checked_blocks
+from blockspec.products.selection import OperatorSettings, open_operator
+from blockspec.products.settings import takes
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.estimates import Estimates, frame_of
@@ -63,14 +62,15 @@ class Diagonal:
         return frame_of(self.blocks, self.means.values())
 
 
+@takes(settings=OperatorSettings)
 def diagonal(
-    objective: Objective,
+    objective: Objective | None,
     blocks: Sequence[Block] | Block,
     *,
     num_probes: int = 32,
     tolerance: float | None = None,
     seed: int = 0,
-    curvature: str = "hessian",
+    settings: OperatorSettings,
     progress: Callable[[int], None] | None = None,
 ) -> Diagonal:
     """The diagonal: mean of ``v * (H v)`` over Rademacher probes v (Bekas, Kokiopoulou, Saad 2007); the variance of an entry is
@@ -81,17 +81,16 @@ def diagonal(
     num_probes: full products, one each.
     tolerance: None, or end when the standard error of every block's mean is below it, relative to the larger of the mean's
         magnitude and the Frobenius norm of the block's rows over the number of its parameters; then ``num_probes`` is the most.
-    seed, curvature, progress: as for :func:`blockspec.trace`, whose probes these are: the mean times ``numel`` is the trace.
+    [settings]
+    seed, progress: as for :func:`blockspec.trace`, whose probes these are: the mean times ``numel`` is the trace.
     """
-    blocks = checked_blocks(objective, blocks)
     sampling = checked_sampling(num_probes, tolerance, seed, progress)
-    products = Products(objective, curvature, ranks=arrange(1))
-    objective.check()
-    union = Union(objective, blocks)
+    operator, blocks = open_operator(objective, blocks, settings)
+    union = Union(operator, blocks)
     mean = torch.zeros(union.block.numel, dtype=union.dtype, device=union.device)
     spread = torch.zeros_like(mean)
     sums: list[np.ndarray] = []
-    for sample, sample_sums in hutchinson_samples(union, products, sampling):
+    for sample, sample_sums in hutchinson_samples(union, operator, sampling):
         sums.append(sample_sums)
         before = sample - mean  # Welford (1962): one pass, no cancellation
         mean.add_(before, alpha=1 / len(sums))
@@ -100,6 +99,6 @@ def diagonal(
     stderrs = union.tensors((spread / (count * (count - 1))).sqrt()) if count > 1 else None
     sizes = np.array([block.numel for block in blocks])
     means = [estimate(column) for column in (np.array(sums) / sizes).T]
-    cost = Cost(products.gradients, products.products)
+    cost = Cost(operator.gradients, operator.products)
     by_block = Estimates(blocks, means, probes=[count] * len(blocks), cost=cost)
     return Diagonal(union.tensors(mean), stderrs, by_block, np.array(sums), blocks)

@@ -12,10 +12,10 @@ from torch import Tensor
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.probes import draw_probe
-from blockspec.numerics.ranks import arrange
 from blockspec.numerics.restarts import Found, Search
-from blockspec.products.curvature import Products
-from blockspec.products.requests import block_dtype, checked_blocks
+from blockspec.products.requests import block_dtype
+from blockspec.products.selection import OperatorSettings, open_operator
+from blockspec.products.settings import takes
 from blockspec.products.sweeps import run_together
 from blockspec.spectra.collection import Cost
 
@@ -52,8 +52,9 @@ class Eigenpairs:
     curvature: str
 
 
+@takes(settings=OperatorSettings)
 def top_eigenpairs(
-    objective: Objective,
+    objective: Objective | None,
     block: Block,
     k: int = 1,
     which: str = "magnitude",
@@ -62,7 +63,7 @@ def top_eigenpairs(
     basis: int | None = None,
     max_products: int | None = None,
     seed: int = 0,
-    curvature: str = "hessian",
+    settings: OperatorSettings,
     progress: Callable[[int], None] | None = None,
 ) -> Eigenpairs:
     """The k extreme eigenpairs of a block of a curvature matrix, or of the full one (``partition(model, "model")[0]``).
@@ -75,12 +76,12 @@ def top_eigenpairs(
         best of them (thick restarts: Wu, Simon 2000), fully reorthogonalised. After convergence the search goes on, orthogonal to
         what was found, from a new random vector until nothing better can be there: a Krylov space holds one vector of each
         eigenspace only.
+    [settings]
     max_products: None: ``40 k + 400``. What has not converged then is marked, and a warning says so.
     progress: called with the number of products done.
 
     Raises ValueError for settings out of range, and as :func:`blockspec.estimate_spectra` does.
     """
-    (block,) = checked_blocks(objective, block)
     if which not in ORDERS:
         raise ValueError(f"which is one of {tuple(ORDERS)}, got {which!r}")
     if not 1 <= k <= block.numel:
@@ -93,9 +94,8 @@ def top_eigenpairs(
         )
     if basis is not None and basis < k + 2:
         raise ValueError(f"basis is at least k + 2 = {k + 2} vectors, got {basis}")
-    products = Products(objective, curvature, ranks=arrange(1))
-    objective.check()
-    dtype, device = block_dtype(objective, block), objective.device
+    operator, _ = open_operator(objective, block, settings)
+    dtype, device = block_dtype(operator.parameters, block), operator.device
 
     def draw(number: int) -> Tensor:
         probe = draw_probe(
@@ -112,16 +112,16 @@ def top_eigenpairs(
         basis=basis or max(2 * k + 1, 20),
         max_products=most,
     )
-    found = run_together({block: search.run()}, products, progress=progress)[block]
+    found = run_together({block: search.run()}, operator, progress=progress)[block]
     if not found.converged.all() or not found.complete:
         _warn(block, found, search)
-    cost = Cost(products.gradients, products.products)
+    cost = Cost(operator.gradients, operator.products)
     return Eigenpairs(
         block=block,
         products=search.products,
         cost=cost,
         which=which,
-        curvature=curvature,
+        curvature=operator.curvature,
         **vars(found),
     )
 

@@ -16,6 +16,8 @@ from blockspec.model.blocks import Block, gather, partition, scatter
 from blockspec.model.objective import Objective
 from blockspec.numerics.probes import draw_probe
 from blockspec.products.requests import checked_blocks
+from blockspec.products.selection import OperatorSettings
+from blockspec.products.settings import takes
 from blockspec.toolbox.eigenpairs import top_eigenpairs
 
 UNSCALED = (
@@ -51,6 +53,7 @@ class Landscape:
         )
 
 
+@takes(settings=OperatorSettings)
 def landscape(
     objective: Objective,
     block: Block,
@@ -60,7 +63,7 @@ def landscape(
     radius: float | Sequence[float] | None = None,
     points: int = 21,
     seed: int = 0,
-    curvature: str = "hessian",
+    settings: OperatorSettings,
     progress: Callable[[int, int], None] | None = None,
 ) -> Landscape:
     """The loss around the parameters, along one or two directions within a block (``partition(model, "model")[0]``: all of them).
@@ -72,12 +75,13 @@ def landscape(
     dimensions: 1 or 2, where directions are named.
     radius: the largest multiple of each direction; None: 0.5 for eigenvectors, as PyHessian takes, else 1.
     points: along each direction, from -radius to radius; an odd number has the parameters themselves in the middle.
-    seed, curvature: of the directions.
+    seed: of the directions.
+    [settings]
     progress: called with (points done, points in all).
 
     The parameters are put back bit by bit, also when something raises.
     """
-    (block,) = checked_blocks(objective, block)
+    (block,) = checked_blocks(objective.parameters(), block)
     if points < 2:
         raise ValueError(f"points is at least 2, got {points}")
     if isinstance(directions, str):
@@ -89,7 +93,7 @@ def landscape(
             raise ValueError(f"dimensions is 1 or 2, got {dimensions}")
         function, length = DIRECTIONS[directions]
         objective.check()
-        names, vectors = function(objective, block, dimensions, seed, curvature)
+        names, vectors = function(objective, block, dimensions, seed, settings)
     else:
         names, vectors, length = (
             [f"direction {i + 1}" for i in range(len(directions))],
@@ -145,14 +149,14 @@ def moved(
 
 
 def _eigenvectors(
-    objective: Objective, block: Block, dimensions: int, seed: int, curvature: str
+    objective: Objective, block: Block, dimensions: int, seed: int, settings: OperatorSettings
 ) -> tuple[list[str], list[Tensor]]:
-    pairs = top_eigenpairs(objective, block, dimensions, seed=seed, curvature=curvature)
+    pairs = top_eigenpairs(objective, block, dimensions, seed=seed, **vars(settings))
     return [f"eigenvector of {value:.3g}" for value in pairs.values], list(pairs.vectors)
 
 
 def _random(
-    objective: Objective, block: Block, dimensions: int, seed: int, curvature: str
+    objective: Objective, block: Block, dimensions: int, seed: int, settings: OperatorSettings
 ) -> tuple[list[str], list[Tensor]]:
     vectors = [filter_normalised(objective, block, seed=seed, number=i) for i in range(dimensions)]
     return [f"random direction {i + 1}" for i in range(dimensions)], vectors

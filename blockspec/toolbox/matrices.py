@@ -11,21 +11,23 @@ import torch
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics import memory
-from blockspec.numerics.ranks import arrange
-from blockspec.products.curvature import Products
-from blockspec.products.requests import block_dtype, checked_blocks
+from blockspec.products.operators import Operator
+from blockspec.products.requests import block_dtype
+from blockspec.products.selection import OperatorSettings, open_operator
+from blockspec.products.settings import takes
 
 AT_ONCE = 64  # products of one sweep: the pass over the data that they share is a small part then
 ENTRIES_AT_ONCE = 2**26
 SHARE = 0.25  # of the machine's memory that a matrix may take
 
 
+@takes(settings=OperatorSettings)
 def dense(
-    objective: Objective,
+    objective: Objective | None,
     block: Block,
     other: Block | None = None,
     *,
-    curvature: str = "hessian",
+    settings: OperatorSettings,
     limit: int | float | str = SHARE,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
@@ -34,34 +36,38 @@ def dense(
     Takes min(P, Q) products, with unit vectors. Entries are in the order of the block's vectors: its pieces flattened one after
     the other, as in ``torch.cat([piece.select(parameter).reshape(-1) ...])``.
 
-    curvature: see :class:`blockspec.products.curvature.Products`.
+    [settings]
     limit: memory that the matrix may take: bytes, a share of the machine (0.25) or a size (``"20GiB"``).
     progress: called with (products done, products in all).
 
     Raises ValueError for a matrix that does not fit, before any work.
     """
     other = block if other is None else other
-    checked_blocks(objective, block)
-    checked_blocks(objective, other)
     _check_size(block, other, memory.parse(limit, torch.device("cpu")))
-    if other.numel > block.numel:
-        return dense(objective, other, block, curvature=curvature, limit=limit, progress=progress).T
-    products = Products(objective, curvature, ranks=arrange(1))
-    objective.check()
-    matrix = np.empty((other.numel, block.numel))
-    together = max(1, min(AT_ONCE, ENTRIES_AT_ONCE // block.numel))
-    for start in range(0, other.numel, together):
-        stop = min(start + together, other.numel)
-        units = torch.zeros(
-            stop - start, other.numel, dtype=block_dtype(objective, other), device=objective.device
-        )
+    operator, _ = open_operator(objective, [block] if block is other else [block, other], settings)
+    if other.numel > block.numel:  # by symmetry, the columns of the smaller block do
+        return _columns(operator, block, other, progress)
+    matrix = _columns(operator, other, block, progress)
+    return (matrix + matrix.T) / 2 if block is other else matrix.T
+
+
+def _columns(
+    operator: Operator, source: Block, target: Block, progress: Callable[[int, int], None] | None
+) -> np.ndarray:
+    """(Q, P) the columns of H that belong to ``source`` (Q parameters), in its rows ``target`` (P), transposed."""
+    dtype = block_dtype(operator.parameters, source)
+    matrix = np.empty((source.numel, target.numel))
+    together = max(1, min(AT_ONCE, ENTRIES_AT_ONCE // target.numel))
+    for start in range(0, source.numel, together):
+        stop = min(start + together, source.numel)
+        units = torch.zeros(stop - start, source.numel, dtype=dtype, device=operator.device)
         units[range(stop - start), range(start, stop)] = 1
-        columns = products.columns([(other, unit) for unit in units], [block])
+        columns = operator.columns([(source, unit) for unit in units], [target])
         for row, (column,) in zip(matrix[start:stop], columns, strict=True):
             row[:] = column.double().cpu().numpy()
         if progress is not None:
-            progress(stop, other.numel)
-    return (matrix + matrix.T) / 2 if block is other else matrix.T
+            progress(stop, source.numel)
+    return matrix
 
 
 def _check_size(block: Block, other: Block, limit: int) -> None:

@@ -12,9 +12,9 @@ import torch
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Algorithm
-from blockspec.numerics.ranks import arrange
-from blockspec.products.curvature import Products
-from blockspec.products.requests import block_dtype, checked_blocks
+from blockspec.products.requests import block_dtype
+from blockspec.products.selection import OperatorSettings, open_operator
+from blockspec.products.settings import takes
 from blockspec.products.sweeps import run_together
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.estimates import Estimates
@@ -22,14 +22,15 @@ from blockspec.spectra.spectrum import Estimate, Spectrum, estimate
 from blockspec.toolbox.traces import FEWEST_SAMPLES, Probes, Result, Sampling, checked_sampling
 
 
+@takes(settings=OperatorSettings)
 def squared_norms(
-    objective: Objective,
+    objective: Objective | None,
     blocks: Sequence[Block] | Block,
     *,
     num_probes: int = 32,
     tolerance: float | None = None,
     seed: int = 0,
-    curvature: str = "hessian",
+    settings: OperatorSettings,
     progress: Callable[[int], None] | None = None,
 ) -> Estimates:
     """Squared Frobenius norms of diagonal blocks: the mean of ``||H_bb v||^2`` over Rademacher probes v.
@@ -38,22 +39,20 @@ def squared_norms(
     off the diagonal: :func:`blockspec.coupling`. Arguments and errors as for :func:`blockspec.trace`; ``tolerance`` is relative
     to the squared norm.
     """
-    blocks = checked_blocks(objective, blocks)
     sampling = checked_sampling(num_probes, tolerance, seed, progress)
-    products = Products(objective, curvature, ranks=arrange(1))
-    objective.check()
+    operator, blocks = open_operator(objective, blocks, settings)
     algorithms = {}
     for block in blocks:
-        probes = Probes(block, block_dtype(objective, block), objective.device, seed)
+        probes = Probes(block, block_dtype(operator.parameters, block), operator.device, seed)
         algorithms[block] = sampled(probes, sampling) if block.numel > num_probes else exact(probes)
     values, counts = zip(
-        *run_together(algorithms, products, progress=progress).values(), strict=True
+        *run_together(algorithms, operator, progress=progress).values(), strict=True
     )
     return Estimates(
         blocks,
         values,
         probes=counts,
-        cost=Cost(products.gradients, products.products),
+        cost=Cost(operator.gradients, operator.products),
         positive=True,
     )
 

@@ -16,9 +16,10 @@ from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Algorithm
 from blockspec.numerics.lanczos import ROUNDING
 from blockspec.numerics.probes import draw_probe
-from blockspec.numerics.ranks import arrange
-from blockspec.products.curvature import Products
-from blockspec.products.requests import block_dtype, checked_blocks
+from blockspec.products.operators import Operator
+from blockspec.products.requests import block_dtype
+from blockspec.products.selection import OperatorSettings, open_operator
+from blockspec.products.settings import takes
 from blockspec.products.sweeps import run_together
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
@@ -74,15 +75,16 @@ def checked_sampling(
     return Sampling(num_probes, tolerance, seed, progress)
 
 
+@takes(settings=OperatorSettings)
 def trace(
-    objective: Objective,
+    objective: Objective | None,
     blocks: Sequence[Block] | Block,
     method: str = "hutchinson",
     *,
     num_probes: int = 32,
     tolerance: float | None = None,
     seed: int = 0,
-    curvature: str = "hessian",
+    settings: OperatorSettings,
     progress: Callable[[int], None] | None = None,
 ) -> Estimates:
     """Traces of blocks of a curvature matrix, each with its standard error.
@@ -102,23 +104,21 @@ def trace(
         norm (of the block, for Hutchinson of its rows in the union of the blocks), after at least 8 samples. What was reached is
         in the standard errors.
     seed: of the Rademacher probes.
-    curvature: see :class:`blockspec.products.curvature.Products`.
+    [settings]
     progress: called with the number of products done.
 
     Returns a mapping from block name to ``Estimate``, with ``frame()``, ``cost``, ``probes`` and ``interval(name)``.
     Raises ValueError for settings out of range, and as :func:`blockspec.estimate_spectra` does.
     """
-    blocks = checked_blocks(objective, blocks)
     if method not in METHODS:
         raise ValueError(f"method is one of {tuple(METHODS)}, got {method!r}")
     function, fewest = METHODS[method]
     sampling = checked_sampling(num_probes, tolerance, seed, progress, fewest=fewest)
-    products = Products(objective, curvature, ranks=arrange(1))
-    objective.check()
-    results = function(objective, blocks, products, sampling)
+    operator, blocks = open_operator(objective, blocks, settings)
+    results = function(operator, blocks, sampling)
     values, probes = zip(*results, strict=True)
     return Estimates(
-        blocks, values, probes=probes, cost=Cost(products.gradients, products.products)
+        blocks, values, probes=probes, cost=Cost(operator.gradients, operator.products)
     )
 
 
@@ -126,22 +126,20 @@ Result = tuple[Estimate, int]
 """An estimate and the number of samples that it rests on."""
 
 
-def _hutchinson(
-    objective: Objective, blocks: Sequence[Block], products: Products, sampling: Sampling
-) -> list[Result]:
+def _hutchinson(operator: Operator, blocks: Sequence[Block], sampling: Sampling) -> list[Result]:
     sums = np.array(
-        [sums for _, sums in hutchinson_samples(Union(objective, blocks), products, sampling)]
+        [sums for _, sums in hutchinson_samples(Union(operator, blocks), operator, sampling)]
     )
     return [(estimate(block), len(sums)) for block in sums.T]
 
 
 def hutchinson_samples(
-    union: Union, products: Products, sampling: Sampling
+    union: Union, operator: Operator, sampling: Sampling
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """(P,) v * Hv and its (n,) sums over the blocks, probe after probe until these are known well enough."""
     sums: list[np.ndarray] = []
     squares: list[np.ndarray] = []
-    for group in union.products(products, sampling.num_probes, seed=sampling.seed):
+    for group in union.products(operator, sampling.num_probes, seed=sampling.seed):
         for probe, product in group:
             if sampling.tolerance is not None:
                 squares.append(union.sums(product.square()))
@@ -164,20 +162,21 @@ def hutchinson_samples(
 
 def _block_by_block(
     algorithm: Callable[[Probes, Sampling], Algorithm[Result]],
-    objective: Objective,
+    operator: Operator,
     blocks: Sequence[Block],
-    products: Products,
     sampling: Sampling,
 ) -> list[Result]:
     algorithms = {}
     for block in blocks:
-        probes = Probes(block, block_dtype(objective, block), objective.device, sampling.seed)
+        probes = Probes(
+            block, block_dtype(operator.parameters, block), operator.device, sampling.seed
+        )
         algorithms[block] = (
             algorithm(probes, sampling)
             if block.numel > sampling.num_probes
             else exact_trace(probes)
         )
-    return list(run_together(algorithms, products, progress=sampling.progress).values())
+    return list(run_together(algorithms, operator, progress=sampling.progress).values())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,126 @@
+"""The settings of an estimate: the one list that functions, the command line, plug-ins and the record of a run are fed from."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from blockspec.engine.accuracy import Accuracy
+from blockspec.numerics.probes import DISTRIBUTIONS
+from blockspec.products import precision as precisions
+from blockspec.products.selection import OperatorSettings
+
+Storage = tuple[torch.dtype, torch.device] | None
+TOLERANCE = 2e-3  # below it, a density over the whole range of eigenvalues does not change visibly
+STORED = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class EstimateSettings(OperatorSettings):
+    """What the numbers of an estimate depend on.
+
+    Args:
+        num_probes: Random start vectors a block, or auto: per block, as many as the tolerance needs (large blocks need one).
+            The error of a mean falls with the square root of their number.
+        num_steps: Lanczos steps a probe, or auto: per block, until its spectrum stands still. A block with at most so many
+            parameters is done exactly: all of its eigenvalues. With auto, so is every block for which that is cheaper.
+        tolerance: Wasserstein-1 distance that is allowed between the estimated and the true spectrum, relative to the block's
+            spectral norm. It is used where num_probes or num_steps is auto, and held in at least 95 % of seeds.
+        seed: Of the probes. A block's probes do not depend on which other blocks are estimated beside it.
+        distribution: Of the entries of the probes: rademacher or gaussian.
+        reorthogonalize: False saves memory; counts of eigenvalues must then not be read from the result.
+        basis_dtype: Of the Krylov vectors that are kept: float32, bfloat16 or float64; that of the parameters if left out.
+        basis_device: Where the Krylov vectors are kept, for example cpu; with the parameters if left out.
+        precision: tf32 or bfloat16 products are faster on GPUs that have them. The error that they cause is measured with two
+            more products a block (eight for small ones), and is a part of the stated error. If left out, products have the
+            precision of the parameters.
+    """
+
+    num_probes: int | Literal["auto"] = 4
+    num_steps: int | Literal["auto"] = 40
+    tolerance: float = TOLERANCE
+    seed: int = 0
+    distribution: Literal["rademacher", "gaussian"] = "rademacher"
+    reorthogonalize: bool = True
+    basis_dtype: Literal["bfloat16", "float32", "float64"] | None = None
+    basis_device: str | None = None
+    precision: Literal["tf32", "bfloat16"] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError for a setting out of range, before anything is measured or written."""
+        _ = self.accuracy
+        _check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        if self.basis_dtype is not None:
+            _check_choice("basis_dtype", self.basis_dtype, tuple(STORED))
+        if self.basis_device is not None:
+            _check_device("basis_device", self.basis_device)
+        precisions.check(self.precision)
+        if not 0 <= operator.index(self.seed) < 2**63:
+            raise ValueError(f"seed is a whole number from 0 to 2^63 - 1, got {self.seed}")
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """The same numbers, as the engine takes them: None for auto."""
+        steps, probes = _count("num_steps", self.num_steps), _count("num_probes", self.num_probes)
+        return Accuracy(steps, probes, _tolerance(self.tolerance))
+
+    def storage(self, device: torch.device) -> Storage:
+        """The dtype and device of the Krylov vectors; None: those of the parameters, on ``device``."""
+        if self.basis_dtype is None and self.basis_device is None:
+            return None
+        return STORED[self.basis_dtype or "float32"], torch.device(self.basis_device or device)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What an estimate may take; its numbers depend on this by rounding alone.
+
+    Args:
+        memory: What the estimate may take: bytes, a share of the device (0.8) or a size (20GiB). The micro-batch and the number
+            of recurrences under way at once are chosen to fit. No bound is kept if left out.
+        columns: With several processes, how many ways the blocks are split; the batches are split the remaining ways. If left
+            out, blocks are split where there are many, else batches.
+        state_every: Seconds between the states that a killed estimate goes on from.
+    """
+
+    memory: int | float | str | None = None
+    columns: int | None = None
+    state_every: float = 300.0
+
+
+def _count(name: str, value: int | str) -> int | None:
+    """A whole number >= 1, or None for "auto"."""
+    if value == "auto":
+        return None
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} is a whole number >= 1 or 'auto', got {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name} is a whole number >= 1 or 'auto', got {number}")
+    return number
+
+
+def _tolerance(tolerance: float) -> float:
+    if not (math.isfinite(tolerance) and 0 < tolerance < 1):
+        raise ValueError(
+            f"tolerance is relative to the spectral norm, between 0 and 1 (both excluded), got {tolerance}"
+        )
+    return float(tolerance)
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is one of {allowed}, got {value!r}")
+
+
+def _check_device(name: str, device: str) -> None:
+    try:
+        if torch.empty(1, device=device).is_meta:
+            raise RuntimeError("the meta device holds no numbers")
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name} {device!r} cannot be used ({error})") from None

@@ -1,0 +1,85 @@
+"""What products cost: seconds, operations and memory, measured on one micro-batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from blockspec.model.blocks import Block
+from blockspec.products.operators import Operator
+
+MEASURED = 60  # products that are timed; the others take the time of the nearest one
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one micro-batch.
+
+    gradient: seconds of one gradient of the whole objective.
+    shared: seconds of the pass that all products of a sweep share.
+    blocks: block name -> (seconds, floating-point operations) of one product.
+    """
+
+    gradient: float
+    shared: float
+    blocks: Mapping[str, tuple[float, float]]
+
+
+@runtime_checkable
+class Calibrated(Operator, Protocol):
+    """An operator whose cost can be foreseen and bounded.
+
+    Attributes:
+        micro_batch: Examples that go through the model at once; None: batches as they come.
+        graphs: Where there are at most so many micro-batches, their graphs are kept from sweep to sweep.
+    """
+
+    micro_batch: int | None
+    graphs: int
+
+    def num_batches(self) -> int:
+        """Number of micro-batches."""
+        ...
+
+    def largest_batch(self) -> int:
+        """Examples of the largest batch."""
+        ...
+
+    def rehearse(self, blocks: Sequence[Block], size: int | None) -> None:
+        """One shared pass and one product of the deepest block on ``size`` examples; None: on a micro-batch."""
+        ...
+
+    def calibrate(self, blocks: Sequence[Block]) -> Costs:
+        """Measures products of the blocks on one micro-batch."""
+        ...
+
+
+def time_products(
+    products: Mapping[tuple[str, ...], Callable[[], object]], device: torch.device
+) -> dict[tuple[str, ...], tuple[float, float]]:
+    """Seconds and floating-point operations of products; of many, every n-th is measured and speaks for those behind it."""
+    stride = -(-len(products) // MEASURED)
+    measured = {}
+    nearest = (0.0, 0.0)
+    for index, (key, product) in enumerate(products.items()):
+        if index % stride == 0:
+            seconds = seconds_of(product, device)
+            with FlopCounterMode(display=False) as counter:
+                product()
+            nearest = (seconds, float(counter.get_total_flops()))
+        measured[key] = nearest
+    return measured
+
+
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Of one call, until the device has finished."""
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

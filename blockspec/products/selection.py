@@ -1,0 +1,67 @@
+"""Which operator: from the settings that every estimator takes to the operator and the blocks that it works with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from blockspec.model.blocks import Block
+from blockspec.model.objective import Objective
+from blockspec.numerics.ranks import Ranks, arrange
+from blockspec.products.curvature import Products
+from blockspec.products.operators import Operator
+from blockspec.products.requests import checked_blocks
+
+
+@dataclass(frozen=True)
+class OperatorSettings:
+    """Which matrix is measured.
+
+    Args:
+        curvature: hessian, ggn (generalised Gauss-Newton), fisher (empirical Fisher), or residual (hessian less ggn). In
+            Python it may also be an operator of your own, see :class:`blockspec.Operator`.
+    """
+
+    curvature: str | Operator = "hessian"
+
+
+def open_operator(
+    objective: Objective | None,
+    blocks: Iterable[Block] | Block,
+    settings: OperatorSettings,
+    *,
+    ranks: Ranks | None = None,
+    precision: str | None = None,
+) -> tuple[Operator, tuple[Block, ...]]:
+    """The operator that the settings name, and the blocks as a tuple; both are checked here, before the expensive part.
+
+    Args:
+        objective: What is differentiated; may be None where ``settings.curvature`` is an operator.
+        blocks: One block or several.
+        settings: Which matrix.
+        ranks: Processes that share the work; None: all processes split the batches. An operator of the user's has its own.
+        precision: Of the products, see :mod:`blockspec.products.precision`.
+
+    Raises:
+        ValueError: A block is not of this operator, or a guard of the operator does not hold.
+        TypeError: There is neither an objective nor an operator.
+    """
+    operator = settings.curvature
+    if isinstance(operator, str):
+        if objective is None:
+            raise TypeError(
+                f"curvature {operator!r} needs an objective; only an operator of your own goes without"
+            )
+        operator = Products(objective, operator, ranks=ranks or arrange(1), precision=precision)
+    elif not isinstance(operator, Operator):
+        raise TypeError(
+            "curvature is the name of a matrix or an operator (blockspec.Operator says what one has), got a "
+            f"{type(operator).__name__}"
+        )
+    elif precision is not None:
+        raise ValueError(
+            f"precision={precision!r} goes with the name of a matrix, not with an operator"
+        )
+    chosen = checked_blocks(operator.parameters, blocks)
+    operator.check(chosen)
+    return operator, chosen
