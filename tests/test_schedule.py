@@ -132,12 +132,13 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_goes_on(objective, bloc
     monkeypatch.setattr(small, "check", lambda: None)
     small.loss = hungry
     monkeypatch.setattr(
-        "blockspec.engine.estimate.check_twice_differentiable", lambda objective, names: None
+        "blockspec.products.curvature.check_twice_differentiable", lambda objective, names: None
     )
     with pytest.warns(
         UserWarning, match="out of memory: going on with a micro-batch of 1 instead of 3"
     ):
         spectra = blockspec.estimate_spectra(small, blocks, num_probes=1, num_steps=4)
+    assert small.micro_batch is None  # the objective is the user's
     for name, spectrum in expected.items():
         np.testing.assert_allclose(
             spectra[name].nodes, spectrum.nodes, rtol=1e-8, atol=1e-11 * spectrum.norm
