@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
+from blockspec.model.checkpointing import hiding
 from blockspec.model.objective import Objective
 
 FORBIDDEN = "torch::autograd::Error"  # the node that `once_differentiable` leaves; it is never run where it leads to no parameter
@@ -26,6 +27,8 @@ def check_twice_differentiable(objective: Objective, names: Iterable[str]) -> No
     parameters = [everything[name] for name in dict.fromkeys(names)]
     with objective.prepared(), explained():
         total, _ = objective.loss_sum(next(iter(objective.batches())))
+        if hidden := next(filter(None, map(hiding, nodes([total]))), None):
+            raise ValueError(hidden)
         lost: set[str] = set()
         handles = [
             node.register_hook(_watch(node, lost))

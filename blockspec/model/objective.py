@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from blockspec.model.attention import twice_differentiable
+from blockspec.model.checkpointing import without_reentrant_checkpoints
 from blockspec.model.second_order import cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
 
@@ -120,6 +121,7 @@ class Objective:
             stack.enter_context(twice_differentiable(self.model))
             stack.enter_context(cheap_modules(self.model))
             stack.enter_context(elementary_weight_norms(self.model))
+            stack.enter_context(without_reentrant_checkpoints())
             stack.enter_context(torch.enable_grad())
             yield
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from blockspec.model.attention import twice_differentiable
+from blockspec.model.checkpointing import hiding, without_reentrant_checkpoints
 from blockspec.model.second_order import ACTIVATIONS, cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
 from blockspec.optim.averaging import SpatialAveraging, averaging
@@ -181,6 +182,7 @@ class AdaHessian(torch.optim.Optimizer):
             twice_differentiable(model),
             cheap_modules(model, ACTIVATIONS),
             elementary_weight_norms(model),
+            without_reentrant_checkpoints(),
         ):
             yield
 
@@ -375,6 +377,10 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     seen = set(nodes)
     while nodes:
         node: Any = nodes.pop()
+        if message := hiding(node):
+            raise RuntimeError(
+                f"{message}, or compute the loss within optimizer.second_order(model)"
+            )
         if type(node).__name__ == "AccumulateGrad":
             leaves[node.variable] = None
         new = [

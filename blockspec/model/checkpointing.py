@@ -1,0 +1,49 @@
+"""Reentrant activation checkpointing, switched off.
+
+``torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`` runs its part of the model inside a function of its own that
+autograd cannot look into: ``torch.autograd.grad`` finds no way to the parameters in there and takes them for unused, without a
+word, and whatever was computed from inputs without a gradient (token embeddings) is cut off altogether. Models switch it off in
+eval mode only if they ask for it themselves. A double backward keeps all activations anyway, so nothing is lost by calling that
+part directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.utils.checkpoint
+from torch.autograd.graph import Node
+
+REENTRANT = "CheckpointFunction"  # what torch, fairscale, DeepSpeed and Megatron call theirs
+
+
+def hiding(node: Node) -> str:
+    """What to say of a node of the graph that hides parameters; empty for other nodes."""
+    if REENTRANT not in node.name():
+        return ""
+    return (
+        f"the model checkpoints activations in the reentrant way ({node.name()}), which hides the parameters in there from "
+        "second derivatives; use checkpoint(..., use_reentrant=False) or switch checkpointing off"
+    )
+
+
+class _Direct:
+    """In the place of torch's reentrant function."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+@contextmanager
+def without_reentrant_checkpoints() -> Iterator[None]:
+    """While this is open, what torch would checkpoint in the reentrant way is called directly."""
+    module: Any = torch.utils.checkpoint
+    before = module.CheckpointFunction
+    try:
+        module.CheckpointFunction = _Direct
+        yield
+    finally:
+        module.CheckpointFunction = before
