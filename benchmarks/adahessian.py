@@ -11,6 +11,7 @@ import importlib.util
 import statistics
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 import torch
@@ -68,7 +69,7 @@ class Contest:
 
         return step
 
-    def ours(self, **settings: int) -> Callable[[], None]:
+    def ours(self, **settings: Any) -> Callable[[], None]:
         optimizer = AdaHessian(self.model.parameters(), lr=LR, **settings)
 
         def step() -> None:

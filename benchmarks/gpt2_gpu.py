@@ -106,7 +106,9 @@ def main(
         tolerance: Wasserstein-1, relative to the block's norm.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model_of(Size(layers, width, heads, vocabulary, batch_size, tokens)).to(device)
+    model: torch.nn.Module = model_of(
+        Size(layers, width, heads, vocabulary, batch_size, tokens)
+    ).to(device)
     text = open_tokens("embedded", "train", window=tokens, vocabulary=vocabulary)
     data = fixed_batches(
         text, causal_batch, num_batches=batches, batch_size=batch_size, window=tokens

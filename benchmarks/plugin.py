@@ -50,7 +50,7 @@ def main(
         steps: Lanczos steps.
         measured: Measurements; the first one, which begins the folder, counts as well.
     """
-    sizes = {
+    sizes: dict[str, Any] = {
         "n_layer": layers,
         "n_embd": width,
         "n_head": width // 32,
@@ -101,7 +101,7 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
     """Adds up the time that each of PARTS takes."""
     with ExitStack() as stack:
         for name, path in PARTS.items():
-            patcher = mock.patch(path, autospec=True)
+            patcher: Any = mock.patch(path, autospec=True)
             original = patcher.get_original()[0]
             patcher.kwargs["side_effect"] = _timer(original, name, seconds)
             stack.enter_context(patcher)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -120,7 +121,7 @@ class Contest:
 def densities(blocks: int = 50, probes: int = 10, steps: int = 100, points: int = 50_000) -> float:
     """Seconds for the densities of many blocks on a fine grid."""
     generator = torch.Generator().manual_seed(0)
-    settings = {
+    settings: dict[str, Any] = {
         "curvature": "hessian",
         "reorthogonalized": True,
         "distribution": "gaussian",
@@ -131,7 +132,7 @@ def densities(blocks: int = 50, probes: int = 10, steps: int = 100, points: int 
         bulk = torch.randn(2000, generator=generator, dtype=torch.float64) * 1e-2
         values = torch.cat([bulk, torch.rand(20, generator=generator, dtype=torch.float64)])
         starts = torch.randn(probes, len(values), generator=generator, dtype=torch.float64)
-        results = tridiagonalize(lambda rows, values=values: rows * values, starts, steps)
+        results = tridiagonalize(values.__mul__, starts, steps)
         block = blockspec.Block(str(index), "other", None, len(values))
         spectrum = lanczos_spectrum(
             block, results, num_steps=steps, dtype=torch.float64, **settings

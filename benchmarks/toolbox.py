@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -107,7 +108,7 @@ def operators() -> dict[str, Counted]:
         values = torch.cat([bulk, torch.tensor(top, dtype=torch.float64)])
         basis, _ = torch.linalg.qr(torch.randn(500, 500, dtype=torch.float64))
         matrix = basis @ torch.diag(values) @ basis.T
-        found[name] = Counted(lambda rows, matrix=matrix: rows @ matrix, 500)
+        found[name] = Counted(partial(torch.matmul, other=matrix), 500)
     return found
 
 

@@ -55,7 +55,9 @@ def seconds_of_decoding(folder: Path, *, batch: int, workers: int, passes: int) 
 def seconds_of_gradient(folder: Path, *, micro_batch: int, device: str) -> float:
     """Seconds of one forward and backward pass of ViT-base for each image, from the second of two micro-batches."""
     model = build(ModelSettings("vit")).to(device).eval()
-    x, y = fixed_batches(image_folder(folder), count=micro_batch, batch_size=micro_batch)[0]
+    x, y = next(
+        iter(fixed_batches(image_folder(folder), count=micro_batch, batch_size=micro_batch))
+    )
     batch = x.to(device), y.to(device)
     for _ in range(2):
         start = time.perf_counter()

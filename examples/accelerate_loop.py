@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -62,12 +63,12 @@ def main(
     )
     model = GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loader = DataLoader(windows(128, start=0), batch_size=8, shuffle=True)
+    trained: Any = windows(128, start=0)
+    loader = DataLoader(trained, batch_size=8, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    held_out = list(
-        DataLoader(windows(16, start=200_000), batch_size=8)
-    )  # the same on every process
+    evaluated: Any = windows(16, start=200_000)
+    held_out = list(DataLoader(evaluated, batch_size=8))  # the same on every process
     plain = accelerator.unwrap_model(model)
     objective, blocks = (
         Objective(plain, held_out, losses.next_token),

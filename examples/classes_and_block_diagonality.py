@@ -74,7 +74,8 @@ def slopes(table: pd.DataFrame) -> dict[str, float]:
     mean = table.groupby(["layer", "classes"])["ratio"].mean().unstack("layer")
     upper = mean.iloc[len(mean) // 2 :]
     return {
-        layer: float(np.polyfit(np.log(upper.index), np.log(upper[layer]), 1)[0]) for layer in upper
+        str(layer): float(np.polyfit(np.log(upper.index), np.log(upper[layer]), 1)[0])
+        for layer in upper
     }
 
 

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    transformer: Any
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.transformer = nn.ModuleDict(
@@ -162,8 +165,12 @@ def main(
         else nullcontext()
     )
     config = GPTConfig()
-    model = GPT(config).to(device)
-    sizes = {"batch_size": batch_size, "block_size": config.block_size, "device": device}
+    model: Any = GPT(config).to(device)
+    sizes: dict[str, Any] = {
+        "batch_size": batch_size,
+        "block_size": config.block_size,
+        "device": device,
+    }
     held_out = [get_batch("val", **sizes) for _ in range(2)]
     objective, blocks = (
         Objective(model, held_out, losses.next_token),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -159,7 +160,9 @@ def judge(tables: Tables) -> list[Finding]:
         .groupby([tables["ends"]["betas"], tables["ends"]["lr"]])
         .mean()
     )
-    means = {name: found[str(betas)] for name, betas in (("without", WITHOUT), ("with", WITH))}
+    means: dict[str, Any] = {
+        name: found[str(betas)] for name, betas in (("without", WITHOUT), ("with", WITH))
+    }
     always = means["with"].index[means["with"] == 1]
     there = means["without"][always]
     return [

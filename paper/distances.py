@@ -46,7 +46,8 @@ def resolved_distances(spectra: Spectra) -> pd.DataFrame:
     ends = np.arcsinh(
         np.array([min(p.nodes.min() for p in parts), max(p.nodes.max() for p in parts)]) / linear
     )
-    grid = even_grid(*(linear * np.sinh(ends + np.array([-MARGIN, MARGIN]))), linear)
+    low, high = linear * np.sinh(ends + np.array([-MARGIN, MARGIN]))
+    grid = even_grid(low, high, linear)
     cells = np.gradient(grid)
     distances = np.zeros((len(parts), len(parts)))
     for i, first in enumerate(parts):

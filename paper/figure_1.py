@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -134,7 +135,7 @@ def judge(tables: Tables) -> list[Finding]:
     stages = tables["stages"]
     _, transformer = tables["losses"]["model"].unique()
     blocks, stderr = stages[f"blocks_{transformer}"], stages[f"blocks_{transformer}_stderr"]
-    gap = (blocks - stages["between"]) / np.hypot(stderr, stages["between_stderr"])
+    gap: Any = (blocks - stages["between"]) / np.hypot(stderr, stages["between_stderr"])
     listed = "; ".join(
         f"{100 * row.fraction:g} %: {with_error(row.between, row.between_stderr)} against {with_error(value, error)}"
         for row, value, error in zip(stages.itertuples(), blocks, stderr, strict=True)

@@ -126,7 +126,8 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 def judge(tables: Tables) -> list[Finding]:
     return [
-        _judge(*stage, part) for stage, part in tables["shares"].groupby(["outputs", "fraction"])
+        _judge(outputs, fraction, part)
+        for (outputs, fraction), part in tables["shares"].groupby(["outputs", "fraction"])
     ]
 
 

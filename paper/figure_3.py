@@ -75,7 +75,8 @@ def _at(table: pd.DataFrame, model: str, step: int) -> Spectra:
 
 def by_stage(tables: Tables) -> dict[str, dict[float, Spectra]]:
     """Model -> fraction of training -> the chosen blocks, in units of the 10th largest eigenvalue of the full Hessian."""
-    blocks, found = tables["blocks"], {}
+    blocks = tables["blocks"]
+    found: dict[str, dict[float, Spectra]] = {}
     for stage in tables["losses"].itertuples():
         spectra = _at(tables["spectra"], stage.model, stage.step)
         unit = tenth_largest(spectra[FULL])

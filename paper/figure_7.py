@@ -58,7 +58,7 @@ def rank_correlation(
     """
     names = sorted(x)
     found = spearmanr(*([np.mean(values[name]) for name in names] for values in (x, y)))
-    drawn = []
+    drawn: list[float] = []
     while len(drawn) < samples:
         chosen = rng.choice(names, len(names))
         if len(set(chosen)) < 3:  # two models have a rank correlation of one, whatever they are

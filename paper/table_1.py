@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,8 +90,8 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
     for tables, kind in ((runs, "runs"), (js0, "js0"), (curves, "curves")):
         found = context.needed["figure_6"][kind]
         tables.append(found.assign(model=found["model"].map(FROM_FIGURE_6)))
-    tables = {"runs": runs, "js0": js0, "curves": curves}
-    joined = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+    parts = {"runs": runs, "js0": js0, "curves": curves}
+    joined = {name: pd.concat(part, ignore_index=True) for name, part in parts.items()}
     table = summary(joined)
     return {"overview": overview(table), "table_1": table, **joined}
 
@@ -142,7 +143,7 @@ def summary(tables: Tables) -> pd.DataFrame:
 def overview(table: pd.DataFrame) -> pd.DataFrame:
     """The table to read: JS^0 with its standard error over probes, the gaps with theirs over seeds; * marks a learning rate at
     the edge of its grid."""
-    columns = {"model": table["model"]}
+    columns: dict[str, Any] = {"model": table["model"]}
     errors = {name: f"{name}, probes" for name in DEFINITIONS} | {
         f"gap ({x})": f"gap ({x}), seeds" for x in LOSSES
     }

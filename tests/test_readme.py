@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
-
-from tests.models import tiny_gpt2
+from models import tiny_gpt2
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -141,9 +141,8 @@ def compare(
 def best_rates(trials: pd.DataFrame) -> dict[str, float]:
     """Of each optimizer, the learning rate with the lowest mean of the final losses."""
     means = trials.groupby(["optimizer", "lr"], sort=False)["final_loss"].mean()
-    return {
-        name: float(mean.idxmin()[1]) for name, mean in means.groupby(level="optimizer", sort=False)
-    }
+    groups: Any = means.groupby(level="optimizer", sort=False)
+    return {name: float(mean.idxmin()[1]) for name, mean in groups}
 
 
 def _check(comparison: ComparisonSettings) -> None:
@@ -179,7 +178,7 @@ def _settings(run: Run, comparison: ComparisonSettings) -> TrainingSettings:
         checkpoints=() if run.tuning else (0.0, 1.0),
         seed=run.seed,
         tracker="none",
-        optimizer=OptimizerSettings(name=run.optimizer, lr=run.lr, **shared),
+        optimizer=OptimizerSettings(name=cast(Any, run.optimizer), lr=run.lr, **shared),
         schedule=ScheduleSettings(warmup=comparison.warmup),
     )
 
@@ -207,7 +206,9 @@ def _begin_worker() -> None:
 
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 

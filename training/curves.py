@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -38,7 +39,7 @@ def plot_optimizers(trials: pd.DataFrame, curves: pd.DataFrame) -> Figure:
 def draw_rates(axes: Axes, trials: pd.DataFrame, names: Sequence[str]) -> None:
     """Held-out loss at the end by learning rate: mean and range over the seeds that chose it; hollow at the top: one diverged."""
     tuning = trials[trials["tuning"]]
-    at_top = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+    at_top: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
     for name, colour, marker in zip(names, RUNS, RUN_MARKERS, strict=False):
         losses = (
             tuning[tuning["optimizer"] == name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,7 +151,7 @@ def train(
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> float:
+def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
     """The mean over all loss terms of all batches, in eval mode."""
     training = model.training
     device = next(model.parameters()).device

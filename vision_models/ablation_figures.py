@@ -107,7 +107,8 @@ def plot_densities(
     spectra: Mapping[tuple[int, str], Mapping[int, Spectra]], block: str = "model"
 ) -> Figure:
     """Spectral density of a stage or of the whole network: a row a depth, a column a checkpoint, a line a variant."""
-    depths, variants = (list(dict.fromkeys(key[i] for key in spectra)) for i in (0, 1))
+    depths = list(dict.fromkeys(depth for depth, _ in spectra))
+    variants = list(dict.fromkeys(variant for _, variant in spectra))
     steps = spread(sorted({step for stages in spectra.values() for step in stages}), COLUMNS)
     shown = {
         (*key, step): stages[step][block]

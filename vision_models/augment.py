@@ -29,8 +29,10 @@ def cifar(image: Source, how: Preprocess, generator: np.random.Generator) -> np.
 
 def imagenet(image: Source, how: Preprocess, generator: np.random.Generator) -> np.ndarray:
     """A random rectangle of 8 to 100 % of the area, resized to a square, and mirrored half of the time (GoogLeNet)."""
+    assert not isinstance(image, np.ndarray)
     opened = decode(image, channels=len(how.mean))
     box = _rectangle(*opened.size, generator)
+    assert how.crop is not None
     square = opened.resize((how.crop, how.crop), Image.Resampling.BILINEAR, box=box)
     array = as_array(square)
     return array[:, ::-1] if generator.random() < 0.5 else array

@@ -81,9 +81,8 @@ def image_folder(
         memory_gib: What decoded batches may take. Beyond, they are decoded again in every pass.
         seed: Of the model's weights.
     """
-    images = folders.image_folder(
-        root, classes=classes, per_class=per_class
-    )  # a wrong root is found before the model is made
+    # a wrong root is found before the model is made
+    images: Any = folders.image_folder(root, classes=classes, per_class=per_class)
     chosen, network = _chosen(model, settings, checkpoint, seed)
     images = sources.as_expected(images, chosen)
     batches = fixed_batches(

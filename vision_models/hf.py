@@ -66,6 +66,7 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | No
             path = cached_file(name, "preprocessor_config.json")
     except OSError:
         return None
+    assert path is not None
     settings = json.loads(Path(path).read_text(encoding="utf-8"))
     return tuple(settings["image_mean"]), tuple(settings["image_std"])
 

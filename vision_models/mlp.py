@@ -41,7 +41,7 @@ class ScaledMLP(nn.Module):
         with torch.no_grad():
             for layer, scale in zip(self.layers, self.scales, strict=True):
                 for parameter in layer.parameters():
-                    parameter /= scale
+                    parameter.div_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)  # (B, D)

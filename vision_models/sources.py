@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vision_models import hf, hub
 from vision_models.data import Images, OnBroken
@@ -67,7 +67,7 @@ def open_images(data: DataSettings, split: str, model: ModelSettings) -> Images:
     return as_expected(SOURCES[data.source](data, split), model)
 
 
-def as_expected(images: Images, model: ModelSettings) -> Images:
+def as_expected(images: Any, model: ModelSettings) -> Any:
     """The images, normalised as a pretrained model says that it expects them."""
     if model.name != "pretrained":
         return images

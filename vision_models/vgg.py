@@ -80,6 +80,7 @@ def _classifier(
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        assert module.bias is not None
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.01)  # torchvision's
