@@ -68,7 +68,7 @@ def heterogeneity(by_step: dict[int, Spectra]) -> pd.DataFrame:
     for step, spectra in by_step.items():
         parts = spectra.select("*mlp*weight")
         for definition in DEFINITIONS:
-            value, error = blockspec.js0(parts, definition)
+            value, error, _ = blockspec.js0(parts, definition)
             pairs = (
                 blockspec.js_distances(parts, definition)
                 .stack()

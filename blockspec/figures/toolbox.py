@@ -72,7 +72,7 @@ def coupling_heatmap(found: Coupling, *, relative: bool = True) -> Figure:
         else r"$\|H_{bc}\|_F$ (loss / parameter²)"
     )
     bar.outline.set_visible(False)
-    share, stderr = found.off_diagonal_share
+    share, stderr, _ = found.off_diagonal_share
     known = "" if stderr is None else f" ± {100 * stderr:.2g}"
     matrix = MATRICES.get(found.curvature, "matrix")
     probes = len(found.samples)

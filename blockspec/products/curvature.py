@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, islice
-from typing import Any
+from itertools import chain, islice, zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,17 @@ Request = tuple[Block, Tensor, Sequence[Block]]
 Apply = Callable[[Tensors, Sequence[str]], dict[str, Tensor]]
 """``apply(direction, targets)``: product with a direction (parameter name -> tensor; zero elsewhere), restricted to the
 parameters named in ``targets``; summed over the loss terms of the batch it was made from. Absent names are zeros."""
+
+
+Reduce = Callable[[int, list[Tensor]], Any]
+"""``each(number, parts)``: what to keep of the products of one unit with the request of that number."""
+
+
+class Unit(NamedTuple):
+    """One micro-batch: its number of loss terms, and what was kept of its products, request by request."""
+
+    terms: float
+    values: list[Any]
 
 
 class Products:
@@ -114,15 +125,44 @@ class Products:
         """For each (block b, v (P_b,)): H_cb v (P_c,) of every block c in ``targets``; one pass over the batches."""
         return self._pass([(block, vector, targets) for block, vector in requests])
 
-    def _pass(self, requests: Sequence[Request]) -> list[list[Tensor]]:
+    def columns_by_unit(
+        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Reduce
+    ) -> tuple[list[list[Tensor]], list[Unit]]:
+        """:meth:`columns`, and what ``each`` makes of every unit's own products before they are summed.
+
+        A unit is a micro-batch. The products that ``each`` is given are sums over the unit's loss terms. The units of all
+        processes are returned, in the order of the batches.
+        """
+        units: list[Unit] = []
+        found = self._pass([(block, vector, targets) for block, vector in requests], each, units)
+        if self.ranks.rows == 1:
+            return found, units
+        everyone = self.ranks.all_of((self.ranks.column, self.ranks.row, units))
+        rows = [
+            own
+            for column, _, own in sorted(everyone, key=lambda part: part[:2])
+            if column == self.ranks.column
+        ]
+        return found, [u for turn in zip_longest(*rows) for u in turn if u is not None]
+
+    def _pass(
+        self,
+        requests: Sequence[Request],
+        each: Reduce | None = None,
+        units: list[Unit] | None = None,
+    ) -> list[list[Tensor]]:
         while True:
             try:
-                return self._try_pass(requests)
+                return self._try_pass(requests, each, units)
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_exhausted(error) or not self._halve_micro_batch():
                     raise
+                if units is not None:
+                    units.clear()
 
-    def _try_pass(self, requests: Sequence[Request]) -> list[list[Tensor]]:
+    def _try_pass(
+        self, requests: Sequence[Request], each: Reduce | None, units: list[Unit] | None
+    ) -> list[list[Tensor]]:
         totals = [
             [vector.new_zeros(target.numel) for target in targets]
             for _, vector, targets in requests
@@ -132,8 +172,15 @@ class Products:
         with self.objective.prepared(), explained(), reduced_multiplication(self.precision):
             for apply, count in self._linearised(self._named(blocks)):
                 terms += count
-                for total, (block, vector, targets) in zip(totals, requests, strict=True):
-                    self._add_product(total, apply, block, vector, targets)
+                values = []
+                for number, (total, request) in enumerate(zip(totals, requests, strict=True)):
+                    parts = self._product(apply, *request)
+                    if each is not None:
+                        values.append(each(number, parts))
+                    for whole, part in zip(total, parts, strict=True):
+                        whole += part.to(whole)
+                if units is not None:
+                    units.append(Unit(count, values))
         parts = [part for total in totals for part in total]
         *parts, terms = self.ranks.sums([*parts, terms])
         for part in parts:
@@ -237,23 +284,20 @@ class Products:
         )
         return True
 
-    def _add_product(
-        self,
-        totals: list[Tensor],
-        apply: Apply,
-        block: Block,
-        vector: Tensor,
-        targets: Sequence[Block],
-    ) -> None:
+    def _product(
+        self, apply: Apply, block: Block, vector: Tensor, targets: Sequence[Block]
+    ) -> list[Tensor]:
+        """The parts of one batch's product, in the targets; sums over its loss terms."""
         self.products += 1
         names = list(dict.fromkeys(name for target in targets for name in target.parameters))
         product = apply(scatter(block, vector, self._parameters), names)
-        for total, target in zip(totals, targets, strict=True):
-            parts = {
-                n: product[n] if n in product else torch.zeros_like(self._parameters[n])
-                for n in target.parameters
-            }
-            total += gather(target, parts).to(total)
+
+        def part(target: Block) -> Tensor:
+            absent = {n: self._parameters[n] for n in target.parameters if n not in product}
+            zeros = {name: torch.zeros_like(p) for name, p in absent.items()}
+            return gather(target, product | zeros)
+
+        return [part(target) for target in targets]
 
 
 def _hessian(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:

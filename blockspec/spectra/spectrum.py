@@ -17,21 +17,40 @@ RESOLUTION = 1e-4  # eigenvalues closer to zero than this, relative to the large
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error over probes; None where it cannot be known (one probe), 0 where it is exact. Over K probes
-    it has K - 1 degrees of freedom: intervals take Student's t."""
+    """A number with its two standard errors, which are never mixed silently.
+
+    Attributes:
+        value: The number.
+        stderr: Over probes, for the given batches. None where it cannot be known (one probe), 0 where the value is exact. Over
+            K probes it has K - 1 degrees of freedom: intervals take Student's t.
+        data_stderr: Over the sample of data: how far the value for the whole population may lie. None where it cannot be
+            known (fewer than 8 units of data, or it was not measured).
+    """
 
     value: float
     stderr: float | None
+    data_stderr: float | None = None
+
+    @property
+    def total_stderr(self) -> float | None:
+        """Of both; None where one of them is not known."""
+        if self.stderr is None or self.data_stderr is None:
+            return None
+        return math.hypot(self.stderr, self.data_stderr)
 
     def __float__(self) -> float:
         return self.value
 
 
 class RitzValue(NamedTuple):
-    """An approximate eigenvalue: a true one lies within ``residual`` of ``value``."""
+    """An approximate eigenvalue: a true one, of the given batches, lies within ``residual`` of ``value``.
+
+    ``data_stderr`` is its standard error over the sample of data; None where it cannot be known.
+    """
 
     value: float
     residual: float
+    data_stderr: float | None = None
 
     def __float__(self) -> float:
         return self.value

@@ -54,7 +54,7 @@ class Sampling:
         """Whether the mean of the samples is known well enough."""
         if self.tolerance is None or len(samples) < FEWEST_SAMPLES:
             return False
-        mean, stderr = estimate(np.asarray(samples))
+        mean, stderr, _ = estimate(np.asarray(samples))
         assert stderr is not None
         return stderr <= self.tolerance * max(abs(mean), norm)
 
@@ -217,7 +217,7 @@ def hutch_plus_plus(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
         rest = probes.draw(start, min(start + together, 2 * third))
         rest -= (rest @ basis.T) @ basis
         samples += _rows_dot(rest, (yield rest)).tolist()
-    value, stderr = estimate(np.array(samples))
+    value, stderr, _ = estimate(np.array(samples))
     return Estimate(dominant + value, stderr), len(samples)
 
 
