@@ -1,5 +1,6 @@
 """Estimates that are killed go on bit by bit the same; states of something else are refused."""
 
+import json
 import os
 import random
 import signal
@@ -14,8 +15,14 @@ import pandas as pd
 import pytest
 import torch
 from models import tiny_gpt2
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import blockspec
+from blockspec.numerics.columns import Columns
+from blockspec.numerics.lanczos import Lanczos
+from blockspec.numerics.ranks import Ranks
+from blockspec.products.curvature import Products
 
 SCRIPT = """
 import sys, torch, blockspec
@@ -114,6 +121,8 @@ def test_a_deflated_estimate_goes_on_bit_by_bit(tmp_path, unbroken, after):
     """Stopped in the probe that finds the eigenvalues, and in those beyond it."""
     assert any(s.known.any() and not s.exact for s in unbroken.values())
     interrupted(tmp_path, after=after, **DEFLATED)
+    for path in tmp_path.glob("*.safetensors"):
+        shifted(path, 8)
     resumed = blockspec.estimate_spectra(*make(), state=tmp_path, **DEFLATED)
     assert resumed.cost.gradients == unbroken.cost.gradients - 2 * after
     for name, spectrum in unbroken.items():
@@ -145,8 +154,80 @@ def test_a_truncated_state_is_refused(tmp_path):
         blockspec.estimate_spectra(*make(), 2, 8, state=tmp_path)
 
 
+def begins(path):
+    """Where each tensor of a state begins in its file, to 64 bytes: there, new tensors begin in memory."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    return {n: (8 + length + e["data_offsets"][0]) % 64 for n, e in entries.items() if n[0] != "_"}
+
+
+def shifted(path, by):
+    """Rewrites a state so that its tensors begin ``by`` bytes after a multiple of 64."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    for spaces in range(64):
+        save_file(tensors, path, metadata=metadata | {"padding": " " * spaces})
+        if min(begins(path).values()) == by or by in begins(path).values():
+            return
+
+
+@pytest.mark.parametrize("by", [8, 40])
+@pytest.mark.parametrize("settings", [{}, {"reorthogonalize": False}])
+def test_what_is_restored_lies_in_memory_of_its_own(tmp_path, monkeypatch, settings, by):
+    """Sums over the same numbers differ in the last bit by where the numbers begin in memory."""
+    expected = blockspec.estimate_spectra(*make(), 2, 8, **settings)
+    interrupted(tmp_path, after=5, **settings)
+    for path in tmp_path.glob("*.safetensors"):
+        shifted(path, by)
+        assert by in begins(path).values()
+    seen = []
+    sweep = Products.sweep
+
+    def watched(self, requests):
+        seen.extend(vector.data_ptr() % 64 for _, vector in requests)
+        return sweep(self, requests)
+
+    monkeypatch.setattr(Products, "sweep", watched)
+    found = blockspec.estimate_spectra(*make(), 2, 8, state=tmp_path, **settings)
+    assert set(seen) == {0}
+    for name, spectrum in expected.items():
+        np.testing.assert_array_equal(found[name].nodes, spectrum.nodes)
+        np.testing.assert_array_equal(found[name].weights, spectrum.weights)
+
+
+@pytest.mark.parametrize("kind", ["lanczos", "without a basis", "columns"])
+def test_recurrences_copy_what_they_restore(kind):
+    make_one = {
+        "lanczos": lambda: Lanczos(torch.ones(61).double(), 5),
+        "without a basis": lambda: Lanczos(torch.ones(61).double(), 5, reorthogonalize=False),
+        "columns": lambda: Columns(61, dtype=torch.float64, device="cpu"),
+    }[kind]
+    process, matrix = make_one(), torch.diag(torch.arange(61.0)).double()
+    for _ in range(3):
+        Ranks().together([process.step(matrix @ process.vector)])
+    tensors, numbers = process.state()
+    odd = {name: misaligned(tensor) for name, tensor in tensors.items()}
+    again = make_one()
+    again.restore(odd, numbers)
+    for _ in range(2):
+        assert again.vector.data_ptr() % 64 == 0
+        Ranks().together([again.step(matrix @ again.vector)])
+    shared = {tensor.untyped_storage().data_ptr() for tensor in odd.values()}
+    kept = again.state()[0].values()
+    assert not shared & {tensor.untyped_storage().data_ptr() for tensor in kept}
+
+
+def misaligned(tensor):
+    holder = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    holder[1:].copy_(tensor.flatten())
+    return holder[1:].view(tensor.shape)
+
+
 def test_kill_9_at_random_moments(tmp_path):
     """CI kills a few times; KILLS=20 runs the long version."""
+    met = set()
     command = [sys.executable, "-c", SCRIPT]
     tests = str(Path(__file__).parent)
     (tmp_path / "unbroken").mkdir()
@@ -162,10 +243,13 @@ def test_kill_9_at_random_moments(tmp_path):
             time.sleep(random_moments.uniform(0.05, 0.6))
             process.send_signal(signal.SIGKILL)
             kills += process.wait() == -signal.SIGKILL
+            for state in (tmp_path / "killed/state").glob("state-*.safetensors"):
+                met |= set(begins(state).values())
         else:
             assert process.wait() == 0
         process.stdout.close()
     assert kills >= 1
+    assert met - {0}, "no state was met whose tensors begin elsewhere than new ones"
     unbroken, killed = (
         blockspec.load_spectra(tmp_path / name / "spectra.parquet")
         for name in ("unbroken", "killed")

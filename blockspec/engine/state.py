@@ -20,6 +20,7 @@ from torch import Tensor
 from blockspec.engine.deflation import Deflation
 from blockspec.engine.schedule import Job, Schedule
 from blockspec.model.objective import Objective, fingerprint
+from blockspec.numerics.basis import fresh
 from blockspec.numerics.lanczos import Tridiagonal
 from blockspec.numerics.ranks import Ranks
 
@@ -161,9 +162,8 @@ def _restore(schedule: Schedule, tensors: dict[str, Tensor], record: dict[str, A
         }
         if found := entry.get("deflation"):
             arrays = {key: np.array(found[key]) for key in ("values", "residuals")}
-            task.deflation = Deflation(
-                **(found | arrays), vectors=tensors[f"deflation/{name}"].to(task.device)
-            )
+            vectors = fresh(tensors[f"deflation/{name}"]).to(task.device)
+            task.deflation = Deflation(**(found | arrays), vectors=vectors)
         if (columns := tensors.get(f"columns/{name}")) is not None:
             task.begin_columns().process.restore({"columns": columns}, {})
     for index, entry in enumerate(record["jobs"]):

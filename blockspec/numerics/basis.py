@@ -11,6 +11,15 @@ ROWS = 16  # vectors that are allocated at once, unless they are large
 LARGE = 2**20  # entries
 
 
+def fresh(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own.
+
+    Tensors read from a file or cut from a message begin anywhere, new ones at a multiple of 64 bytes, and sums over the
+    same numbers differ in the last bit by where they begin. What is restored must be what it was.
+    """
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 class Basis:
     """Vectors q_1 ... q_m (P,) that are only ever appended to and projected out.
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blockspec.numerics.basis import fresh
 from blockspec.numerics.ranks import Shared
 
 
@@ -47,7 +48,7 @@ class Columns:
         }, {}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        self._columns = list(tensors["columns"])
+        self._columns = [fresh(column) for column in tensors["columns"]]
 
     def matrix(self) -> np.ndarray:
         """(P, P) the symmetrised matrix, float64."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blockspec.numerics.basis import Basis
+from blockspec.numerics.basis import Basis, fresh
 from blockspec.numerics.ranks import Ranks, Shared
 
 CHUNK = 2**20  # entries whose float64 copy is small; see _dot
@@ -166,8 +166,9 @@ class Lanczos:
             list(numbers["betas"]),
             numbers["asymmetry"],
         )
-        self.vector = tensors["vector"].to(self.vector)
-        self._previous = tensors["previous"].to(self.vector) if "previous" in tensors else None
+        self.vector = fresh(tensors["vector"]).to(self.vector)
+        kept = tensors.get("previous")
+        self._previous = None if kept is None else fresh(kept).to(self.vector)
         if self._basis is not None:
             self._basis.restore(tensors["basis"])
 

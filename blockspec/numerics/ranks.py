@@ -44,7 +44,8 @@ class Ranks:
             for i, part in zip(
                 places, flat.split([tensors[i].numel() for i in places]), strict=True
             ):
-                results[i] = part.view_as(tensors[i]).to(tensors[i].device)
+                # A copy: cut from a message it would begin anywhere, and keep all of the message
+                results[i] = part.view_as(tensors[i]).to(tensors[i].device, copy=True)
         return results
 
     def _carrier(self, tensor: Tensor) -> torch.device:
