@@ -1,46 +1,97 @@
-"""The Python of README runs as it stands, on a tiny model in the place of the one from the hub."""
+"""README and the pages of docs/: their Python runs, README prints what it says, and links lead somewhere."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
+import pytest
 import torch
-import transformers
-from models import tiny_gpt2
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
-TOKENS = 16
-SMALLER = {"512": str(TOKENS), "5e-3": "5e-2"}  # tokens in a row, tolerance
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+CONTINUED = ("toolbox", "optimizer")  # these pages go on with the names of README
 
 
-def test_the_python_of_readme_runs(tmp_path, monkeypatch, capsys):
-    def tokenizer(text, return_tensors):
-        return {"input_ids": torch.arange(8 * TOKENS)[None] * 7 % 11}
+def blocks_of(page, language="python"):
+    """Its fenced blocks of a language; of none: what is printed."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    return [code for kind, code in fenced if kind == language]
 
-    monkeypatch.chdir(tmp_path)
-    model = tiny_gpt2(layers=1, dtype=torch.float32)
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
-    Path("my.txt").write_text("text", encoding="utf-8")
-    names = {}
-    for code in BLOCKS[:-1]:
-        for given, smaller in SMALLER.items():
-            code = code.replace(given, smaller)
-        exec(code, names)
-    names["training_batches"] = list(names["objective"].batches())
-    before = [parameter.clone() for parameter in names["model"].parameters()]
-    exec(BLOCKS[-1], names)
-    assert all(
-        (new != old).any() for new, old in zip(names["model"].parameters(), before, strict=True)
-    )
+
+def numbers_of(text):
+    """The words of a text, numbers as numbers."""
+    words = text.replace("±", " ").split()
+    return [float(word) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", word) else word for word in words]
+
+
+def run(page, names):
+    for code in blocks_of(page):
+        exec(compile(code, str(page), "exec"), names)
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What README's Python leaves behind, in a folder of its own, and what it printed."""
+    folder, found = tmp_path_factory.mktemp("readme"), {}
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
+        run(README, found)
+    return {**found, "folder": folder, "printed": out.getvalue()}
+
+
+def test_readme_prints_what_it_says(names):
+    (printed,) = blocks_of(README, language="")
+    said, found = numbers_of(printed), numbers_of(names["printed"])
+    assert len(said) == len(found)
+    for a, b in zip(said, found, strict=True):
+        if isinstance(a, float):
+            assert a == pytest.approx(b, rel=0.15)  # two digits, on another machine
+        else:
+            assert a == b
+    assert (names["folder"] / "spectra.parquet").exists()
+
+
+def test_the_toolbox_page_goes_on_with_readme(names, monkeypatch, capsys):
+    monkeypatch.chdir(names["folder"])
+    run(ROOT / "docs/toolbox.md", names)
     assert names["pairs"].converged.all()
-    assert (
-        set(names["traces"]) == {block.name for block in names["blocks"]} == set(names["spectra"])
-    )
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "my.txt",
-        "spectra.parquet",
-        "coupling.png",
-        "landscape.png",
-    }
-    assert "Estimate" in capsys.readouterr().out
+    blocks = {block.name for block in names["blocks"]}
+    assert set(names["traces"]) == blocks == set(names["spectra"])
+    assert {"coupling.png", "landscape.png"} <= {path.name for path in names["folder"].iterdir()}
+    assert capsys.readouterr().out.splitlines()[-1] == "50"  # the largest of 1 ... 50
+
+
+def test_the_optimizer_page_changes_every_parameter(names):
+    names = {**names, "training_batches": names["batches"]}
+    before = [parameter.clone() for parameter in names["model"].parameters()]
+    run(ROOT / "docs/optimizer.md", names)
+    after = names["model"].parameters()
+    assert all((new != old).any() for new, old in zip(after, before, strict=True))
+    with torch.no_grad():  # other tests use the model
+        for new, old in zip(names["model"].parameters(), before, strict=True):
+            new.copy_(old)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    if page.stem not in CONTINUED:
+        monkeypatch.chdir(tmp_path)
+        run(page, {})
+
+
+@pytest.mark.parametrize(
+    "page", [README, ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.stem
+)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    for target in targets:
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_readme_is_read_in_five_minutes():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.split()) <= 1000
+    assert "positive part" not in text  # the GGN approximates the Hessian
+    for page in PAGES:
+        assert f"docs/{page.name}" in text, f"README does not name {page.name}"
