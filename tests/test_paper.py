@@ -123,17 +123,44 @@ def test_the_document_has_figures_findings_and_tables(tmp_path, monkeypatch):
     text = path.read_text()
     assert "![A toy](docs/paper/toy_line.png)" in text
     assert (path.parent / "docs" / "paper" / "toy_line.png").exists()
-    assert "| it has a\\|line | 3 points | agrees | drawn |" in text
-    assert "| [A toy](#toy) | No paper | 1 |  |  |" in text
-    assert "| 2 | 0 |" in text
-    assert "`python -m paper.toy`: " in text
+    assert "- 1 of 1 claims agree with what we measured, and 0 do not; 0 more" in text
+    assert "**1 of 1 claims agree:** “it has a|line” agrees. No paper. " in text
     assert "Not measured yet: `figure_1`, " in text
+    assert "[Claims, errors and tables](docs/paper/toy.md)" in text
+    page = (path.parent / "docs" / "paper" / "toy.md").read_text()
+    assert "![A toy](toy_line.png)" in page
+    assert "| it has a\\|line | 3 points | agrees | drawn |" in page
+    assert "| 2 | 0 |" in page
+    assert "`python -m paper.toy`: " in page
+
+
+def test_the_summary_says_whether_heterogeneity_predicts_the_gap():
+    def found(*verdicts):
+        return [
+            Finding("it predicts", "rank correlation -0.4", verdict, "") for verdict in verdicts
+        ]
+
+    lines = list(reproduction.summary("small", {"figure_7": found("disagrees", "disagrees")}))
+    assert len(lines) == 3
+    assert "0 of 2 claims agree" in lines[0]
+    assert "did not predict the gap between Adam and SGD, in any of 2" in lines[1]
+    lines = list(reproduction.summary("small", {"figure_7": found("agrees", "disagrees")}))
+    assert "predicted the gap between Adam and SGD, in 1 of 2" in lines[1]
+
+
+def test_the_verdict_is_a_sentence():
+    findings = [Finding("a", "", verdict, "") for verdict in ("agrees", "disagrees")]
+    findings += [Finding("b", "", "not comparable", ""), Finding("c", "", "disagrees", "")]
+    assert reproduction.verdict(findings) == (
+        "**1 of 3 claims agree:** “a” agrees in 1 of 2 ways to measure it; “b” cannot be compared; “c” disagrees."
+    )
 
 
 def test_the_document_says_what_is_not_the_default(tmp_path, monkeypatch):
     folder = reproduce(toy([]), out=tmp_path, seed=2, settings={"values": (1.5,)})
     monkeypatch.setattr(reproduction, "find", {"toy": toy([])}.__getitem__)
-    text = reproduction.write(folder.parent, ["toy"], tmp_path).read_text()
+    reproduction.write(folder.parent, ["toy"], tmp_path)
+    text = (tmp_path / "docs" / "paper" / "toy.md").read_text()
     assert "`python -m paper.toy --settings.values='[1.5]' --seed=2`: " in text
 
 
