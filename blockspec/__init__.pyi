@@ -22,6 +22,9 @@ from blockspec.toolbox.couplings import Coupling as Coupling
 from blockspec.toolbox.couplings import coupling as coupling
 from blockspec.toolbox.diagonals import Diagonal as Diagonal
 from blockspec.toolbox.diagonals import diagonal as diagonal
+from blockspec.toolbox.directional import Directional as Directional
+from blockspec.toolbox.directional import directional as directional
+from blockspec.toolbox.directional import directionals as directionals
 from blockspec.toolbox.eigenpairs import Eigenpairs as Eigenpairs
 from blockspec.toolbox.eigenpairs import top_eigenpairs as top_eigenpairs
 from blockspec.toolbox.landscapes import Landscape as Landscape
