@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from blockspec.model.attention import twice_differentiable
 from blockspec.model.checkpointing import without_reentrant_checkpoints
+from blockspec.model.examples import Carriers, NoExamplesError, carriers, longest
 from blockspec.model.second_order import cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
 
@@ -31,7 +31,8 @@ class Objective:
     loss: ``loss(model, batch) -> (sum of the loss terms, number of terms)``, see :mod:`blockspec.losses`. For the
         curvatures ``ggn`` and ``fisher`` it has to be a :class:`blockspec.losses.Loss`, which says where to split.
     micro_batch: examples that go through the model at once; None: a batch as it comes. Changes memory, not the numbers (but
-        for rounding). Tensors of a batch are cut along their first dimension.
+        for rounding). Tensors of a batch that carry examples are cut along their first dimension; which ones do is tried on a few
+        examples of each batch, see :mod:`blockspec.model.examples`. Where no cut leaves the loss as it was, it is refused.
     batch_norm: ``"eval"`` (running statistics, as at inference) or ``"train"`` (statistics of the batch, differentiated
         through; then the objective depends on how the data is cut into batches). Running statistics are untouched.
 
@@ -72,6 +73,7 @@ class Objective:
         self.micro_batch = micro_batch
         self.batch_norm = batch_norm
         self._batches = batches
+        self._carriers: dict[int, Carriers | NoExamplesError] = {}  # by the number of a batch
 
     @property
     def device(self) -> torch.device:
@@ -91,12 +93,38 @@ class Objective:
             micro_batch: Examples of a part; None: the objective's own ``micro_batch``.
         """
         size = micro_batch or self.micro_batch
-        for batch in self.whole_batches():
-            whole = (
-                size is None or self.batch_norm == "train"
-            )  # statistics of a batch need all of it
-            for part in [batch] if whole else cut(batch, size or 1):
+        for number, batch in enumerate(self.whole_batches()):
+            parts = [batch] if size is None else self._cut(number, batch, size)
+            for part in parts:
                 yield placed(part, self.device, self.dtype)
+
+    def largest_batch(self) -> int:
+        """Examples of the largest batch; 1 where no batch can be cut."""
+        found = (self._carried(i, batch, 1) for i, batch in enumerate(self.whole_batches()))
+        return max(f.length if isinstance(f, Carriers) else 1 for f in found)
+
+    def _cut(self, number: int, batch: Any, size: int) -> Iterator[Any]:
+        """A batch in parts; whole where it cannot be cut and no user has asked for it."""
+        found = self._carried(number, batch, size)
+        if isinstance(found, ValueError) and self.micro_batch is not None:
+            raise found
+        yield from found.cut(batch, size) if isinstance(found, Carriers) else [batch]
+
+    def _carried(self, number: int, batch: Any, size: int) -> Carriers | ValueError | None:
+        """Which tensors of a batch carry its examples, or why it cannot be cut, tried once per batch; None where it needs no
+        cutting."""
+        if self.batch_norm == "train" or longest(batch) <= size:  # statistics need all of a batch
+            return None
+        if number not in self._carriers:
+            try:
+                self._carriers[number] = carriers(batch, size, self._evaluated)
+            except NoExamplesError as error:
+                self._carriers[number] = error
+        return self._carriers[number]
+
+    def _evaluated(self, batch: Any) -> tuple[Tensor, float]:
+        with self.prepared(), torch.no_grad():
+            return self.loss_sum(placed(batch, self.device, self.dtype))
 
     def whole_batches(self) -> Iterator[Any]:
         """The batches as they were given."""
@@ -176,31 +204,6 @@ class Objective:
             repeated, _ = self.loss_sum(batch)
             if not torch.equal(total.detach(), repeated.detach()):
                 raise ValueError(_nondeterminism(self.model, total.item(), repeated.item()))
-
-
-def examples(batch: Any) -> int | None:
-    """Length of a batch's tensors along their first dimension; None where they differ or there are none."""
-    sizes = {len(tensor) if tensor.dim() else None for tensor in _tensors(batch)}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def cut(batch: Any, size: int) -> Iterator[Any]:
-    """The batch in parts of at most ``size`` examples; whole where its tensors have no common first dimension."""
-    length = examples(batch)
-    if length is None or length <= size:
-        yield batch
-        return
-    for start in range(0, length, size):
-        part = slice(start, start + size)
-        yield _map(batch, operator.itemgetter(part))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
 
 
 def placed(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

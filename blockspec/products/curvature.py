@@ -19,7 +19,7 @@ from torch import Tensor
 from blockspec.model.blocks import Block, gather, scatter
 from blockspec.model.differentiability import check_twice_differentiable, explained
 from blockspec.model.losses import Loss
-from blockspec.model.objective import Objective, examples
+from blockspec.model.objective import Objective
 from blockspec.numerics import memory
 from blockspec.numerics.ranks import Ranks
 from blockspec.products.calibration import Costs, seconds_of, time_products
@@ -224,7 +224,7 @@ class Products:
 
     def largest_batch(self) -> int:
         """Examples of the largest batch; 1 where batches cannot be cut."""
-        return max((examples(batch) or 1 for batch in self.objective.whole_batches()), default=1)
+        return self.objective.largest_batch()
 
     def rehearse(self, blocks: Sequence[Block], size: int | None) -> None:
         """One shared pass and one product of the deepest block, on ``size`` examples."""
@@ -272,9 +272,7 @@ class Products:
 
     def _halve_micro_batch(self) -> bool:
         self._forget()
-        size = self.micro_batch or max(
-            (examples(batch) or 1 for batch in self.batches()), default=1
-        )
+        size = self.micro_batch or self.largest_batch()
         if size <= 1 or self.objective.batch_norm == "train":
             return False
         self.micro_batch = size // 2
