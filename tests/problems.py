@@ -73,13 +73,13 @@ def _next_labels(batch):
     return batch["input_ids"][:, 1:][_counted(batch)]
 
 
-def _causal(model):
+def causal(model):
     return Problem(roughened(model), _padded(), losses.next_token, _next_logits, _next_labels)
 
 
 def gpt2(**settings):
     small = {"n_embd": 8, "n_head": 2, "n_positions": 6, "vocab_size": VOCABULARY, "layers": 1}
-    return _causal(models.tiny_gpt2(**small | settings))
+    return causal(models.tiny_gpt2(**small | settings))
 
 
 def llama(**settings):
@@ -94,7 +94,7 @@ def llama(**settings):
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
             module.forward = MethodType(_rms_norm, module)
-    return _causal(model)
+    return causal(model)
 
 
 def _rms_norm(norm, x):

@@ -1,234 +1,332 @@
-"""Attention that can be differentiated twice, whatever the model came with, and everything as it was afterwards."""
+"""Attention in strips: a second derivative that is right, that keeps no matrix, and that computes what is asked for."""
 
-import copy
+import itertools
+import math
+from functools import partial
+from threading import Thread
 
-import models
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Problem, gpt2, llama, nanogpt, tokens, vit
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from blockspec import Objective, estimate_spectra, losses, partition
-from blockspec.model.attention import twice_differentiable
+from blockspec.model.attention import attention, strips
 
-BACKENDS = {
-    "flash": torch.backends.cuda.flash_sdp_enabled,
-    "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
-    "math": torch.backends.cuda.math_sdp_enabled,
-    "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
-}
+MASKS = (None, "boolean", "additive", "padding", "of heads")
+SHAPES = ((2, 2, 5, 5), (4, 2, 4, 7), (4, 1, 7, 4), (1, 1, 1, 3))  # H, G, T, S
+GRID = list(itertools.product((False, True), (None, 2), (None, 1.5), (False, True)))
+"""causal, window, soft cap, sinks"""
 
 
-def enabled():
-    return {name: on() for name, on in BACKENDS.items()}
+@pytest.fixture(autouse=True)
+def short_strips(monkeypatch):
+    """Several strips, the last of them shorter, even of a few tokens."""
+    monkeypatch.setattr(strips, "ROWS", 3)
 
 
-def second_derivative(model, batch):
-    """Whether the gradient of a gradient can be taken."""
-    total, _ = losses.next_token(model, batch)
-    weights = [p for p in model.parameters() if p.ndim == 2]
-    gradients = torch.autograd.grad(total, weights, create_graph=True)
-    return torch.autograd.grad(sum(g.square().sum() for g in gradients), weights)
+def normal(generator, *shape, dtype=torch.float64):
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("make", [gpt2, nanogpt, llama, vit])
-def test_default_models_need_the_replacement(make):
-    """They fail without it: the tests of this file could fail."""
-    it = make()
-    it.model.eval()
-    total, _ = it.loss(it.model, it.batches[1])
-    weights = [p for p in it.model.parameters() if p.ndim == 2]
-    gradients = torch.autograd.grad(total, weights, create_graph=True)
-    with pytest.raises(RuntimeError, match="is not implemented"):
-        torch.autograd.grad(sum(g.square().sum() for g in gradients), weights)
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
-@pytest.mark.parametrize("make", [gpt2, llama])
-def test_every_implementation_gives_the_same_spectrum(make, implementation):
-    it = make()
-    blocks = [block for block in partition(it.model) if block.kind in ("query", "key")]
-    eager = copy.deepcopy(it.model)
-    eager.config._attn_implementation = "eager"
-    expected = estimate_spectra(
-        Objective(eager, it.batches, it.loss), blocks, num_probes=1, num_steps=4
-    )
-    it.model.config._attn_implementation = implementation
-    spectra = estimate_spectra(it.objective(), blocks, num_probes=1, num_steps=4)
-    tolerance = 1e-5 if make is llama else 1e-9  # Llama's eager softmax is float32
-    for name in expected:
-        difference = np.abs(spectra[name].nodes - expected[name].nodes).max()
-        assert difference <= tolerance * expected[name].norm + 1e-15, name
-    assert it.model.config._attn_implementation == implementation
-
-
-def test_nanogpt_with_its_flash_flag_is_as_without():
-    fused, plain = nanogpt(flash=True), nanogpt(flash=False)
-    plain.model.load_state_dict(fused.model.state_dict(), strict=False)
-    blocks = partition(fused.model, include="*query*")
-    a = estimate_spectra(fused.objective(), blocks, num_probes=1, num_steps=4)
-    b = estimate_spectra(plain.objective(), blocks, num_probes=1, num_steps=4)
-    for name in a:
-        torch.testing.assert_close(
-            torch.tensor(a[name].nodes), torch.tensor(b[name].nodes), rtol=1e-9, atol=1e-15
-        )
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_implementations_and_backends_are_restored(fails):
-    model = models.tiny_gpt2()
-    part = copy.deepcopy(model.config)
-    part._attn_implementation = "flex_attention"
-    model.transformer.h[1].config = part  # a part with a config of its own
-    model.config._attn_implementation = "flash_attention_2"
-    before = enabled()
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-        chosen = enabled()
-        try:
-            with twice_differentiable(model):
-                assert enabled() == dict.fromkeys(BACKENDS, False) | {"math": True}
-                assert model.config._attn_implementation == part._attn_implementation == "sdpa"
-                if fails:
-                    raise KeyError("on the way")
-        except KeyError:
-            assert fails
-        assert enabled() == chosen
-    assert enabled() == before
-    assert (model.config._attn_implementation, part._attn_implementation) == (
-        "flash_attention_2",
-        "flex_attention",
+def made(place, mask, sinks, *, batches=2, dtype=torch.float64):
+    """q, k, v, sinks (or None), mask (or None) of the place-th shape."""
+    generator = torch.Generator().manual_seed(place)
+    heads, groups, rows, keys = SHAPES[place % len(SHAPES)]
+    q = normal(generator, batches, heads, rows, 3, dtype=dtype)
+    k = normal(generator, batches, groups, keys, 3, dtype=dtype)
+    v = normal(generator, batches, groups, keys, 2, dtype=dtype)
+    scores = normal(generator, batches, heads, rows, keys, dtype=dtype)
+    blind = scores[:1, :1].clone()
+    blind[..., -1, :] = -math.inf  # the last row sees no key
+    masks = {
+        None: None,
+        "boolean": scores[:, :1] > -0.3,
+        "additive": blind[0, 0],
+        "padding": (torch.arange(keys) < torch.tensor([[1], [keys]][:batches]))[:, None, None],
+        "of heads": torch.where(scores[:1] > 0.5, -math.inf, scores[:1]),
+    }
+    s = normal(generator, heads, dtype=dtype) if sinks else None
+    return (
+        [t.requires_grad_() for t in (q, k, v)],
+        s if s is None else s.requires_grad_(),
+        masks[mask],
     )
 
 
-def test_what_can_be_differentiated_already_is_left_alone():
-    model = models.tiny_gpt2(attn_implementation="eager")
-    assert model.config._attn_implementation == "eager"
-    with twice_differentiable(model):
-        assert model.config._attn_implementation == "eager"
-    batch = {"input_ids": tokens(1, 5)}
-    assert all(torch.isfinite(g).all() for g in second_derivative(model, batch))
+def matrices(q, k, v, *, causal, mask, window, softcap, sinks, scale=None):
+    """The same function, as one writes it down."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    if causal:
+        scores = scores.masked_fill(j > i, -math.inf)
+    if window is not None:
+        scores = scores.masked_fill((i - j).abs() >= window, -math.inf)
+    if mask is not None:
+        added = mask if mask.is_floating_point() else torch.where(mask, 0.0, -math.inf)
+        scores = scores + added
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    weights = torch._safe_softmax(scores, -1)
+    return weights[..., : k.shape[2]] @ v
 
 
-def test_a_kernel_that_cannot_be_replaced_is_an_error_with_a_remedy():
-    class Fused(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.query = torch.nn.Linear(4, 4, dtype=torch.float64)
-
-        def forward(self, x):
-            q = self.query(x).view(1, 3, 1, 4).transpose(1, 2)
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0].flatten(1)
-
-    x = torch.randn(1, 3, 4, dtype=torch.float64)
-    objective = Objective(Fused(), [(x, torch.tensor([1]))], losses.classification)
-    with pytest.raises(
-        ValueError, match=r"cannot be differentiated twice.*attn_implementation='eager'"
-    ):
-        estimate_spectra(objective, partition(objective.model), num_probes=1, num_steps=2)
+def derivatives(function, inputs):
+    """The value, the gradient, and the gradient of an inner product of the gradient."""
+    generator = torch.Generator().manual_seed(7)
+    out = function()
+    g = normal(generator, *out.shape).to(out).requires_grad_()
+    first = torch.autograd.grad(out, inputs, g, create_graph=True)
+    tangents = [normal(generator, *t.shape).to(t) for t in first]
+    second = torch.autograd.grad(first, [g, *inputs], tangents, materialize_grads=True)
+    return [out.detach(), *(t.detach() for t in first), *second]
 
 
-def square(backward):
-    """x^2 as a function of somebody's own."""
-
-    class Square(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x**2
-
-    Square.backward = staticmethod(backward)
-
-    class Model(torch.nn.Linear):
-        def forward(self, x):
-            return Square.apply(super().forward(x))
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Model(4, 3, dtype=torch.float64)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("entries", [1, 10**6], ids=["a head at a time", "all heads at once"])
+def test_value_gradient_and_double_gradient_are_those_of_matrices(monkeypatch, entries, mask):
+    monkeypatch.setitem(strips.STRIP_ENTRIES, "cpu", entries)
+    for place, (causal, window, softcap, sinks) in enumerate(GRID):
+        tensors, s, m = made(place, mask, sinks)
+        how = {"causal": causal, "window": window, "softcap": softcap, "mask": m, "sinks": s}
+        inputs = tensors if s is None else [*tensors, s]
+        ours = derivatives(partial(attention, *tensors, **how), inputs)
+        truth = derivatives(partial(matrices, *tensors, **how), inputs)
+        for mine, other in zip(ours, truth, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12, msg=f"{place} {how}")
 
 
-def plainly(ctx, slope):
-    return 2 * ctx.saved_tensors[0] * slope
+@pytest.mark.parametrize("place", range(len(GRID)))
+def test_gradcheck_and_gradgradcheck(place):
+    causal, window, softcap, sinks = GRID[place]
+    tensors, s, m = made(place, MASKS[place % len(MASKS)], sinks, batches=1)
+
+    def function(q, k, v, *sinks):
+        s = sinks[0] if sinks else None
+        return attention(q, k, v, causal=causal, window=window, softcap=softcap, mask=m, sinks=s)
+
+    inputs = tensors if s is None else [*tensors, s]
+    assert gradcheck(function, inputs, fast_mode=True)
+    assert gradgradcheck(function, inputs, fast_mode=True)
 
 
-def untracked(ctx, slope):
-    with torch.no_grad():  # as a kernel that autograd knows nothing of
-        return 2 * ctx.saved_tensors[0] * slope
+def test_the_third_derivative_is_right_too():
+    tensors, sinks, _ = made(0, None, True, batches=1)
+
+    def gradient(q, k, v, sinks):
+        out = attention(q, k, v, causal=True, sinks=sinks).square().sum()
+        return torch.autograd.grad(out, (q, k), create_graph=True)
+
+    inputs = [*(t[:, :1, :3].detach().requires_grad_() for t in tensors), sinks[:1].detach()]
+    assert gradgradcheck(gradient, inputs)
 
 
-BATCH = (torch.ones(1, 4, dtype=torch.float64), torch.tensor([1]))
-
-
-@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
-@pytest.mark.parametrize(
-    "backward",
-    [torch.autograd.function.once_differentiable(plainly), untracked],
-    ids=["once", "untracked"],
-)
-def test_a_backward_pass_without_a_derivative_is_an_error_and_not_a_wrong_number(
-    backward, curvature
-):
-    """autograd leaves such terms out without a word."""
-    objective = Objective(square(backward), [BATCH], losses.classification)
-    with pytest.raises(
-        ValueError, match=r"cannot be differentiated twice.*switch it off in the model"
-    ):
-        estimate_spectra(
-            objective, partition(objective.model), num_probes=1, num_steps=2, curvature=curvature
-        )
-
-
-def test_a_function_of_ones_own_that_can_be_differentiated_twice_is_fine():
-    own = Objective(square(plainly), [BATCH], losses.classification)
-    squared = losses.Loss(lambda model, batch: model(batch[0]) ** 2, losses.classification.terms)
-    plain = Objective(torch.nn.Linear(4, 3, dtype=torch.float64), [BATCH], squared)
-    plain.model.load_state_dict(own.model.state_dict())
-    one, two = (
-        estimate_spectra(o, partition(o.model), num_probes=1, num_steps=12)["weight"]
-        for o in (own, plain)
-    )
-    np.testing.assert_allclose(one.nodes, two.nodes, atol=1e-12)
-    assert one.norm > 0.1
-
-
-def test_values_are_unchanged_by_the_replacement():
-    it = gpt2()
-    it.model.eval()
-    batch = {"input_ids": tokens(2, 6)}
-    plain = it.model(**batch).logits
-    with twice_differentiable(it.model):
-        replaced = it.model(**batch).logits
-    torch.testing.assert_close(replaced, plain, rtol=1e-12, atol=1e-12)
-
-
-def test_attention_of_a_models_own_making_through_the_functional_interface():
-    """Anything that calls scaled_dot_product_attention works, with a mask and with grouped heads."""
-
-    class Own(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k = (torch.nn.Linear(8, width, dtype=torch.float64) for width in (8, 4))
-
-        def forward(self, x):
-            q, k = (
-                self.q(x).view(2, 5, 4, 2).transpose(1, 2),
-                self.k(x).view(2, 5, 2, 2).transpose(1, 2),
+def test_it_is_what_pytorch_computes():
+    (q, k, v), _, _ = made(0, None, False)
+    for how in ({"is_causal": True}, {"attn_mask": torch.rand(5, 5) > 0.5}, {"scale": 0.3}):
+        ours = {"is_causal": "causal", "attn_mask": "mask"}
+        named = {ours.get(name, name): value for name, value in how.items()}
+        with sdpa_kernel(SDPBackend.MATH):
+            truth = derivatives(
+                lambda how=how: F.scaled_dot_product_attention(q, k, v, **how), [q, k, v]
             )
-            mask = torch.ones(5, 5, dtype=torch.bool).tril()
-            y = F.scaled_dot_product_attention(q, k, k, attn_mask=mask, enable_gqa=True)
-            return y.transpose(1, 2).reshape(2, 5, 8)[:, -1]
+        found = derivatives(lambda named=named: attention(q, k, v, **named), [q, k, v])
+        for mine, other in zip(found, truth, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
-    torch.manual_seed(0)
-    model, x = Own(), torch.randn(2, 5, 8, dtype=torch.float64)
-    it = Problem(
-        model,
-        [(x, torch.tensor([1, 7]))],
-        losses.classification,
-        lambda call, b: call(b[0]),
-        lambda b: b[1],
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_some_inputs_alone(wanted):
+    """The others may not even require gradients."""
+    tensors, _, _ = made(1, None, False)
+    inputs = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+    asked = [inputs[i] for i in wanted]
+    how = {"causal": True, "window": None, "softcap": 2.0, "mask": None, "sinks": None}
+    ours = derivatives(lambda: attention(*inputs, **how), asked)
+    truth = derivatives(lambda: matrices(*inputs, **how), asked)
+    for mine, other in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_that_see_nothing_are_zero_and_so_is_all_that_comes_from_them():
+    (q, k, v), _, _ = made(0, None, False)
+    mask = torch.zeros(5, 5, dtype=torch.bool)
+    found = derivatives(lambda: attention(q, k, v, mask=mask), [q, k, v])
+    assert all(not t.any() for t in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_huge_scores_do_not_overflow(dtype):
+    tensors, _, _ = made(0, None, False, dtype=dtype)
+    q, k, v = (
+        t.detach().mul(size).requires_grad_()
+        for t, size in zip(tensors, (1e4, 1e4, 1), strict=True)
     )
-    (block,) = partition(model, include="q.weight")
-    spectrum = estimate_spectra(it.objective(), block, num_probes=1, num_steps=3)["q.weight"]
-    assert spectrum.norm > 0
+    found = derivatives(lambda: attention(q, k, v, causal=True), [q, k, v])
+    assert all(t.isfinite().all() for t in found)
+    highest = (q.double() @ k.double().mT).masked_fill(torch.ones(5, 5).triu(1) > 0, -math.inf)
+    rows = torch.arange(2)[:, None, None], torch.arange(2)[:, None], highest.argmax(-1)
+    torch.testing.assert_close(found[0], v[rows])  # the softmax is a maximum
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+def test_precision_of_the_smaller_dtypes(dtype, error):
+    tensors, sinks, mask = made(1, "of heads", True, dtype=dtype)
+    exact = [t.detach().double().requires_grad_() for t in (*tensors, sinks)]
+    how = {"causal": True, "window": None, "softcap": 3.0}
+    found = derivatives(
+        lambda: attention(*tensors, sinks=sinks, mask=mask, **how), [*tensors, sinks]
+    )
+    truth = derivatives(
+        lambda: matrices(*exact[:3], sinks=exact[3], mask=mask.double(), **how), exact
+    )
+    for mine, other in zip(found, truth, strict=True):
+        assert mine.dtype is dtype
+        assert (mine - other).abs().max() <= error * other.abs().max()
+
+
+def test_equal_to_the_bit_between_calls():
+    tensors, sinks, mask = made(1, "boolean", True, dtype=torch.float32)
+    once, again = (
+        derivatives(lambda: attention(*tensors, sinks=sinks, mask=mask), [*tensors, sinks])
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+class Watched(TorchDispatchMode):
+    """Entries of the largest tensor that any operation gave, and multiplications in products of matrices."""
+
+    entries = multiplications = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.entries = max(self.entries, out.untyped_storage().nbytes() // out.itemsize)
+        if function in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm_.default):
+            self.multiplications += out.numel() * args[-1].shape[1]
+        return out
+
+
+@pytest.mark.parametrize("how", [{}, {"causal": True}, {"window": 5}], ids=str)
+def test_the_largest_tensor_grows_with_the_number_of_tokens_and_not_with_its_square(how):
+    entries = []
+    for tokens in (32, 64, 128):
+        inputs = [
+            normal(torch.Generator().manual_seed(0), 1, 2, tokens, 2).requires_grad_()
+            for _ in range(3)
+        ]
+        with Watched() as watched:
+            derivatives(lambda inputs=inputs: attention(*inputs, **how), inputs)
+        entries.append(watched.entries)
+    assert entries[2] <= 2.1 * entries[1] <= 4.5 * entries[0]
+    assert entries[2] <= 128 * 2 * 3  # of q, or of a strip of 3 rows
+
+
+def multiplications(function):
+    with Watched() as watched:
+        function()
+    return watched.multiplications
+
+
+def product(tokens, asked, **how):
+    """A product through one layer, with the part for ``asked`` alone, as a function."""
+    inputs = [
+        normal(torch.Generator().manual_seed(i), 1, 1, tokens, 2).requires_grad_() for i in range(3)
+    ]
+    wanted = [inputs[i].view_as(inputs[i]) for i in range(3)]
+    g = torch.ones(1, 1, tokens, 2, dtype=torch.float64, requires_grad=True).view(1, 1, tokens, 2)
+    first = torch.autograd.grad(attention(*wanted, **how), wanted, g, create_graph=True)
+    sources = [first[i] for i in asked]
+    return lambda: torch.autograd.grad(
+        sources,
+        [inputs[i] for i in asked],
+        [torch.ones_like(s) for s in sources],
+        retain_graph=True,
+    )
+
+
+def test_hidden_keys_cost_nothing():
+    full = multiplications(product(48, (0, 1, 2)))
+    assert multiplications(product(48, (0, 1, 2), causal=True)) == pytest.approx(full / 2, rel=0.1)
+    assert multiplications(product(48, (0, 1, 2), causal=True, window=4)) <= 0.15 * full
+    band = torch.ones(48, 48, dtype=torch.bool).tril().triu(-3)
+    assert multiplications(product(48, (0, 1, 2), mask=band)) <= 0.15 * full
+    padded = (torch.arange(48) < 12)[None, None, None]
+    assert multiplications(product(48, (0, 1, 2), mask=padded)) == pytest.approx(full / 4)
+
+
+def test_a_product_computes_what_is_asked_for_alone():
+    """Of q, k and v: scores, twice their change, e, f, two by q, two by k, one by v."""
+    unit = 48 * 48 * 2
+    assert multiplications(product(48, (0, 1, 2))) == 10 * unit
+    assert multiplications(product(48, (0,))) == 4 * unit  # scores, their change, e, by q
+    assert multiplications(product(48, (2,))) == unit  # scores: the output is linear in values
+
+
+def test_transforms_and_masks_with_gradients_go_another_way():
+    (q, k, v), _, _ = made(0, None, False)
+    hessian = torch.func.hessian(lambda v: attention(q, k, v, causal=True).square().sum())(v)
+    truth = torch.func.hessian(
+        lambda v: F.scaled_dot_product_attention(q, k, v, is_causal=True).square().sum()
+    )
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.testing.assert_close(hessian, truth(v))
+    bias = torch.zeros(5, 5, dtype=torch.float64, requires_grad=True)
+    assert gradgradcheck(lambda bias: attention(q, k, v, mask=bias), bias)
+
+
+def test_autocast_does_not_reach_inside():
+    tensors, _, _ = made(0, None, False, dtype=torch.float32)
+    plain = derivatives(lambda: attention(*tensors), tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = derivatives(lambda: attention(*tensors), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_two_threads_at_once():
+    """Nothing is shared."""
+    tensors, _, _ = made(0, None, False)
+    expected = derivatives(lambda: attention(*tensors, causal=True), tensors)
+    found = []
+    threads = [
+        Thread(
+            target=lambda: found.append(
+                derivatives(lambda: attention(*tensors, causal=True), tensors)
+            )
+        )
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for run in found for a, b in zip(run, expected, strict=True))
+
+
+Q = torch.zeros(2, 4, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "text"),
+    [
+        ({"q": Q[0]}, ValueError, "four dimensions"),
+        ({"k": torch.zeros(2, 3, 5, 3)}, ValueError, r"G divides H.*\(2, 3, 5, 3\)"),
+        ({"v": torch.zeros(2, 4, 6, 3)}, ValueError, r"G divides H.*\(2, 4, 6, 3\)"),
+        ({"k": Q.double()}, TypeError, "one floating point dtype"),
+        ({"mask": torch.ones(4, 5, dtype=torch.bool)}, ValueError, r"\(2, 4, 5, 5\); got \(4, 5\)"),
+        ({"mask": torch.ones(5, 5, dtype=torch.long)}, TypeError, r"mask.bool\(\)"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"\(4,\); got \(3,\)"),
+        ({"window": 0}, ValueError, "window .* got 0"),
+        ({"softcap": -1.0}, ValueError, "softcap .* got -1"),
+        ({"scale": math.nan}, ValueError, "scale .* got nan"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_an_error(changed, error, text):
+    with pytest.raises(error, match=text):
+        attention(**{"q": Q, "k": Q, "v": Q} | changed)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from blockspec.model.attention import twice_differentiable
 from blockspec.model.checkpointing import without_reentrant_checkpoints
 from blockspec.model.examples import Carriers, NoExamplesError, carriers, longest
+from blockspec.model.kernels import twice_differentiable
 from blockspec.model.second_order import cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
 

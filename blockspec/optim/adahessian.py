@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from blockspec.model.attention import twice_differentiable
 from blockspec.model.checkpointing import hiding, without_reentrant_checkpoints
+from blockspec.model.kernels import twice_differentiable
 from blockspec.model.second_order import ACTIVATIONS, cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
 from blockspec.optim.averaging import SpatialAveraging, averaging
@@ -48,7 +48,7 @@ class AdaHessian(torch.optim.Optimizer):
     What calls ``backward`` for you takes a loss that measures: ``accelerator.backward(optimizer.probe(loss))``, where
     ``optimizer`` is this one (accelerate's wrapper, which is for ``step``, has it as ``.optimizer``). Hugging Face's
     ``Trainer`` gets it by its arguments, without a subclass, if the model was loaded with
-    ``attn_implementation="eager"`` (or trains within :func:`blockspec.model.attention.twice_differentiable`)::
+    ``attn_implementation="eager"`` (or trains within :func:`blockspec.model.kernels.twice_differentiable`)::
 
         def measured_loss(outputs, labels, num_items_in_batch=None):
             loss = model.loss_function(
