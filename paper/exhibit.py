@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from blockspec.engine.state import differences
 from blockspec.figures.plots import save
-from blockspec.runs.run import VERSIONED, git_commit, read_json, write_json
+from blockspec.runs.json_files import read_json, write_json
+from blockspec.runs.record import VERSIONED, git_commit
 from blockspec.spectra.collection import write_parquet
 from training.command import run_command
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pandas as pd
 from PIL import Image
 
-from blockspec.runs.records import read_json
+from blockspec.runs.json_files import read_json
 from paper import EXHIBITS
 from paper.exhibit import Exhibit, Finding, as_json, find, read_findings, read_tables
 from training.command import run_command

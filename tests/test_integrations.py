@@ -503,5 +503,5 @@ def test_a_run_that_was_killed_with_kill_9_goes_on(tmp_path):
     tables = [pd.read_parquet(tmp_path / run / "spectra.parquet") for run in ("cut", "whole")]
     pd.testing.assert_frame_equal(*tables)
     assert set(tables[0]["step"]) == {10, 20}
-    assert calls[0] < calls[1] / 2  # the first checkpoint and three sweeps were not done again
+    assert calls[0] < 0.6 * calls[1]  # the first checkpoint and three sweeps were not done again
     assert not (tmp_path / "cut/state").exists()

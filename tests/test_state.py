@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import blockspec
+from blockspec.engine import state
 from blockspec.numerics.columns import Columns
 from blockspec.numerics.lanczos import Lanczos
 from blockspec.numerics.ranks import Ranks
@@ -146,10 +147,37 @@ def test_a_state_of_something_else_is_refused_with_the_difference(tmp_path, what
         blockspec.estimate_spectra(*make(**what), **arguments, state=tmp_path)
 
 
-def test_a_truncated_state_is_refused(tmp_path):
-    interrupted(tmp_path, after=2)
-    newest = max(tmp_path.glob("*.safetensors"))
-    newest.write_bytes(newest.read_bytes()[:-100])
+def spoiled(path, rng):
+    """The file with one bit flipped, or cut short."""
+    content = bytearray(path.read_bytes())
+    if rng.random() < 0.2:
+        return bytes(content[: rng.randrange(len(content))])
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+def test_damaged_states_are_never_taken(tmp_path, caplog):
+    """Any flipped bit is found; the sound older state beside it is taken by itself."""
+    interrupted(tmp_path, after=3)
+    unbroken = blockspec.estimate_spectra(*make(), 2, 8)
+    older, newer = sorted(tmp_path.glob("*.safetensors"))
+    kept = {path: path.read_bytes() for path in (older, newer)}
+    rng = random.Random(0)
+    for number in range(40):
+        for path, content in kept.items():
+            path.write_bytes(content)
+        newer.write_bytes(spoiled(newer, rng))
+        if number:
+            with pytest.raises(ValueError, match="damaged"):
+                state._read(newer)
+            continue
+        resumed = blockspec.estimate_spectra(*make(), 2, 8, state=tmp_path)
+        assert resumed.cost.gradients == unbroken.cost.gradients - 2 * 2
+        assert "going on from an older one" in caplog.text
+        for name, spectrum in unbroken.items():
+            np.testing.assert_array_equal(resumed[name].nodes, spectrum.nodes)
+    for path, content in kept.items():
+        path.write_bytes(content[:-100])
     with pytest.raises(ValueError, match="is damaged"):
         blockspec.estimate_spectra(*make(), 2, 8, state=tmp_path)
 

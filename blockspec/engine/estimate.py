@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import statistics
@@ -15,8 +14,9 @@ from blockspec.engine.plan import Plan, fit, plan
 from blockspec.engine.results import exact_spectrum, lanczos_spectrum
 from blockspec.engine.schedule import Probing, Schedule, Task, deal
 from blockspec.engine.settings import EstimateSettings, Execution
-from blockspec.engine.state import Keeper, identity_of
+from blockspec.engine.state import Keeper
 from blockspec.model.blocks import Block
+from blockspec.model.identity import identity_of
 from blockspec.model.objective import Objective
 from blockspec.numerics.memory import parse
 from blockspec.numerics.ranks import Ranks, arrange
@@ -42,6 +42,7 @@ def estimate_spectra(
     settings: EstimateSettings,
     execution: Execution,
     state: str | os.PathLike[str] | None = None,
+    keep_state: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Spectra:
     """Spectra of blocks of a curvature matrix by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017).
@@ -53,6 +54,8 @@ def estimate_spectra(
         [settings]
         state: A folder for what a killed estimate goes on from; the same call then gives the same numbers, bit by bit on the
             same machine. It is saved every ``state_every`` seconds, and removed at the end.
+        keep_state: Leave the state, saved once more after the last sweep, for a caller who saves the result first;
+            :func:`blockspec.engine.state.clear` removes it.
         progress: Called with (products done, products in all as far as known) after each sweep.
 
     Returns:
@@ -67,7 +70,7 @@ def estimate_spectra(
     operator, schedule = prepared.operator, prepared.schedule
     if execution.memory is not None:
         schedule.budget = fit(schedule, operator, parse(execution.memory, operator.device))
-    identity = _identity(operator, schedule, settings) if state is not None else {}
+    identity = _identity(operator, prepared.blocks, settings) if state is not None else {}
     folder = None if state is None else Path(state)
     keeper = Keeper(folder, execution.state_every, identity, operator.ranks)
     keeper.restore(schedule)
@@ -78,10 +81,13 @@ def estimate_spectra(
             progress(schedule.products, schedule.products + schedule.remaining)
 
     schedule.run(operator, after_sweep=after_sweep)
+    if keep_state:
+        keeper.save_last(schedule)
     errors = {} if settings.precision is None else precision_errors(operator, schedule)
     own = [_spectrum(t, operator.curvature, errors.get(t.block.name, 0.0)) for t in schedule.tasks]
     found = operator.ranks.all_of(own)
-    keeper.clear()
+    if not keep_state:
+        keeper.clear()
     by_name = {spectrum.block.name: spectrum for part in found for spectrum in part}
     cost = Cost(gradients=operator.gradients, products=operator.products)
     return Spectra((by_name[block.name] for block in prepared.blocks), cost=cost)
@@ -154,7 +160,7 @@ def _prepare(
 
 
 def _identity(
-    operator: Operator, schedule: Schedule, settings: EstimateSettings
+    operator: Operator, blocks: Sequence[Block], settings: EstimateSettings
 ) -> dict[str, object]:
     """What a state has to be of, to go on from it."""
     if operator.objective is None:
@@ -166,11 +172,7 @@ def _identity(
         for name, value in vars(settings).items()
         if name != "curvature"
     }
-    names = hashlib.sha256("\n".join(t.block.name for t in schedule.tasks).encode())
-    return identity_of(
-        operator.objective,
-        numbers | {"curvature": operator.curvature, "blocks": names.hexdigest()[:16]},
-    )
+    return identity_of(operator.objective, blocks, numbers | {"curvature": operator.curvature})
 
 
 def precision_errors(operator: Operator, schedule: Schedule) -> dict[str, float]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,20 @@ from torch import Tensor
 
 from blockspec.engine.deflation import Deflation
 from blockspec.engine.schedule import Job, Schedule
-from blockspec.model.objective import Objective, fingerprint
+from blockspec.model.identity import differences
 from blockspec.numerics.basis import fresh
+from blockspec.numerics.content import Digest
+from blockspec.numerics.files import whole_file
 from blockspec.numerics.lanczos import Tridiagonal
 from blockspec.numerics.ranks import Ranks
 
-STATE_FILE = re.compile(r"state-\d+of\d+-\d+of\d+-\d{8}\.(safetensors|\d+\.partial)")
+logger = logging.getLogger(__name__)
+STATE_FILE = re.compile(
+    r"\.?(state-\d+of\d+-\d+of\d+-)\d{8}\.safetensors(?:\.[0-9a-f]{8}\.partial)?"
+)
+KEPT = 2  # states of one process: another of its column may be killed between its own two
+
+Content = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 @dataclass
@@ -41,6 +48,7 @@ class Keeper:
     ranks: Ranks
     _last: float = field(default_factory=time.monotonic)
     _sweep: int = 0
+    _saved: int = -1
 
     def after_sweep(self, schedule: Schedule) -> None:
         """Saves if it is time to: all processes of a column after the same sweep."""
@@ -53,51 +61,111 @@ class Keeper:
         self._last = time.monotonic()
 
     def save(self, schedule: Schedule) -> None:
-        """Writes this process's file and deletes all but the two newest: the column's processes may be killed between theirs."""
+        """Writes this process's file, and deletes all but the newest two."""
         assert self.folder is not None
         tensors, record = _content(schedule)
         record |= {"identity": dict(self.identity), "sweep": self._sweep}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{self._prefix}{self._sweep:08d}.safetensors"
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(tensors, partial, metadata={"record": json.dumps(record)})
-        partial.replace(path)
-        for old in sorted(self.folder.glob(f"{self._prefix}*.safetensors"))[:-2]:
+        _write(self._path(self._sweep), tensors, record)
+        self._saved = self._sweep
+        for old in sorted(self.folder.glob(f"{self._prefix}*.safetensors"))[:-KEPT]:
             old.unlink()
 
-    def restore(self, schedule: Schedule) -> bool:
-        """Goes on from the newest state that all processes of the column have; False where there is none.
+    def save_last(self, schedule: Schedule) -> None:
+        """Saves what has not been saved yet, so that all sweeps are safe until the results are."""
+        if self.folder is not None and self._saved != self._sweep:
+            self.save(schedule)
 
-        Raises ValueError for a damaged file, and for a state of other settings, weights or data, with the difference.
+    def restore(self, schedule: Schedule) -> bool:
+        """Goes on from the newest sound state that all processes of the column have; False where there is none.
+
+        Raises:
+            ValueError: On every process, if on one of them all states are damaged, or the newest sound one is of other
+                settings, weights, data, blocks or code; with the difference.
         """
         if self.folder is None:
             return False
-        own = {
-            int(m[1])
-            for p in self.folder.glob(f"{self._prefix}*")
-            if (m := re.search(r"(\d{8})\.safetensors$", p.name))
-        }
-        everyone = self.ranks.all_of((self.ranks.column, own))
-        common = set.intersection(
-            *(sweeps for column, sweeps in everyone if column == self.ranks.column)
-        )
-        if not common:
+        everyone = self.ranks.all_of((self.ranks.column, self._sweeps()))
+        common: dict[int, set[int]] = {}
+        for column, sweeps in everyone:
+            common[column] = common.get(column, sweeps) & sweeps
+        mine = sorted(common[self.ranks.column], reverse=True)
+        if not mine:
+            self._tell_of_other_processes()
+        found, problem = self._newest_sound(mine, rounds=max(map(len, common.values())))
+        if problems := [told for told in self.ranks.all_of(problem) if told]:
+            raise ValueError(problems[0])
+        if found is None:
             return False
-        self._sweep = max(common)
-        tensors, record = _read(self.folder / f"{self._prefix}{self._sweep:08d}.safetensors")
-        if different := differences(
-            record["identity"], json.loads(json.dumps(dict(self.identity)))
-        ):
-            raise ValueError(
-                f"the state in {self.folder} is of another estimate ({'; '.join(different)}): delete it, or go back to those"
-            )
-        _restore(schedule, tensors, record)
+        _restore(schedule, *found)
         return True
+
+    def _newest_sound(
+        self, sweeps: Sequence[int], *, rounds: int
+    ) -> tuple[Content | None, str | None]:
+        """The newest state that is sound on all processes of the column, or what is wrong with the newest one.
+
+        rounds: of messages, on every process as many: the longest list of sweeps of any column.
+        """
+        found, first_problem = None, None
+        for attempt in range(rounds):
+            content, problem = None, None
+            if found is None and attempt < len(sweeps):
+                content, problem = self._try(sweeps[attempt])
+            told = [
+                p
+                for c, p in self.ranks.all_of((self.ranks.column, problem))
+                if c == self.ranks.column
+            ]
+            first_problem = first_problem or next((p for p in told if p), None)
+            if content is not None and not any(told):
+                found, self._sweep = content, sweeps[attempt]
+                self._saved = self._sweep
+        if found is None:
+            return None, first_problem
+        if first_problem:
+            logger.warning(f"{first_problem}; going on from an older one beside it")
+        different = differences(found[1]["identity"], json.loads(json.dumps(dict(self.identity))))
+        if different:
+            return None, (
+                f"the state in {self.folder} is of another estimate ({'; '.join(different)}): "
+                "delete it, or go back to those"
+            )
+        return found, None
+
+    def _try(self, sweep: int) -> tuple[Content | None, str | None]:
+        try:
+            return _read(self._path(sweep)), None
+        except ValueError as error:
+            return None, str(error)
 
     def clear(self) -> None:
         """Removes the files of this process: the estimate is complete."""
         if self.folder is not None:
             clear(self.folder, self._prefix)
+
+    def _sweeps(self) -> set[int]:
+        """After which sweeps this process has states."""
+        assert self.folder is not None
+        names = [path.stem for path in self.folder.glob(f"{self._prefix}*.safetensors")]
+        return {int(name[-8:]) for name in names if name[-8:].isdigit()}
+
+    def _tell_of_other_processes(self) -> None:
+        """States of another number of processes are of no use, and a user should know before hours of work."""
+        assert self.folder is not None
+        others = [
+            path.name for path in self.folder.glob("state-*") if STATE_FILE.fullmatch(path.name)
+        ]
+        others = [name for name in others if not name.startswith(self._prefix)]
+        if others and self.ranks.column == self.ranks.row == 0:
+            columns, rows = re.findall(r"\d+of(\d+)", others[0])
+            logger.warning(
+                f"the state in {self.folder} is of {int(columns) * int(rows)} processes ({columns} x {rows}), and these are "
+                f"{self.ranks.columns} x {self.ranks.rows}: the estimate begins anew. Start as many processes to go on from it",
+            )
+
+    def _path(self, sweep: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{self._prefix}{sweep:08d}.safetensors"
 
     @property
     def _prefix(self) -> str:
@@ -107,20 +175,9 @@ class Keeper:
 
 def clear(folder: Path, prefix: str = "") -> None:
     """Removes the states in a folder, and nothing else: what others put there is theirs."""
-    for path in folder.glob("state-*"):
-        if path.name.startswith(prefix) and STATE_FILE.fullmatch(path.name):
+    for path in folder.glob("*"):
+        if (match := STATE_FILE.fullmatch(path.name)) and match[1].startswith(prefix):
             path.unlink(missing_ok=True)
-
-
-def identity_of(objective: Objective, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the numbers of an estimate depend on: settings, weights and data."""
-    weights = hashlib.sha256()
-    for name, tensor in objective.model.state_dict().items():
-        weights.update(f"{name}{fingerprint(tensor)}".encode())
-    data = hashlib.sha256(
-        "".join(fingerprint(batch) for batch in objective.whole_batches()).encode()
-    )
-    return dict(settings) | {"weights": weights.hexdigest()[:16], "data": data.hexdigest()[:16]}
 
 
 def _content(schedule: Schedule) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -193,24 +250,31 @@ def _tridiagonal(plain: dict[str, Any]) -> Tridiagonal:
     return Tridiagonal(**(plain | arrays))
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _write(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    text = json.dumps(record)
     try:
-        with safe_open(path, "pt") as file:
-            record = json.loads(file.metadata()["record"])
-            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the state {path} is damaged ({error}): delete it; an older one beside it is then taken"
+        with whole_file(path) as partial:
+            save_file(
+                tensors, partial, metadata={"record": text, "digest": _checksum(tensors, text)}
+            )
+    except SafetensorError as error:  # its own class for a full disk too
+        raise OSError(
+            f"the state {path} cannot be written ({error}); what was saved before is kept: "
+            "make room, and the same command goes on from there"
         ) from error
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """In words, the settings in which what lies in a folder differs from what is asked; nested ones by their path."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        there, here = old.get(key), new.get(key)
-        if isinstance(there, dict) and isinstance(here, dict):
-            lines += differences(there, here, f"{prefix}{key}.")
-        elif there != here:
-            lines.append(f"{prefix}{key} is {there!r} there, {here!r} here")
-    return lines
+def _read(path: Path) -> Content:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _checksum(tensors, metadata["record"]) != metadata["digest"]:
+            raise ValueError("its content does not fit its checksum")
+        return tensors, json.loads(metadata["record"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the state {path} is damaged ({error}): delete it") from error
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    return Digest().add({name: tensors[name] for name in sorted(tensors)}).add(text).text()

@@ -15,35 +15,34 @@ figure ``trace_by_kind``) and the column ``mean`` of ``blockspec show runs/mine`
 
 from __future__ import annotations
 
+import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from blockspec.engine.settings import EstimateSettings
 from blockspec.model.blocks import Block
 from blockspec.model.differentiability import check_twice_differentiable
-from blockspec.model.objective import Objective, fingerprint
-from blockspec.runs.run import (
-    Resources,
-    append_stage,
-    append_tables,
-    is_first,
-    measure_stage,
-    open_record,
-)
+from blockspec.model.identity import Identity, differences, identity_of, same_everywhere
+from blockspec.model.objective import Objective
+from blockspec.numerics.content import fingerprint
+from blockspec.numerics.ranks import everywhere, from_first
+from blockspec.runs.record import Record
+from blockspec.runs.run import check_data, check_same, complete, held, measure_stage, opened
+from blockspec.runs.settings import Resources
+from blockspec.runs.tables import heterogeneity_of
 from blockspec.spectra.collection import Spectra
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 WRAPPERS = {  # class names: torch's own are not importable in every build
     "DistributedDataParallel": "pass its .module",
     "DataParallel": "pass its .module",
@@ -60,10 +59,12 @@ def record(
     *,
     memory: int | float | str | None = None,
     columns: int | None = None,
+    replace: bool = False,
+    training: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, float]:
-    """Measures the spectra of a model in training and adds them to a run's folder; a step that is there already is not
-    measured again.
+    """Measures the spectra of a model in training and adds them to a run's folder; a step that is there already, of the same
+    weights, data and blocks, is not measured again.
 
     Weights, gradients, optimizer, training flags and the states of all random number generators are left as they were:
     training goes on bit by bit as without. Mixed precision is off meanwhile: what is measured is the model in its parameters'
@@ -73,31 +74,58 @@ def record(
     out: the folder: ``run.json``, ``spectra.parquet``, ``heterogeneity.parquet``.
     step: the number of updates that were made.
     memory, columns: see :func:`blockspec.estimate_spectra`.
+    replace: measure anew, with a warning, a step that the folder has of other weights; else it is refused.
+    training: what the training is made of, for the record.
     settings: the fields of :class:`blockspec.engine.settings.EstimateSettings`: ``num_probes=4, num_steps=40, seed=0, ...``
 
     Returns the step's scalars by name, for one's own tracker: the loss, ``spectrum/js0`` (mean Jensen-Shannon divergence over
     all pairs of blocks, nats), ``spectrum/largest/<kind>`` and ``spectrum/trace/<kind>``; kind ``full`` is the block ``model``.
 
-    Raises what :func:`blockspec.estimate_spectra` raises; ValueError for a wrapped model and for a folder of other settings.
+    Raises what :func:`blockspec.estimate_spectra` raises; ValueError for a wrapped model, a folder of other settings, and a step
+    that the folder has of other weights or data: each training needs a folder of its own.
     """
     out, estimate = Path(out), EstimateSettings(**settings)
-    content = _open(out, objective, blocks, estimate)
-    known = _from_first({stage["step"]: stage["scalars"] for stage in content["stages"]}.get(step))
-    if known is not None:
-        return known
-    with undisturbed(objective.model):
+    resources = Resources(memory=memory, columns=columns)
+    refuse_wrapped(objective.model)
+    with undisturbed(objective.model), held(out):
+        content = from_first(lambda: _opened(out, objective, blocks, estimate))
+        content.setdefault("training", training)
+        identity = everywhere(lambda: identity_of(objective, blocks, {}))
+        same_everywhere(identity)
+        known = from_first(lambda: _known(out, content, step, identity, replace=replace))
+        if known is not None:
+            return known
         spectra, entry = measure_stage(
-            objective,
-            blocks,
-            estimate,
-            step=step,
-            resources=Resources(memory=memory, columns=columns),
+            objective, blocks, estimate, identity, step=step, resources=resources
         )
-        if is_first():
-            heterogeneity = append_tables(out, spectra, step=step)
-            entry["scalars"] = {"spectrum/loss": entry["loss"]} | scalars(spectra, heterogeneity)
-            append_stage(out, content, entry)
-        return _from_first(entry.get("scalars", {}))
+        return from_first(lambda: _completed(out, content, spectra, entry))
+
+
+def _known(
+    out: Path, content: Record, step: int, identity: Identity, *, replace: bool
+) -> dict[str, float] | None:
+    """The scalars of a step that was measured before, of the same content; None where it was not."""
+    check_data(out, identity, content)
+    done = {stage["step"]: stage for stage in content["stages"]}.get(step)
+    if done is None:
+        return None
+    try:
+        check_same(out, identity, done)
+    except ValueError as error:
+        if not replace:
+            raise
+        logger.warning(f"measured anew, because {error}")
+        return None
+    return done["scalars"]
+
+
+def _completed(
+    out: Path, content: Record, spectra: Spectra, entry: dict[str, Any]
+) -> dict[str, float]:
+    rows = heterogeneity_of(spectra, step=entry["step"])
+    entry["scalars"] = {"spectrum/loss": entry["loss"]} | scalars(spectra, rows)
+    complete(out, content, spectra, entry, rows)
+    return entry["scalars"]
 
 
 def check(
@@ -105,13 +133,31 @@ def check(
     objective: Objective,
     blocks: Sequence[Block],
     estimate: EstimateSettings,
+    *,
+    training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises before training what :func:`record` would raise in the middle of it; costs one gradient of one batch."""
-    _open(Path(out), objective, blocks, estimate)
-    with undisturbed(objective.model):
+    """Raises before training what :func:`record` would raise in the middle of it; costs one gradient of one batch.
+
+    training: what a training that begins is made of; a folder that holds the record of another one is refused.
+    """
+    out = Path(out)
+    refuse_wrapped(objective.model)
+    with undisturbed(objective.model), held(out):
+        content = from_first(lambda: _opened(out, objective, blocks, estimate))
+        if training is not None and content["stages"]:
+            from_first(lambda: _check_training(out, content, training))
         objective.check()
         check_twice_differentiable(
             objective, [name for block in blocks for name in block.parameters]
+        )
+
+
+def _check_training(out: Path, content: Record, training: Mapping[str, Any]) -> None:
+    steps = [stage["step"] for stage in content["stages"]]
+    if different := differences(content.get("training") or {}, training):
+        raise ValueError(
+            f"a training begins at step 0, and {out} holds the record of another one (steps {steps[:5]}; "
+            f"{'; '.join(different)}): give each training a folder of its own"
         )
 
 
@@ -158,22 +204,23 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
             model.forward = wrapped
 
 
-def _open(
-    out: Path, objective: Objective, blocks: Sequence[Block], estimate: EstimateSettings
-) -> dict[str, Any]:
-    name = type(objective.model).__name__
-    if name in WRAPPERS:
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises ValueError for a model inside another one, with the remedy."""
+    if (name := type(model).__name__) in WRAPPERS:
         raise ValueError(f"the objective's model is a {name}: {WRAPPERS[name]}")
+
+
+def _opened(
+    out: Path,
+    objective: Objective,
+    blocks: Sequence[Block],
+    estimate: EstimateSettings,
+) -> Record:
     names = [block.name for block in blocks]
     chosen = {"number": len(names), "digest": fingerprint(names)}
-    settings = {"model": name, "blocks": chosen, "estimate": asdict(estimate)}
-    return open_record(settings, out, write=is_first())
-
-
-def _from_first(item: T) -> T:
-    """The first process's item, on all of them."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return item
-    items = [item]
-    dist.broadcast_object_list(items, src=0)
-    return items[0]
+    settings = {
+        "model": type(objective.model).__name__,
+        "blocks": chosen,
+        "estimate": asdict(estimate),
+    }
+    return opened(settings, out)

@@ -15,7 +15,33 @@ from blockspec.engine.settings import EstimateSettings
 from blockspec.integrations.recording import check, record
 from blockspec.model.losses import next_token
 from blockspec.model.objective import Objective
-from blockspec.runs.run import BlockSettings, choose_blocks
+from blockspec.runs.settings import BlockSettings
+from blockspec.runs.stages import choose_blocks
+
+TRAINING = (  # arguments of a training on which its weights depend
+    "seed",
+    "data_seed",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "optim_args",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "fp16",
+    "bf16",
+)
 
 
 class SpectrumCallback(TrainerCallback):
@@ -35,8 +61,9 @@ class SpectrumCallback(TrainerCallback):
     memory, columns: see :func:`blockspec.estimate_spectra`.
 
     What would fail in the middle of training (another model's batches, a folder of other settings) is raised at its beginning.
-    Steps that the folder has already, from a training that was resumed, are not measured again. With several processes all
-    of them share the work and the first writes; sharded parameters (FSDP, ZeRO-3) are not supported.
+    A training that begins at step 0 is refused where the folder holds the record of another one. Steps that the folder has
+    already, of the same weights, are not measured again; a resumed training measures them anew where its weights differ.
+    With several processes all of them share the work and the first writes; sharded parameters (FSDP, ZeRO-3) are not supported.
     """
 
     def __init__(
@@ -72,7 +99,16 @@ class SpectrumCallback(TrainerCallback):
         assert isinstance(model, nn.Module)
         self.objective = Objective(model, self.batches, self.loss)
         self.chosen = choose_blocks(model, self.blocks)
-        check(self.out, self.objective, self.chosen, self.estimate)
+        begins = state.global_step == 0
+        self.training = {name: str(getattr(args, name, None)) for name in TRAINING}
+        check(
+            self.out,
+            self.objective,
+            self.chosen,
+            self.estimate,
+            training=self.training if begins else None,
+        )
+        self.replace = not begins  # a resumed training may not be bit by bit the one before
         self._measure(state, control)
 
     def on_step_end(
@@ -84,6 +120,7 @@ class SpectrumCallback(TrainerCallback):
         if state.global_step not in self.due_steps:
             return
         settings = asdict(self.estimate) | self.resources
+        settings |= {"replace": self.replace, "training": self.training}
         found = record(self.out, state.global_step, self.objective, self.chosen, **settings)
         asked = control.should_log  # logging takes it back, and this step's loss would be lost
         self.trainer.log(found)

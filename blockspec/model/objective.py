@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,6 +15,7 @@ from blockspec.model.examples import Carriers, NoExamplesError, carriers, longes
 from blockspec.model.kernels import twice_differentiable
 from blockspec.model.second_order import cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
+from blockspec.numerics.content import fingerprint
 
 BATCH_NORMS = ("eval", "train")
 
@@ -224,34 +223,6 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_map(item, function) for item in value)
     return value
-
-
-def fingerprint(batch: Any) -> str:
-    """A digest of a batch's content: equal for equal tensors, whatever they are held in."""
-    digest = hashlib.sha256()
-    _digest(batch, digest)
-    return digest.hexdigest()[:16]
-
-
-def _digest(value: Any, digest: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(
-            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    elif isinstance(value, Mapping):
-        for name in value:
-            digest.update(str(name).encode())
-            _digest(value[name], digest)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            _digest(item, digest)
-    elif isinstance(value, np.ndarray):
-        _digest(torch.from_numpy(np.ascontiguousarray(value)), digest)
-    elif hasattr(value, "__dict__"):  # its repr may be its address
-        _digest({"": type(value).__name__} | vars(value), digest)
-    else:
-        digest.update(repr(value).encode())
 
 
 def _check_repeatable(batches: Iterable[Any]) -> None:

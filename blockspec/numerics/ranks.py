@@ -6,7 +6,7 @@ and each keeps a part of the Krylov vectors. Columns hold different blocks and d
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -72,12 +72,7 @@ class Ranks:
 
     def all_of(self, item: T) -> list[T]:
         """Every process's item, in the order of the ranks."""
-        if self.columns * self.rows == 1:
-            return [item]
-        items: list[Any] = [None] * (self.columns * self.rows)
-        with _explained():
-            dist.all_gather_object(items, item)
-        return items
+        return [item] if self.columns * self.rows == 1 else gathered(item)
 
     def first_of_column(self, flag: bool) -> bool:
         """The flag of the column's first process, known to all of the column: a decision by the clock."""
@@ -91,7 +86,7 @@ def arrange(num_blocks: int, *, columns: int | None = None) -> Ranks:
 
     columns: how many ways to split the blocks; None: all ways where there are many blocks, else none.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _several():
         return Ranks()
     world = dist.get_world_size()
     columns = columns or (world if num_blocks >= MANY * world else 1)
@@ -101,8 +96,79 @@ def arrange(num_blocks: int, *, columns: int | None = None) -> Ranks:
         )
     rows = world // columns
     column, row = divmod(dist.get_rank(), rows)
-    groups = [dist.new_group(list(range(c * rows, (c + 1) * rows))) for c in range(columns)]
-    return Ranks(column, columns, row, rows, groups[column])
+    return Ranks(column, columns, row, rows, _groups(columns, rows)[column])
+
+
+_MADE: dict[tuple[int, int], list[Any]] = {}
+_OF_WORLD: Any = None  # the groups are made anew where torch.distributed has been
+
+
+def _groups(columns: int, rows: int) -> list[Any]:
+    """The group of each column; made once, because each one holds sockets and threads until the program ends."""
+    global _OF_WORLD
+    if columns == 1:
+        return [None]  # all processes
+    if dist.group.WORLD is not _OF_WORLD:
+        _MADE.clear()
+        _OF_WORLD = dist.group.WORLD
+    if (columns, rows) not in _MADE:
+        places = [list(range(c * rows, (c + 1) * rows)) for c in range(columns)]
+        _MADE[columns, rows] = [dist.new_group(place) for place in places]
+    return _MADE[columns, rows]
+
+
+def is_first() -> bool:
+    """Whether this process is the one that decides and writes."""
+    return not _several() or dist.get_rank() == 0
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What ``make`` gives on the first process, on all of them; an error there is an error everywhere."""
+    if not _several():
+        return make()
+    item: list[Any] = [None, None]
+    error: Exception | None = None
+    if is_first():
+        try:
+            item[0] = make()
+        except Exception as raised:  # the others wait for a word, whatever went wrong
+            item[1], error = str(raised) or type(raised).__name__, raised
+    with _explained():
+        dist.broadcast_object_list(item, src=0)
+    if error is not None:
+        raise error
+    if item[1] is not None:
+        raise ValueError(item[1])
+    return item[0]
+
+
+def everywhere(make: Callable[[], T]) -> T:
+    """What ``make`` gives on this process; an error on one of them is an error on all, and none waits for it."""
+    try:
+        result, error = make(), None
+    except Exception as raised:  # the others must hear of it, whatever went wrong
+        result, error = None, raised
+    told = gathered(None if error is None else str(error) or type(error).__name__)
+    if error is not None:
+        raise error
+    for number, text in enumerate(told):
+        if text is not None:
+            raise ValueError(f"process {number} has stopped: {text}")
+    return result  # type: ignore[return-value]
+
+
+def gathered(item: T) -> list[T]:
+    """Every process's item, in the order of the processes."""
+    if not _several():
+        return [item]
+    items: list[Any] = [None] * dist.get_world_size()
+    with _explained():
+        dist.all_gather_object(items, item)
+    return items
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blockspec.numerics.memory import readable
-from blockspec.runs.records import read_json
+from blockspec.runs.json_files import read_json
 from blockspec.spectra.collection import Spectra, read_table, spectra_of, write_parquet
 
 if TYPE_CHECKING:  # a summary is printed without torch and matplotlib

@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from blockspec.model.pieces import Block
+from blockspec.numerics.files import whole_file
 from blockspec.spectra.spectrum import Spectrum
 
 
@@ -261,12 +261,6 @@ def _kept(
 
 
 def write_parquet(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Writes whole or not at all: under a temporary name in the same folder, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    """Writes whole or not at all, see :func:`blockspec.numerics.files.whole_file`."""
+    with whole_file(path) as partial:
         table.to_parquet(partial, index=False, compression="zstd")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,0 +1,140 @@
+"""What numbers depend on, as digests: the same content under another name is the same, and other content under the same name
+is noticed.
+
+Weights, data and blocks are hashed whole. Code cannot be: a loss, an activation or the way that a model uses its weights is known
+by what it gives. So the identity holds the loss, and from one example the length of the gradient and of a product with the
+Hessian. A mended loss, another activation, another number of heads show there, at the cost of two forward passes over the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockspec.model.blocks import Block
+from blockspec.model.objective import Objective
+from blockspec.numerics.content import Digest, fingerprint_of_all
+from blockspec.numerics.ranks import gathered
+
+Identity = dict[str, Any]
+MEASURED = "objective"  # the part of an identity that rounds: loss, gradient, product
+
+
+def identity_of(
+    objective: Objective, blocks: Sequence[Block], settings: Mapping[str, Any]
+) -> Identity:
+    """What the numbers of an estimate depend on.
+
+    Args:
+        objective: Its weights, data and loss.
+        blocks: Their names, sizes and what they are made of.
+        settings: Everything else, by name.
+
+    Returns:
+        The settings, digests ``weights``, ``data``, ``blocks``, and the numbers of ``objective``; fit for JSON.
+    """
+    return dict(settings) | {
+        "weights": weights_digest(objective.model),
+        "data": fingerprint_of_all(objective.whole_batches()),
+        "blocks": blocks_digest(blocks),
+        MEASURED: _measured(objective),
+    }
+
+
+def same_everywhere(identity: Identity) -> None:
+    """Compares what all processes are about to work on; one small message.
+
+    Raises:
+        ValueError: On every process, if two of them differ, with the difference.
+    """
+    first, *others = gathered(identity)
+    for number, other in enumerate(others, start=1):
+        if different := differences(first, other):
+            told = "; ".join(different).replace(" there", " on process 0")
+            raise ValueError(
+                f"processes 0 and {number} do not work on the same thing: "
+                f"{told.replace(' here', f' on process {number}')}. Every process has to make the same model (random weights "
+                "need a seed), blocks, settings and batches"
+            )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Of all parameters and buffers, under their names; those that ``state_dict`` leaves out too."""
+    return fingerprint_of_all(
+        item for named in (model.named_parameters(), model.named_buffers()) for item in named
+    )
+
+
+def blocks_digest(blocks: Sequence[Block]) -> str:
+    """Of the blocks in their order, and of the rows that each is made of."""
+    digest = Digest()
+    for b in blocks:
+        digest.add((b.name, b.kind, b.layer, b.numel))
+        for piece in b.pieces:
+            digest.add(f"{piece.parameter}|{piece.axis}|{piece.index}")
+    return digest.text()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """In words, where two identities or settings differ; nested ones by their path. Measured numbers may differ by rounding."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        there, here = old.get(key), new.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            if key != MEASURED or not _close(there, here):
+                lines += differences(there, here, f"{prefix}{key}.")
+        elif there != here:
+            lines.append(f"{prefix}{key} is {there!r} there, {here!r} here")
+    return lines
+
+
+def _measured(objective: Objective) -> dict[str, float]:
+    dtype = torch.float32
+    for parameter in objective.parameters().values():
+        dtype = parameter.dtype
+    rounding = math.sqrt(torch.finfo(dtype).eps)
+    gradient, product = _slopes(objective)
+    return {
+        "loss": objective.value(),
+        "gradient": gradient,
+        "product": product,
+        "rounding": rounding,
+    }
+
+
+def _slopes(objective: Objective) -> tuple[float, float]:
+    """Lengths of the gradient of the first example that has a loss term, and of the derivative of its sum of entries."""
+    parameters = list(objective.parameters().values())
+    with objective.prepared():
+        for example in objective.batches(micro_batch=1):
+            total, count = objective.loss_sum(example)
+            if count > 0 and total.requires_grad:
+                break
+        else:
+            return 0.0, 0.0
+        gradient = _grad(total, parameters, create_graph=True)
+        if not any(part.requires_grad for part in gradient):
+            return _length(gradient), 0.0
+        product = _grad(sum(part.sum().to(objective.device) for part in gradient), parameters)
+        return _length(gradient), _length(product)
+
+
+def _grad(total: Any, parameters: list[nn.Parameter], **settings: Any) -> list[Tensor]:
+    found = torch.autograd.grad(total, parameters, allow_unused=True, **settings)
+    return [part for part in found if part is not None]
+
+
+def _length(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(part.detach().double().square().sum()) for part in tensors))
+
+
+def _close(there: Mapping[str, float], here: Mapping[str, float]) -> bool:
+    rounding = max(there.get("rounding", 0.0), here.get("rounding", 0.0))
+    return all(
+        math.isclose(there.get(name, math.nan), here.get(name, math.nan), rel_tol=rounding)
+        for name in ("loss", "gradient", "product")
+    )

@@ -1,0 +1,74 @@
+"""The settings of a run: what its numbers depend on, and what it may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from blockspec.engine.settings import EstimateSettings, Execution
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """Which blocks.
+
+    Args:
+        by: Cut by tensor, matrix, head, neuron, layer or model; or a mapping of block names to patterns.
+        include: Globs on block names to keep, or one glob; all if left out.
+        exclude: Globs on block names to leave out, or one.
+        full: Also the full matrix, as a block named model.
+    """
+
+    by: str | dict[str, str | list[str]] = "matrix"
+    include: list[str] | str | None = None
+    exclude: list[str] | str | None = None
+    full: bool = True
+
+    def __post_init__(self) -> None:
+        _list_patterns(self, "include", "exclude")
+
+
+@dataclass(frozen=True)
+class Resources(Execution):
+    """What a run may take: the numbers depend on it by rounding alone.
+
+    Args:
+        device: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.
+        plan: Calibrate before the first stage and say what it will cost, as blockspec plan does; run.json says how it came out.
+    """
+
+    device: str = "auto"
+    plan: bool = True
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All that a run's numbers depend on.
+
+    Args:
+        model: A factory module:function that returns (model, batches, loss), or a Hugging Face name or folder.
+        model_args: Keyword arguments of the factory.
+        checkpoints: Folders or files of checkpoints, or one (globs allowed); each is given to the factory as checkpoint=.
+        blocks: Which blocks.
+        estimate: How well.
+        batch_norm: eval (running statistics) or train (statistics of each batch).
+        dtype: Convert the model to this dtype first, e.g. float64; as loaded if left out.
+    """
+
+    model: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    checkpoints: list[str] | str = field(default_factory=list)
+    blocks: BlockSettings = field(default_factory=BlockSettings)
+    estimate: EstimateSettings = field(default_factory=EstimateSettings)
+    batch_norm: Literal["eval", "train"] = "eval"
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        _list_patterns(self, "checkpoints")
+
+
+def _list_patterns(settings: object, *names: str) -> None:
+    """A single pattern becomes a list of one, so that records of a run compare equal."""
+    for name in names:
+        if isinstance(pattern := getattr(settings, name), str):
+            object.__setattr__(settings, name, [pattern])

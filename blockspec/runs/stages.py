@@ -1,0 +1,95 @@
+"""The stages of a run: which models it measures, and how one of them is made ready."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from blockspec.model.blocks import Block, partition
+from blockspec.model.objective import Objective
+from blockspec.runs.factories import Factory
+from blockspec.runs.settings import BlockSettings, RunSettings
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model to measure: a training step and the factory's keyword arguments."""
+
+    step: int
+    arguments: dict[str, Any]
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The path of its checkpoint, where there is one."""
+        return self.arguments.get("checkpoint")
+
+
+def prepare(
+    settings: RunSettings, stage: Stage, factory: Factory, device: str
+) -> tuple[Objective, tuple[Block, ...]]:
+    """The objective of one stage and its blocks, the full matrix among them if it is wanted."""
+    dtype = None if settings.dtype is None else _dtype(settings.dtype)
+    model, batches, loss = factory(**stage.arguments)
+    if not hasattr(model, "hf_device_map"):  # a model that is spread over devices stays where it is
+        model = model.to(find_device(device))
+    if dtype is not None:
+        model = model.to(dtype)
+    objective = Objective(model, batches, loss, batch_norm=settings.batch_norm)
+    return objective, choose_blocks(model, settings.blocks)
+
+
+def choose_blocks(model: nn.Module, settings: BlockSettings) -> tuple[Block, ...]:
+    """The blocks, the full matrix among them if it is wanted."""
+    blocks = partition(model, settings.by, settings.include, settings.exclude)
+    return (
+        blocks + partition(model, "model") if settings.full and settings.by != "model" else blocks
+    )
+
+
+def _dtype(name: str) -> torch.dtype:
+    allowed = ("float32", "float64", "bfloat16")
+    if name not in allowed:
+        raise ValueError(f"dtype is one of {allowed}, got {name!r}")
+    return getattr(torch, name)
+
+
+def find_device(name: str) -> str:
+    """``auto`` is a GPU if there is one: that of this process, where there are several."""
+    if name == "auto":
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used ({error}); devices here: cpu, or auto"
+        ) from None
+    return name
+
+
+def stages(settings: RunSettings) -> list[Stage]:
+    """The stages in order of their step: one per checkpoint, or the model as the factory makes it as step 0."""
+    if not settings.checkpoints:
+        return [Stage(0, dict(settings.model_args))]
+    paths = [
+        path for pattern in settings.checkpoints for path in sorted(glob.glob(pattern)) or [pattern]
+    ]
+    if missing := [path for path in paths if not Path(path).exists()]:
+        raise ValueError(f"no checkpoint at {missing[0]!r}: give files, folders or globs of them")
+    steps = [step_of(path) for path in paths]
+    if None in steps or len(set(steps)) < len(steps):
+        steps = list(range(len(paths)))
+    pairs = sorted(zip(steps, paths, strict=True), key=lambda pair: pair[0] or 0)
+    return [Stage(step or 0, settings.model_args | {"checkpoint": path}) for step, path in pairs]
+
+
+def step_of(path: str) -> int | None:
+    """The training step in a checkpoint's name: its last whole number (``step_000100``, ``checkpoint-500``)."""
+    numbers = re.findall(r"\d+", Path(path).name)
+    return int(numbers[-1]) if numbers else None
