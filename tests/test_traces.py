@@ -213,8 +213,12 @@ def test_same_seed_same_numbers():
 def test_frame_and_progress():
     objective, blocks = coupled(matrix_with_decay(sum(SIZES)), SIZES)
     seen = []
-    table = blockspec.trace(objective, blocks, num_probes=10, progress=seen.append).frame()
-    assert seen == [8, 10]
+
+    def told(done, total):
+        seen.append((done, total))
+
+    table = blockspec.trace(objective, blocks, num_probes=10, progress=told).frame()
+    assert seen == [(8, 10), (10, 10)]
     assert list(table.index) == ["parts.0", "parts.1", "parts.2"]
     assert list(table.columns) == ["kind", "layer", "numel", "value", "stderr"]
     assert np.isnan(blockspec.trace(objective, blocks, num_probes=1).frame()["stderr"]).all()
@@ -244,8 +248,6 @@ def test_algorithms_know_nothing_of_models():
             generator = torch.Generator().manual_seed(start)
             return torch.randn(stop - start, 50, generator=generator, dtype=torch.float64).sign()
 
-    estimate, samples = run(
-        xtrace(Drawn(), Sampling(40, None, 0, None)), lambda rows: rows @ matrix
-    )
+    estimate, samples = run(xtrace(Drawn(), Sampling(40)), lambda rows: rows @ matrix)
     assert samples == 20
     assert abs(estimate.value - float(matrix.trace())) < 5 * estimate.stderr

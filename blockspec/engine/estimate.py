@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from blockspec.engine.state import Keeper
 from blockspec.model.blocks import Block
 from blockspec.model.identity import identity_of
 from blockspec.model.objective import Objective
+from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.memory import parse
 from blockspec.numerics.ranks import Ranks, arrange
 from blockspec.products.curvature import Products
@@ -43,7 +44,7 @@ def estimate_spectra(
     execution: Execution,
     state: str | os.PathLike[str] | None = None,
     keep_state: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Spectra:
     """Spectra of blocks of a curvature matrix by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017).
 

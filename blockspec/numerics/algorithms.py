@@ -12,6 +12,9 @@ R = TypeVar("R")
 
 Algorithm = Generator[Tensor, Tensor, R]
 
+Progress = Callable[[int, int | None], None]
+"""Told (done, in all) now and then; None where the end is not known."""
+
 
 def run(algorithm: Algorithm[R], product: Callable[[Tensor], Tensor]) -> R:
     """The result of one algorithm with ``product`` (K, P) -> (K, P): ``run(xtrace(...), lambda V: V @ A)``."""

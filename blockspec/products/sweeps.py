@@ -6,13 +6,13 @@ It knows nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from blockspec.model.blocks import Block
-from blockspec.numerics.algorithms import Algorithm, R
+from blockspec.numerics.algorithms import Algorithm, Progress, R
 from blockspec.products.operators import Operator
 
 
@@ -20,11 +20,11 @@ def run_together(
     algorithms: Mapping[Block, Algorithm[R]],
     operator: Operator,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[Block, R]:
     """The results of all algorithms; each round of products is one sweep.
 
-    progress: called with the number of products done after each sweep.
+    progress: called with (products done, None) after each sweep.
     """
     results: dict[Block, R] = {}
     asked: dict[Block, Tensor] = {}
@@ -50,5 +50,5 @@ def run_together(
             answer, flat = torch.stack(flat[: len(probes)]), flat[len(probes) :]
             resume(block, answer)
         if progress is not None:
-            progress(done)
+            progress(done, None)
     return {block: results[block] for block in algorithms}

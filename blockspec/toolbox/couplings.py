@@ -12,6 +12,7 @@ import torch
 
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
+from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.probes import draw_probe
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
@@ -21,7 +22,7 @@ from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.estimates import interval
 from blockspec.spectra.spectrum import Estimate, estimate
-from blockspec.toolbox.traces import checked_sampling
+from blockspec.toolbox.sampling import Sampling
 
 MOST_AT_ONCE = 16  # products of one sweep
 
@@ -150,7 +151,7 @@ def coupling(
     *,
     seed: int = 0,
     settings: OperatorSettings,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Coupling:
     """Frobenius norms of all cross blocks H_bc: the mean of ``||H_bc v||^2`` over Rademacher probes v on block c. One product of
     the full matrix with a probe that lives on c gives column c for all b at once, and both halves of the symmetric matrix are
@@ -166,7 +167,7 @@ def coupling(
 
     Raises ValueError for overlapping blocks, and as :func:`blockspec.estimate_spectra` does.
     """
-    sampling = checked_sampling(num_probes, None, seed, None)
+    sampling = Sampling(num_probes, seed=seed)
     operator, blocks = open_operator(objective, blocks, settings)
     union = Union(operator, blocks)
     if sum(block.numel for block in blocks) > union.covered:

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
+from blockspec.numerics.algorithms import Progress
 from blockspec.products.selection import OperatorSettings, open_operator
 from blockspec.products.settings import takes
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.estimates import Estimates, frame_of
 from blockspec.spectra.spectrum import estimate
-from blockspec.toolbox.traces import checked_sampling, hutchinson_samples
+from blockspec.toolbox.sampling import Sampling
+from blockspec.toolbox.traces import hutchinson_samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,35 +64,43 @@ class Diagonal:
         return frame_of(self.blocks, self.means.values())
 
 
-@takes(settings=OperatorSettings)
+@takes(sampling=Sampling, settings=OperatorSettings)
 def diagonal(
     objective: Objective | None,
     blocks: Sequence[Block] | Block,
     *,
-    num_probes: int = 32,
-    tolerance: float | None = None,
-    seed: int = 0,
+    sampling: Sampling,
     settings: OperatorSettings,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Diagonal:
-    """The diagonal: mean of ``v * (H v)`` over Rademacher probes v (Bekas, Kokiopoulou, Saad 2007); the variance of an entry is
-    the sum of the squares of the other entries of its row, so single entries need many probes and means over blocks few.
+    """The diagonal of a curvature matrix: the mean of ``v * (H v)`` over Rademacher probes v (Bekas, Kokiopoulou, Saad 2007).
 
-    blocks: whose means are wanted, from :func:`blockspec.partition`; blocks of several partitions may be given at once
-        (``[*partition(model, "head"), *partition(model, "neuron")]``). Parameters outside of them are left alone.
-    num_probes: full products, one each.
-    tolerance: None, or end when the standard error of every block's mean is below it, relative to the larger of the mean's
-        magnitude and the Frobenius norm of the block's rows over the number of its parameters; then ``num_probes`` is the most.
-    [settings]
-    seed, progress: as for :func:`blockspec.trace`, whose probes these are: the mean times ``numel`` is the trace.
+    The variance of an entry is the sum of the squares of the other entries of its row. Single entries therefore need many
+    probes, and means over blocks few. The probes are those of :func:`blockspec.trace` with the same seed: a block's mean
+    times its ``numel`` is its trace.
+
+    Args:
+        objective: What is differentiated. None where ``curvature`` is an operator that belongs to no model.
+        blocks: Whose means are wanted, from :func:`blockspec.partition`. Blocks of several partitions may be given at once
+            (``[*partition(model, "head"), *partition(model, "neuron")]``). Parameters outside of them are left alone.
+        [settings]
+        progress: Called with (products done, products in all or None where that is unknown).
+
+    The size that ``tolerance`` is relative to is the larger of the mean's magnitude and the Frobenius norm of the block's
+    rows over the number of its parameters.
+
+    Returns:
+        The diagonal in the shapes of the parameters, and its mean over each block, with standard errors.
+
+    Raises:
+        ValueError: A setting is out of range; and as :func:`blockspec.estimate_spectra` does.
     """
-    sampling = checked_sampling(num_probes, tolerance, seed, progress)
     operator, blocks = open_operator(objective, blocks, settings)
     union = Union(operator, blocks)
     mean = torch.zeros(union.block.numel, dtype=union.dtype, device=union.device)
     spread = torch.zeros_like(mean)
     sums: list[np.ndarray] = []
-    for sample, sample_sums in hutchinson_samples(union, operator, sampling):
+    for sample, sample_sums in hutchinson_samples(union, operator, sampling, progress):
         sums.append(sample_sums)
         before = sample - mean  # Welford (1962): one pass, no cancellation
         mean.add_(before, alpha=1 / len(sums))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
+from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.restarts import Found, Search
 from blockspec.products.requests import block_dtype
@@ -64,7 +65,7 @@ def top_eigenpairs(
     max_products: int | None = None,
     seed: int = 0,
     settings: OperatorSettings,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Eigenpairs:
     """The k extreme eigenpairs of a block of a curvature matrix, or of the full one (``partition(model, "model")[0]``).
 
@@ -78,7 +79,7 @@ def top_eigenpairs(
         eigenspace only.
     [settings]
     max_products: None: ``40 k + 400``. What has not converged then is marked, and a warning says so.
-    progress: called with the number of products done.
+    progress: called with (products done, None).
 
     Raises ValueError for settings out of range, and as :func:`blockspec.estimate_spectra` does.
     """

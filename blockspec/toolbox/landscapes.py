@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from blockspec.model.blocks import Block, gather, partition, scatter
 from blockspec.model.objective import Objective
+from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.probes import draw_probe
 from blockspec.products.requests import checked_blocks
 from blockspec.products.selection import OperatorSettings
@@ -64,7 +65,7 @@ def landscape(
     points: int = 21,
     seed: int = 0,
     settings: OperatorSettings,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Landscape:
     """The loss around the parameters, along one or two directions within a block (``partition(model, "model")[0]``: all of them).
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ import torch
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics import memory
+from blockspec.numerics.algorithms import Progress
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, open_operator
@@ -29,7 +29,7 @@ def dense(
     *,
     settings: OperatorSettings,
     limit: int | float | str = SHARE,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """(P, Q) float64 the block H_bc in rows b = ``block`` and columns c = ``other``; without ``other`` (P, P), exactly symmetric.
 
@@ -52,7 +52,7 @@ def dense(
 
 
 def _columns(
-    operator: Operator, source: Block, target: Block, progress: Callable[[int, int], None] | None
+    operator: Operator, source: Block, target: Block, progress: Progress | None
 ) -> np.ndarray:
     """(Q, P) the columns of H that belong to ``source`` (Q parameters), in its rows ``target`` (P), transposed."""
     dtype = block_dtype(operator.parameters, source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ import torch
 
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
-from blockspec.numerics.algorithms import Algorithm
+from blockspec.numerics.algorithms import Algorithm, Progress
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, open_operator
 from blockspec.products.settings import takes
@@ -19,32 +19,47 @@ from blockspec.products.sweeps import run_together
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.estimates import Estimates
 from blockspec.spectra.spectrum import Estimate, Spectrum, estimate
-from blockspec.toolbox.traces import FEWEST_SAMPLES, Probes, Result, Sampling, checked_sampling
+from blockspec.toolbox.sampling import FEWEST_SAMPLES, Sampling
+from blockspec.toolbox.traces import Probes, Result
 
 
-@takes(settings=OperatorSettings)
+@takes(sampling=Sampling, settings=OperatorSettings)
 def squared_norms(
     objective: Objective | None,
     blocks: Sequence[Block] | Block,
     *,
-    num_probes: int = 32,
-    tolerance: float | None = None,
-    seed: int = 0,
+    sampling: Sampling,
     settings: OperatorSettings,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Estimates:
     """Squared Frobenius norms of diagonal blocks: the mean of ``||H_bb v||^2`` over Rademacher probes v.
 
-    Takes products of every block by itself; a block with at most ``num_probes`` parameters is done exactly. Norms of the blocks
-    off the diagonal: :func:`blockspec.coupling`. Arguments and errors as for :func:`blockspec.trace`; ``tolerance`` is relative
-    to the squared norm.
+    This takes products of every block by itself; a block with at most ``num_probes`` parameters is done exactly. For norms
+    of the blocks off the diagonal see :func:`blockspec.coupling`.
+
+    Args:
+        objective: What is differentiated. None where ``curvature`` is an operator that belongs to no model.
+        blocks: From :func:`blockspec.partition`; they may overlap.
+        [settings]
+        progress: Called with (products done, products in all or None where that is unknown).
+
+    ``tolerance`` is relative to the squared norm.
+
+    Returns:
+        A mapping from block name to :class:`blockspec.Estimate`, in units of a squared eigenvalue.
+
+    Raises:
+        ValueError: A setting is out of range; and as :func:`blockspec.estimate_spectra` does.
     """
-    sampling = checked_sampling(num_probes, tolerance, seed, progress)
     operator, blocks = open_operator(objective, blocks, settings)
     algorithms = {}
     for block in blocks:
-        probes = Probes(block, block_dtype(operator.parameters, block), operator.device, seed)
-        algorithms[block] = sampled(probes, sampling) if block.numel > num_probes else exact(probes)
+        probes = Probes(
+            block, block_dtype(operator.parameters, block), operator.device, sampling.seed
+        )
+        algorithms[block] = (
+            sampled(probes, sampling) if block.numel > sampling.num_probes else exact(probes)
+        )
     values, counts = zip(
         *run_together(algorithms, operator, progress=progress).values(), strict=True
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
-from blockspec.numerics.algorithms import Algorithm
+from blockspec.numerics.algorithms import Algorithm, Progress
 from blockspec.numerics.lanczos import ROUNDING
 from blockspec.numerics.probes import draw_probe
 from blockspec.products.operators import Operator
@@ -25,97 +25,59 @@ from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.estimates import Estimates
 from blockspec.spectra.spectrum import Estimate, estimate
+from blockspec.toolbox.sampling import FEWEST_SAMPLES, Sampling
 
 CORRELATION = math.sqrt(2)
 """The leave-one-out samples of xtrace share their probes, so that their spread is too small: 95 % intervals from it held the
 truth in 74 to 95 % of 300 trials, for 20 pairs of a matrix and a number of probes; with this factor in 85 to 99 %, and for
 18 of the 20 in more than 90 %."""
 
-FEWEST_SAMPLES = (
-    8  # before a standard error of few samples, which may be small by chance, is believed
-)
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How long to go on.
-
-    num_probes: products of each block, at most.
-    tolerance: None, or end when every standard error is below it, relative to the larger of the trace and the Frobenius norm
-        (a trace may be zero).
-    """
-
-    num_probes: int
-    tolerance: float | None
-    seed: int
-    progress: Callable[[int], None] | None
-
-    def met(self, samples: Sequence[float] | np.ndarray, norm: float) -> bool:
-        """Whether the mean of the samples is known well enough."""
-        if self.tolerance is None or len(samples) < FEWEST_SAMPLES:
-            return False
-        mean, stderr, _ = estimate(np.asarray(samples))
-        assert stderr is not None
-        return stderr <= self.tolerance * max(abs(mean), norm)
-
-
-def checked_sampling(
-    num_probes: int,
-    tolerance: float | None,
-    seed: int,
-    progress: Callable[[int], None] | None,
-    *,
-    fewest: int = 1,
-) -> Sampling:
-    """Raises ValueError for numbers out of range."""
-    if num_probes < fewest:
-        raise ValueError(f"num_probes is at least {fewest}, got {num_probes}")
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise ValueError(f"tolerance is relative, between 0 and 1 (both excluded), got {tolerance}")
-    return Sampling(num_probes, tolerance, seed, progress)
-
-
-@takes(settings=OperatorSettings)
+@takes(sampling=Sampling, settings=OperatorSettings)
 def trace(
     objective: Objective | None,
     blocks: Sequence[Block] | Block,
     method: str = "hutchinson",
     *,
-    num_probes: int = 32,
-    tolerance: float | None = None,
-    seed: int = 0,
+    sampling: Sampling,
     settings: OperatorSettings,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Estimates:
     """Traces of blocks of a curvature matrix, each with its standard error.
 
-    blocks: from :func:`blockspec.partition`; they may overlap.
-    method:
-        ``"hutchinson"`` (1990): mean of v'Hv. One full product per probe serves all blocks: ``v_b' (H v)_b`` has the mean
-        tr H_bb, since the cross terms ``v_b' H_bc v_c`` have the mean 0; they add ``||H_bc||_F^2`` to its variance. The traces of
-        a partition add up to that of the whole with the same seed, whichever the partition.
-        ``"hutch++"`` (Meyer, Musco, Musco, Woodruff 2021): a third of the products finds the dominant subspace, a third
-        traces it exactly, a third probes the rest. ``"xtrace"`` (Epperly, Tropp, Webber 2024): every probe serves for both,
-        left out in turn. These two are better where few eigenvalues dominate, and take products of every block by itself; a
-        block with at most ``num_probes`` parameters is done exactly. Their memory is 2 (hutch++) or 4 (xtrace) vectors of a
-        block for each of their probes.
-    num_probes: products, of the full matrix or of each block; at most, where there is a ``tolerance``.
-    tolerance: None, or end when the standard error of every block is below it, relative to the larger of |trace| and a Frobenius
-        norm (of the block, for Hutchinson of its rows in the union of the blocks), after at least 8 samples. What was reached is
-        in the standard errors.
-    seed: of the Rademacher probes.
-    [settings]
-    progress: called with the number of products done.
+    ``"hutchinson"`` (1990) is the mean of v'Hv. One product of the full matrix serves all blocks: ``v_b' (H v)_b`` has
+    the mean tr H_bb, since the cross terms ``v_b' H_bc v_c`` have the mean 0; they add ``||H_bc||_F^2`` to its variance.
+    The traces of a partition add up to that of the whole with the same seed, whichever the partition.
 
-    Returns a mapping from block name to ``Estimate``, with ``frame()``, ``cost``, ``probes`` and ``interval(name)``.
-    Raises ValueError for settings out of range, and as :func:`blockspec.estimate_spectra` does.
+    ``"hutch++"`` (Meyer, Musco, Musco, Woodruff 2021) finds the dominant subspace with a third of the products, traces it
+    exactly with a third, and probes what is left with a third. In ``"xtrace"`` (Epperly, Tropp, Webber 2024) every probe
+    serves for both, and is left out in turn. These two are better where few eigenvalues dominate. They take products of
+    every block by itself; a block with at most ``num_probes`` parameters is done exactly. Their memory is 2 (hutch++) or 4
+    (xtrace) vectors of a block for each of their probes.
+
+    Args:
+        objective: What is differentiated. None where ``curvature`` is an operator that belongs to no model.
+        blocks: From :func:`blockspec.partition`; they may overlap.
+        method: ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``.
+        [settings]
+        progress: Called with (products done, products in all or None where that is unknown).
+
+    The size that ``tolerance`` is relative to is the larger of the trace's magnitude and a Frobenius norm: of the block;
+    for Hutchinson's method, of the block's rows in the union of the blocks.
+
+    Returns:
+        A mapping from block name to :class:`blockspec.Estimate`, with ``frame()``, ``cost``, ``probes`` and
+        ``interval(name)``. The unit is that of an eigenvalue.
+
+    Raises:
+        ValueError: A setting is out of range; and as :func:`blockspec.estimate_spectra` does.
     """
     if method not in METHODS:
         raise ValueError(f"method is one of {tuple(METHODS)}, got {method!r}")
     function, fewest = METHODS[method]
-    sampling = checked_sampling(num_probes, tolerance, seed, progress, fewest=fewest)
+    sampling.check_fewest(fewest)
     operator, blocks = open_operator(objective, blocks, settings)
-    results = function(operator, blocks, sampling)
+    results = function(operator, blocks, sampling, progress)
     values, probes = zip(*results, strict=True)
     return Estimates(
         blocks, values, probes=probes, cost=Cost(operator.gradients, operator.products)
@@ -126,15 +88,16 @@ Result = tuple[Estimate, int]
 """An estimate and the number of samples that it rests on."""
 
 
-def _hutchinson(operator: Operator, blocks: Sequence[Block], sampling: Sampling) -> list[Result]:
-    sums = np.array(
-        [sums for _, sums in hutchinson_samples(Union(operator, blocks), operator, sampling)]
-    )
+def _hutchinson(
+    operator: Operator, blocks: Sequence[Block], sampling: Sampling, progress: Progress | None
+) -> list[Result]:
+    samples = hutchinson_samples(Union(operator, blocks), operator, sampling, progress)
+    sums = np.array([sums for _, sums in samples])
     return [(estimate(block), len(sums)) for block in sums.T]
 
 
 def hutchinson_samples(
-    union: Union, operator: Operator, sampling: Sampling
+    union: Union, operator: Operator, sampling: Sampling, progress: Progress | None
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """(P,) v * Hv and its (n,) sums over the blocks, probe after probe until these are known well enough."""
     sums: list[np.ndarray] = []
@@ -146,8 +109,8 @@ def hutchinson_samples(
             sample = product.mul_(probe)
             sums.append(union.sums(sample))
             yield sample, sums[-1]
-        if sampling.progress is not None:
-            sampling.progress(len(sums))
+        if progress is not None:
+            progress(len(sums), sampling.total)
         if sampling.tolerance is not None:
             norms = np.sqrt(np.mean(squares, axis=0))
             norms = norms.clip(
@@ -165,6 +128,7 @@ def _block_by_block(
     operator: Operator,
     blocks: Sequence[Block],
     sampling: Sampling,
+    progress: Progress | None,
 ) -> list[Result]:
     algorithms = {}
     for block in blocks:
@@ -176,7 +140,7 @@ def _block_by_block(
             if block.numel > sampling.num_probes
             else exact_trace(probes)
         )
-    return list(run_together(algorithms, operator, progress=sampling.progress).values())
+    return list(run_together(algorithms, operator, progress=progress).values())
 
 
 @dataclass(frozen=True)
