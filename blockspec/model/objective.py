@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from blockspec.model.checkpointing import without_reentrant_checkpoints
+from blockspec.model.evaluation import Copies, evaluation
 from blockspec.model.examples import Carriers, NoExamplesError, carriers, longest
 from blockspec.model.kernels import twice_differentiable
+from blockspec.model.plain import plain_functions
 from blockspec.model.second_order import cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
 from blockspec.numerics.content import fingerprint
 
 BATCH_NORMS = ("eval", "train")
+SAVED = "saved tensor"
 
 
 class Objective:
@@ -34,6 +36,10 @@ class Objective:
         examples of each batch, see :mod:`blockspec.model.examples`. Where no cut leaves the loss as it was, it is refused.
     batch_norm: ``"eval"`` (running statistics, as at inference) or ``"train"`` (statistics of the batch, differentiated
         through; then the objective depends on how the data is cut into batches). Running statistics are untouched.
+    replacements: False: every module's own functions are differentiated, and the loss's cross entropies are PyTorch's. True:
+        activations, convolutions, batch norms, cross entropies and language-model heads stand in for them whose second
+        derivatives are cheaper. They are the same functions; this argument is there to check that. Attention, weight norm and
+        checkpoints that PyTorch cannot differentiate twice are replaced in both cases.
 
     Raises ValueError for no batches and for another ``batch_norm``, TypeError for a model or loss that is none.
     """
@@ -46,6 +52,7 @@ class Objective:
         *,
         micro_batch: int | None = None,
         batch_norm: str = "eval",
+        replacements: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a torch.nn.Module; got a {type(model).__name__}")
@@ -71,8 +78,11 @@ class Objective:
         self.loss = loss
         self.micro_batch = micro_batch
         self.batch_norm = batch_norm
+        self.replacements = replacements
         self._batches = batches
         self._carriers: dict[int, Carriers | NoExamplesError] = {}  # by the number of a batch
+        self._copies: Copies = {}
+        self._needs_saved_tensors = False
 
     @property
     def device(self) -> torch.device:
@@ -122,8 +132,8 @@ class Objective:
         return self._carriers[number]
 
     def _evaluated(self, batch: Any) -> tuple[Tensor, float]:
-        with self.prepared(), torch.no_grad():
-            return self.loss_sum(placed(batch, self.device, self.dtype))
+        with self._evaluating(self.replacements):
+            return self._value_of(placed(batch, self.device, self.dtype))
 
     def whole_batches(self) -> Iterator[Any]:
         """The batches as they were given."""
@@ -141,14 +151,30 @@ class Objective:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @contextmanager
-    def prepared(self) -> Iterator[None]:
-        """The model in eval mode and differentiable twice; all of it restored on leaving, also by an exception."""
+    def prepared(self, *, replacements: bool | None = None) -> Iterator[None]:
+        """Within it the model is in eval mode and differentiable twice.
+
+        Everything is restored on leaving, also when something raises: training flags, attention
+        implementation, functions, buffers, weights of embeddings with ``max_norm``.
+
+        Args:
+            replacements: Whether modules and losses with cheap second derivatives stand in for
+                PyTorch's own; None: as the objective says.
+        """
+        replaced = self.replacements if replacements is None else replacements
+        with self._evaluating(replaced), cheap_modules(self.model) if replaced else nullcontext():
+            yield
+
+    @contextmanager
+    def _evaluating(self, replaced: bool) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(_eval_mode(self.model, batch_norm=self.batch_norm))
+            stack.enter_context(
+                evaluation(self.model, batch_norm=self.batch_norm, copies=self._copies)
+            )
             stack.enter_context(twice_differentiable(self.model))
-            stack.enter_context(cheap_modules(self.model))
             stack.enter_context(elementary_weight_norms(self.model))
             stack.enter_context(without_reentrant_checkpoints())
+            stack.enter_context(nullcontext() if replaced else plain_functions())
             stack.enter_context(torch.enable_grad())
             yield
 
@@ -163,13 +189,30 @@ class Objective:
         return result[0], float(result[1])
 
     def value(self) -> float:
-        """The mean over all loss terms of all batches."""
+        """The mean over all loss terms of all batches.
+
+        It is computed as the function that is differentiated, with gradients enabled: models that
+        take another path without them, and losses that contain gradients, have the same value here
+        as in products. What a backward pass would need is dropped at once, so that memory is that
+        of an evaluation.
+        """
         sums, counts = 0.0, 0.0
-        with self.prepared(), torch.no_grad():
+        with self._evaluating(self.replacements):
             for batch in self.batches():
-                total, count = self.loss_sum(batch)
-                sums, counts = sums + total.item(), counts + count
+                total, count = self._value_of(batch)
+                sums, counts = sums + float(total.detach()), counts + count
         return sums / counts
+
+    def _value_of(self, batch: Any) -> tuple[Tensor, float]:
+        if not self._needs_saved_tensors:
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _dropped):
+                    return self.loss_sum(batch)
+            except RuntimeError as error:
+                if SAVED not in str(error):  # torch.func's refusal of hooks has these words too
+                    raise
+                self._needs_saved_tensors = True  # the loss takes gradients itself
+        return self.loss_sum(batch)
 
     def gradient(self) -> dict[str, Tensor]:
         """Gradient of the mean loss, by parameter name; zeros where the loss does not depend on a parameter."""
@@ -203,6 +246,10 @@ class Objective:
             repeated, _ = self.loss_sum(batch)
             if not torch.equal(total.detach(), repeated.detach()):
                 raise ValueError(_nondeterminism(self.model, total.item(), repeated.item()))
+
+
+def _dropped(nothing: None) -> NoReturn:
+    raise RuntimeError(f"{SAVED} hooks: dropped")
 
 
 def placed(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
@@ -263,28 +310,3 @@ def _nondeterminism(model: nn.Module, first: float, second: float) -> str:
         "(F.dropout without training=self.training, a module that overrides train()), or a loss or augmentation with random "
         "numbers"
     )
-
-
-@contextmanager
-def _eval_mode(model: nn.Module, *, batch_norm: str) -> Iterator[None]:
-    """Every module in eval mode, or batch norms in train mode without touching their running statistics."""
-    flags = [(module, module.training) for module in model.modules()]
-    norms = (
-        [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        if batch_norm == "train"
-        else []
-    )
-    tracked = [
-        (module, module.track_running_stats, module.running_mean, module.running_var)
-        for module in norms
-    ]
-    try:
-        model.eval()
-        for norm in norms:  # without running statistics, eval mode uses those of the batch
-            norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
-        yield
-    finally:
-        for norm, tracks, mean, variance in tracked:
-            norm.track_running_stats, norm.running_mean, norm.running_var = tracks, mean, variance
-        for module, flag in flags:
-            module.training = flag

@@ -1,140 +1,53 @@
-"""Functions whose second derivatives are cheap: activations and cross entropy that keep what double backward needs, and
-convolutions and batch norms whose double backward computes what is asked for alone.
+"""Modules whose second derivatives are cheap, and cross entropies.
 
-PyTorch differentiates a backward pass as a composition of elementary operations, again in every product. At fixed parameters
-those factors never change: here they are computed once, in the shared pass. Values and derivatives are those of the original
-functions up to rounding. Activations and cross entropy have no third derivatives.
+Background. PyTorch's double backward is general: of a convolution it computes the part of the
+weight together with that of the input, wanted or not; of a batch norm in eval mode it goes through
+the kernel for statistics of the batch; of an activation and of a cross entropy it computes factors
+again, in every product, that depend on the parameters alone. The replacements here are the same
+functions with the same derivatives to every order, up to rounding. They differ in what a product
+computes: what is asked for, and nothing twice.
+
+What is replaced is the ``forward`` of a module, on the instance and for a while. Modules of exactly
+the types in the tables are replaced. A subclass, and a module whose ``forward`` somebody else has
+replaced, are left alone. :mod:`blockspec.model.plain` tells when a replaced module uses its own
+function all the same.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-Jet = tuple[Tensor, Tensor, Tensor]
-"""Values of a function, and of its first and second derivative."""
-
-
-def _elementwise(
-    module: nn.Module, jet: Callable[[Tensor], Jet] | None = None
-) -> Callable[[Tensor], Tensor]:
-    function = module.forward
-
-    def forward(input: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and input.requires_grad):
-            return function(input)
-        if jet is None:
-            return _Elementwise.apply(input, *_jet_by_autograd(function, input))
-        wide = torch.promote_types(
-            input.dtype, torch.float32
-        )  # x^2 overflows in float16, and is coarse in bfloat16
-        return _Elementwise.apply(
-            input, *(part.to(input.dtype) for part in jet(input.detach().to(wide)))
-        )
-
-    return forward
-
-
-def _jet_by_autograd(function: Callable[[Tensor], Tensor], x: Tensor) -> Jet:
-    point = x.detach().requires_grad_()
-    value = function(point)
-    (first,) = torch.autograd.grad(value.sum(), point, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), point)
-    return value.detach(), first.detach(), second
-
-
-def _gelu(x: Tensor) -> Jet:
-    """x times the normal distribution function."""
-    square = x * x
-    density = square.mul(-0.5).exp_().div_(math.sqrt(2 * math.pi))
-    share = torch.special.ndtr(x)
-    return x * share, share.addcmul_(x, density), square.neg_().add_(2).mul_(density)
-
-
-def _tanh_gelu(x: Tensor) -> Jet:
-    """x (1 + tanh(v / 2)) / 2, v = a x + b x^3: tanh is a logistic function."""
-    a = math.sqrt(8 / math.pi)
-    b = 0.044715 * a
-    square = x * x
-    return _gated(x, square.mul(b).add_(a).mul_(x), square.mul(3 * b).add_(a), square.mul_(6 * b))
-
-
-def _silu(x: Tensor) -> Jet:
-    return _gated(x, x, 1.0, 0.0)
-
-
-def _quick_gelu(x: Tensor) -> Jet:
-    return _gated(x, 1.702 * x, 1.702, 0.0)
-
-
-def _gated(x: Tensor, v: Tensor, slope: Tensor | float, bend: Tensor | float) -> Jet:
-    """x logistic(v), with slope = v' and bend = x v''. Both tails of the logistic function are computed, neither as 1 minus the
-    other: in float32 second derivatives are 20 times as precise."""
-    gate, rest = v.sigmoid(), v.neg().sigmoid_()
-    bell = gate * rest
-    rise = bell * slope
-    lean = x * rise
-    value, first = x * gate, gate + lean
-    second = lean.mul_(rest.sub_(gate)).mul_(slope).add_(rise, alpha=2).add_(bell.mul_(bend))
-    return value, first, second
-
-
-class _Elementwise(torch.autograd.Function):
-    """f(x), given the values of f, f' and f''."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(x, first, second)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _ElementwiseBackward.apply(gradient, *ctx.saved_tensors), None, None, None
-
-
-class _ElementwiseBackward(torch.autograd.Function):
-    """g f'(x)"""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient, first, second)
-        return gradient * first
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, first, second = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        return (
-            tangent * first if wanted[0] else None,
-            (tangent * gradient).mul_(second) if wanted[1] else None,
-            None,
-            None,
-        )
+from blockspec.model.activations import ACTIVATIONS as ACTIVATIONS
+from blockspec.model.patching import patched
+from blockspec.model.plain import bends, slopes, steps_aside, unchanged
 
 
 def _convolution(module: Any) -> Callable[[Tensor], Tensor]:
-    """PyTorch's double backward of a convolution computes the weight's part too, at the price of the rest, wanted or not.
+    """A convolution in two parts, of the input and of the weight.
 
-    Autograd leaves out a function that leads to nothing wanted, but not a part of one: so input and weight have one each.
+    PyTorch's double backward of a convolution computes the weight's part too, at the price of all
+    the others, wanted or not. Autograd leaves out a function that leads to nothing wanted, but not
+    a part of one: so input and weight have a function each.
     """
     original = module.forward
 
     def forward(input: Tensor) -> Tensor:
         weight, bias, padding = module.weight, module.bias, module.padding
-        plain = (
+        ours = (
             module.padding_mode == "zeros"
             and not isinstance(padding, str)
             and input.dim() == weight.dim()
+            and torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(input.device.type)
+            and not steps_aside(input, weight, bias)
         )
-        if not (plain and torch.is_grad_enabled()) or torch.is_autocast_enabled(input.device.type):
+        if not ours:
             return original(input)
         how = (module.stride, padding, module.dilation, module.groups)
         y = _ConvolutionOfInput.apply(input, [weight], how)
@@ -146,7 +59,11 @@ def _convolution(module: Any) -> Callable[[Tensor], Tensor]:
 
 
 class _ConvolutionOfInput(torch.autograd.Function):
-    """The convolution, with a derivative by the input alone: autograd does not see a tensor that comes in a list."""
+    """The convolution, with a derivative by the input alone.
+
+    Autograd does not see a tensor that comes in a list. The backward pass is made of functions that
+    PyTorch differentiates to any order, by the weight too.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: list[Tensor], how: tuple[Any, ...]) -> Tensor:
@@ -214,18 +131,21 @@ def _batch_norm(module: Any) -> Callable[[Tensor], Tensor]:
 
     def forward(input: Tensor) -> Tensor:
         mean, variance = module.running_mean, module.running_var
-        if (
-            module.training
-            or variance is None
-            or variance.dtype != input.dtype
-            or not torch.is_grad_enabled()
-        ):
+        ours = (
+            not module.training
+            and variance is not None
+            and variance.dtype == input.dtype
+            and torch.is_grad_enabled()
+            and not steps_aside(input)
+        )
+        if not ours:
             return original(input)
+        module._check_input_dim(input)
         scale = torch.rsqrt(variance + module.eps)
-        if module.affine:
+        if module.weight is not None:
             scale = scale * module.weight
         shift = -mean * scale
-        if module.affine:
+        if module.bias is not None:
             shift = shift + module.bias
         return input * _by_channel(scale, input) + _by_channel(shift, input)
 
@@ -237,70 +157,83 @@ def _by_channel(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (x.dim() - 2))
 
 
-HUGGING_FACE: dict[str, Callable[[Tensor], Jet] | None] = {
-    "NewGELUActivation": _tanh_gelu,
-    "GELUTanh": _tanh_gelu,
-    "PytorchGELUTanh": _tanh_gelu,
-    "GELUActivation": _gelu,
-    "SiLUActivation": _silu,
-    "QuickGELUActivation": _quick_gelu,
-    "FastGELUActivation": None,
-}
-"""By the names of their classes, which differ from version to version: nothing is imported for them."""
-
-Replacements = Mapping[type[nn.Module] | str, Callable[[Any], Callable[[Tensor], Tensor]]]
-"""Type of module, or name of a class of transformers.activations -> what its ``forward`` is replaced with."""
-ACTIVATIONS: Replacements = {
-    nn.GELU: lambda module: _elementwise(
-        module, _tanh_gelu if module.approximate == "tanh" else _gelu
-    ),
-    nn.SiLU: partial(_elementwise, jet=_silu),
-    **dict.fromkeys((nn.Tanh, nn.Sigmoid, nn.Softplus), _elementwise),
-    **{name: partial(_elementwise, jet=jet) for name, jet in HUGGING_FACE.items()},
-}
-"""Cheaper from the first product on."""
+Replacements = Mapping[str, Callable[[Any], Callable[[Tensor], Tensor]]]
+"""Name of a type of module -> what its ``forward`` is replaced with."""
 CHEAPER: Replacements = {
     **ACTIVATIONS,
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
+    **{f"torch.nn.modules.conv.Conv{n}d": _convolution for n in (1, 2, 3)},
+    **{f"torch.nn.modules.batchnorm.BatchNorm{n}d": _batch_norm for n in (1, 2, 3)},
 }
-"""The others are for many products, with parts of the parameters."""
+"""Activations are cheaper from the first product on; the others for many products, with parts of the
+parameters."""
 
 
 @contextmanager
 def cheap_modules(model: nn.Module, replacements: Replacements = CHEAPER) -> Iterator[None]:
-    """While this is open, modules of the types in ``replacements`` have second derivatives that are cheap."""
-    modules = [m for m in model.modules() if _kind(m) in replacements and "forward" not in vars(m)]
-    try:
-        for module in modules:
-            module.forward = replacements[_kind(module)](module)
+    """Gives modules second derivatives that are cheap; they get their own ``forward`` back on leaving.
+
+    Args:
+        model: Its modules of exactly the types in ``replacements`` are meant.
+        replacements: Name of a type -> what makes the new ``forward`` of a module of that type.
+    """
+    with patched(
+        (module, "forward", replacements[_name(module)](module))
+        for module in model.modules()
+        if _name(module) in replacements and "forward" not in vars(module)
+    ):
         yield
-    finally:
-        for module in modules:
-            vars(module).pop("forward", None)
 
 
-def _kind(module: nn.Module) -> type[nn.Module] | str:
-    kind = type(module)
-    return kind.__name__ if kind.__module__ == "transformers.activations" else kind
+def _name(module: nn.Module) -> str:
+    """Of its type; a name needs no import of a library that the model may not come from."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N, C) logits and (N,) labels -> (N,) cross entropies. Keeps the probabilities (N, C) and nothing else of that size."""
-    return _CrossEntropy.apply(logits, labels)
+    """Cross entropies whose second derivative is cheap.
+
+    Args:
+        logits: (N, C).
+        labels: (N,) classes, 0 to C - 1.
+
+    Returns:
+        (N,) one term for each row. Beside the logits, the graph keeps their probabilities (N, C),
+        and nothing else of that size.
+    """
+    if steps_aside(logits):
+        return F.cross_entropy(logits, labels, reduction="none")
+    terms, _link = _CrossEntropy.apply(logits, labels)
+    return terms
 
 
 class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        probabilities = logits.log_softmax(-1)
-        terms = -probabilities.gather(-1, labels[:, None]).squeeze(-1)
-        ctx.save_for_backward(logits, probabilities.exp_(), labels)
-        return terms
+    """The terms, and the link to the logits."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _CrossEntropyBackward.apply(gradient, *ctx.saved_tensors), None
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = logits.log_softmax(-1)
+        terms = -probabilities.gather(-1, labels[:, None]).squeeze(-1)
+        link = logits.data
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(link, probabilities.exp_(), labels)
+        ctx.function = unchanged(
+            logits, lambda logits: F.cross_entropy(logits, labels, reduction="none")
+        )
+        return terms, link
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor | None, along: Tensor | None
+    ) -> tuple[Tensor | None, None]:
+        link, probabilities, labels = ctx.saved_tensors
+        if gradient is None:
+            return along, None
+        if steps_aside(gradient):
+            (slope,) = slopes(ctx.function, [link], gradient)
+            assert slope is not None
+        else:
+            slope = _CrossEntropyBackward.apply(gradient, link, probabilities, labels, ctx.function)
+        return slope if along is None else slope + along, None
 
 
 class _CrossEntropyBackward(torch.autograd.Function):
@@ -308,20 +241,37 @@ class _CrossEntropyBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gradient: Tensor, logits: Tensor, probabilities: Tensor, labels: Tensor
+        ctx: Any,
+        gradient: Tensor,
+        link: Tensor,
+        probabilities: Tensor,
+        labels: Tensor,
+        function: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        ctx.save_for_backward(gradient, probabilities, labels)
+        ctx.save_for_backward(gradient, link, probabilities, labels)
+        ctx.function = function
         return cross_entropy_slope(probabilities, labels, gradient)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, probabilities, labels = ctx.saved_tensors
-        return *cross_entropy_curvature(probabilities, labels, gradient, tangent), None, None
+        gradient, link, probabilities, labels = ctx.saved_tensors
+        if torch.is_grad_enabled() or steps_aside(tangent):
+            return *bends(ctx.function, [link], gradient, [tangent]), None, None, None
+        curvature = cross_entropy_curvature(probabilities, labels, gradient, tangent)
+        return *curvature, None, None, None
 
 
 def cross_entropy_slope(probabilities: Tensor, labels: Tensor, gradient: Tensor) -> Tensor:
-    """(N, C) probabilities p, (N,) labels, (N,) gradient g -> (N, C) the gradient by the logits: g (p - onehot)."""
+    """The gradient of cross entropies by their logits, g (p - onehot).
+
+    Args:
+        probabilities: p, (N, C).
+        labels: (N,) classes.
+        gradient: g, (N,).
+
+    Returns:
+        (N, C).
+    """
     slope = probabilities * gradient[:, None]
     return slope.scatter_add_(1, labels[:, None], -gradient[:, None])
 
@@ -329,7 +279,17 @@ def cross_entropy_slope(probabilities: Tensor, labels: Tensor, gradient: Tensor)
 def cross_entropy_curvature(
     probabilities: Tensor, labels: Tensor, gradient: Tensor, tangent: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Along a tangent t (N, C), the slope's derivatives transposed: by g, (N,); by the logits, (N, C) g (diag(p) - p p') t."""
+    """The derivatives of the slope, transposed, along a tangent.
+
+    Args:
+        probabilities: p, (N, C).
+        labels: (N,) classes.
+        gradient: g, (N,).
+        tangent: t, (N, C), along the slope.
+
+    Returns:
+        By the gradient, (N,): (p - onehot)' t. By the logits, (N, C): g (diag(p) - p p') t.
+    """
     product = probabilities * tangent
     total = product.sum(-1, keepdim=True)
     by_gradient = total.squeeze(-1) - tangent.gather(1, labels[:, None]).squeeze(-1)

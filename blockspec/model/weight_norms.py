@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from blockspec.model.patching import patched
+
 PARAMETRIZATION = parametrizations._WeightNorm
 
 
@@ -26,20 +28,17 @@ def elementary_weight_norms(model: nn.Module) -> Iterator[None]:
     the weight in a hook before each forward pass. Nothing is left behind, also when something raises.
     """
     parametrized = [
-        m for m in model.modules() if type(m) is PARAMETRIZATION and "forward" not in vars(m)
+        (module, "forward", _forward(module))
+        for module in model.modules()
+        if type(module) is PARAMETRIZATION and "forward" not in vars(module)
     ]
-    hooks = [hook for m in model.modules() for hook in _hooks(m)]
-    try:
-        for module in parametrized:
-            vars(module)["forward"] = _forward(module)
-        for hook in hooks:
-            hook.compute_weight = _compute_weight(hook)
+    hooks = [
+        (hook, "compute_weight", _compute_weight(hook))
+        for module in model.modules()
+        for hook in _hooks(module)
+    ]
+    with patched([*parametrized, *hooks]):
         yield
-    finally:
-        for module in parametrized:
-            vars(module).pop("forward", None)
-        for hook in hooks:
-            vars(hook).pop("compute_weight", None)
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:

@@ -173,8 +173,7 @@ class AdaHessian(torch.optim.Optimizer):
     @contextmanager
     def second_order(self, model: nn.Module) -> Iterator[None]:
         """Within it attention can be differentiated twice, and activations cheaply, if the next step is due; otherwise
-        nothing is changed. A loss that is made of gradients itself cannot be computed within it: these activations have no
-        third derivatives."""
+        nothing is changed."""
         if not self.due:
             yield
             return

@@ -1,0 +1,71 @@
+"""Attributes of other people's objects, changed for a while."""
+
+import pytest
+import torch
+from torch import nn
+
+from blockspec.model.patching import patched
+
+
+class Config:
+    """A setter that writes to a part, as Hugging Face's configs have."""
+
+    def __init__(self, kind, part=None):
+        self._kind, self.part = kind, part
+
+    @property
+    def kind(self):
+        return self._kind
+
+    @kind.setter
+    def kind(self, value):
+        self._kind = value
+        if self.part is not None:
+            self.part.kind = value
+
+
+def test_a_method_hides_and_comes_back():
+    module = nn.ReLU()
+    with patched([(module, "forward", lambda x: x - 1)]):
+        assert module(torch.zeros(1)) == -1
+    assert "forward" not in vars(module)
+    module.forward = own = lambda x: x + 5
+    with patched([(module, "forward", lambda x: x - 1)]):
+        assert module(torch.zeros(1)) == -1
+    assert module.forward is own
+
+
+def test_buffers_and_flags_of_a_module():
+    norm = nn.BatchNorm1d(2)
+    mean = norm.running_mean
+    with patched([(norm, "running_mean", None), (norm, "training", False)]):
+        assert norm.running_mean is None
+        assert not norm.training
+    assert norm.running_mean is mean
+    assert norm.training
+    assert list(norm.state_dict()) == list(nn.BatchNorm1d(2).state_dict())
+
+
+def test_a_part_keeps_its_own_setting():
+    part = Config("inner")
+    whole = Config("outer", part)
+    with patched([(whole, "kind", "other"), (part, "kind", "other")]):
+        assert (whole.kind, part.kind) == ("other", "other")
+    assert (whole.kind, part.kind) == ("outer", "inner")
+
+
+def test_everything_comes_back_when_something_raises():
+    module, config = nn.ReLU(), Config("own")
+    with (
+        pytest.raises(ZeroDivisionError),
+        patched([(module, "forward", abs), (config, "kind", "other")]),
+    ):
+        _ = 1 / 0
+    assert "forward" not in vars(module)
+    assert config.kind == "own"
+    with (
+        pytest.raises(AttributeError),
+        patched([(module, "training", False), (config, "absent", 1)]),
+    ):
+        pass
+    assert module.training
