@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -15,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from blockspec.figures.style import KINDS, MATRICES, short_names, styled
 from blockspec.figures.style import save as save
 from blockspec.toolbox.couplings import Coupling
+from blockspec.toolbox.directional import Directional
 from blockspec.toolbox.landscapes import Landscape
 
 COLOURS = ListedColormap(
@@ -208,3 +210,60 @@ def landscape_surface(found: Landscape, *, logarithmic: bool = False) -> Figure:
         axes.set_xlabel(found.names[0], labelpad=pad)
         axes.set_ylabel(found.names[1], labelpad=pad)
     return figure
+
+
+@styled
+def directional_waterfall(found: Directional) -> Figure:
+    """What each block adds to the predicted change of the loss, and the couplings ``d_b'H_bc d_c`` beside.
+
+    The bars run from block to block, so that the last one ends at the prediction; the measured change is a line. A bar is a
+    block's slope ``g_b'd_b`` with half of its row of the matrix: its own curvature and half of every coupling.
+    """
+    table = found.frame()
+    labels = list(short_names(table.index).values())
+    ends = table["predicted"].cumsum().to_numpy()
+    starts = np.concatenate([[0.0], ends[:-1]])
+    size = len(table)
+    beside = found.curvature is not None
+    height = min(max(0.17 * size, 2.2), 7.0)
+    figure = Figure(figsize=(7.6 if beside else 4.2, height + 1.0), layout="constrained")
+    axes = figure.subplots(
+        1, 2 if beside else 1, squeeze=False, width_ratios=(1, 1.1)[: 1 + beside]
+    )[0]
+    colours = np.where(table["predicted"] > 0, "#CC6677", "#4477AA")
+    axes[0].barh(np.arange(size), ends - starts, left=starts, color=colours, height=0.7)
+    axes[0].axvline(0, color="0.6", linewidth=0.5)
+    if found.measured is not None:
+        axes[0].axvline(found.measured.value, color="black", linewidth=0.9, label="measured")
+        error = found.measured.data_stderr
+        if error is not None:
+            reach = 2 * error
+            axes[0].axvspan(
+                found.measured.value - reach, found.measured.value + reach, color="0.85", zorder=0
+            )
+        axes[0].legend(fontsize=6.5, frameon=False)
+    axes[0].set_yticks(np.arange(size), labels, fontsize=6)
+    axes[0].set_ylim(size - 0.5, -0.5)
+    axes[0].set_xlabel("change of the loss, added up")
+    if found.curvature is not None:
+        _couplings(figure, axes[1], found.curvature, labels)
+    figure.suptitle(
+        f"predicted {found.predicted.value:.3g}"
+        + ("" if found.measured is None else f", measured {found.measured.value:.3g}")
+    )
+    return figure
+
+
+def _couplings(figure: Figure, axes: Axes, table: pd.DataFrame, labels: Sequence[str]) -> None:
+    values = table.to_numpy()
+    top = float(np.abs(values).max()) or 1.0
+    norm = SymLogNorm(1e-3 * top, vmin=-top, vmax=top)
+    image = axes.imshow(  # its rows stand beside the bars
+        values, cmap=SIGNED, norm=norm, interpolation="nearest", aspect="auto"
+    )
+    axes.set_xticks(np.arange(len(table)), labels, rotation=90, fontsize=5)
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=25)
+    bar.set_label("$d_b' H_{bc} d_c$ (loss)")
+    bar.outline.set_visible(False)

@@ -9,6 +9,7 @@ import copy
 import os
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +105,9 @@ def quantised(
     Args:
         model: Whose matrices (parameters of two dimensions and more) are rounded.
         bits: 1 to 16, of each weight.
-        group: Weights of a row that share one scale; None: as ``per`` says. It must divide the length of the rows.
-        per: ``"channel"``: a scale a row (output), or ``"tensor"``.
+        group: Weights of a row that share one scale; the last group of a row may be shorter. None: as ``per`` says.
+        per: ``"channel"``: a scale an output (a row of a Linear weight, a column of a Conv1D of Hugging Face), or
+            ``"tensor"``.
         symmetric: Levels around zero, one scale; False: between the smallest and the largest weight, scale and offset.
         include: Globs of the parameters' names.
 
@@ -120,10 +122,17 @@ def quantised(
     }
     if not chosen:
         raise ValueError(f"no matrix of the model matches {patterns}")
+    how: dict[str, Any] = {"group": group, "per": per, "symmetric": symmetric}
+    turned = _stored_by_input(model)
     return {
-        name: rounded(p, bits, group=group, per=per, symmetric=symmetric) - p
+        name: (rounded(p.T, bits, **how).T if name in turned else rounded(p, bits, **how)) - p
         for name, p in chosen.items()
     }
+
+
+def _stored_by_input(model: nn.Module) -> set[str]:
+    """Names of the matrices whose outputs are columns: Hugging Face's Conv1D stores (in, out)."""
+    return {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
 
 
 def rounded(
@@ -138,10 +147,14 @@ def rounded(
     if not 1 <= bits <= 16:
         raise ValueError(f"bits is between 1 and 16, got {bits}")
     rows = _rows(weight, group, per)
-    if (
-        symmetric and bits == 1
-    ):  # two levels around zero: the nearest are plus and minus the mean magnitude
-        return torch.where(rows >= 0, 1, -1).mul(rows.abs().mean(1, keepdim=True)).view_as(weight)
+    flat = _nearest(rows, bits, symmetric).view(len(weight) if per == "channel" else 1, -1)
+    return flat[:, : weight.numel() // len(flat)].reshape(weight.shape)
+
+
+def _nearest(rows: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """(n, m) each row rounded to the nearest of its own 2^bits levels."""
+    if symmetric and bits == 1:  # two levels around zero: plus and minus the mean magnitude
+        return torch.where(rows >= 0, 1, -1).mul(rows.abs().mean(1, keepdim=True))
     if symmetric:
         top = 2 ** (bits - 1) - 1
         scale = rows.abs().amax(1, keepdim=True) / top
@@ -153,21 +166,20 @@ def rounded(
         low, high = 0, 2**bits - 1
     safe = torch.where(scale > 0, scale, 1)  # rows of equal weights are exact
     levels = ((rows - offset) / safe).round().clamp(low, high)
-    return torch.where(scale > 0, levels * safe + offset, rows).view_as(weight)
+    return torch.where(scale > 0, levels * safe + offset, rows)
 
 
 def _rows(weight: Tensor, group: int | None, per: str) -> Tensor:
-    """(n, m) the weights that share a scale, a row each."""
+    """(n, m) the weights that share a scale, a row each; a last group that is short repeats its last weight."""
     if per not in ("channel", "tensor"):
         raise ValueError(f"per is 'channel' or 'tensor', got {per!r}")
-    flat = weight.detach().reshape(len(weight), -1)
+    flat = weight.detach().reshape(len(weight) if per == "channel" else 1, -1)
     if group is None:
-        return flat if per == "channel" else flat.reshape(1, -1)
-    if group < 1 or flat.shape[1] % group:
-        raise ValueError(
-            f"group is a divisor of the {flat.shape[1]} weights of a row, got {group}; leave it out for one scale a row"
-        )
-    return flat.reshape(-1, group)
+        return flat
+    if group < 1:
+        raise ValueError(f"group is a number of weights, at least 1, got {group}")
+    missing = -flat.shape[1] % group
+    return torch.cat([flat, flat[:, -1:].expand(-1, missing)], 1).reshape(-1, group)
 
 
 def pruned(model: nn.Module, share: float, *, include: str | Iterable[str] = "*") -> Direction:
