@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from problems import problem
@@ -89,3 +90,31 @@ def test_measuring_an_allocation_moves_all_matrices_at_once(found):
     blocks = blockspec.partition(it.model)
     found = blockspec.directional(it.objective(), blocks, direction, couplings=False)
     assert result.measure(everywhere) == pytest.approx(found.measured.value, rel=1e-9)
+
+
+def test_the_command_prints_and_writes_its_tables(tmp_path):
+    from test_cli import TINY, invoke
+
+    out = tmp_path / "bits"
+    result = invoke(
+        "sensitivity", "--model", TINY, "--bits", "2,4", "--group", "4", "--budgets", "3", "--out", str(out)
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    for word in ("damage of 2 bits", "Spearman", "uniform"):
+        assert word in result.out
+    assert {path.name for path in out.iterdir()} == {
+        "sensitivity.csv",
+        "rankings.csv",
+        "budgets.csv",
+        "allocations.csv",
+    }
+    budget = pd.read_csv(out / "budgets.csv").iloc[0]
+    assert (budget["mean_bits"], budget["uniform_bits"]) == (3, 2)
+
+
+def test_bits_that_are_no_numbers_are_named():
+    from test_cli import TINY, invoke
+
+    result = invoke("sensitivity", "--model", TINY, "--bits", "two")
+    assert result.code == 1
+    assert "bits is a list of numbers" in result.err

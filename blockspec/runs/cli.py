@@ -1,4 +1,4 @@
-"""The command line: ``blockspec run|plan|plot|compare|show``."""
+"""The command line: ``blockspec run|plan|plot|compare|show|sensitivity``."""
 
 from __future__ import annotations
 
@@ -91,6 +91,7 @@ COMMANDS = {
     "plot": "draw the figures of a run anew; needs no model",
     "show": "print what a run found",
     "compare": "set runs side by side: heterogeneity and spectra",
+    "sensitivity": "measure which matrices survive few bits, and deal bits out under a budget",
 }
 
 
@@ -119,18 +120,28 @@ def _add_settings(command: ArgumentParser, name: str) -> None:
         command.add_argument(
             "--out", type=Path, required=True, help="folder for the table and the figure"
         )
+    elif name == "sensitivity":
+        from blockspec.runs.sensitivity import SensitivitySettings
+
+        _add_config(command)
+        command.add_class_arguments(SensitivitySettings)
+        command.add_argument("--out", type=Path, help="folder for the tables, as csv files")
     else:
         from blockspec.runs.run import Resources, RunSettings
 
-        command.add_argument(
-            "--config",
-            action=ActionConfigFile,
-            help="YAML file of settings; later arguments override it",
-        )
+        _add_config(command)
         command.add_class_arguments(RunSettings)
         command.add_class_arguments(Resources)
         command.add_argument("--out", type=Path, required=name == "run", help="the run's folder")
         command.add_argument("--plots", type=bool, default=True, help="draw the figures at the end")
+
+
+def _add_config(command: ArgumentParser) -> None:
+    command.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file of settings; later arguments override it",
+    )
 
 
 def _dispatch(command: str, given: Namespace) -> None:
@@ -144,6 +155,10 @@ def _dispatch(command: str, given: Namespace) -> None:
             plan(settings, resources)
     elif command == "compare":
         report.compare(given.folders, given.out)
+    elif command == "sensitivity":
+        from blockspec.runs import sensitivity
+
+        sensitivity.run(_build(sensitivity.SensitivitySettings, given), given.out)
     else:
         {"plot": plot, "show": report.show}[command](given.folder)
 
