@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from launching import accelerate
+from models import tiny_gpt2 as small_gpt2
 from torch import nn
 
 import blockspec
 from blockspec.model.blocks import Block, Piece, gather, partition
-from blockspec.optim import AdaHessian
+from blockspec.optim import AdaHessian, keep_freed_memory
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Using backward.. with create_graph=True:UserWarning"
@@ -136,7 +137,7 @@ AVERAGES = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_trajectory_on_a_diagonal_hessian_is_the_reference(options, way):
     named = parameters()
-    optimizer = AdaHessian(named.values(), **{"lr": 0.1} | options)
+    optimizer = AdaHessian(named.values(), **{"lr": 0.1, "spatial_averaging": None} | options)
     for theta in reference(steps=8, **options):
         descend(optimizer, quartic(named), way)
         np.testing.assert_allclose(flat(named).detach(), theta, rtol=0, atol=1e-10)
@@ -149,6 +150,37 @@ def test_averaged_trajectory_is_the_reference(averaged):
     for theta in reference(steps=5, groups=AVERAGES[averaged]):
         descend(optimizer, quartic(named), "backward")
         np.testing.assert_allclose(flat(named).detach(), theta, rtol=0, atol=1e-10)
+
+
+def test_the_authors_transformer_setting_leaves_vectors_alone():
+    named = parameters()
+    optimizer = AdaHessian(named, lr=0.1, spatial_averaging=5, average_vectors=False)
+    for theta in reference(steps=5, groups=AVERAGES[5][:-1]):
+        descend(optimizer, quartic(named), "backward")
+        np.testing.assert_allclose(flat(named).detach(), theta, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"lr": 0.1, "update_each": 10}], ids=["defaults", "README"]
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_defaults_train_a_small_transformer(seed, settings):
+    """Of 8 sequences by heart; a single entry's D, near 0 by chance, made the loss 1e7 to 1e15."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = small_gpt2(vocab_size=64, n_embd=32, n_head=2, n_positions=16, layers=2).float()
+    tokens = torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(seed))
+    optimizer = AdaHessian(model.named_parameters(), **settings)
+    losses = []
+    for _ in range(60):
+        with optimizer.second_order(model):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            optimizer.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert max(losses) < losses[0] + 0.5
+    assert losses[-1] < losses[0] / 2
 
 
 def bowl(point, coupling=0.0):
@@ -192,7 +224,7 @@ def test_one_probe_sees_the_diagonal_plus_or_minus_the_coupling(way):
 
 def test_many_probes_see_the_diagonal_of_any_hessian():
     model, x, y = mlp()
-    optimizer = AdaHessian(model.parameters(), lr=0.0, num_probes=400)
+    optimizer = AdaHessian(model.parameters(), lr=0.0, num_probes=400, spatial_averaging=None)
     descend(optimizer, squared_error(model, x, y), "backward")
     measured = torch.cat([diagonal(optimizer, p).reshape(-1) for p in model.parameters()])
     hessian = dense_hessian(model, x, y)
@@ -436,7 +468,7 @@ def test_groups_and_schedulers_set_the_learning_rate():
         {"params": [named["matrix"]], "lr": 0.05, "weight_decay": 0.3},
         {"params": [named["kernel"], named["vector"]], "betas": (0.5, 0.5), "hessian_power": 0.5},
     ]
-    optimizer = AdaHessian(groups, lr=0.1)
+    optimizer = AdaHessian(groups, lr=0.1, spatial_averaging=None)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2], gamma=0.0)
     for _ in range(4):
         descend(optimizer, quartic(named), "backward")
@@ -643,7 +675,7 @@ def test_a_loss_that_is_kept_keeps_no_saved_tensors(way):
 MEMORY = """
 import gc, sys, warnings
 import psutil, torch
-from blockspec.optim import AdaHessian
+from blockspec.optim import AdaHessian, keep_freed_memory
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 gc.disable()
@@ -687,7 +719,7 @@ SCRIPT = """
 import sys
 import torch
 from accelerate import Accelerator
-from blockspec.optim import AdaHessian
+from blockspec.optim import AdaHessian, keep_freed_memory
 
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
 torch.manual_seed(0)
@@ -782,3 +814,144 @@ def test_hugging_face_trainer_takes_it_by_its_arguments(tiny_gpt2, tmp_path):
         nn.utils.clip_grad_norm_(ours.parameters(), 0.5)
         optimizer.step()
     torch.testing.assert_close(model.state_dict(), ours.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+class Normalised(nn.Module):
+    """Cosine similarities; padding rows are zeros, whose norm has a gradient (0, by the clamp) and no curvature."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.rows = nn.Linear(3, 3, bias=False).double()
+            self.offset = nn.Parameter(torch.ones(4).double())
+
+    def forward(self, x):
+        return (
+            nn.functional.normalize(self.rows(x), dim=-1)[:, 0].square().sum()
+            + (self.offset**4).sum()
+        )
+
+
+PADDED = torch.tensor([[1.0, 2, 3], [0, 0, 0]]).double()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_curvature_that_is_not_finite_leaves_the_last_one_and_is_said_once(way):
+    model = Normalised()
+    optimizer = AdaHessian(model.named_parameters(), lr=0.01)
+    descend(optimizer, model(PADDED[:1]), way)
+    last, before = diagonal(optimizer, model.rows.weight).clone(), model.rows.weight.clone()
+    with pytest.warns(RuntimeWarning, match=r"9 of the 9 entries of 'rows\.weight'.*at step 1"):
+        descend(optimizer, model(PADDED), way)
+    assert torch.equal(diagonal(optimizer, model.rows.weight), last)
+    assert optimizer.nonfinite_entries == 9
+    descend(optimizer, model(PADDED), way)  # warnings are errors here
+    assert optimizer.nonfinite_entries == 18
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not torch.equal(model.rows.weight, before)
+
+
+def test_a_tensor_that_never_had_finite_curvature_stays():
+    model = Normalised()
+    optimizer = AdaHessian(model.named_parameters(), lr=0.01)
+    weight, offset = model.rows.weight.clone(), model.offset.clone()
+    with pytest.warns(RuntimeWarning, match="stays as it is"):
+        descend(optimizer, model(PADDED), "backward")
+    assert torch.equal(model.rows.weight, weight)
+    assert (model.offset < offset).all()
+    descend(optimizer, model(PADDED[:1]), "backward")
+    assert model.rows.weight.isfinite().all()
+    assert not torch.equal(model.rows.weight, weight)
+
+
+def test_single_entries_that_are_not_finite():
+    """|t|^1.5 has the gradient 0 at 0, and no curvature."""
+    point = torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64, requires_grad=True)
+    optimizer = AdaHessian([point], lr=0.1)
+    with pytest.warns(RuntimeWarning, match=r"1 of the 3 entries of a tensor of shape \(3,\)"):
+        descend(optimizer, (point.abs() ** 1.5).sum(), "backward")
+    expected = [0.75, (0.75 + 0.375) / 2, 0.375]
+    assert diagonal(optimizer, point).tolist() == pytest.approx(expected)
+    assert point.isfinite().all()
+
+
+def test_a_gradient_without_measured_curvature_is_said_and_waits():
+    first, second = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = AdaHessian({"first": first, "second": second}, lr=0.1)
+    (second**4).sum().backward()
+    optimizer.backward((first**4).sum())
+    with pytest.warns(
+        RuntimeWarning, match=r"'second' has a gradient whose curvature was not measured"
+    ):
+        optimizer.step()
+    assert second.tolist() == [1, 1]
+    assert (first < 1).all()
+
+
+def test_two_losses_on_one_graph():
+    point = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    optimizer = AdaHessian([point], lr=0.0)
+    shared = point**2
+    optimizer.backward((shared**2).sum())
+    with pytest.raises(RuntimeError, match=r"first \+ second.*retain_graph=True"):
+        optimizer.backward(shared.sum())
+    optimizer.zero_grad()
+    shared = point**2
+    optimizer.backward((shared**2).sum(), retain_graph=True)
+    optimizer.backward(shared.sum())
+    optimizer.step()
+    assert diagonal(optimizer, point).tolist() == pytest.approx([12 + 2, 48 + 2])
+
+
+def compiled():
+    model = nn.Linear(2, 2)
+    model._orig_mod = model
+    return model
+
+
+def refused_state():
+    point = torch.ones(2, requires_grad=True)
+    return torch.optim.AdamW([point]).state_dict()
+
+
+REFUSED = {
+    "state of AdamW": (
+        lambda: AdaHessian([torch.ones(2, requires_grad=True)]).load_state_dict(refused_state()),
+        ValueError,
+        r"not AdaHessian's: its groups lack \['hessian_power', 'num_steps', 'seed'\].*begin without",
+    ),
+    "complex": (
+        lambda: AdaHessian([("phase", torch.ones(2, dtype=torch.complex64, requires_grad=True))]),
+        ValueError,
+        r"parameter phase is torch\.complex64.*view_as_complex",
+    ),
+    "compiled": (
+        lambda: AdaHessian(nn.Linear(2, 2).parameters()).second_order(compiled()).__enter__(),
+        ValueError,
+        r"compiled.*model\._orig_mod",
+    ),
+}
+
+
+@pytest.mark.parametrize(("act", "kind", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_measured_is_refused_at_once(act, kind, message):
+    with pytest.raises(kind, match=message):
+        act()
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = AdaHessian(embedding.named_parameters())
+    with pytest.raises(RuntimeError, match=r"gradient of 'weight' is sparse.*without sparse=True"):
+        optimizer.backward(embedding(torch.tensor([1, 2])).square().sum())
+
+
+def test_the_allocator_is_changed_only_when_asked(monkeypatch):
+    made = []
+    empty, model = torch.empty, nn.Linear(2, 2)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(a) or empty(*a, **k))
+    AdaHessian(model.parameters())
+    assert not made
+    keep_freed_memory()
+    assert made == [(2**25 - 2**16,)]

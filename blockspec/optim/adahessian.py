@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from blockspec.model.checkpointing import hiding, without_reentrant_checkpoints
+from blockspec.model.checkpointing import without_reentrant_checkpoints
 from blockspec.model.kernels import twice_differentiable
 from blockspec.model.second_order import ACTIVATIONS, cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
 from blockspec.optim.averaging import SpatialAveraging, averaging
+from blockspec.optim.checks import (
+    check_dense,
+    check_group,
+    check_parameters,
+    check_state,
+    described,
+    warn_of_nonfinite,
+    warn_of_unmeasured,
+)
+from blockspec.optim.measurement import (
+    Measured,
+    explained,
+    finite,
+    is_finite,
+    leaves,
+    mean_over_processes,
+    num_processes,
+    signs,
+    suspects,
+)
 
-LIMITS = {**dict.fromkeys(("lr", "eps", "weight_decay"), math.inf), "hessian_power": 1.0}
-"""The largest value of each setting; the smallest is 0."""
+OF_ALL = ("update_each", "num_probes", "spatial_averaging", "average_vectors")
+"""Settings that all parameters share."""
 
 
 class AdaHessian(torch.optim.Optimizer):
@@ -64,6 +80,10 @@ class AdaHessian(torch.optim.Optimizer):
     averages g; they see the same probe too. A parameter without a gradient is left as it is, and so is one that got
     its first gradient after the last measurement, until the next one.
 
+    Where the gradient is finite and the curvature is not (F.normalize or cosine similarity of rows of zeros), an entry
+    of D keeps its last finite value, or takes the mean of its tensor's finite ones at first; a tensor without any is
+    left as it is until it has some. A warning says so once, and ``nonfinite_entries`` counts the entries.
+
     Args:
         params: Parameters, ``model.named_parameters()``, a mapping of names to parameters, or groups of these.
         lr: Learning rate.
@@ -75,10 +95,14 @@ class AdaHessian(torch.optim.Optimizer):
         num_probes: Probes per measurement, about 2 gradients each; ``z * (H z)`` is averaged over them before the
             absolute value is taken.
         spatial_averaging: What D is averaged over. None: nothing. ``"conv"``: kernels of convolutions (all axes from
-            the third on, of tensors that have one). ``"rows"``: these, and the rows of matrices. A number: so many
-            consecutive entries of a tensor; what is left over at its end is a run too. Blocks from
-            :func:`blockspec.partition`: each block (with ``by="neuron"``: heads, output neurons, tokens); what lies
-            in no block is not averaged. Blocks go by the parameters' names, so ``params`` must have them.
+            the third on, of tensors that have one), as in the authors' code for images. ``"rows"``: these, and the rows
+            of matrices; without it a single entry's D, measured by one probe, may be near 0 by chance, and steps are
+            too long. A number: so many consecutive entries of a tensor, 32 in the authors' code for transformers;
+            what is left over at its end is a run too. Blocks from :func:`blockspec.partition`: each block (with
+            ``by="neuron"``: heads, output neurons, tokens); what lies in no block is not averaged. Blocks go by the
+            parameters' names, so ``params`` must have them.
+        average_vectors: Whether a number averages over tensors of one axis (biases, norms) too. The authors' code for
+            transformers leaves them alone: ``spatial_averaging=32, average_vectors=False``.
         seed: Of the probes, which are drawn on the CPU and are the same on every device. It stands in
             ``param_groups`` together with the number of steps: a run resumed from its ``state_dict`` goes on with the
             same probes.
@@ -86,19 +110,21 @@ class AdaHessian(torch.optim.Optimizer):
     The last D^2 of a parameter is ``optimizer.state[parameter]["hessian_diag_sq"]``.
 
     ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``hessian_power`` may differ between groups; their defaults are
-    those of the authors' code. ``update_each``, ``num_probes`` and ``spatial_averaging`` are not in the
-    ``state_dict``.
+    those of the authors' code. ``update_each``, ``num_probes``, ``spatial_averaging`` and ``average_vectors`` are not
+    in the ``state_dict``.
 
     Raises:
         ValueError: A setting out of its range; blocks without names, or that hold none of the parameters.
         RuntimeError: In ``step``, if a measurement is due and nothing was measured; in ``backward``, if the loss has no
             second derivative.
 
-    Mixed precision is autocast to bfloat16: a ``GradScaler`` would unscale g alone, and a v in bfloat16 is too coarse to
-    decay. Activation checkpointing must be the kind with ``use_reentrant=False``, and recomputes in the backward pass,
-    which therefore belongs within :meth:`second_order`. Under ``DistributedDataParallel`` only :meth:`backward` and
-    :meth:`probe` work, not ``create_graph=True``. Hooks on parameters see g twice where it is measured. Parameters that are
-    sharded over processes, and compiled models, which PyTorch cannot differentiate twice, are not supported.
+    Mixed precision is autocast to bfloat16: a ``GradScaler`` would unscale g alone, and a v in bfloat16 is too coarse
+    to decay. Activation checkpointing of the reentrant kind is called directly within :meth:`second_order`, and must
+    not be used without; the other kind recomputes in the backward pass, which therefore belongs within it too. Under
+    ``DistributedDataParallel`` only :meth:`backward` and :meth:`probe` work, not ``create_graph=True``. Hooks on
+    parameters see g twice where it is measured. Parameters that are sharded over processes, complex or sparse ones, and
+    compiled models, which PyTorch cannot differentiate twice, are refused. Small models on a CPU take a fifth less time
+    after :func:`blockspec.optim.keep_freed_memory`, which changes the allocator of the whole process.
 
     Source: arXiv 2006.00719, algorithm 1, and the authors' code, which takes the absolute value before it averages.
     That the last D serves in between measurements is from davda54/ada-hessian.
@@ -115,7 +141,8 @@ class AdaHessian(torch.optim.Optimizer):
         hessian_power: float = 1.0,
         update_each: int = 1,
         num_probes: int = 1,
-        spatial_averaging: SpatialAveraging = None,
+        spatial_averaging: SpatialAveraging = "rows",
+        average_vectors: bool = True,
         seed: int = 0,
     ) -> None:
         for name, value in {"update_each": update_each, "num_probes": num_probes}.items():
@@ -124,7 +151,9 @@ class AdaHessian(torch.optim.Optimizer):
         self.update_each = update_each
         self.num_probes = num_probes
         self.spatial_averaging = spatial_averaging
-        _keep_freed_memory()
+        self.average_vectors = average_vectors
+        self.nonfinite_entries = 0
+        self._told = False
         self._gathered: dict[
             Tensor, Tensor
         ] = {}  # z * (H z), summed over the micro-batches since the last step
@@ -140,30 +169,40 @@ class AdaHessian(torch.optim.Optimizer):
         super().__init__(
             list(params.items()) if isinstance(params, Mapping) else list(params), defaults
         )
-        self._average = averaging(spatial_averaging, self._named())
+        self._average = averaging(spatial_averaging, self._named(), vectors=average_vectors)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("update_each", "num_probes", "spatial_averaging")
+        own = (*OF_ALL, "nonfinite_entries", "_told")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # also the last step of load_state_dict
         self._gathered = {}
-        self._average = averaging(self.spatial_averaging, self._named())
+        self._average = averaging(
+            self.spatial_averaging, self._named(), vectors=self.average_vectors
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimizer's; the state of another one is refused."""
+        check_state(state_dict)
+        super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As every optimizer's; the group's settings are checked."""
-        own = {"update_each", "num_probes", "spatial_averaging"} & set(param_group)
+        own = set(OF_ALL) & set(param_group)
         if own:
             raise ValueError(
                 f"{min(own)} is one setting for all parameters; give it to AdaHessian, not to a group"
             )
-        _check_group(self.defaults | param_group)
+        check_group(self.defaults | param_group)
         super().add_param_group(param_group)
+        check_parameters(self.param_groups[-1])
         for name in ("seed", "num_steps"):
             self.param_groups[-1][name] = self.param_groups[0][name]
         if hasattr(self, "_average"):
-            self._average = averaging(self.spatial_averaging, self._named())
+            self._average = averaging(
+                self.spatial_averaging, self._named(), vectors=self.average_vectors
+            )
 
     @property
     def due(self) -> bool:
@@ -174,6 +213,11 @@ class AdaHessian(torch.optim.Optimizer):
     def second_order(self, model: nn.Module) -> Iterator[None]:
         """Within it attention can be differentiated twice, and activations cheaply, if the next step is due; otherwise
         nothing is changed."""
+        if hasattr(model, "_orig_mod"):
+            raise ValueError(
+                "the model is compiled, and a compiled model cannot be differentiated twice; use the "
+                "model itself here and for the loss: model._orig_mod"
+            )
         if not self.due:
             yield
             return
@@ -185,28 +229,36 @@ class AdaHessian(torch.optim.Optimizer):
         ):
             yield
 
-    def backward(self, loss: Tensor) -> None:
-        """``loss.backward()``, and if the next step is due, the measurement; the graph is freed."""
-        self.probe(loss).backward()
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
+        """``loss.backward()``, and if the next step is due, the measurement.
 
-    def probe(self, loss: Tensor) -> Tensor:
+        Args:
+            retain_graph: Keeps the graph for another loss that shares a part of it.
+        """
+        measured = self.probe(loss, retain_graph=retain_graph)
+        with explained():
+            measured.backward(retain_graph=retain_graph)
+
+    def probe(self, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
         """The same loss, whose ``backward()`` also adds z * (H z) to the measurement if the next step is due.
 
-        Both derivatives are computed here, and the graph of ``loss`` is freed. ``backward`` hands them out times the
-        gradient that it gets: a factor in between (1 / number of micro-batches) acts on both.
+        Both derivatives are computed here, and the graph of ``loss`` is freed unless it is to be retained.
+        ``backward`` hands them out times the gradient that it gets: a factor in between (1 / number of micro-batches)
+        acts on both.
         """
         if not (self.due and loss.requires_grad):
             return loss
-        leaves = _leaves(loss)
-        gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        filled = leaves(loss)
+        with explained():
+            gradients = torch.autograd.grad(loss, filled, create_graph=True, allow_unused=True)
         given = {
             leaf: gradient
-            for leaf, gradient in zip(leaves, gradients, strict=True)
+            for leaf, gradient in zip(filled, gradients, strict=True)
             if gradient is not None
         }
-        diagonal = self._measure(given)
+        diagonal = self._measure(given, retain_graph=retain_graph)
         values = [gradient.detach() for gradient in given.values()]
-        return _Measured.apply(
+        return Measured.apply(
             loss.detach(), values, lambda factor: self._gather(diagonal, factor), *given
         )
 
@@ -259,15 +311,41 @@ class AdaHessian(torch.optim.Optimizer):
                 "diagonal is due, but nothing was measured: call optimizer.backward(loss) instead of loss.backward(), "
                 "or loss.backward(create_graph=True)"
             )
-        diagonals = _mean_over_processes([self._gathered.get(p, torch.zeros_like(p)) for p in used])
-        averaged = self._average(dict(zip(used, diagonals, strict=True)))
-        for parameter, square in zip(used, torch._foreach_mul(averaged, averaged), strict=True):
+        unmeasured = [p for p in used if p not in self._gathered]
+        if unmeasured and not self._told:
+            self._told = True
+            warn_of_unmeasured(described(unmeasured[0], self._names()), len(unmeasured))
+        if num_processes() > 1:  # all of them send the same tensors
+            self._gathered |= {p: torch.zeros_like(p) for p in unmeasured}
+        measured = [p for p in used if p in self._gathered]
+        diagonals = mean_over_processes([self._gathered[p] for p in measured])
+        found = self._finite(dict(zip(measured, diagonals, strict=True)))
+        averaged = self._average(found)
+        for parameter, square in zip(found, torch._foreach_mul(averaged, averaged), strict=True):
             self.state[parameter]["hessian_diag_sq"] = square
         self._gathered.clear()
 
+    def _finite(self, diagonals: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Without what is NaN or infinite, which is counted, and said once."""
+        bad = [list(diagonals)[i] for i in suspects(list(diagonals.values()))]
+        for parameter in bad:
+            new = diagonals.pop(parameter)
+            lost = int((~is_finite(new)).sum())
+            if lost and not self.nonfinite_entries:
+                what, step = described(parameter, self._names()), self.param_groups[0]["num_steps"]
+                warn_of_nonfinite(what, lost, parameter.numel(), step)
+            self.nonfinite_entries += lost
+            kept = finite(new, self.state[parameter].get("hessian_diag_sq"))
+            if kept is not None:
+                diagonals[parameter] = kept
+        return diagonals
+
     @torch.enable_grad()
-    def _measure(self, gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    def _measure(
+        self, gradients: Mapping[Tensor, Tensor], *, retain_graph: bool = False
+    ) -> dict[Tensor, Tensor]:
         """z * (H z) of our parameters among those given, averaged over the probes; frees the gradients' graphs."""
+        check_dense(gradients, self._names())
         parameters = [p for group in self.param_groups for p in group["params"]]
         given = [p for p in parameters if p in gradients]
         curved = [p for p in given if gradients[p].requires_grad]
@@ -277,15 +355,16 @@ class AdaHessian(torch.optim.Optimizer):
             if not gradients[p].requires_grad
         }
         totals: list[Tensor] = []
+        curved_ones = set(curved)
         for probe in range(self.num_probes if curved else 0):
-            signs = dict(zip(parameters, self._signs(parameters, probe), strict=True))
-            chosen = [signs[p] for p in curved]
-            with _explained():
+            drawn = zip(parameters, self._signs(parameters, probe), strict=True)
+            chosen = [z for p, z in drawn if p in curved_ones]
+            with explained():
                 products = torch.autograd.grad(
                     [gradients[p] for p in curved],
                     curved,
                     chosen,
-                    retain_graph=probe < self.num_probes - 1,
+                    retain_graph=retain_graph or probe < self.num_probes - 1,
                     materialize_grads=True,
                 )
             terms = torch._foreach_mul(products, chosen)
@@ -304,21 +383,12 @@ class AdaHessian(torch.optim.Optimizer):
                 values * factor if old is None else old.add_(values * factor)
             )
 
-    def _signs(self, parameters: Sequence[Tensor], probe: int) -> list[Tensor]:
-        """Random signs in the shapes of the parameters: a function of seed, number of steps and probe alone."""
+    def _signs(self, parameters: list[Tensor], probe: int) -> list[Tensor]:
         first = self.param_groups[0]
-        digest = hashlib.sha256(f"{first['seed']}\0{first['num_steps']}\0{probe}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-        sizes = [p.numel() for p in parameters]
-        packed = torch.randint(
-            -(2**63), 2**63 - 1, (sum(sizes) // 64 + 1,), generator=generator
-        ).view(torch.uint8)
-        kinds = {(p.device, p.dtype) for p in parameters}
-        flat = {
-            kind: _unpacked(packed.to(kind[0]), kind[1])[: sum(sizes)].split(sizes)
-            for kind in kinds
-        }
-        return [flat[p.device, p.dtype][i].view(p.shape) for i, p in enumerate(parameters)]
+        return signs(parameters, f"{first['seed']}\0{first['num_steps']}\0{probe}")
+
+    def _names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self._named().items()}
 
     def _named(self) -> dict[str, Tensor]:
         pairs = [
@@ -329,89 +399,6 @@ class AdaHessian(torch.optim.Optimizer):
             )
         ]
         return dict(pairs)
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc keep 64 MB of freed memory: twice the largest mapping freed so far, of which 32 MB count.
-
-    Otherwise the graph of a small model is given back and faulted in anew on every step, a fifth of its time.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
-
-
-class _Measured(torch.autograd.Function):
-    """A loss whose gradients are known already; its backward pass tells by what factor they are wanted."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        value: Tensor,
-        gradients: list[Tensor],
-        gather: Callable[[Tensor], None],
-        *leaves: Tensor,
-    ) -> Tensor:
-        ctx.gradients, ctx.gather = gradients, gather
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> Any:
-        ctx.gather(factor)
-        return None, None, None, *torch._foreach_mul(ctx.gradients, factor)
-
-
-def _unpacked(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n,) bytes -> (8 n,) signs: only bits are drawn on the CPU and travel to the device."""
-    bits = (
-        torch.arange(256, device=packed.device)[:, None] >> torch.arange(8, device=packed.device)
-        & 1
-    )
-    return (2 * bits - 1).to(dtype).index_select(0, packed.int()).view(-1)
-
-
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """Every tensor whose ``.grad`` ``loss.backward()`` would fill, those of other optimizers too."""
-    leaves: dict[Tensor, None] = {}
-    nodes = [loss.grad_fn]
-    seen = set(nodes)
-    while nodes:
-        node: Any = nodes.pop()
-        if message := hiding(node):
-            raise RuntimeError(
-                f"{message}, or compute the loss within optimizer.second_order(model)"
-            )
-        if type(node).__name__ == "AccumulateGrad":
-            leaves[node.variable] = None
-        new = [
-            child
-            for child, _ in getattr(node, "next_functions", ())
-            if child is not None and child not in seen
-        ]
-        seen.update(new)
-        nodes.extend(new)
-    return list(leaves)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, NotImplementedError) as error:
-        if "not implemented" in str(error) or "double backward" in str(error):
-            raise RuntimeError(
-                f"the loss cannot be differentiated twice ({error}); compute it within "
-                "`with optimizer.second_order(model):`, which replaces fused attention; a compiled model never can be"
-            ) from error
-        raise
-
-
-def _mean_over_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return list(tensors)
-    tensors = [tensor.contiguous() for tensor in tensors]
-    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-        work.wait()
-    return list(torch._foreach_div(tensors, dist.get_world_size()))
 
 
 def _update(
@@ -439,14 +426,3 @@ def _update(
     torch._foreach_addcdiv_(
         parameters, mean, denominator, value=-lr * correction / (1 - beta1 ** (step + 1))
     )
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    for name, limit in LIMITS.items():
-        if not 0 <= group[name] <= limit:
-            raise ValueError(
-                f"{name} is {group[name]}; it must be at least 0"
-                + (f" and at most {limit}" * (limit < math.inf))
-            )
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas is {group['betas']}; it must be two numbers from 0 to below 1")

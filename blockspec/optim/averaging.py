@@ -16,13 +16,16 @@ SpatialAveraging = str | int | Sequence[Block] | None
 Average = Callable[[Mapping[Tensor, Tensor]], list[Tensor]]
 
 
-def averaging(spatial: SpatialAveraging, named: Mapping[str, Tensor]) -> Average:
+def averaging(
+    spatial: SpatialAveraging, named: Mapping[str, Tensor], *, vectors: bool = False
+) -> Average:
     """The function from ``{parameter: diagonal}`` to the list of what they are averaged to, in the same shapes.
 
     Absolute values are taken first, as in the authors' code; without an average the signs stay.
 
     spatial: As in :class:`blockspec.optim.AdaHessian`.
     named: The parameters by name; only blocks need it.
+    vectors: Whether a number is about tensors of one axis too.
     """
     if spatial is None:
         return lambda diagonals: list(diagonals.values())
@@ -37,7 +40,9 @@ def averaging(spatial: SpatialAveraging, named: Mapping[str, Tensor]) -> Average
     if isinstance(spatial, int):
         if spatial < 1:
             raise ValueError(f"spatial_averaging is {spatial}; a run of entries has at least 1")
-        return lambda diagonals: [_over_runs(d.abs(), spatial) for d in diagonals.values()]
+        return lambda diagonals: [
+            _over_runs(d.abs(), spatial if vectors or d.ndim > 1 else 1) for d in diagonals.values()
+        ]
     rows = _rows_of_blocks(spatial, named)
     return lambda diagonals: _over_blocks(
         {p: d.abs() for p, d in diagonals.items()}, rows, len(spatial)
@@ -54,6 +59,8 @@ def _over_kernels(diagonal: Tensor, fewest_axes: int) -> Tensor:
 
 
 def _over_runs(diagonal: Tensor, length: int) -> Tensor:
+    if length == 1:
+        return diagonal
     flat = diagonal.reshape(-1)
     whole = flat.numel() // length * length
     runs = flat[:whole].view(-1, length).mean(1).repeat_interleave(length)
@@ -104,6 +111,8 @@ def _positions(piece: Piece) -> slice | list[int]:
 def _over_blocks(
     diagonals: Mapping[Tensor, Tensor], rows: Mapping[Tensor, _Rows], num_blocks: int
 ) -> list[Tensor]:
+    if not diagonals:
+        return []
     first = next(iter(diagonals.values()))
     sums = first.new_zeros(num_blocks + 1, dtype=torch.promote_types(first.dtype, torch.float32))
     sizes = torch.zeros_like(sums)
