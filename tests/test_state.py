@@ -253,6 +253,13 @@ def misaligned(tensor):
     return holder[1:].view(tensor.shape)
 
 
+def wait_for_a_state(folder, process):
+    """Until there is a state that was not there at first: a busy machine takes its time, and a kill before it meets none."""
+    before = set(folder.glob("state-*.safetensors"))
+    while process.poll() is None and not set(folder.glob("state-*.safetensors")) - before:
+        time.sleep(0.01)
+
+
 def test_kill_9_at_random_moments(tmp_path):
     """CI kills a few times; KILLS=20 runs the long version."""
     met = set()
@@ -268,7 +275,8 @@ def test_kill_9_at_random_moments(tmp_path):
         )
         assert process.stdout.readline() == "begun\n"
         if kills < int(os.environ.get("KILLS", "3")):
-            time.sleep(random_moments.uniform(0.05, 0.6))
+            wait_for_a_state(tmp_path / "killed/state", process)
+            time.sleep(random_moments.uniform(0.0, 0.3))
             process.send_signal(signal.SIGKILL)
             kills += process.wait() == -signal.SIGKILL
             for state in (tmp_path / "killed/state").glob("state-*.safetensors"):

@@ -71,7 +71,8 @@ def landscape(
 
     directions: ``"eigenvectors"``: of the largest eigenvalues in magnitude, of length 1, as in PyHessian (arXiv 1912.07145).
         ``"random"``: filter-normalised Gaussian ones (Li et al., arXiv 1712.09913): each block of ``partition(model, "neuron")``
-        (a head, a neuron, a token) has the norm of its parameters; norms and biases stay. Or one or two vectors (P,) as the
+        (a head, a neuron, a token) has the norm of its parameters, and so has each filter of a convolution and each row of a
+        matrix of unknown role; norms and biases stay. Or one or two vectors (P,) as the
         block's vectors are laid out, taken as they are.
     dimensions: 1 or 2, where directions are named.
     radius: the largest multiple of each direction; None: 0.5 for eigenvectors, as PyHessian takes, else 1.
@@ -173,8 +174,12 @@ DIRECTIONS: Mapping[str, tuple[Callable[..., tuple[list[str], list[Tensor]]], fl
 def filter_normalised(
     objective: Objective, block: Block, *, seed: int = 0, number: int = 0
 ) -> Tensor:
-    """(P,) a Gaussian direction, each neuron of which has the norm of the neuron's parameters; 0 for norms and biases, and for
-    parameters outside of the block."""
+    """(P,) a Gaussian direction, each filter of which has the norm of the filter's parameters; 0 for norms and biases, and for
+    parameters outside of the block.
+
+    A filter is what makes one output: a block of ``partition(model, "neuron")``, and where that leaves a tensor of two or
+    more axes whole (convolutions, matrices of unknown roles), one row of it.
+    """
     parameters = {name: p.detach() for name, p in objective.parameters().items()}
     direction = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for neuron in partition(objective.model, "neuron"):
@@ -183,10 +188,29 @@ def filter_normalised(
         drawn = draw_probe(
             neuron.name, neuron.numel, seed=seed, probe=number, distribution="gaussian"
         )
+        cut = _split(neuron, drawn, parameters)
+        if _is_whole(neuron, parameters):
+            (piece,) = neuron.pieces
+            weight = parameters[piece.parameter]
+            direction[piece.parameter].copy_(_like_rows(cut[0].view(weight.shape), weight))
+            continue
         drawn *= float(gather(neuron, parameters).norm() / drawn.norm())
-        for piece, values in zip(neuron.pieces, _split(neuron, drawn, parameters), strict=True):
+        for piece, values in zip(neuron.pieces, cut, strict=True):
             piece.fill(direction[piece.parameter], values.to(direction[piece.parameter]))
     return gather(block, direction)
+
+
+def _is_whole(neuron: Block, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether it is a tensor with several filters in it."""
+    first = neuron.pieces[0]
+    return len(neuron.pieces) == 1 and first.axis is None and parameters[first.parameter].dim() > 1
+
+
+def _like_rows(drawn: Tensor, weight: Tensor) -> Tensor:
+    """The drawn tensor with every row's norm that of the weight's row."""
+    drawn, axes = drawn.to(weight), tuple(range(1, weight.dim()))
+    norms = [torch.linalg.vector_norm(t, dim=axes, keepdim=True) for t in (weight, drawn)]
+    return drawn * (norms[0] / norms[1])
 
 
 def _split(block: Block, vector: Tensor, parameters: Mapping[str, Tensor]) -> Sequence[Tensor]:
