@@ -15,19 +15,20 @@ from blockspec.optim import AdaHessian
 class Checkpointed(nn.Module):
     """Two layers, the first of which is always checkpointed, whatever the mode."""
 
-    def __init__(self, *, checkpointed=True, inputs_need_gradients=False):
+    def __init__(self, *, checkpointed=True, inputs_need_gradients=False, reentrant=True):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.first, self.second = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
         self.checkpointed, self.inputs_need_gradients = checkpointed, inputs_need_gradients
+        self.reentrant = reentrant
 
     def forward(self, x):
         if self.inputs_need_gradients:  # as transformers' enable_input_require_grads
             x = x.detach().requires_grad_()
         layer = lambda x: self.first(x).tanh()  # noqa: E731
         if self.checkpointed:
-            return self.second(checkpoints.checkpoint(layer, x, use_reentrant=True))
+            return self.second(checkpoints.checkpoint(layer, x, use_reentrant=self.reentrant))
         return self.second(layer(x))
 
 
@@ -35,9 +36,10 @@ X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.fl
 BATCH = (X, torch.tensor([0, 1, 1, 0, 1]))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("inputs_need_gradients", [False, True])
-def test_the_objective_sees_the_parameters_inside(inputs_need_gradients):
-    model = Checkpointed(inputs_need_gradients=inputs_need_gradients)
+def test_the_objective_sees_the_parameters_inside(inputs_need_gradients, reentrant):
+    model = Checkpointed(inputs_need_gradients=inputs_need_gradients, reentrant=reentrant)
     objective, plain = (
         Objective(m, [BATCH], losses.classification)
         for m in (model, Checkpointed(checkpointed=False))

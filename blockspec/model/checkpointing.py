@@ -1,10 +1,11 @@
-"""Reentrant activation checkpointing, switched off.
+"""Activation checkpointing, switched off.
 
 ``torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`` runs its part of the model inside a function of its own that
 autograd cannot look into: ``torch.autograd.grad`` finds no way to the parameters in there and takes them for unused, without a
 word, and whatever was computed from inputs without a gradient (token embeddings) is cut off altogether. Models switch it off in
-eval mode only if they ask for it themselves. A double backward keeps all activations anyway, so nothing is lost by calling that
-part directly.
+eval mode only if they ask for it themselves. The other kind computes its part again in the backward pass, where what replaces
+kernels for the forward pass may not be at work. A double backward keeps all activations anyway, so nothing is lost by calling
+that part directly.
 """
 
 from __future__ import annotations
@@ -37,13 +38,27 @@ class _Direct:
         return function(*arguments)
 
 
+def _direct_generator(*arguments: Any, **settings: Any) -> Iterator[None]:
+    """In the place of what torch's other kind does before and after the call."""
+    yield
+
+
+DIRECT = {
+    "CheckpointFunction": _Direct,
+    "_checkpoint_without_reentrant_generator": _direct_generator,
+}
+"""Names in ``torch.utils.checkpoint`` -> what stands there for the time being."""
+
+
 @contextmanager
-def without_reentrant_checkpoints() -> Iterator[None]:
-    """While this is open, what torch would checkpoint in the reentrant way is called directly."""
+def without_checkpoints() -> Iterator[None]:
+    """While this is open, what torch would checkpoint is called directly."""
     module: Any = torch.utils.checkpoint
-    before = module.CheckpointFunction
+    before = {name: getattr(module, name) for name in DIRECT if hasattr(module, name)}
     try:
-        module.CheckpointFunction = _Direct
+        for name in before:
+            setattr(module, name, DIRECT[name])
         yield
     finally:
-        module.CheckpointFunction = before
+        for name, function in before.items():
+            setattr(module, name, function)

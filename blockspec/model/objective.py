@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from blockspec.model.checkpointing import without_reentrant_checkpoints
+from blockspec.model.checkpointing import without_checkpoints
 from blockspec.model.evaluation import Copies, evaluation
 from blockspec.model.examples import Carriers, NoExamplesError, carriers, longest
 from blockspec.model.kernels import twice_differentiable
@@ -173,7 +173,7 @@ class Objective:
             )
             stack.enter_context(twice_differentiable(self.model))
             stack.enter_context(elementary_weight_norms(self.model))
-            stack.enter_context(without_reentrant_checkpoints())
+            stack.enter_context(without_checkpoints())
             stack.enter_context(nullcontext() if replaced else plain_functions())
             stack.enter_context(torch.enable_grad())
             yield

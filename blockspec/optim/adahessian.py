@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockspec.model.checkpointing import without_reentrant_checkpoints
+from blockspec.model.checkpointing import without_checkpoints
 from blockspec.model.kernels import twice_differentiable
 from blockspec.model.second_order import ACTIVATIONS, cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
@@ -119,8 +119,8 @@ class AdaHessian(torch.optim.Optimizer):
             second derivative.
 
     Mixed precision is autocast to bfloat16: a ``GradScaler`` would unscale g alone, and a v in bfloat16 is too coarse
-    to decay. Activation checkpointing of the reentrant kind is called directly within :meth:`second_order`, and must
-    not be used without; the other kind recomputes in the backward pass, which therefore belongs within it too. Under
+    to decay. Activation checkpointing is switched off within :meth:`second_order` on the steps that measure, which keep
+    all activations anyway; of the reentrant kind it must not be used without. Under
     ``DistributedDataParallel`` only :meth:`backward` and :meth:`probe` work, not ``create_graph=True``. Hooks on
     parameters see g twice where it is measured. Parameters that are sharded over processes, complex or sparse ones, and
     compiled models, which PyTorch cannot differentiate twice, are refused. Small models on a CPU take a fifth less time
@@ -225,7 +225,7 @@ class AdaHessian(torch.optim.Optimizer):
             twice_differentiable(model),
             cheap_modules(model, ACTIVATIONS),
             elementary_weight_norms(model),
-            without_reentrant_checkpoints(),
+            without_checkpoints(),
         ):
             yield
 
