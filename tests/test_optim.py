@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import accelerate
+from launching import run_script
 from models import tiny_gpt2 as small_gpt2
 from torch import nn
 
@@ -749,7 +749,7 @@ accelerator.end_training()
 def test_two_processes_with_micro_batches_do_what_one_without_does(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    python(*accelerate(2), str(script), str(tmp_path / "rank"))
+    run_script(script, str(tmp_path / "rank"))
     (processes, first), (_, second) = (
         torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)
     )

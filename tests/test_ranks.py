@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from launching import accelerate
+from launching import accelerate, together
 from models import tiny_gpt2
 
 import blockspec
@@ -105,7 +104,7 @@ def expected():
 
 @pytest.mark.parametrize(("world", "columns"), [(2, 1), (3, 1), (3, 3), (4, 2)])
 def test_numbers_are_those_of_one_process(tmp_path, expected, world, columns):
-    torch.multiprocessing.spawn(process, (world, columns, str(tmp_path)), nprocs=world)
+    together(process, world, columns, str(tmp_path), processes=world)
     for rank in range(world):
         found = np.load(tmp_path / f"{rank}.npz")
         assert set(found) == set(expected)

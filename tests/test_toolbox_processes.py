@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from launching import together
 from problems import problem
 
 import blockspec
@@ -37,7 +37,7 @@ def process(rank, folder):
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    together(process, str(tmp_path))
     expected = numbers()
     for rank in range(2):
         np.testing.assert_allclose(
