@@ -27,7 +27,9 @@ BOUNDED_TICKS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 @dataclass(frozen=True)
 class Measure:
-    """How a definition of distance is called on a colour bar, its bound, and whether its colours are logarithmic."""
+    """How a definition of distance is called on a colour bar, its bound, and whether its colours
+    are logarithmic.
+    """
 
     label: str
     bound: float | None = None
@@ -55,12 +57,14 @@ def distance_heatmaps(
     *,
     top: float | None = None,
 ) -> Figure:
-    """Distances between blocks, a map for each title, beside each other on one colour scale; up to three in a row.
+    """Distances between blocks, a map for each title, beside each other on one colour scale; up to
+    three in a row.
 
-    distances: title -> (blocks x blocks) as of ``js_distances``.
-    definition: of the distances: names the colour bar and its bound.
-    top: upper end of the colours where the definition has no bound; the largest distance if left out. 3 is that of the
-        published maps of arXiv 2402.16788 (``symmetrised-kl``).
+    Args:
+        distances: title -> (blocks x blocks) as of ``js_distances``.
+        definition: Of the distances: names the colour bar and its bound.
+        top: Upper end of the colours where the definition has no bound; the largest distance if
+            left out. 3 is that of the published maps of arXiv 2402.16788 (``symmetrised-kl``).
     """
     if definition not in MEASURES:
         raise ValueError(f"definition is one of {tuple(MEASURES)}, got {definition!r}")

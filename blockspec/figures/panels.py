@@ -1,4 +1,6 @@
-"""Panels of spectral densities: the scale that several share, and a density with its error band on it."""
+"""Panels of spectral densities: the scale that several share, and a density with its error band on
+it.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Scale:
-    """Axes that several spectra share: eigenvalues from ``low`` to ``high``, even on asinh(x / linear); densities."""
+    """Axes that several spectra share: eigenvalues from ``low`` to ``high``, even on asinh(x /
+    linear); densities.
+    """
 
     low: float
     high: float
@@ -56,7 +60,8 @@ def even_grid(low: float, high: float, linear: float, points: int = POINTS) -> n
 
 
 def resolution(spectrum: Spectrum) -> float:
-    """How closely the bulk is known, in units of an eigenvalue: the mean residual of its nodes by weight.
+    """How closely the bulk is known, in units of an eigenvalue: the mean residual of its nodes by
+    weight.
 
     At least ``RESOLUTION`` of the largest magnitude; 1 for a block of zeros.
     """
@@ -67,14 +72,18 @@ def resolution(spectrum: Spectrum) -> float:
 def resolved_density(
     spectrum: Spectrum, grid: np.ndarray, linear: float, *, like: Spectrum | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (G,) and standard error (G,) over probes of the density at the eigenvalues ``grid`` (G,), as it is drawn.
+    """Mean (G,) and standard error (G,) over probes of the density at the eigenvalues ``grid``
+    (G,), as it is drawn.
 
-    Each node is a Gaussian of ``WIDTH`` times its value, but as wide as its residual at least: where Lanczos has not
-    converged, the gaps between its nodes are no gaps of the spectrum. The density is per unit of eigenvalue, so that it
-    does not depend on the scale of the axis. The error is 0 where there is one probe.
+    Each node is a Gaussian of ``WIDTH`` times its value, but as wide as its residual at least:
+    where Lanczos has not converged, the gaps between its nodes are no gaps of the spectrum. The
+    density is per unit of eigenvalue, so that it does not depend on the scale of the axis. The
+    error is 0 where there is one probe.
 
-    linear: of the axis: around zero, no node is narrower than ``WIDTH`` times this, which the axis could not show.
-    like: a spectrum to compare with: the density is not drawn finer than that one is resolved.
+    Args:
+        linear: Of the axis: around zero, no node is narrower than ``WIDTH`` times this, which the
+            axis could not show.
+        like: A spectrum to compare with: the density is not drawn finer than that one is resolved.
     """
     nodes, weights = spectrum.nodes, spectrum.weights
     widths = np.maximum(spectrum.residuals, WIDTH * np.hypot(nodes, linear))  # (K, M)
@@ -103,7 +112,9 @@ def _gaussians(
 
 
 def scale_of(spectra: Iterable[Spectrum]) -> Scale:
-    """Axes that show every spectrum from its bulk to its outliers, as far as ``DECADES`` and ``SPAN`` allow."""
+    """Axes that show every spectrum from its bulk to its outliers, as far as ``DECADES`` and
+    ``SPAN`` allow.
+    """
     parts = list(spectra)
     norm = max(part.norm for part in parts) or 1.0
     resolutions = [resolution(part) for part in parts if not part.is_zero] or [1.0]
@@ -161,7 +172,9 @@ def mark_eigenvalues(axes: Axes, spectrum: Spectrum, *, colour: Any) -> None:
 def panel_of(
     parts: Mapping[str, Spectrum], names: Mapping[str, str], *, by_kind: bool = False
 ) -> Panel:
-    """A panel of one block, called by its short name in ``names`` or by its kind, or of the mixture of several."""
+    """A panel of one block, called by its short name in ``names`` or by its kind, or of the mixture
+    of several.
+    """
     first = next(iter(parts))
     shown = look(first, parts[first].block.kind)
     if len(parts) > 1:
@@ -176,7 +189,9 @@ def panel_of(
 
 
 def label_outer(axes: np.ndarray) -> None:
-    """Tick labels for the lowest panel of each column and the first of each row, also where the grid has holes."""
+    """Tick labels for the lowest panel of each column and the first of each row, also where the
+    grid has holes.
+    """
     for column in axes.T:
         [place for place in column if place.axison][-1].tick_params(labelbottom=True)
     for row in axes:

@@ -1,4 +1,6 @@
-"""Figures of spectra: one function each, from spectra or their tidy table to a matplotlib figure."""
+"""Figures of spectra: one function each, from spectra or their tidy table to a matplotlib
+figure.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +63,11 @@ class Row:
 def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Figure:
     """Spectral densities of the blocks side by side, on common axes.
 
-    Rows are layers (evenly spread ones where there are more than ``max_layers``), columns are kinds of block, and what
-    lies outside the layers comes last; models with fewer than three kinds of matrix in a layer get a panel a block.
-    Several blocks of one kind in one layer, such as norms, are drawn as their mixture by number of parameters. The band
-    is one standard error over probes. How curves are smoothed: see :func:`blockspec.figures.panels.resolved_density`.
+    Rows are layers (evenly spread ones where there are more than ``max_layers``), columns are kinds
+    of block, and what lies outside the layers comes last; models with fewer than three kinds of
+    matrix in a layer get a panel a block. Several blocks of one kind in one layer, such as norms,
+    are drawn as their mixture by number of parameters. The band is one standard error over probes.
+    How curves are smoothed: see :func:`blockspec.figures.panels.resolved_density`.
     """
     rows, note = _rows(spectra, max_layers)
     columns = max(len(row.panels) for row in rows)
@@ -137,7 +140,9 @@ def _wrapped(label: str, panels: Sequence[Panel], columns: int) -> list[Row]:
 def _cells(
     spectra: Mapping[str, Spectrum], *, by_layer: bool
 ) -> dict[tuple[int | None, str], dict[str, Spectrum]]:
-    """(layer, kind or name) -> the blocks that share a panel: norms, biases, the many pieces of one matrix."""
+    """(layer, kind or name) -> the blocks that share a panel: norms, biases, the many pieces of one
+    matrix.
+    """
     layer_of = {name: s.block.layer if by_layer else None for name, s in spectra.items()}
     counts = Counter(name.split("/")[0] for name in spectra)
     cells: dict[tuple[int | None, str], dict[str, Spectrum]] = {}
@@ -157,11 +162,13 @@ def esd_stages(
     normalised: str | None = None,
     max_stages: int = 6,
 ) -> Figure:
-    """The spectrum of one block at stages of training, one below the other; the first stage as a dashed line in each.
+    """The spectrum of one block at stages of training, one below the other; the first stage as a
+    dashed line in each.
 
-    normalised: None, or ``"tenth"``: eigenvalues are divided by the 10th largest one of their stage, as in figure 1 of
-        arXiv 2402.16788; see :func:`tenth_largest`.
-    max_stages: evenly spread stages are drawn where there are more.
+    Args:
+        normalised: None, or ``"tenth"``: eigenvalues are divided by the 10th largest one of their
+            stage, as in figure 1 of arXiv 2402.16788; see :func:`tenth_largest`.
+        max_stages: Evenly spread stages are drawn where there are more.
     """
     if normalised not in (None, "tenth"):
         raise ValueError(f"normalised is None or 'tenth', got {normalised!r}")
@@ -209,13 +216,17 @@ def esd_stages(
 
 
 def tenth_largest(spectrum: Spectrum) -> float:
-    """The 10th largest Ritz value, the largest over probes: the 10th largest eigenvalue, once it has converged.
+    """The 10th largest Ritz value, the largest over probes: the 10th largest eigenvalue, once it
+    has converged.
 
-    Raises ValueError where it cannot be told: fewer than 10 values, eigenvalues that may be repeated, or a value <= 0.
+    Raises:
+        ValueError: It cannot be told: fewer than 10 values, eigenvalues that may be repeated, or a
+            value <= 0.
     """
     if not spectrum.reorthogonalized:
         raise ValueError(
-            "the 10th largest eigenvalue needs reorthogonalize=True: without it eigenvalues are repeated"
+            "the 10th largest eigenvalue needs reorthogonalize=True: without it eigenvalues are "
+            "repeated"
         )
     rows = [
         np.sort(nodes[weights > 0])[::-1]
@@ -224,11 +235,13 @@ def tenth_largest(spectrum: Spectrum) -> float:
     values = [float(row[9]) for row in rows if len(row) >= 10]
     if not values:
         raise ValueError(
-            f"the 10th largest eigenvalue needs at least 10 Lanczos steps, got {max(map(len, rows))}"
+            "the 10th largest eigenvalue needs at least 10 Lanczos steps, got "
+            f"{max(map(len, rows))}"
         )
     if max(values) <= 0:
         raise ValueError(
-            f"the 10th largest Ritz value is {max(values):.3g}, not positive: take more Lanczos steps"
+            f"the 10th largest Ritz value is {max(values):.3g}, not positive: take more Lanczos "
+            "steps"
         )
     return max(values)
 
@@ -243,7 +256,9 @@ def divided(spectrum: Spectrum, unit: float) -> Spectrum:
 
 @styled
 def full_and_block_diagonal(spectra: Spectra, *, full: str = "model") -> Figure:
-    """The spectrum of the full matrix, and over it the one that it would have if it were block diagonal."""
+    """The spectrum of the full matrix, and over it the one that it would have if it were block
+    diagonal.
+    """
     whole, mixture = spectra[full], block_diagonal(spectra.select(exclude=full))
     scale = scale_of([whole])
     figure = Figure(figsize=(5.5, 2.8), layout="constrained")
@@ -257,7 +272,8 @@ def full_and_block_diagonal(spectra: Spectra, *, full: str = "model") -> Figure:
     axes.set_ylabel(DENSITY)
     figure.legend(loc="outside lower center")
     figure.suptitle(
-        f"{matrix_name(spectra)}: full, and block diagonal at the same resolution\n{smoothing_note([whole])}"
+        f"{matrix_name(spectra)}: full, and block diagonal at the same "
+        f"resolution\n{smoothing_note([whole])}"
     )
     return figure
 
@@ -269,10 +285,12 @@ def _ends(spectrum: Spectrum) -> str:
 
 @styled
 def edges_by_block(spectra: Mapping[str, Spectrum], *, max_blocks: int = 60) -> Figure:
-    """Smallest, mean and largest eigenvalue of each block: how different the blocks are, at a glance.
+    """Smallest, mean and largest eigenvalue of each block: how different the blocks are, at a
+    glance.
 
-    Bars are residuals of the extreme Ritz values and the standard error of the mean. Of models with more than
-    ``max_blocks`` blocks, the blocks of one kind in one layer share a line, and evenly spread layers are drawn.
+    Bars are residuals of the extreme Ritz values and the standard error of the mean. Of models with
+    more than ``max_blocks`` blocks, the blocks of one kind in one layer share a line, and evenly
+    spread layers are drawn.
     """
     panels, note = _lines(spectra, max_blocks)
     table = edges(panels)
@@ -308,7 +326,8 @@ def edges_by_block(spectra: Mapping[str, Spectrum], *, max_blocks: int = 60) -> 
     axes.set_ylabel("block")
     figure.legend(loc="outside lower center", ncols=3)
     figure.suptitle(
-        f"{matrix_name(spectra)}: eigenvalues of each block{note}\nbars: residuals of the ends, ± 1 standard error of the mean"
+        f"{matrix_name(spectra)}: eigenvalues of each block{note}\nbars: residuals of the ends, ± "
+        "1 standard error of the mean"
     )
     return figure
 
@@ -338,7 +357,9 @@ def _edge_markers(
 
 
 def edges(panels: Sequence[Panel]) -> pd.DataFrame:
-    """A row a panel: smallest, mean and largest eigenvalue, each with its error (nan where it cannot be known)."""
+    """A row a panel: smallest, mean and largest eigenvalue, each with its error (nan where it
+    cannot be known).
+    """
     columns = ("smallest", "smallest_error", "mean", "mean_error", "largest", "largest_error")
     rows = [(*p.spectrum.smallest, *p.spectrum.moment(1), *p.spectrum.largest) for p in panels]
     return pd.DataFrame(rows, columns=columns).astype(float)

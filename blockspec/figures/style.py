@@ -1,4 +1,6 @@
-"""How figures look: colours and markers of kinds, short block names, scales that show bulk and outliers, saving."""
+"""How figures look: colours and markers of kinds, short block names, scales that show bulk and
+outliers, saving.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from torch import nn
 from blockspec.model.architectures import layer_prefix, role
 
 RC: Any = {
-    "font.size": 8,  # of figures 7 to 9 inches wide, so that they are legible across a paper's two columns
+    # of figures 7 to 9 inches wide, so that they are legible across a paper's two columns
+    "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
     "xtick.labelsize": 7,
@@ -62,7 +65,8 @@ class Look:
     marker: str
 
 
-# Paul Tol's muted scheme, safe for colour blindness, its pale ones darkened. Kinds of like lightness differ in markers.
+# Paul Tol's muted scheme, safe for colour blindness, its pale ones darkened. Kinds of like
+# lightness differ in markers.
 KINDS: dict[str, Look] = {
     "query": Look("query", "query", "#332288", "o"),
     "key": Look("key", "key", "#3A9BD0", "s"),
@@ -84,7 +88,9 @@ KINDS: dict[str, Look] = {
     "head": Look("head", "head", "#661100", ">"),
     "other": Look("other", "other", "#444444", "."),
 }
-"""In the order in which kinds stand in figures; kinds of a user's own come after them, see ``looks_of``."""
+"""In the order in which kinds stand in figures; kinds of a user's own come after them, see
+``looks_of``.
+"""
 
 OWN = ("#0077BB", "#EE7733", "#009988", "#CC3311", "#BBBBBB")
 OWN_MARKERS = "34|_,"
@@ -130,7 +136,8 @@ def look(name: str, kind: str) -> Look:
 def looks_of(kinds: Iterable[str]) -> dict[str, Look]:
     """Kind -> look for the kinds given, each once, in the order in which they stand in figures.
 
-    A kind that is not in KINDS has a look that depends on its name alone, so that it is the same in every figure.
+    A kind that is not in KINDS has a look that depends on its name alone, so that it is the same in
+    every figure.
     """
     present = set(kinds)
     own = sorted(present - set(KINDS) - {"full"})
@@ -156,7 +163,9 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def save(figure: Figure, folder: str | os.PathLike[str], name: str) -> Path:
-    """Writes ``name.png`` and ``name.pdf`` into ``folder``, each whole or not at all; returns the path of the png."""
+    """Writes ``name.png`` and ``name.pdf`` into ``folder``, each whole or not at all; returns the
+    path of the png.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for form in ("pdf", "png"):
@@ -175,7 +184,8 @@ def save(figure: Figure, folder: str | os.PathLike[str], name: str) -> Path:
 def short_name(name: str) -> str:
     """A block's name for an axis: ``transformer.h.0.attn.c_attn.weight/query`` is ``h0.query``.
 
-    A matrix within a layer is called by its kind where its architecture is known, anything else by its module.
+    A matrix within a layer is called by its kind where its architecture is known, anything else by
+    its module.
     """
     path, *parts = name.split("/")
     kind = role(path, nn.Identity()).matrix
@@ -211,14 +221,18 @@ def _below_layer(path: str) -> list[str]:
 
 
 def _layer(path: str) -> list[str]:
-    """The components of the layer's path from the first that is numbered: ``["h", "0"]``, ``["stages", "1", "layers", "0"]``."""
+    """The components of the layer's path from the first that is numbered: ``["h", "0"]``,
+    ``["stages", "1", "layers", "0"]``.
+    """
     components = (layer_prefix(path) or "").split(".")
     numbered = [i for i, component in enumerate(components) if component[-1:].isdigit()]
     return components[max(numbered[0] - components[numbered[0]].isdigit(), 0) :] if numbered else []
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Name -> short name; names whose short names coincide are spelled longer, so that all stay different."""
+    """Name -> short name; names whose short names coincide are spelled longer, so that all stay
+    different.
+    """
     names = list(names)
     short = {name: short_name(name) for name in names}
     for longer in (_longer_name, lambda name: name.replace(".weight", ""), lambda name: name):
@@ -239,9 +253,11 @@ def spread(items: Sequence, count: int) -> list:
 def eigenvalue_axis(
     axes: Axes, which: str, low: float, high: float, linear: float, *, room: float
 ) -> None:
-    """A scale that is linear around zero and logarithmic beyond ``linear``; ticks at powers of ten and 0.
+    """A scale that is linear around zero and logarithmic beyond ``linear``; ticks at powers of ten
+    and 0.
 
-    room: what a tick label takes, as a share of the axis.
+    Args:
+        room: What a tick label takes, as a share of the axis.
     """
     axis: Axis = getattr(axes, f"{which}axis")
     getattr(axes, f"set_{which}scale")("asinh", linear_width=linear)
@@ -259,7 +275,8 @@ def eigenvalue_axis(
 
 
 def _powers(high: float, low: float, linear: float, gap: float) -> list[list[float]]:
-    """Powers of ten up to each of two ends (in units of ``linear``), ``gap`` apart on the scale from each other and from 0.
+    """Powers of ten up to each of two ends (in units of ``linear``), ``gap`` apart on the scale
+    from each other and from 0.
 
     Both sides have the same ones, counted from the largest that the shorter side has room for.
     """
@@ -284,7 +301,9 @@ def power_of_ten(value: float) -> str:
 
 
 def step_axis(axes: Axes, steps: Sequence[int], *, width: float) -> None:
-    """A logarithmic axis of steps with a place for step 0; ticks at the steps that find room in ``width`` inches."""
+    """A logarithmic axis of steps with a place for step 0; ticks at the steps that find room in
+    ``width`` inches.
+    """
     steps = sorted(steps)
     first = next((step for step in steps if step > 0), 1)
     axes.set_xscale("symlog", linthresh=first, linscale=0.5)

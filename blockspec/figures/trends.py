@@ -1,4 +1,6 @@
-"""Figures over training and across runs: heterogeneity, mean eigenvalues by kind of block, runs beside each other."""
+"""Figures over training and across runs: heterogeneity, mean eigenvalues by kind of block, runs
+beside each other.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,12 @@ QUANTITIES = {"mean": "mean eigenvalue (loss / parameter²)", "trace": "trace (l
 
 @styled
 def heterogeneity_over_training(table: pd.DataFrame) -> Figure:
-    """Mean distance over all pairs of blocks (JS^0 at step 0) over training, a panel for each definition; bars are one
-    standard error.
+    """Mean distance over all pairs of blocks (JS^0 at step 0) over training, a panel for each
+    definition; bars are one standard error.
 
-    table: columns step, definition, js0, js0_stderr, as in a run's heterogeneity.parquet; repeated rows count once.
+    Args:
+        table: Columns step, definition, js0, js0_stderr, as in a run's heterogeneity.parquet;
+            repeated rows count once.
     """
     rows = table.drop_duplicates(["definition", "step"]).sort_values("step")
     definitions = [definition for definition in MEASURES if definition in set(rows["definition"])]
@@ -77,10 +81,13 @@ def _course(axes: Axes, steps: Any, values: Any, errors: Any, shown: Look, **lin
 
 
 def kinds_over_training(table: pd.DataFrame, quantity: str = "mean") -> pd.DataFrame:
-    """Trace, or mean eigenvalue (trace / parameters), of all blocks of each kind at each step, with its standard error.
+    """Trace, or mean eigenvalue (trace / parameters), of all blocks of each kind at each step, with
+    its standard error.
 
-    Returns columns step, kind, value, stderr; kind ``full`` is the block ``model``. The traces of different blocks are
-    independent, so that their variances add; stderr is nan where it cannot be known (one probe).
+    Returns:
+        Columns step, kind, value, stderr; kind ``full`` is the block ``model``. The traces of
+        different blocks are independent, so that their variances add; stderr is nan where it cannot
+        be known (one probe).
     """
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity is one of {tuple(QUANTITIES)}, got {quantity!r}")
@@ -102,8 +109,10 @@ def kinds_over_training(table: pd.DataFrame, quantity: str = "mean") -> pd.DataF
 def trace_by_kind_over_training(table: pd.DataFrame, quantity: str = "mean") -> Figure:
     """Curvature of each kind of block over training; bars are one standard error.
 
-    table: the tidy table of spectra at several steps.
-    quantity: ``"mean"``, the mean eigenvalue (trace / parameters), which compares kinds of any size; or ``"trace"``.
+    Args:
+        table: The tidy table of spectra at several steps.
+        quantity: ``"mean"``, the mean eigenvalue (trace / parameters), which compares kinds of any
+            size; or ``"trace"``.
     """
     rows = kinds_over_training(table, quantity)
     steps = sorted(rows["step"].unique().tolist())
@@ -140,10 +149,12 @@ def _value_axis(axes: Axes, rows: pd.DataFrame) -> None:
 
 @styled
 def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Runs beside each other: heterogeneity (mean Jensen-Shannon divergence over all pairs of blocks) with its standard
-    error, and the spectra of the last step, full and by kind of block, the runs drawn over each other.
+    """Runs beside each other: heterogeneity (mean Jensen-Shannon divergence over all pairs of
+    blocks) with its standard error, and the spectra of the last step, full and by kind of block,
+    the runs drawn over each other.
 
-    tables: run name -> tidy table of spectra.
+    Args:
+        tables: Run name -> tidy table of spectra.
     """
     if not 1 <= len(tables) <= len(RUNS):
         raise ValueError(

@@ -1,5 +1,6 @@
-"""Algorithms that ask for products: a generator yields probes (K, P), is sent their products (K, P), and returns its result.
-It knows nothing of models."""
+"""Algorithms that ask for products: a generator yields probes (K, P), is sent their products (K,
+P), and returns its result. It knows nothing of models.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ Progress = Callable[[int, int | None], None]
 
 
 def run(algorithm: Algorithm[R], product: Callable[[Tensor], Tensor]) -> R:
-    """The result of one algorithm with ``product`` (K, P) -> (K, P): ``run(xtrace(...), lambda V: V @ A)``."""
+    """The result of one algorithm with ``product`` (K, P) -> (K, P): ``run(xtrace(...), lambda V: V
+    @ A)``.
+    """
     try:
         probes = next(algorithm)
         while True:

@@ -14,8 +14,9 @@ LARGE = 2**20  # entries
 def fresh(tensor: Tensor) -> Tensor:
     """A copy in memory of its own.
 
-    Tensors read from a file or cut from a message begin anywhere, new ones at a multiple of 64 bytes, and sums over the
-    same numbers differ in the last bit by where they begin. What is restored must be what it was.
+    Tensors read from a file or cut from a message begin anywhere, new ones at a multiple of 64
+    bytes, and sums over the same numbers differ in the last bit by where they begin. What is
+    restored must be what it was.
     """
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -23,10 +24,11 @@ def fresh(tensor: Tensor) -> Tensor:
 class Basis:
     """Vectors q_1 ... q_m (P,) that are only ever appended to and projected out.
 
-    fixed: (c, P) orthonormal vectors that are projected out too and come first in coefficients; not copied, where their type and
-        place allow it.
-    dtype, device: of the storage; None takes those of the vectors. bfloat16 halves the memory of float32 at the price of an
-        orthogonality of about 2^-9 / sqrt(P) between vectors (see LOG.md); arithmetic is in the vectors' own dtype.
+    fixed: (c, P) orthonormal vectors that are projected out too and come first in coefficients; not
+        copied, where their type and place allow it.
+    dtype, device: of the storage; None takes those of the vectors. bfloat16 halves the memory of
+        float32 at the price of an orthogonality of about 2^-9 / sqrt(P) between vectors (see
+        LOG.md); arithmetic is in the vectors' own dtype.
     ranks: processes that share the vectors, each keeping a part of every one.
     """
 
@@ -57,8 +59,10 @@ class Basis:
         self._append(vector[self._part])
 
     def project_out(self, vector: Tensor) -> Shared[Tensor]:
-        """Subtracts from ``vector`` (P,), in place, its part in the span, twice (the second time removes what rounding left);
-        returns its coefficients (m,) in float64. A generator, see :meth:`blockspec.numerics.ranks.Ranks.together`."""
+        """Subtracts from ``vector`` (P,), in place, its part in the span, twice (the second time
+        removes what rounding left); returns its coefficients (m,) in float64. A generator, see
+        :meth:`blockspec.numerics.ranks.Ranks.together`.
+        """
         part = vector[self._part]
         chunks = self._rows()
         sizes = [len(rows) for rows in chunks]
@@ -86,7 +90,9 @@ class Basis:
         return max(float(gram.abs().max()) for gram in grams)
 
     def combined(self, coefficients: Tensor) -> Tensor:
-        """(c, m) coefficients of all that were appended -> (c, P) their combinations, whole on every process."""
+        """(c, m) coefficients of all that were appended -> (c, P) their combinations, whole on
+        every process.
+        """
         found = torch.zeros(len(coefficients), self._whole, dtype=self._dtype, device=self._device)
         chunks = self._appended()
         for rows, share in zip(

@@ -13,8 +13,9 @@ from blockspec.numerics.ranks import Shared
 
 
 class Columns:
-    """The process of a small block: it asks for the products with all P unit vectors, one after the other; driven like
-    :class:`blockspec.numerics.lanczos.Lanczos`."""
+    """The work on a small block: it asks for the products with all P unit vectors, one after the
+    other; driven like :class:`blockspec.numerics.lanczos.Lanczos`.
+    """
 
     def __init__(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self._columns: list[Tensor] = []
@@ -37,7 +38,10 @@ class Columns:
         return unit
 
     def step(self, product: Tensor) -> Shared[None]:
-        """Takes the product with :attr:`vector`. A generator, as that of a Lanczos process; it has nothing to sum."""
+        """Takes the product with :attr:`vector`.
+
+        A generator, as that of a Lanczos recurrence; it has nothing to sum.
+        """
         self._columns.append(product.cpu())
         yield from ()
 

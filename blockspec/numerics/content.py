@@ -1,4 +1,6 @@
-"""Digests of what numbers depend on: equal for equal content, wherever it lies and whatever it is called."""
+"""Digests of what numbers depend on: equal for equal content, wherever it lies and whatever it is
+called.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ SHOWN = 16  # hexadecimal digits: two of 2**32 digests are equal by chance never
 
 
 class Digest:
-    """Content that is added piece by piece; each piece says what it is and how long, so that neighbours cannot merge.
+    """Content that is added piece by piece; each piece says what it is and how long, so that
+    neighbours cannot merge.
 
     SHA-256, because it is the fastest of hashlib where the processor has instructions for it.
     """
@@ -23,7 +26,9 @@ class Digest:
         self._hash = hashlib.sha256()
 
     def add(self, value: Any) -> Digest:
-        """Adds tensors, arrays, and nests of mappings and sequences of them; anything else by its ``repr`` or attributes."""
+        """Adds tensors, arrays, and nests of mappings and sequences of them; anything else by its
+        ``repr`` or attributes.
+        """
         if isinstance(value, Tensor):
             self._tensor(value.detach())
         elif isinstance(value, np.ndarray):
@@ -69,7 +74,9 @@ class Digest:
 
 
 def fingerprint(value: Any) -> str:
-    """A digest of a batch, or of any nest of tensors: equal for equal content, whatever it is held in."""
+    """A digest of a batch, or of any nest of tensors: equal for equal content, whatever it is held
+    in.
+    """
     return Digest().add(value).text()
 
 

@@ -10,13 +10,17 @@ RELATIVE_WIDTH = (
     0.2  # of the default smoothing: 40 Ritz values over six decades are about this far apart
 )
 REACH = 8.5  # widths: beyond, a Gaussian is below 1e-15 of its peak
-PER_WIDTH = 64  # points a width between which a cubic spline is right to 3e-9 of the peak: finer grids are interpolated
+# points a width between which a cubic spline is right to 3e-9 of the peak: finer grids are
+# interpolated
+PER_WIDTH = 64
 
 
 def smooth(
     nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray, width: float | None, linear: float
 ) -> np.ndarray:
-    """(G,) Gaussian smoothing of a discrete measure, on the axis itself (``width``) or on the scale asinh(x / linear)."""
+    """(G,) Gaussian smoothing of a discrete measure, on the axis itself (``width``) or on the scale
+    asinh(x / linear).
+    """
     if width is None:
         slope = 1 / np.hypot(grid, linear)
         return slope * gaussians(
@@ -30,8 +34,9 @@ def smooth(
 def gaussians(
     nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray, width: float, *, reach: float = REACH
 ) -> np.ndarray:
-    """(G,) sum of weighted normal densities at ``grid``, each evaluated within ``reach`` widths: beyond 8.5 it is below
-    1e-15 of its peak."""
+    """(G,) sum of weighted normal densities at ``grid``, each evaluated within ``reach`` widths:
+    beyond 8.5 it is below 1e-15 of its peak.
+    """
     order = np.argsort(grid, kind="stable")
     density = np.empty(len(grid))
     density[order] = _on_ascending(nodes, weights, grid[order], width, reach)

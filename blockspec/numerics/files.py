@@ -19,9 +19,11 @@ PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new file in the same folder to write to; it takes the place of ``path`` when the block ends without an error.
+    """A new file in the same folder to write to; it takes the place of ``path`` when the block ends
+    without an error.
 
-    Nobody else's file is written through: the name is new, so a symbolic link cannot lie in wait there.
+    Nobody else's file is written through: the name is new, so a symbolic link cannot lie in wait
+    there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +39,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_partials(folder: Path, names: re.Pattern[str]) -> None:
-    """Removes what killed programs left of files with these names; only for who alone writes there."""
+    """Removes what killed programs left of files with these names; only for who alone writes
+    there.
+    """
     for path in folder.glob(".*.partial"):
         if (match := PARTIAL.fullmatch(path.name)) and names.fullmatch(match[1]):
             path.unlink(missing_ok=True)

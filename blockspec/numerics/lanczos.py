@@ -1,10 +1,10 @@
 """Lanczos: from products with a symmetric matrix to tridiagonal matrices. Knows nothing of models.
 
-A :class:`Lanczos` is one probe's process. It is driven from outside, a product at a time, so that many of them can share a
-sweep over the data:
+A :class:`Lanczos` is one probe's recurrence. It is driven from outside, a product at a time, so
+that many of them can share a sweep over the data:
 
-    while not process.done:
-        process.advance(A @ process.vector)
+    while not recurrence.done:
+        recurrence.advance(A @ recurrence.vector)
 """
 
 from __future__ import annotations
@@ -24,19 +24,25 @@ from blockspec.numerics.ranks import Ranks, Shared
 CHUNK = 2**20  # entries whose float64 copy is small; see _dot
 
 ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-11}
-"""What is left relative to the norm of A when rounding alone is left. float32: 16 eps; the bulk of a network's spectrum begins
-not far above. float64: rounding of the first steps, amplified by later small betas, was seen at 1e-12."""
+"""What is left relative to the norm of A when rounding alone is left. float32: 16 eps; the bulk of
+a network's spectrum begins not far above. float64: rounding of the first steps, amplified by later
+small betas, was seen at 1e-12.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Tridiagonal:
     """The matrix T = Q' A Q of one probe after m steps, and what tells how far to trust it.
 
-    alphas: (m,) diagonal, float64.
-    betas: (m,) ``betas[:-1]`` is the off-diagonal; ``betas[-1]`` is the norm of what is left after the last step.
-    breakdown: the probe lies in an invariant subspace of dimension m: the m Ritz values are eigenvalues.
-    orthogonality: max |Q'Q - I|; None where the basis was not kept, or is not finished.
-    asymmetry: norm of the coefficients that are zero for a symmetric matrix without rounding; same unit as A.
+    Args:
+        alphas: (m,) diagonal, float64.
+        betas: (m,) ``betas[:-1]`` is the off-diagonal; ``betas[-1]`` is the norm of what is left
+            after the last step.
+        breakdown: The probe lies in an invariant subspace of dimension m: the m Ritz values are
+            eigenvalues.
+        orthogonality: Max |Q'Q - I|; None where the basis was not kept, or is not finished.
+        asymmetry: Norm of the coefficients that are zero for a symmetric matrix without rounding;
+            same unit as A.
     """
 
     alphas: np.ndarray
@@ -47,16 +53,20 @@ class Tridiagonal:
 
 
 class Lanczos:
-    """Lanczos process of one start vector (Lanczos 1950; full reorthogonalisation as in Parlett, "The Symmetric Eigenvalue
-    Problem", 1998, section 6.9: classical Gram-Schmidt, twice).
+    """Lanczos recurrence of one start vector (Lanczos 1950; full reorthogonalisation as in Parlett,
+    "The Symmetric Eigenvalue Problem", 1998, section 6.9: classical Gram-Schmidt, twice).
 
     start: (P,) nonzero; normalised here.
-    num_steps: steps after which it is done, at most P of them; it is done earlier after a breakdown.
-    reorthogonalize: False keeps two vectors instead of ``num_steps``, at the price of repeated copies of converged
-        eigenvalues: densities are not hurt, but counts of eigenvalues must not be read from the result.
-    deflated: (c, P) orthonormal vectors; the process runs in their complement. With ``reorthogonalize`` only.
+    num_steps: steps after which it is done, at most P of them; it is done earlier after a
+        breakdown.
+    reorthogonalize: False keeps two vectors instead of ``num_steps``, at the price of repeated
+        copies of converged eigenvalues: densities are not hurt, but counts of eigenvalues must not
+        be read from the result.
+    deflated: (c, P) orthonormal vectors; the recurrence runs in their complement. With
+        ``reorthogonalize`` only.
     storage: dtype and device of the kept vectors; None takes those of ``start``.
-    ranks: processes that run this process together, with equal products, and share the kept vectors.
+    ranks: processes that run this recurrence together, with equal products, and share the kept
+        vectors.
     """
 
     def __init__(
@@ -123,7 +133,7 @@ class Lanczos:
             self.vector = product.mul_(1 / beta)
 
     def advance(self, product: Tensor) -> None:
-        """One :meth:`step` of a process that is not shared."""
+        """One :meth:`step` of a recurrence that is not shared."""
         Ranks().together([self.step(product)])
 
     def tridiagonal(self, steps: int | None = None) -> Tridiagonal:
@@ -173,8 +183,10 @@ class Lanczos:
             self._basis.restore(tensors["basis"])
 
     def _project(self, product: Tensor, basis: Basis) -> Shared[float]:
-        """Removes the basis from ``product`` in two passes; returns alpha. What leads out of the complement of the deflated
-        vectors is no asymmetry."""
+        """Removes the basis from ``product`` in two passes; returns alpha.
+
+        What leads out of the complement of the deflated vectors is no asymmetry.
+        """
         basis.append(self.vector)
         coefficients = (yield from basis.project_out(product)).tolist()
         self.asymmetry = max(self.asymmetry, math.hypot(*coefficients[self._deflated : -2]))
@@ -196,17 +208,20 @@ def tridiagonalize(
     *,
     reorthogonalize: bool = True,
 ) -> list[Tridiagonal]:
-    """The tridiagonal matrices of K start vectors: ``tridiagonalize(lambda V: V @ A, torch.randn(K, P), M)``.
+    """The tridiagonal matrices of K start vectors: ``tridiagonalize(lambda V: V @ A, torch.randn(K,
+    P), M)``.
 
-    product: (K, P) -> (K, P), row by row a product with the same symmetric matrix; it gets only the rows not done yet.
-    starts: (K, P).
+    Args:
+        product: (K, P) -> (K, P), row by row a product with the same symmetric matrix; it gets only
+            the rows not done yet.
+        starts: (K, P).
     """
-    processes = [Lanczos(start, num_steps, reorthogonalize=reorthogonalize) for start in starts]
-    while active := [process for process in processes if not process.done]:
-        products = product(torch.stack([process.vector for process in active]))
-        for process, row in zip(active, products, strict=True):
-            process.advance(row.clone())
-    return [process.finish() for process in processes]
+    recurrences = [Lanczos(start, num_steps, reorthogonalize=reorthogonalize) for start in starts]
+    while active := [recurrence for recurrence in recurrences if not recurrence.done]:
+        products = product(torch.stack([recurrence.vector for recurrence in active]))
+        for recurrence, row in zip(active, products, strict=True):
+            recurrence.advance(row.clone())
+    return [recurrence.finish() for recurrence in recurrences]
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -30,7 +30,9 @@ class Peak:
 
 @contextmanager
 def watched(device: torch.device) -> Iterator[Peak]:
-    """Measures the peak of the device's memory while it is open; on a CPU the process's resident set."""
+    """Measures the peak of the device's memory while it is open; on a CPU the process's resident
+    set.
+    """
     result = Peak()
     gc.collect()
     if device.type == "cuda":
@@ -69,8 +71,9 @@ def total(device: torch.device) -> int:
 
 
 def parse(limit: int | float | str, device: torch.device) -> int:
-    """Bytes from a number of bytes, a share of the device (``0.8``, ``"80%"``) or a size (``"20GiB"``, ``"500 MB"``: powers of
-    1024)."""
+    """Bytes from a number of bytes, a share of the device (``0.8``, ``"80%"``) or a size
+    (``"20GiB"``, ``"500 MB"``: powers of 1024).
+    """
     if isinstance(limit, str):
         text = limit.strip()
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
@@ -80,7 +83,8 @@ def parse(limit: int | float | str, device: torch.device) -> int:
             limit = number if 0 < number <= 1 and not match[2] else int(number * UNITS[match[2]])
         else:
             raise ValueError(
-                f"memory is a number of bytes, a share of the device (0.8, 80%) or a size (20GiB), got {limit!r}"
+                "memory is a number of bytes, a share of the device (0.8, 80%) or a size (20GiB), "
+                f"got {limit!r}"
             )
     if limit <= 0:
         raise ValueError(f"memory must be positive, got {limit!r}")

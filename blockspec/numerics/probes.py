@@ -13,11 +13,13 @@ DISTRIBUTIONS = ("rademacher", "gaussian")
 def draw_probe(
     name: str, numel: int, *, seed: int = 0, probe: int = 0, distribution: str = "rademacher"
 ) -> Tensor:
-    """(numel,) float32 on the CPU: depends on the block's name, the seed and the probe's number alone.
+    """(numel,) float32 on the CPU: depends on the block's name, the seed and the probe's number
+    alone.
 
-    ``"rademacher"`` (entries +1 or -1; the default): the variance of ``v' f(A) v`` is ``2 sum_{i != j} f(A)_ij^2``, never
-    more than that of ``"gaussian"`` entries, ``2 ||f(A)||_F^2`` (Hutchinson 1990; Avron and Toledo 2011). Gaussian ones
-    do not favour the axes, and almost surely have a part along every eigenvector.
+    ``"rademacher"`` (entries +1 or -1; the default): the variance of ``v' f(A) v`` is ``2 sum_{i !=
+    j} f(A)_ij^2``, never more than that of ``"gaussian"`` entries, ``2 ||f(A)||_F^2`` (Hutchinson
+    1990; Avron and Toledo 2011). Gaussian ones do not favour the axes, and almost surely have a
+    part along every eigenvector.
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution is one of {DISTRIBUTIONS}, got {distribution!r}")

@@ -1,4 +1,7 @@
-"""Lanczos with thick restarts: the extreme eigenpairs of a symmetric matrix in bounded memory. Knows nothing of models."""
+"""Lanczos with thick restarts: the extreme eigenpairs of a symmetric matrix in bounded memory.
+
+Knows nothing of models.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,11 @@ from blockspec.numerics.algorithms import Algorithm
 from blockspec.numerics.lanczos import ROUNDING
 
 COLUMNS_AT_ONCE = 2**16  # of the Krylov vectors, when they are turned in place
-MARGIN = 0.5  # of the tolerance: what is locked is a little better, so that later rounds are not spoilt by it
-FEWEST_STEPS = 10  # of a search for what was missed: a first step sees the mean eigenvalue, with a deceptively small residual
+# of the tolerance: what is locked is a little better, so that later rounds are not spoilt by it
+MARGIN = 0.5
+# of a search for what was missed: a first step sees the mean eigenvalue, with a deceptively small
+# residual
+FEWEST_STEPS = 10
 LOOSE = 0.05  # of the largest that such a search has seen: its residual, before it is believed
 FEW = 20  # parameters, or twice as many as pairs are wanted: so small a matrix is done exactly
 
@@ -33,8 +39,10 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """What one round has found: the wanted Ritz pairs, the best first; ``settled``: they have converged, or are known not to
-    belong among the best; ``whole``: the round's vectors span all that there is, so nothing can be missing."""
+    """What one round has found: the wanted Ritz pairs, the best first; ``settled``: they have
+    converged, or are known not to belong among the best; ``whole``: the round's vectors span all
+    that there is, so nothing can be missing.
+    """
 
     values: np.ndarray
     vectors: Tensor
@@ -47,8 +55,9 @@ class Search:
     """The search for the k eigenpairs whose ``order(value)`` is largest.
 
     draw: number -> (P,) random vector.
-    tolerance: bound on the residual of each pair, relative to :meth:`own_scale`: with a bound relative to the norm of the
-        whole matrix, everything in a bulk under a large outlier would count as found after one step.
+    tolerance: bound on the residual of each pair, relative to :meth:`own_scale`: with a bound
+        relative to the norm of the whole matrix, everything in a bulk under a large outlier would
+        count as found after one step.
     basis: Krylov vectors that are kept; beside them, those that are found.
 
     scale: the norm of the matrix, as far as it is known.
@@ -73,14 +82,18 @@ class Search:
         self._drawn = 0
 
     def own_scale(self, values: np.ndarray) -> np.ndarray:
-        """The norm of the matrix without the pairs that come before each of these, as far as it is known: in order of
-        magnitude, the value itself. Not less than what rounding leaves of the residuals."""
+        """The norm of the matrix without the pairs that come before each of these, as far as it is
+        known: in order of magnitude, the value itself. Not less than what rounding leaves of the
+        residuals.
+        """
         rounding = self._rounding * self.scale / self.tolerance
         last = 0.0 if math.isinf(self._last) else abs(self._last)
         return np.maximum(np.abs(values), max(last, rounding))
 
     def run(self) -> Algorithm[Found]:
-        """Rounds of Lanczos, each orthogonal to what was found, until one finds nothing that belongs among the k best."""
+        """Rounds of Lanczos, each orthogonal to what was found, until one finds nothing that
+        belongs among the k best.
+        """
         vectors = self.draw(0)[None][:0]
         values, residuals, worst = np.empty(0), np.empty(0), -math.inf
         complete = False
@@ -101,7 +114,9 @@ class Search:
         return Found(values[best], vectors[best.tolist()], residuals[best], converged, complete)
 
     def _round(self, locked: Tensor, worst: float) -> Generator[Tensor, Tensor, Round]:
-        """Thick-restart Lanczos in the complement of ``locked``: for k pairs at first, later for one better than ``worst``."""
+        """Thick-restart Lanczos in the complement of ``locked``: for k pairs at first, later for
+        one better than ``worst``.
+        """
         size = locked.shape[1] - len(locked)
         wanted = min(self.k if worst == -math.inf else 1, size)
         exactly = worst == -math.inf and size <= min(self.basis, max(2 * self.k + 1, FEW))
@@ -180,7 +195,9 @@ class Space:
         return self._length
 
     def add(self, vector: Tensor, product: Tensor) -> float:
-        """Takes one more vector. Of its product, the part in the spaces is removed in place; returns the norm of what is left."""
+        """Takes one more vector. Of its product, the part in the spaces is removed in place;
+        returns the norm of what is left.
+        """
         at = self._length
         self.vectors[at].copy_(vector)
         self._length += 1
@@ -192,7 +209,9 @@ class Space:
         return left
 
     def project_out(self, vector: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Removes from ``vector`` its parts in ``locked`` and in the space, in place and twice; returns their coefficients."""
+        """Removes from ``vector`` its parts in ``locked`` and in the space, in place and twice;
+        returns their coefficients.
+        """
         spaces = (self.locked, self.vectors[: self._length])
         coefficients = [np.zeros(len(space)) for space in spaces]
         for _ in range(2):
@@ -203,7 +222,9 @@ class Space:
         return coefficients[0], coefficients[1]
 
     def ritz(self, left: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ritz values (m,), their vectors in this basis as columns (m, m), and their residuals (m,)."""
+        """Ritz values (m,), their vectors in this basis as columns (m, m), and their residuals
+        (m,).
+        """
         m = self._length
         values, turns = np.linalg.eigh(self._projected[:m, :m])
         return (

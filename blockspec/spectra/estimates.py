@@ -16,7 +16,8 @@ from blockspec.spectra.spectrum import Estimate
 class Estimates(Mapping[str, Estimate]):
     """Estimates by block name, in the order of the blocks; read-only.
 
-    cost: products and gradients that they took. probes: of each block, how many samples its standard error rests on.
+    cost: products and gradients that they took. probes: of each block, how many samples its
+        standard error rests on.
     positive: they are of numbers that cannot be negative.
     """
 
@@ -69,10 +70,12 @@ def frame_of(blocks: Sequence[Block], values: Iterable[Estimate]) -> pd.DataFram
 def interval(
     value: Estimate, samples: int, confidence: float = 0.95, *, positive: bool = False
 ) -> tuple[float, float]:
-    """Ends of the interval by Student's t that holds the truth with this confidence; nan where it cannot be known.
+    """Ends of the interval by Student's t that holds the truth with this confidence; nan where it
+    cannot be known.
 
-    positive: take it on the logarithmic scale. Squared norms of few samples are skewed, like a chi-square with one degree of
-    freedom where one eigenvalue dominates: of 8 samples, the plain interval then holds the truth in 85 %, this one in 91 %.
+    positive: take it on the logarithmic scale. Squared norms of few samples are skewed, like a
+    chi-square with one degree of freedom where one eigenvalue dominates: of 8 samples, the plain
+    interval then holds the truth in 85 %, this one in 91 %.
     """
     if value.stderr is None:
         return np.nan, np.nan

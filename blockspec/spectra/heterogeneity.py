@@ -1,4 +1,6 @@
-"""How different the blocks' spectra are from each other: distances between blocks, and one number for a model."""
+"""How different the blocks' spectra are from each other: distances between blocks, and one number
+for a model.
+"""
 
 from __future__ import annotations
 
@@ -36,20 +38,35 @@ def js_distances(
 ) -> pd.DataFrame:
     """Distances between the spectra of blocks: (blocks x blocks), symmetric, zero on the diagonal.
 
-    definition:
-        ``"jensen-shannon"``: the Jensen-Shannon divergence in nats, between 0 and ln 2. Each spectrum is smoothed with a
-            Gaussian of width 0.2 on the scale asinh(eigenvalue / linear), on one grid of 2000 even points that covers all
-            blocks; ``linear`` defaults to the median over the blocks of their root mean square eigenvalue. Invariant to
-            scaling all blocks (the loss) by one factor; not to scaling one block.
-        ``"symmetrised-kl"``: (KL(p||q) + KL(q||p)) / 2 in nats, unbounded: the scale of the published heat maps of "Why
-            Transformers Need Adam", which call it JS distance. Each spectrum is smoothed with a Gaussian of ``width`` in
-            units of an eigenvalue on ``points`` even points over the range of all blocks, raised to ``floor``, and
-            normalised. Depends on width, points and floor, and on the scale of the loss.
-        ``"wasserstein"``: Wasserstein-1 between the raw measures, without any smoothing, in units of an eigenvalue; scales
-            with the loss. Values can be divided by a norm to compare models.
+    ``"jensen-shannon"`` is the Jensen-Shannon divergence in nats, between 0 and ln 2. Each spectrum
+    is smoothed with a Gaussian of width 0.2 on the scale asinh(eigenvalue / linear), on one grid of
+    2000 even points that covers all blocks. It does not change when all blocks (the loss) are
+    scaled by one factor; it does when one block is.
 
-    Leave ``model`` out (``spectra.select(exclude="model")``): the full spectrum is no block beside the others. Distances between
-    estimated spectra are biased upwards by their noise; compare with two probes of the same block.
+    ``"symmetrised-kl"`` is (KL(p||q) + KL(q||p)) / 2 in nats, unbounded: the scale of the published
+    heat maps of "Why Transformers Need Adam", which call it JS distance. Each spectrum is smoothed
+    on even points over the range of all blocks, raised to ``floor``, and normalised. It depends on
+    width, points and floor, and on the scale of the loss.
+
+    ``"wasserstein"`` is the Wasserstein-1 distance between the raw measures, without any smoothing,
+    in units of an eigenvalue. It scales with the loss; divide it by a norm to compare models.
+
+    Distances between estimated spectra are biased upwards by their noise; compare with two probes
+    of the same block.
+
+    Args:
+        spectra: Of the blocks. Leave ``model`` out (``spectra.select(exclude="model")``): the full
+            spectrum is no block beside the others.
+        definition: ``"jensen-shannon"``, ``"symmetrised-kl"`` or ``"wasserstein"``.
+        linear: Of jensen-shannon: where its scale turns from linear to logarithmic, in units of an
+            eigenvalue. If left out, the median over the blocks of their root mean square
+            eigenvalue.
+        width: Of symmetrised-kl: standard deviation of the Gaussian, in units of an eigenvalue.
+        points: Of symmetrised-kl: points of the grid.
+        floor: Of symmetrised-kl: the smallest mass of a point.
+
+    Returns:
+        A table, blocks x blocks.
     """
     settings = {"linear": linear, "width": width, "points": points, "floor": floor}
     distances = _distances(list(spectra.values()), definition, settings, leave_out=None)
@@ -59,10 +76,12 @@ def js_distances(
 def js0(
     spectra: Mapping[str, Spectrum], definition: str = "jensen-shannon", **settings: float
 ) -> Estimate:
-    """Heterogeneity of a model: the mean distance over all pairs of blocks (JS^0 of arXiv 2402.16788, there at
-    initialisation), with a standard error by jackknife over probes; None with one probe, 0 where all blocks are exact.
+    """Heterogeneity of a model: the mean distance over all pairs of blocks (JS^0 of arXiv
+    2402.16788, there at initialisation), with a standard error by jackknife over probes; None with
+    one probe, 0 where all blocks are exact.
 
-    definition, settings: see :func:`js_distances`.
+    Args:
+        definition, settings: See :func:`js_distances`.
     """
     parts = list(spectra.values())
     if len(parts) < 2:
@@ -148,7 +167,9 @@ def _masses(rows: Rows, *, width: float, points: int, floor: float) -> np.ndarra
 
 
 def jensen_shannon(p: np.ndarray) -> np.ndarray:
-    """(blocks, blocks) divergences of probabilities p (blocks, cells), in nats: entropy of the mixture less the mean entropy."""
+    """(blocks, blocks) divergences of probabilities p (blocks, cells), in nats: entropy of the
+    mixture less the mean entropy.
+    """
     entropy = -xlogy(p, p).sum(1)
     distances = np.zeros((len(p), len(p)))
     for i in range(1, len(p)):
