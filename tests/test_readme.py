@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-CONTINUED = ("toolbox", "optimizer")  # these pages go on with the names of README
+CONTINUED = ("toolbox", "directions", "optimizer")  # these pages go on with the names of README
 
 
 def blocks_of(page, language="python"):
@@ -50,6 +50,13 @@ def test_readme_prints_what_it_says(names):
         else:
             assert a == b
     assert (names["folder"] / "spectra.parquet").exists()
+
+
+def test_the_page_of_directions_goes_on_with_readme(names, monkeypatch, capsys):
+    monkeypatch.chdir(names["folder"])
+    run(ROOT / "docs/directions.md", dict(names))
+    assert capsys.readouterr().out.split() == ["True", "True"]
+    assert Path("step.png").exists()
 
 
 def test_the_toolbox_page_goes_on_with_readme(names, monkeypatch, capsys):
