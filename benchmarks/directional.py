@@ -89,7 +89,7 @@ def quantisation(
     """Correlations by bit width, and the budget's outcome."""
     blocks = blockspec.partition(objective.model, exclude="*bias*")
     found = sensitivity(objective, blocks, bits)
-    rows: list[dict[str, Any]] = []
+    rows: list[Any] = []
     for chosen in (*((width,) for width in bits), bits):
         correlations = found.correlations(chosen)
         label = ", ".join(map(str, chosen))
