@@ -47,6 +47,7 @@ def study(tmp_path_factory):
     return out, collect(networks, out)
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_block_of_each_checkpoint(study):
     out, table = study
     assert len(table) == 2 * 2 * 6
@@ -106,6 +107,7 @@ def test_top_eigenvalues_are_those_of_one_probe():
     )
 
 
+@pytest.mark.slow
 def test_a_network_that_diverges_is_measured_up_to_there(tmp_path):
     training = TrainingSettings(
         **{**vars(TRAINING), "optimizer": OptimizerSettings(name="sgd", lr=1e30, clip=0.0)}

@@ -100,6 +100,7 @@ def distance(spectrum, values):
     return wasserstein_distance(spectrum.nodes.ravel(), values, spectrum.weights.ravel())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "size", "tolerance", "deflated"),
     [

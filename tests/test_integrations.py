@@ -398,6 +398,7 @@ def assert_same_spectra(one, two):
         )
 
 
+@pytest.mark.slow
 def test_accelerate_on_two_processes(tmp_path):
     """The example: losses as without, spectra as on one process."""
     program = """
@@ -416,6 +417,7 @@ def test_accelerate_on_two_processes(tmp_path):
     assert set(pd.read_parquet(tmp_path / "two/spectra.parquet")["step"]) == {0, 2}
 
 
+@pytest.mark.slow
 def test_a_trainer_on_two_processes(tmp_path):
     """Losses and everything that training depends on as without, spectra as on one process."""
     program = """
@@ -440,6 +442,7 @@ def test_a_trainer_on_two_processes(tmp_path):
     assert set(pd.read_parquet(tmp_path / "two/spectra.parquet")["step"]) == {0, 4}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_with_kill_9_goes_on(tmp_path):
     """In the middle of the second of two checkpoints; ends with the table of an unbroken run."""
     paths = json.dumps(

@@ -215,6 +215,7 @@ def test_interrupted_preparation_goes_on_where_it_stopped(make, stop, tmp_path, 
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_killed_preparation_goes_on(tmp_path):
     program = f"""
         import os, signal
@@ -494,6 +495,7 @@ def test_fixed_batches_are_numbered():
     assert seen == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_large_file_costs_no_more_memory_than_a_batch(tmp_path):
     """In a process of its own, whose peak nothing else has raised."""
     with (tmp_path / "train.bin").open("wb") as file:

@@ -171,6 +171,7 @@ def test_training_on_prepared_data_keeps_their_tokenizer(tmp_path):
     ).decode([17, 300])
 
 
+@pytest.mark.slow
 def test_killed_training_goes_on_with_the_same_losses(tmp_path):
     """A real kill -9 in the middle of an update; dropout, so random numbers matter too."""
     arguments = [
@@ -203,6 +204,7 @@ def test_killed_training_goes_on_with_the_same_losses(tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     """Through accelerate launch, on CPU with gloo; masked tokens, whose number differs between the processes."""
     arguments = [

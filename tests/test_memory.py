@@ -85,11 +85,13 @@ def growth():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
 def test_peak_memory_does_not_grow_with_the_number_of_batches(growth, curvature):
     assert growth[f"batches {curvature}"] <= ALLOWED, growth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
 def test_memory_does_not_grow_from_call_to_call(growth, curvature):
     assert growth[f"calls {curvature}"] <= ALLOWED, growth

@@ -699,6 +699,7 @@ print(psutil.Process().memory_info().rss - sizes[1])
 """
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_200_steps():
     backward, create_graph, control = (int(line) for line in python("-c", MEMORY).split())
     assert max(backward, create_graph) < 4e6
@@ -746,6 +747,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_micro_batches_do_what_one_without_does(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -128,6 +128,7 @@ def test_a_verdict_on_block_diagonality_heeds_the_error(found, verdict):
     assert judged.why.startswith("undecided") == (verdict == "not comparable")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -144,6 +145,7 @@ def test_an_exhibit_on_small_sizes(name, settings, tmp_path):
     assert all(len(table) for table in read_tables(folder).values())
 
 
+@pytest.mark.slow
 def test_residual_networks_on_small_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "ProcessPoolExecutor", Here)
     traces = {
@@ -180,6 +182,7 @@ def test_the_rise_of_a_landscape_is_from_the_centre_to_the_edge():
     assert rise.loc[20, "all", 0] == pytest.approx((4 * 3 + 2 * 1 + 2 * 2) / 8)
 
 
+@pytest.mark.slow
 def test_perceptrons_on_small_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "_pool", lambda settings: Here())
     settings = figure_5.Settings(

@@ -102,6 +102,7 @@ def expected():
     return numbers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "columns"), [(2, 1), (3, 1), (3, 3), (4, 2)])
 def test_numbers_are_those_of_one_process(tmp_path, expected, world, columns):
     together(process, world, columns, str(tmp_path), processes=world)
@@ -134,6 +135,7 @@ def launch(out, processes, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [1, 2], ids=["batches split", "blocks split"])
 def test_a_process_that_dies_ends_all_and_leaves_the_state(tmp_path, columns):
     mark = tmp_path / "mark"

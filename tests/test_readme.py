@@ -59,6 +59,7 @@ def test_the_page_of_directions_goes_on_with_readme(names, monkeypatch, capsys):
     assert Path("step.png").exists()
 
 
+@pytest.mark.slow
 def test_the_toolbox_page_goes_on_with_readme(names, monkeypatch, capsys):
     monkeypatch.chdir(names["folder"])
     run(ROOT / "docs/toolbox.md", names)

@@ -260,6 +260,7 @@ def wait_for_a_state(folder, process):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(tmp_path):
     """CI kills a few times; KILLS=20 runs the long version."""
     met = set()

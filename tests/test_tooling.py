@@ -68,6 +68,7 @@ def test_ruff_is_clean():
     assert result.returncode == 0, result.stdout[-3000:]
 
 
+@pytest.mark.slow
 def test_mypy_is_clean():
     result = command("mypy")
     assert result.returncode == 0, result.stdout[-3000:]
