@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention as attend  # as som
 from transformers.models.gemma2 import modeling_gemma2 as gemma2_code
 
 from blockspec import Objective, dense, estimate_spectra, losses, partition
+from blockspec.engine.estimate import plan_spectra
 from blockspec.model import implementations, kernels, lengths
 from blockspec.model.attention import attention
 from blockspec.model.kernels import twice_differentiable
@@ -532,3 +533,18 @@ def test_the_choice_is_by_length():
     assert not lengths.is_long(if_causal, if_causal - 1, cpu, causal=True)
     assert not lengths.is_long(if_causal, if_causal, cpu, causal=False)
     assert lengths.is_long(if_not, if_not, cpu, causal=False)
+
+
+def test_the_plan_knows_memory_and_operations(monkeypatch):
+    """Matrices are (4, 600, 600) float64, 11 MiB each, and several; strips leave out what is above the diagonal."""
+    model = models.tiny_gpt2(n_positions=600, layers=1)
+    batches = [{"input_ids": tokens(1, 600)}]
+    objective = Objective(model, batches, losses.next_token)
+    (block,) = partition(model, include="*c_attn.weight/query")
+    plans = {}
+    for tokens_from in (512, 10**6):
+        monkeypatch.setitem(lengths.LONG, "cpu", (tokens_from, tokens_from))
+        plans[tokens_from] = plan_spectra(objective, block, num_probes=1, num_steps=2)
+    assert plans[10**6].peak - plans[512].peak > 30 * 2**20
+    ours, theirs = (plans[tokens_from].table["flops"].iloc[0] for tokens_from in (512, 10**6))
+    assert 0.4 * theirs < ours < theirs
