@@ -1,10 +1,14 @@
 """Attributes of other people's objects, changed for a while."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch import nn
 
+from blockspec.model import checkpointing
 from blockspec.model.patching import patched
+from blockspec.products.precision import reduced_multiplication
 
 
 class Config:
@@ -69,3 +73,29 @@ def test_everything_comes_back_when_something_raises():
     ):
         pass
     assert module.training
+
+
+def flags_of_the_process():
+    names = checkpointing.DIRECT
+    functions = [getattr(torch.utils.checkpoint, name, None) for name in names]
+    return [*functions, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [checkpointing.without_checkpoints, lambda: reduced_multiplication("tf32")],
+    ids=["checkpoints", "tf32"],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_threads_share_is_restored_by_the_last_that_leaves(change, fails):
+    """As two threads do it: the first to come is the first to leave."""
+    before = flags_of_the_process()
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(change())
+    changed = flags_of_the_process()
+    second.enter_context(change())
+    assert changed != before
+    first.__exit__(*((KeyError, KeyError(), None) if fails else (None, None, None)))
+    assert flags_of_the_process() == changed
+    second.close()
+    assert flags_of_the_process() == before

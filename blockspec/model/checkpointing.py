@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.utils.checkpoint
 from torch.autograd.graph import Node
+
+from blockspec.model.patching import shared
 
 REENTRANT = "CheckpointFunction"  # what torch, fairscale, DeepSpeed and Megatron call theirs
 
@@ -53,12 +56,12 @@ DIRECT = {
 @contextmanager
 def without_checkpoints() -> Iterator[None]:
     """While this is open, what torch would checkpoint is called directly."""
+    with shared("checkpoints", _call_directly):
+        yield
+
+
+def _call_directly() -> Callable[[], None]:
     module: Any = torch.utils.checkpoint
     before = {name: getattr(module, name) for name in DIRECT if hasattr(module, name)}
-    try:
-        for name in before:
-            setattr(module, name, DIRECT[name])
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(module, name, function)
+    vars(module).update({name: DIRECT[name] for name in before})
+    return partial(vars(module).update, before)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from threading import Lock
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from blockspec.model.attention import attention
 from blockspec.model.lengths import is_long, say_once
+from blockspec.model.patching import shared
 
 OWN = "blockspec"
 """The name that is registered with Hugging Face, for as long as the process lives: it harms nobody."""
@@ -37,19 +37,11 @@ def switched(model: nn.Module) -> Iterator[None]:
 
     Models may share a config, in other threads too: the last one that leaves restores it.
     """
-    with _LOCK:
-        held = [config for config in _configs(model) if _hold(model, config)]
-    try:
+    with ExitStack() as stack:
+        for config in _configs(model):
+            key = ("attention implementation", id(config))
+            stack.enter_context(shared(key, partial(_switch, model, config)))
         yield
-    finally:
-        with _LOCK:
-            for config in held:
-                _release(config)
-
-
-_LOCK = Lock()
-_HELD: dict[int, list[Any]] = {}
-"""id of a config -> the config, the name that it had, how many hold it."""
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -58,31 +50,13 @@ def _configs(model: nn.Module) -> list[Any]:
     return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
 
 
-def _hold(model: nn.Module, config: Any) -> bool:
-    if id(config) in _HELD:
-        _HELD[id(config)][2] += 1
-        return True
-    name = config._attn_implementation
-    replacement = _replacement(model, config)
-    if replacement == name:
-        return False
-    _HELD[id(config)] = [config, name, 1]
-    _set(config, replacement)
-    return True
-
-
-def _release(config: Any) -> None:
-    entry = _HELD[id(config)]
-    entry[2] -= 1
-    if entry[2] == 0:
-        _set(config, entry[1])
-        del _HELD[id(config)]
-
-
-def _set(config: Any, name: str | None) -> None:
+def _switch(model: nn.Module, config: Any) -> Callable[[], None]:
     """Of this config alone: Hugging Face's own setter goes through those of its parts."""
     inner = "_attn_implementation_internal"
-    setattr(config, inner if hasattr(config, inner) else "_attn_implementation", name)
+    name = inner if hasattr(config, inner) else "_attn_implementation"
+    undo = partial(setattr, config, name, config._attn_implementation)
+    setattr(config, name, _replacement(model, config))
+    return undo
 
 
 def _replacement(model: nn.Module, config: Any) -> str | None:

@@ -1,10 +1,11 @@
-"""The one way in which this package changes other people's objects for a while."""
+"""The two ways in which this package changes other people's objects for a while: its own, and those that threads share."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 _OF_THE_CLASS = object()
@@ -34,6 +35,36 @@ def patched(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
                 setattr(target, name, value)
             elif name in vars(target):
                 delattr(target, name)
+
+
+_LOCK = Lock()
+_HELD: dict[Hashable, tuple[int, Callable[[], None]]] = {}
+"""key -> how many hold the change, and what undoes it."""
+
+
+@contextmanager
+def shared(key: Hashable, change: Callable[[], Callable[[], None]]) -> Iterator[None]:
+    """A change of what threads share: made for the first that asks, undone when the last one leaves.
+
+    Each of two threads that noted for itself what it found would note what the other one had set, and the last to
+    leave would put that back for good.
+
+    Args:
+        key: Names the change.
+        change: Makes it, and returns what undoes it.
+    """
+    with _LOCK:
+        count, undo = _HELD.get(key) or (0, change())
+        _HELD[key] = (count + 1, undo)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            count, undo = _HELD.pop(key)
+            if count > 1:
+                _HELD[key] = (count - 1, undo)
+            else:
+                undo()
 
 
 def _own(target: Any, name: str) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+from blockspec.model.patching import shared
 
 PRECISIONS = ("tf32", "bfloat16")
 
@@ -25,12 +27,21 @@ def reduced_multiplication(precision: str | None) -> Iterator[None]:
     if precision != "tf32":
         yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    try:
+    with shared("tf32", _allow_tf32):
         yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def _allow_tf32() -> Callable[[], None]:
+    flags: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = True
+
+    def undo() -> None:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+    return undo
 
 
 def reduced_model(precision: str | None, device: torch.device) -> AbstractContextManager[Any]:
