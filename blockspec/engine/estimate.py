@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockspec.engine.plan import Plan, fit, plan
+from blockspec.engine.plan import Plan, agree, fit, plan
 from blockspec.engine.results import exact_spectrum, lanczos_spectrum
 from blockspec.engine.schedule import Probing, Schedule, Task, deal
 from blockspec.engine.settings import EstimateSettings, Execution
 from blockspec.engine.state import Keeper
 from blockspec.model.blocks import Block
-from blockspec.model.identity import identity_of
+from blockspec.model.identity import identity_of, same_everywhere
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.memory import parse
-from blockspec.numerics.ranks import Ranks, arrange
+from blockspec.numerics.ranks import Ranks, arrange, everywhere
 from blockspec.products.curvature import Products
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
@@ -69,8 +69,12 @@ def estimate_spectra(
     """
     prepared = _prepare(objective, blocks, settings, columns=execution.columns)
     operator, schedule = prepared.operator, prepared.schedule
+    if operator.ranks.rows * operator.ranks.columns > 1:  # each of these is a message more
+        same_everywhere({"memory": execution.memory is None, "state": state is None})
     if execution.memory is not None:
-        schedule.budget = fit(schedule, operator, parse(execution.memory, operator.device))
+        limit = parse(execution.memory, operator.device)
+        schedule.budget = everywhere(lambda: fit(schedule, operator, limit))
+        agree(schedule, operator)
     identity = _identity(operator, prepared.blocks, settings) if state is not None else {}
     folder = None if state is None else Path(state)
     keeper = Keeper(folder, execution.state_every, identity, operator.ranks)
@@ -138,6 +142,13 @@ def _prepare(
     ranks: Ranks | None = None,
 ) -> Prepared:
     number = 1 if isinstance(blocks, Block) else len(blocks)
+    if objective is not None and objective.sharded:
+        if columns not in (None, 1):
+            raise ValueError(
+                f"columns={columns} splits the blocks over processes, but with Objective(..., sharded=True) every process is "
+                "needed for every block: leave out columns"
+            )
+        columns = 1
     ranks = ranks or arrange(number, columns=columns)
     operator, chosen = open_operator(
         objective, blocks, settings, ranks=ranks, precision=settings.precision

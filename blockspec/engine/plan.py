@@ -120,6 +120,15 @@ def fit(schedule: Schedule, operator: Operator, limit: int) -> int:
     return min(room, at_once)
 
 
+def agree(schedule: Schedule, operator: Operator) -> None:
+    """Every process has fitted its own memory; from here on all of them go by the narrowest."""
+    operator, ranks = _calibrated(operator), operator.ranks
+    whole = operator.largest_batch()
+    found = ranks.all_of((schedule.budget, operator.graphs, operator.micro_batch or whole))
+    schedule.budget, operator.graphs, micro = (min(v) for v in zip(*found, strict=True))
+    operator.micro_batch = None if micro >= whole else micro
+
+
 def _calibrated(operator: Operator) -> Calibrated:
     if not isinstance(operator, Calibrated):
         raise ValueError(

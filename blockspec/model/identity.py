@@ -39,7 +39,7 @@ def identity_of(
     """
     return dict(settings) | {
         "weights": weights_digest(objective.model),
-        "data": fingerprint_of_all(objective.whole_batches()),
+        "data": _data_digest(objective),
         "blocks": blocks_digest(blocks),
         MEASURED: _measured(objective),
     }
@@ -58,7 +58,7 @@ def same_everywhere(identity: Identity) -> None:
             raise ValueError(
                 f"processes 0 and {number} do not work on the same thing: "
                 f"{told.replace(' here', f' on process {number}')}. Every process has to make the same model (random weights "
-                "need a seed), blocks, settings and batches"
+                "need a seed), blocks, settings and batches; Objective(..., sharded=True) says that each holds batches of its own"
             )
 
 
@@ -67,6 +67,11 @@ def weights_digest(model: nn.Module) -> str:
     return fingerprint_of_all(
         item for named in (model.named_parameters(), model.named_buffers()) for item in named
     )
+
+
+def _data_digest(objective: Objective) -> str:
+    own = fingerprint_of_all(objective.whole_batches())
+    return fingerprint_of_all(gathered(own)) if objective.sharded else own
 
 
 def blocks_digest(blocks: Sequence[Block]) -> str:
@@ -98,6 +103,10 @@ def _measured(objective: Objective) -> dict[str, float]:
         dtype = parameter.dtype
     rounding = math.sqrt(torch.finfo(dtype).eps)
     gradient, product = _slopes(objective)
+    if objective.sharded:
+        gradient, product = (
+            sum(parts) for parts in zip(*gathered((gradient, product)), strict=True)
+        )
     return {
         "loss": objective.value(),
         "gradient": gradient,

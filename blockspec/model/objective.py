@@ -17,6 +17,7 @@ from blockspec.model.plain import plain_functions
 from blockspec.model.second_order import cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
 from blockspec.numerics.content import fingerprint
+from blockspec.numerics.ranks import Ranks, arrange
 
 BATCH_NORMS = ("eval", "train")
 SAVED = "saved tensor"
@@ -40,6 +41,9 @@ class Objective:
         activations, convolutions, batch norms, cross entropies and language-model heads stand in for them whose second
         derivatives are cheaper. They are the same functions; this argument is there to check that. Attention, weight norm and
         checkpoints that PyTorch cannot differentiate twice are replaced in both cases.
+    sharded: with several processes, each of them holds batches of its own, as a ``DistributedSampler`` gives them, and the
+        objective is the mean over the loss terms of all of them. Else all processes must hold the same batches, which are then
+        dealt out. (A ``DistributedSampler`` without ``drop_last`` repeats examples, so that all processes have equally many.)
 
     Raises ValueError for no batches and for another ``batch_norm``, TypeError for a model or loss that is none.
     """
@@ -53,6 +57,7 @@ class Objective:
         micro_batch: int | None = None,
         batch_norm: str = "eval",
         replacements: bool = True,
+        sharded: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a torch.nn.Module; got a {type(model).__name__}")
@@ -79,6 +84,7 @@ class Objective:
         self.micro_batch = micro_batch
         self.batch_norm = batch_norm
         self.replacements = replacements
+        self.sharded = sharded
         self._batches = batches
         self._carriers: dict[int, Carriers | NoExamplesError] = {}  # by the number of a batch
         self._copies: Copies = {}
@@ -101,11 +107,28 @@ class Objective:
         Args:
             micro_batch: Examples of a part; None: the objective's own ``micro_batch``.
         """
+        return (part for _, part in self.dealt_batches(micro_batch))
+
+    def dealt_batches(
+        self, micro_batch: int | None = None, *, row: int = 0, rows: int = 1
+    ) -> Iterator[tuple[int, Any]]:
+        """The batches that belong to one of several processes, as :meth:`batches` gives them, each with its number.
+
+        Whole batches are dealt, so that processes may cut theirs as their own memory allows. Where each process holds batches of
+        its own, all of those are its part.
+
+        Args:
+            micro_batch: Examples of a part; None: the objective's own ``micro_batch``.
+            row: Number of the process.
+            rows: Number of processes.
+        """
         size = micro_batch or self.micro_batch
         for number, batch in enumerate(self.whole_batches()):
+            if not self.sharded and number % rows != row:
+                continue
             parts = [batch] if size is None else self._cut(number, batch, size)
             for part in parts:
-                yield placed(part, self.device, self.dtype)
+                yield number, placed(part, self.device, self.dtype)
 
     def largest_batch(self) -> int:
         """Examples of the largest batch; 1 where no batch can be cut."""
@@ -201,6 +224,12 @@ class Objective:
             for batch in self.batches():
                 total, count = self._value_of(batch)
                 sums, counts = sums + float(total.detach()), counts + count
+        sums, counts = (
+            float(t)
+            for t in self._shards().sums(
+                [torch.tensor([x], dtype=torch.float64) for x in (sums, counts)]
+            )
+        )
         return sums / counts
 
     def _value_of(self, batch: Any) -> tuple[Tensor, float]:
@@ -227,7 +256,14 @@ class Objective:
                 for gradient, part in zip(gradients.values(), parts, strict=True):
                     if part is not None:
                         gradient += part
-        return {name: gradient / counts for name, gradient in gradients.items()}
+        *summed, terms = self._shards().sums(
+            [*gradients.values(), torch.tensor([counts], dtype=torch.float64)]
+        )
+        return {name: part / terms.item() for name, part in zip(gradients, summed, strict=True)}
+
+    def _shards(self) -> Ranks:
+        """The processes that hold a part of the data each."""
+        return arrange(1) if self.sharded else Ranks()
 
     def check(self) -> None:
         """Everything that can be known to be wrong before the expensive part.

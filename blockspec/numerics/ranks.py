@@ -74,6 +74,15 @@ class Ranks:
         """Every process's item, in the order of the ranks."""
         return [item] if self.columns * self.rows == 1 else gathered(item)
 
+    def of_column(self, item: T) -> list[T]:
+        """The items of the processes of this column."""
+        if self.rows == 1:
+            return [item]
+        items: list[Any] = [None] * self.rows
+        with _explained():
+            dist.all_gather_object(items, item, group=self.group)
+        return items
+
     def first_of_column(self, flag: bool) -> bool:
         """The flag of the column's first process, known to all of the column: a decision by the clock."""
         if self.rows == 1:
@@ -89,6 +98,11 @@ def arrange(num_blocks: int, *, columns: int | None = None) -> Ranks:
     if not _several():
         return Ranks()
     world = dist.get_world_size()
+    if len(different := set(gathered((num_blocks, columns)))) > 1:
+        raise ValueError(
+            f"processes ask for different numbers of (blocks, columns): {sorted(different, key=str)}; every process has to "
+            "make the same call"
+        )
     columns = columns or (world if num_blocks >= MANY * world else 1)
     if world % columns or columns > num_blocks:
         raise ValueError(

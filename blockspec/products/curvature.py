@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +87,8 @@ class Products:
         self.graphs = graphs
         self.precision = precision
         self.micro_batch = objective.micro_batch
-        self._kept: list[tuple[Apply, float]] = []
+        self._compared = False
+        self._kept: list[tuple[int, Apply, float]] = []
         self._kept_parameters: frozenset[str] = frozenset()
         self.gradients = 0
         self.products = 0
@@ -133,44 +135,68 @@ class Products:
         A unit is a micro-batch. The products that ``each`` is given are sums over the unit's loss terms. The units of all
         processes are returned, in the order of the batches.
         """
-        units: list[Unit] = []
+        units: list[tuple[int, Unit]] = []
         found = self._pass([(block, vector, targets) for block, vector in requests], each, units)
         if self.ranks.rows == 1:
-            return found, units
-        everyone = self.ranks.all_of((self.ranks.column, self.ranks.row, units))
-        rows = [
-            own
-            for column, _, own in sorted(everyone, key=lambda part: part[:2])
-            if column == self.ranks.column
-        ]
-        return found, [u for turn in zip_longest(*rows) for u in turn if u is not None]
+            return found, [unit for _, unit in units]
+        everyone = self.ranks.all_of((self.ranks.column, units))
+        column = [unit for c, own in everyone if c == self.ranks.column for unit in own]
+        return found, [unit for _, unit in sorted(column, key=itemgetter(0))]
 
     def _pass(
         self,
         requests: Sequence[Request],
         each: Reduce | None = None,
-        units: list[Unit] | None = None,
+        units: list[tuple[int, Unit]] | None = None,
     ) -> list[list[Tensor]]:
+        self._compare(requests)
         while True:
+            totals = [
+                [vector.new_zeros(target.numel) for target in targets]
+                for _, vector, targets in requests
+            ]
+            terms, error = 0.0, None
             try:
-                return self._try_pass(requests, each, units)
-            except (RuntimeError, MemoryError) as error:
-                if not memory.is_exhausted(error) or not self._halve_micro_batch():
+                terms = self._own_part(totals, requests, each, units)
+            except (RuntimeError, MemoryError) as raised:
+                if not memory.is_exhausted(raised):
                     raise
-                if units is not None:
-                    units.clear()
+                error = raised.with_traceback(None)  # its frames hold the graph
+            # One message: a process without memory takes part in it, so that the others need not wait, and all begin anew
+            words = torch.tensor([terms, float(error is not None)], dtype=torch.float64)
+            *parts, words = self.ranks.sums([*(p for total in totals for p in total), words])
+            terms, exhausted = words.tolist()
+            if not exhausted:
+                return self._checked(requests, [part.div_(terms) for part in parts])
+            if not self._halve_micro_batch():
+                raise error or MemoryError("another process of this run is out of memory")
+            if units is not None:
+                units.clear()
 
-    def _try_pass(
-        self, requests: Sequence[Request], each: Reduce | None, units: list[Unit] | None
-    ) -> list[list[Tensor]]:
-        totals = [
-            [vector.new_zeros(target.numel) for target in targets]
-            for _, vector, targets in requests
-        ]
+    def _compare(self, requests: Sequence[Request]) -> None:
+        """The first pass is the same on all processes that share it: a sum of products of other vectors has no meaning."""
+        if self._compared or self.ranks.rows == 1:
+            return
+        self._compared = True
+        own = [(source.name, len(targets), _trace_of(v)) for source, v, targets in requests]
+        if len({str(told) for told in self.ranks.of_column(own)}) > 1:
+            raise ValueError(
+                "the processes ask for products with different vectors or blocks: every process has to make the same call, "
+                "with the same seed and the same numbers of probes and steps"
+            )
+
+    def _own_part(
+        self,
+        totals: list[list[Tensor]],
+        requests: Sequence[Request],
+        each: Reduce | None,
+        units: list[tuple[int, Unit]] | None,
+    ) -> float:
+        """Adds this process's batches to ``totals``; returns their number of loss terms."""
         blocks = [block for source, _, targets in requests for block in (source, *targets)]
-        terms = torch.zeros(1, dtype=torch.float64)
+        terms = 0.0
         with self.objective.prepared(), explained(), reduced_multiplication(self.precision):
-            for apply, count in self._linearised(self._named(blocks)):
+            for batch, apply, count in self._linearised(self._named(blocks)):
                 terms += count
                 values = []
                 for number, (total, request) in enumerate(zip(totals, requests, strict=True)):
@@ -180,11 +206,11 @@ class Products:
                     for whole, part in zip(total, parts, strict=True):
                         whole += part.to(whole)
                 if units is not None:
-                    units.append(Unit(count, values))
-        parts = [part for total in totals for part in total]
-        *parts, terms = self.ranks.sums([*parts, terms])
-        for part in parts:
-            part /= terms.item()
+                    units.append((batch, Unit(count, values)))
+        return terms
+
+    def _checked(self, requests: Sequence[Request], parts: list[Tensor]) -> list[list[Tensor]]:
+        """The products of each request, which are finite."""
         results = iter(parts)
         products = [[next(results) for _ in targets] for _, _, targets in requests]
         for (block, _, _), found in zip(requests, products, strict=True):
@@ -195,20 +221,23 @@ class Products:
                 )
         return products
 
-    def _linearised(self, parameters: Tensors) -> Iterator[tuple[Apply, float]]:
+    def _linearised(self, parameters: Tensors) -> Iterator[tuple[int, Apply, float]]:
+        """Of each micro-batch that is this process's: the number of its batch, its products, its number of loss terms."""
         if parameters.keys() <= self._kept_parameters:
             yield from self._kept
             return
         self._forget()
-        batches = islice(self.batches(), self.ranks.row, None, self.ranks.rows)
+        batches = self.objective.dealt_batches(
+            self.micro_batch, row=self.ranks.row, rows=self.ranks.rows
+        )
         ahead = list(islice(batches, self.graphs + 1))
         kept = []
-        for batch in chain(ahead, batches):
+        for number, batch in chain(ahead, batches):
             apply, count = self.linearise(batch, parameters)
             self.gradients += 1
             if len(ahead) <= self.graphs:
-                kept.append((apply, count))
-            yield apply, count
+                kept.append((number, apply, count))
+            yield number, apply, count
             del apply  # the graph is freed before the next batch makes its own
         if kept:
             self._kept, self._kept_parameters = kept, frozenset(parameters)
@@ -373,6 +402,12 @@ def _gauss_newton(
         return _grad([outputs], wanted, grad_outputs=[middle(tangent[""])], retain_graph=True)
 
     return apply
+
+
+def _trace_of(vector: Tensor) -> str:
+    """What tells a vector from others, from its first entries."""
+    first = vector[:64].double().cpu()
+    return f"{len(vector)} {float(first @ torch.arange(1.0, len(first) + 1).double()):.6g}"
 
 
 def _is_finite(tensor: Tensor) -> bool:

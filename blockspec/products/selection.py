@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from blockspec.model.blocks import Block
+from blockspec.model.identity import Identity, blocks_digest, identity_of, same_everywhere
 from blockspec.model.objective import Objective
-from blockspec.numerics.ranks import Ranks, arrange
+from blockspec.numerics.ranks import Ranks, arrange, everywhere
 from blockspec.products.curvature import Products
 from blockspec.products.operators import Operator
 from blockspec.products.requests import checked_blocks
@@ -62,6 +63,18 @@ def open_operator(
         raise ValueError(
             f"precision={precision!r} goes with the name of a matrix, not with an operator"
         )
-    chosen = checked_blocks(operator.parameters, blocks)
+    chosen = everywhere(lambda: checked_blocks(operator.parameters, blocks))
+    if operator.ranks.rows * operator.ranks.columns > 1:
+        same_everywhere(_identity(operator, chosen, settings))
     operator.check(chosen)
     return operator, chosen
+
+
+def _identity(operator: Operator, blocks: Sequence[Block], settings: OperatorSettings) -> Identity:
+    """What all processes must agree on before the first of them waits for another."""
+    named = {name: str(value) for name, value in vars(settings).items() if name != "curvature"}
+    named["curvature"] = operator.curvature
+    objective = operator.objective
+    if objective is None:
+        return named | {"blocks": blocks_digest(blocks)}
+    return everywhere(lambda: identity_of(objective, blocks, named))
