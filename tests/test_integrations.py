@@ -367,7 +367,7 @@ def test_a_wrapped_model_is_refused_with_the_remedy(tmp_path):
             partition(model),
         )
     compiled = torch.compile(model, backend="eager")
-    with pytest.raises(ValueError, match=r"OptimizedModule: .* before torch\.compile"):
+    with pytest.raises(ValueError, match=r"the model is compiled .*model\._orig_mod"):
         record(
             tmp_path,
             0,

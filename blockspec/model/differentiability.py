@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.autograd.graph import Node
 
 from blockspec.model.checkpointing import hiding
 from blockspec.model.objective import Objective
+from blockspec.model.suitability import explained, remedy
 
 FORBIDDEN = "torch::autograd::Error"  # the node that `once_differentiable` leaves; it is never run where it leads to no parameter
 
@@ -45,23 +45,7 @@ def check_twice_differentiable(objective: Objective, names: Iterable[str]) -> No
     )
     if lost or forbidding:
         named = ", ".join(sorted(lost)) or "a function marked once_differentiable"
-        raise ValueError(_remedy(f"{named} has no second derivative"))
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Says what to do about a kernel without a second derivative."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if ("derivative" in text and "is not implemented" in text) or "once_differentiable" in text:
-            raise ValueError(_remedy(text)) from error
-        if "Expected mat_a to be" in text:
-            raise ValueError(
-                f"fused experts ({text}): call model.set_experts_implementation('eager') first"
-            ) from error
-        raise
+        raise ValueError(remedy(f"{named} has no second derivative"))
 
 
 def nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
@@ -86,10 +70,3 @@ def _watch(node: Node, lost: set[str]) -> Any:
             lost.add(node.name().removesuffix("Backward"))
 
     return hook
-
-
-def _remedy(what: str) -> str:
-    return (
-        f"the model uses a kernel that cannot be differentiated twice and could not be replaced ({what}); switch it off in the "
-        "model (fused or flash attention, fused norms), e.g. attn_implementation='eager'"
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from blockspec.model.examples import Carriers, NoExamplesError, carriers, longes
 from blockspec.model.kernels import twice_differentiable
 from blockspec.model.plain import plain_functions
 from blockspec.model.second_order import cheap_modules
+from blockspec.model.suitability import check_batch, check_model, explained, length_of
 from blockspec.model.weight_norms import elementary_weight_norms
 from blockspec.numerics.content import fingerprint
 from blockspec.numerics.ranks import Ranks, arrange
@@ -73,9 +74,10 @@ class Objective:
             raise ValueError(f"batch_norm is one of {BATCH_NORMS}, got {batch_norm!r}")
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch is a whole number >= 1 or None, got {micro_batch}")
+        check_model(model)
         if isinstance(batches, Iterator):
             batches = list(batches)
-        if isinstance(batches, Sized) and len(batches) == 0:
+        if length_of(batches) == 0:
             raise ValueError(
                 "no batches: the list is empty, or the iterator had ended; pass a list of at least one batch"
             )
@@ -273,8 +275,9 @@ class Objective:
         """
         if not isinstance(self._batches, (list, tuple)):  # those give the same objects again
             _check_repeatable(self._batches)
-        with self.prepared():
+        with self.prepared(), explained():
             for batch in self.batches():
+                check_batch(batch)
                 total, count = self.loss_sum(batch)
                 if count > 0:
                     break

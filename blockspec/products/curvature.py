@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from blockspec.model.blocks import Block, gather, scatter
-from blockspec.model.differentiability import check_twice_differentiable, explained
+from blockspec.model.differentiability import check_twice_differentiable
 from blockspec.model.losses import Loss
 from blockspec.model.objective import Objective
+from blockspec.model.suitability import check_unsharded, explained
 from blockspec.numerics import memory
 from blockspec.numerics.ranks import Ranks
 from blockspec.products.calibration import Costs, seconds_of, time_products
@@ -106,6 +107,7 @@ class Products:
 
     def check(self, blocks: Sequence[Block]) -> None:
         """Raises ValueError where the objective is not deterministic, not finite, or has no second derivative."""
+        check_unsharded(self._parameters)
         self.objective.check()
         names = [name for block in blocks for name in block.parameters]
         check_twice_differentiable(self.objective, names)
