@@ -6,7 +6,7 @@ differentiated is explained where it happens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,7 +94,7 @@ def length_of(batches: Iterable[Any]) -> int | None:
 
     Raises ValueError for a DataLoader over a stream, which may never end.
     """
-    if not hasattr(batches, "__len__"):
+    if not isinstance(batches, Sized):
         return None
     try:
         return len(batches)
