@@ -6,6 +6,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from blockspec.optim import AdaHessian
@@ -18,6 +19,7 @@ from training.optimizers import (
     parameter_groups,
     share_of_peak,
 )
+from training.state import latest_state, save_state
 from training.trainer import TrainingSettings, mean_loss, train
 
 SETTINGS = TrainingSettings(
@@ -345,3 +347,21 @@ def test_tensorboard_has_the_losses(tmp_path):
     torch.testing.assert_close(
         [event.value for event in found], losses(tmp_path).tolist(), rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdaHessian"])
+def test_what_a_state_restores_begins_where_new_tensors_do(tmp_path, name):
+    """Sums differ in the last bit by where their numbers begin in memory, and resumed training is bit-equal."""
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 7), torch.nn.Linear(7, 61))
+    make = torch.optim.AdamW if name == "AdamW" else AdaHessian
+    model, wrapped = accelerator.prepare(model, make(model.parameters()))
+    optimizer = wrapped.optimizer
+    loss = model(torch.ones(2, 3)).square().sum()
+    optimizer.backward(loss) if name == "AdaHessian" else loss.backward()
+    wrapped.step()
+    save_state(tmp_path, 1, accelerator)
+    assert latest_state(tmp_path, accelerator) == 1
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = [value for value in [*model.parameters(), *kept] if isinstance(value, torch.Tensor)]
+    assert {tensor.data_ptr() % 64 for tensor in tensors} == {0}

@@ -13,16 +13,8 @@ from blockspec.model.checkpointing import without_checkpoints
 from blockspec.model.kernels import twice_differentiable
 from blockspec.model.second_order import ACTIVATIONS, cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
+from blockspec.optim import checks
 from blockspec.optim.averaging import SpatialAveraging, averaging
-from blockspec.optim.checks import (
-    check_dense,
-    check_group,
-    check_parameters,
-    check_state,
-    described,
-    warn_of_nonfinite,
-    warn_of_unmeasured,
-)
 from blockspec.optim.measurement import (
     Measured,
     explained,
@@ -34,6 +26,7 @@ from blockspec.optim.measurement import (
     signs,
     suspects,
 )
+from blockspec.optim.updates import update
 
 OF_ALL = ("update_each", "num_probes", "spatial_averaging", "average_vectors")
 """Settings that all parameters share."""
@@ -184,7 +177,7 @@ class AdaHessian(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every optimizer's; the state of another one is refused."""
-        check_state(state_dict)
+        checks.check_state(state_dict)
         super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -194,9 +187,9 @@ class AdaHessian(torch.optim.Optimizer):
             raise ValueError(
                 f"{min(own)} is one setting for all parameters; give it to AdaHessian, not to a group"
             )
-        check_group(self.defaults | param_group)
+        checks.check_group(self.defaults | param_group)
         super().add_param_group(param_group)
-        check_parameters(self.param_groups[-1])
+        checks.check_parameters(self.param_groups[-1])
         for name in ("seed", "num_steps"):
             self.param_groups[-1][name] = self.param_groups[0][name]
         if hasattr(self, "_average"):
@@ -294,7 +287,7 @@ class AdaHessian(torch.optim.Optimizer):
                 if parameter.grad is not None and "hessian_diag_sq" in self.state[parameter]:
                     alike.setdefault(self.state[parameter].get("step", 0), []).append(parameter)
             for behind, parameters in alike.items():
-                _update(group, behind, parameters, [self.state[p] for p in parameters])
+                update(group, behind, parameters, [self.state[p] for p in parameters])
             group["num_steps"] += 1
         return loss
 
@@ -314,7 +307,9 @@ class AdaHessian(torch.optim.Optimizer):
         unmeasured = [p for p in used if p not in self._gathered]
         if unmeasured and not self._told:
             self._told = True
-            warn_of_unmeasured(described(unmeasured[0], self._names()), len(unmeasured))
+            checks.warn_of_unmeasured(
+                checks.described(unmeasured[0], self._names()), len(unmeasured)
+            )
         if num_processes() > 1:  # all of them send the same tensors
             self._gathered |= {p: torch.zeros_like(p) for p in unmeasured}
         measured = [p for p in used if p in self._gathered]
@@ -332,8 +327,11 @@ class AdaHessian(torch.optim.Optimizer):
             new = diagonals.pop(parameter)
             lost = int((~is_finite(new)).sum())
             if lost and not self.nonfinite_entries:
-                what, step = described(parameter, self._names()), self.param_groups[0]["num_steps"]
-                warn_of_nonfinite(what, lost, parameter.numel(), step)
+                what, step = (
+                    checks.described(parameter, self._names()),
+                    self.param_groups[0]["num_steps"],
+                )
+                checks.warn_of_nonfinite(what, lost, parameter.numel(), step)
             self.nonfinite_entries += lost
             kept = finite(new, self.state[parameter].get("hessian_diag_sq"))
             if kept is not None:
@@ -345,7 +343,7 @@ class AdaHessian(torch.optim.Optimizer):
         self, gradients: Mapping[Tensor, Tensor], *, retain_graph: bool = False
     ) -> dict[Tensor, Tensor]:
         """z * (H z) of our parameters among those given, averaged over the probes; frees the gradients' graphs."""
-        check_dense(gradients, self._names())
+        checks.check_dense(gradients, self._names())
         parameters = [p for group in self.param_groups for p in group["params"]]
         given = [p for p in parameters if p in gradients]
         curved = [p for p in given if gradients[p].requires_grad]
@@ -399,30 +397,3 @@ class AdaHessian(torch.optim.Optimizer):
             )
         ]
         return dict(pairs)
-
-
-def _update(
-    group: Mapping[str, Any], step: int, parameters: list[Tensor], states: list[dict[str, Any]]
-) -> None:
-    """The step of the class's docstring, for all parameters of a group that have the same number of steps behind them."""
-    for parameter, state in zip(parameters, states, strict=True):
-        if not step:
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_hessian_diag_sq"] = torch.zeros_like(parameter)
-        state["step"] = step + 1
-    beta1, beta2 = group["betas"]
-    lr = float(group["lr"])
-    mean = [state["exp_avg"] for state in states]
-    square = [state["exp_hessian_diag_sq"] for state in states]
-    torch._foreach_lerp_(mean, [p.grad for p in parameters if p.grad is not None], 1 - beta1)
-    torch._foreach_lerp_(square, [state["hessian_diag_sq"] for state in states], 1 - beta2)
-    # Both bias corrections go into numbers: two passes over the tensors less.
-    half_power = group["hessian_power"] / 2
-    correction = (1 - beta2 ** (step + 1)) ** half_power
-    denominator = torch._foreach_pow(square, half_power)
-    torch._foreach_add_(denominator, group["eps"] * correction)
-    if group["weight_decay"]:
-        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-    torch._foreach_addcdiv_(
-        parameters, mean, denominator, value=-lr * correction / (1 - beta1 ** (step + 1))
-    )
