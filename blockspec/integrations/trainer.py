@@ -98,7 +98,7 @@ class SpectrumCallback(TrainerCallback):
         model = self.trainer.model
         assert isinstance(model, nn.Module)
         self.objective = Objective(model, self.batches, self.loss)
-        self.chosen = choose_blocks(model, self.blocks)
+        self.chosen = choose_blocks(self.objective, self.blocks)
         begins = state.global_step == 0
         self.training = {name: str(getattr(args, name, None)) for name in TRAINING}
         check(

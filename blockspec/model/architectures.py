@@ -333,6 +333,7 @@ def _contexts(part: str) -> list[str]:
         for context, words in CONTEXTS.items()
         if any(word in part or word == "=" + part for word in words)
         and not (context == "@attention" and "linear" in part)
+        and not (context == "@head" and ("attention" in part or "attn" in part))
     ]
 
 
@@ -356,6 +357,6 @@ def layer_key(prefix: str) -> str:
     return re.sub(rf"(^|\.)(?:{'|'.join(BESIDE)})\.(\d+)$", rf"\1{BESIDE[0]}.\2", prefix)
 
 
-def unit(by: str, matrix: str, ending: str) -> str | None:
-    """What ``by`` cuts a matrix of this kind and name into: head, neuron, token, or None: nothing."""
-    return CUTS.get(by, {}).get("token" if ending in TOKENS else matrix)
+def unit(by: str, matrix: str, tokens: bool) -> str | None:
+    """What ``by`` cuts a matrix of this kind into: head, neuron, token, or None: nothing."""
+    return CUTS.get(by, {}).get("token" if tokens else matrix)

@@ -8,14 +8,16 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blockspec.model.architectures import Names, layer_key, layer_prefix, role, unit
-from blockspec.model.cuts import Heads, fused_rows, heads_around
+from blockspec.model.architectures import Names, layer_key, layer_prefix, unit
 from blockspec.model.pieces import Block as Block
 from blockspec.model.pieces import Piece as Piece
+from blockspec.model.roles import Layout, layouts, watch_example
+from blockspec.model.watching import Seen
 
 GRANULARITIES = ("tensor", "matrix", "head", "neuron", "layer", "model")
 Patterns = str | Sequence[str]
@@ -42,19 +44,12 @@ def scatter(block: Block, vector: Tensor, like: Mapping[str, Tensor]) -> dict[st
     start = 0
     for piece in block.pieces:
         reference = like[piece.parameter]
-        if piece.axis is None:
-            stop = start + reference.numel()
+        stop = start + piece.size(reference.shape)
+        if piece.whole:
             tensors[piece.parameter] = vector[start:stop].view(reference.shape).to(reference)
         else:
             if piece.parameter not in tensors:
                 tensors[piece.parameter] = torch.zeros_like(reference)
-            assert piece.index is not None
-            rows = (
-                len(piece.index)
-                if isinstance(piece.index, tuple)
-                else piece.index.stop - piece.index.start
-            )
-            stop = start + reference.numel() // reference.shape[piece.axis] * rows
             piece.fill(tensors[piece.parameter], vector[start:stop].to(reference))
         start = stop
     return tensors
@@ -66,6 +61,7 @@ def partition(
     include: Patterns | None = None,
     exclude: Patterns | None = None,
     *,
+    example: Any = None,
     names: Names | None = None,
 ) -> tuple[Block, ...]:
     """Cut the parameters that require gradients into blocks.
@@ -82,6 +78,10 @@ def partition(
             blocks; they must cover everything, once.
         include: Glob, or several, on block names: blocks that match none are left out.
         exclude: Glob, or several, on block names: blocks that match one are left out.
+        example: A batch that the model takes (a mapping, a pair whose first is the input, a tensor), or a function
+            that runs the model and gives its outputs. With it, roles are found by watching one forward pass on the
+            first example of the batch and at most ten small gradients, see :mod:`blockspec.model.watching`; where that
+            disagrees with the names, it wins, and ``Block.note`` says so. Without it, names alone decide.
         names: What the parts of your model are called, kind -> endings of names: ``{"query": ["attn.my_q"],
             "mlp_in": ["@mlp.first"]}``; see ``blockspec.model.architectures.ENDINGS``. They come before the known ones.
             A kind may be one of your own.
@@ -103,24 +103,34 @@ def partition(
             f"no parameter of {type(model).__name__} requires gradients, so there is nothing to differentiate by: "
             "model.requires_grad_(True)"
         )
+    seen = {} if example is None or by == "model" else watch_example(model, example)
     blocks = (
-        _blocks(model, by, names)
+        _blocks(model, by, names, seen)
         if isinstance(by, str)
-        else _own_blocks(_blocks(model, "matrix", names), by)
+        else _own_blocks(_blocks(model, "matrix", names, seen), by)
     )
     return _selected(blocks, include, exclude)
 
 
-def _blocks(model: nn.Module, by: str, known: Names | None) -> list[Block]:
+def _blocks(
+    model: nn.Module, by: str, known: Names | None, seen: Mapping[str, Seen]
+) -> list[Block]:
     if by == "model":
-        return [_union("model", _blocks(model, "tensor", known))]
+        return [_union("model", _blocks(model, "tensor", known, seen))]
     prefixes, numbers = _layers(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    wanted = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+    found = layouts(model, wanted, known, seen)
     pieces = [
-        Block(name, kind, numbers.get(prefixes.get(parameter, "")), numel, (piece,))
-        for parameter, tensor in model.named_parameters()
-        if tensor.requires_grad and tensor.numel()
-        for name, kind, piece, numel in _cut(parameter, tensor, modules, by, known)
+        Block(
+            name,
+            kind,
+            numbers.get(prefixes.get(parameter, "")),
+            piece.size(tensor.shape),
+            (piece,),
+            found[parameter].note,
+        )
+        for parameter, tensor in wanted.items()
+        for name, kind, piece in _cut(parameter, tensor, found[parameter], by)
     ]
     return _by_layer(pieces, prefixes) if by == "layer" else pieces
 
@@ -155,61 +165,39 @@ def _by_layer(blocks: Sequence[Block], prefixes: Mapping[str, str]) -> list[Bloc
     ]
 
 
-def _cut(
-    name: str, tensor: Tensor, modules: Mapping[str, nn.Module], by: str, known: Names | None
-) -> Iterator[tuple[str, str, Piece, int]]:
-    """Name, kind, piece and size of every block that ``by`` cuts the parameter into."""
-    path = name.rpartition(".")[0]
-    part = role(name, modules[path], known)
-    # Beyond two axes nothing is known of the first: experts, or channels.
-    if (
-        by in ("tensor", "layer")
-        or part.kind in ("norm", "adapter")
-        or tensor.ndim > 2
-        or tensor.ndim == 0
-    ):
-        yield name, part.kind, Piece(name), tensor.numel()
+def _cut(name: str, tensor: Tensor, layout: Layout, by: str) -> Iterator[tuple[str, str, Piece]]:
+    """Name, kind and piece of every block that ``by`` cuts the parameter into."""
+    if by in ("tensor", "layer") or not layout.cuttable:
+        yield name, layout.kind, Piece(name)
         return
-    size = tensor.shape[part.axis]
-    heads = heads_around(modules, path)
-    inputs = _inputs(name, size, modules[path])
-    fused = fused_rows(part, size, _attention(name, modules), heads, inputs)
-    for matrix, rows in (fused or {part.matrix: range(size)}).items():
-        stem = f"{name}/{matrix}" if fused else name
-        kind = "bias" if part.kind == "bias" else matrix
-        what = unit(by, matrix, part.ending)
-        for suffix, some in _units(
-            rows, what if tensor.ndim == 2 or what == "head" else None, matrix, heads, inputs
-        ):
-            piece = Piece(name) if len(some) == size else Piece(name, part.axis, _index(some))
-            yield stem + suffix, kind, piece, tensor.numel() // size * len(some)
+    experts = range(tensor.shape[0]) if layout.experts else [None]
+    axis = None if layout.axis is None else layout.axis - layout.experts
+    size = 1 if layout.axis is None else tensor.shape[layout.axis]
+    for expert in experts:
+        stem = name if expert is None else f"{name}/expert_{expert}"
+        for matrix, rows in (layout.parts or {layout.matrix: range(size)}).items():
+            kind = "bias" if layout.kind == "bias" else matrix
+            part = f"{stem}/{matrix}" if layout.parts else stem
+            for suffix, some in _units(rows, _unit(by, matrix, tensor, layout), matrix, layout):
+                whole = len(some) == size
+                at, rows_ = (None, None) if whole else (axis, _index(some))
+                piece = Piece(name, at, rows_, expert)
+                yield part + suffix, kind, piece
 
 
-def _attention(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """The module whose projection the parameter belongs to; MultiheadAttention holds it directly."""
-    path, _, last = name.rpartition(".")
-    return modules[path.rpartition(".")[0] if last in ("weight", "bias") else path]
+def _unit(by: str, matrix: str, tensor: Tensor, layout: Layout) -> str | None:
+    """What a matrix is cut into; a bias is cut by head alone."""
+    what = unit(by, matrix, layout.tokens)
+    return what if tensor.ndim - layout.experts >= 2 or what == "head" else None
 
 
-def _inputs(name: str, outputs: int, owner: nn.Module) -> int | None:
-    """Inputs of a matrix, or of the matrix beside a bias."""
-    last = name.rpartition(".")[2]
-    matrix = getattr(owner, re.sub("bias$", "weight", last), None)
-    return matrix.numel() // outputs if isinstance(matrix, Tensor) and matrix.ndim == 2 else None
-
-
-def _units(
-    rows: Rows, what: str | None, matrix: str, heads: Heads, inputs: int | None
-) -> Iterator[tuple[str, Rows]]:
-    count = len(rows)
-    if what == "head":
-        count = heads.counts(matrix, len(rows), inputs) or 0
-    if what is None or count == 0 or len(rows) % count:
+def _units(rows: Rows, what: str | None, matrix: str, layout: Layout) -> Iterator[tuple[str, Rows]]:
+    heads = layout.heads.get(matrix, ()) if what == "head" else [[row] for row in rows]
+    if what is None or not heads or layout.axis is None:
         yield "", rows
         return
-    step = len(rows) // count
-    for number in range(count):
-        yield f"/{what}_{number}", rows[number * step : (number + 1) * step]
+    for number, some in enumerate(heads):
+        yield f"/{what}_{number}", some
 
 
 def _index(rows: Rows) -> slice | tuple[int, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from blockspec.model.caches import without_caches
 from blockspec.model.checkpointing import without_checkpoints
 from blockspec.model.evaluation import Copies, evaluation
 from blockspec.model.examples import Carriers, NoExamplesError, carriers, longest
@@ -19,6 +20,9 @@ from blockspec.model.suitability import check_batch, check_model, explained, len
 from blockspec.model.weight_norms import elementary_weight_norms
 from blockspec.numerics.content import fingerprint
 from blockspec.numerics.ranks import Ranks, arrange
+
+if TYPE_CHECKING:
+    from blockspec.model.pieces import Block
 
 BATCH_NORMS = ("eval", "train")
 SAVED = "saved tensor"
@@ -175,6 +179,19 @@ class Objective:
         """The parameters that require gradients, by the name that ``named_parameters`` gives; a tied one once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def partition(self, by: Any = "matrix", **arguments: Any) -> tuple[Block, ...]:
+        """The blocks of :func:`blockspec.partition`, their roles found by watching the first batch.
+
+        Where the model cannot be watched, names alone decide, and a warning says so.
+
+        Args:
+            by: As there.
+            arguments: ``include``, ``exclude`` and ``names``, as there.
+        """
+        from blockspec.model.blocks import partition
+
+        return partition(self.model, by, example=self, **arguments)
+
     @contextmanager
     def prepared(self, *, replacements: bool | None = None) -> Iterator[None]:
         """Within it the model is in eval mode and differentiable twice.
@@ -196,6 +213,7 @@ class Objective:
             stack.enter_context(
                 evaluation(self.model, batch_norm=self.batch_norm, copies=self._copies)
             )
+            stack.enter_context(without_caches(self.model))
             stack.enter_context(twice_differentiable(self.model))
             stack.enter_context(elementary_weight_norms(self.model))
             stack.enter_context(without_checkpoints())
@@ -293,21 +311,21 @@ def _dropped(nothing: None) -> NoReturn:
 
 def placed(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     """The same batch with its tensors on ``device``, those of floating point in ``dtype`` unless it is None."""
-    return _map(
+    return mapped(
         batch, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None)
     )
 
 
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """The same nest of mappings, tuples and lists with another tensor in each tensor's place."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
-        return {name: _map(item, function) for name, item in value.items()}
+        return {name: mapped(item, function) for name, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(item, function) for item in value))
+        return type(value)(*(mapped(item, function) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(item, function) for item in value)
+        return type(value)(mapped(item, function) for item in value)
     return value
 
 

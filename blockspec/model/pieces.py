@@ -5,6 +5,8 @@ Tables know blocks without a model. This module therefore imports torch only whe
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,14 +16,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """A parameter, or the rows ``index`` of it along ``axis``."""
+    """A parameter, or the rows ``index`` of it along ``axis``.
+
+    With ``first``, of the slice at that place of the parameter's first axis (one expert of fused experts), whose own
+    axes are then counted from 0.
+    """
 
     parameter: str
     axis: int | None = None  # None: the whole tensor
     index: slice | tuple[int, ...] | None = None
+    first: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the piece is the whole parameter."""
+        return self.axis is None and self.first is None
+
+    def size(self, shape: Sequence[int]) -> int:
+        """Number of entries of the piece of a parameter of this shape."""
+        shape = tuple(shape) if self.first is None else tuple(shape)[1:]
+        if self.axis is None or self.index is None:
+            return math.prod(shape)
+        rows = (
+            len(self.index) if isinstance(self.index, tuple) else self.index.stop - self.index.start
+        )
+        return math.prod(shape) // shape[self.axis] * rows
 
     def select(self, tensor: Tensor) -> Tensor:
         """The piece of ``tensor``, which has the parameter's shape: a view, but for an index that is a tuple."""
+        tensor = tensor if self.first is None else tensor[self.first]
         if self.axis is None:
             return tensor
         if isinstance(self.index, slice):
@@ -33,7 +56,8 @@ class Piece:
         target = self.select(tensor)
         if isinstance(self.index, tuple):
             assert self.axis is not None
-            tensor.index_copy_(self.axis, self._positions(tensor), values.view_as(target))
+            within = tensor if self.first is None else tensor[self.first]
+            within.index_copy_(self.axis, self._positions(tensor), values.view_as(target))
         else:
             target.copy_(values.view(target.shape))
 
@@ -54,6 +78,9 @@ class Block:
     pieces: tuple[Piece, ...] = field(
         default=(), repr=False, compare=False
     )  # () for a block loaded from a file
+    note: str = field(default="", repr=False, compare=False)
+    """What is to be said of the block's kind or cut: where its name and the forward pass disagree, and why a fused
+    tensor stayed whole."""
 
     @property
     def parameters(self) -> tuple[str, ...]:

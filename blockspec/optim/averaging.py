@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,10 +71,10 @@ def _over_runs(diagonal: Tensor, length: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Which block each row of a parameter along ``axis`` belongs to; without an axis, the parameter as one row."""
+    """Which block each place of a parameter along ``axes`` belongs to; without axes, the parameter as one place."""
 
-    axis: int | None
-    block: Tensor  # (rows,) int64 on the CPU; the number of blocks where there is none
+    axes: tuple[int, ...]
+    block: Tensor  # of the axes' sizes, int64 on the CPU; the number of blocks where there is none
 
 
 def _rows_of_blocks(blocks: Sequence[Block], named: Mapping[str, Tensor]) -> dict[Tensor, _Rows]:
@@ -87,11 +88,13 @@ def _rows_of_blocks(blocks: Sequence[Block], named: Mapping[str, Tensor]) -> dic
             if piece.parameter not in named:
                 continue
             parameter = named[piece.parameter]
-            size = 1 if piece.axis is None else parameter.shape[piece.axis]
-            known = rows.setdefault(parameter, _Rows(piece.axis, torch.full((size,), len(blocks))))
-            if known.axis != piece.axis:
+            axes = _axes(piece)
+            sizes = [parameter.shape[axis] for axis in axes]
+            known = rows.setdefault(parameter, _Rows(axes, torch.full(sizes, len(blocks))))
+            if known.axes != axes:
                 raise ValueError(
-                    f"the blocks cut {piece.parameter} along more than one axis: {known.axis} and {piece.axis}"
+                    f"the blocks cut {piece.parameter} along more than one axis: "
+                    f"{known.axes} and {axes}; pass the blocks of one partition"
                 )
             known.block[_positions(piece)] = number
     if not rows:
@@ -102,10 +105,17 @@ def _rows_of_blocks(blocks: Sequence[Block], named: Mapping[str, Tensor]) -> dic
     return rows
 
 
-def _positions(piece: Piece) -> slice | list[int]:
-    if piece.index is None:
-        return slice(None)
-    return list(piece.index) if isinstance(piece.index, tuple) else piece.index
+def _axes(piece: Piece) -> tuple[int, ...]:
+    """The axes of the parameter along which the piece is cut out; an expert's own come after the first."""
+    outer = () if piece.first is None else (0,)
+    return outer if piece.axis is None else (*outer, piece.axis + len(outer))
+
+
+def _positions(piece: Piece) -> Any:
+    places: list[Any] = [] if piece.first is None else [piece.first]
+    if piece.index is not None:
+        places.append(list(piece.index) if isinstance(piece.index, tuple) else piece.index)
+    return tuple(places) or ...
 
 
 def _over_blocks(
@@ -118,12 +128,9 @@ def _over_blocks(
     sizes = torch.zeros_like(sums)
     for parameter, diagonal in diagonals.items():
         if parameter in rows:
-            axis, block = rows[parameter].axis, rows[parameter].block.to(sums.device)
-            lines = (
-                diagonal.reshape(1, -1)
-                if axis is None
-                else diagonal.movedim(axis, 0).reshape(len(block), -1)
-            )
+            axes, block = rows[parameter].axes, rows[parameter].block.to(sums.device).flatten()
+            front = diagonal.movedim(axes, tuple(range(len(axes)))) if axes else diagonal
+            lines = front.reshape(len(block), -1)
             sums.index_add_(0, block, lines.sum(1).to(sums))
             sizes.index_add_(0, block, torch.full_like(block, lines.shape[1], dtype=sums.dtype))
     means = sums / sizes.clamp(min=1)
@@ -132,7 +139,7 @@ def _over_blocks(
 
 def _spread(means: Tensor, rows: _Rows, diagonal: Tensor) -> Tensor:
     """Each row gets the mean of its block; rows in no block keep their values."""
-    shape = [-1 if axis == rows.axis else 1 for axis in range(diagonal.ndim)]
+    shape = [n if axis in rows.axes else 1 for axis, n in enumerate(diagonal.shape)]
     block = rows.block.to(means.device)
     mean = means[block].view(shape).to(diagonal)
     return torch.where((block == len(means) - 1).view(shape).to(diagonal.device), diagonal, mean)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from blockspec.model.blocks import Block, partition
 from blockspec.model.objective import Objective
@@ -42,15 +41,14 @@ def prepare(
     if dtype is not None:
         model = model.to(dtype)
     objective = Objective(model, batches, loss, batch_norm=settings.batch_norm)
-    return objective, choose_blocks(model, settings.blocks)
+    return objective, choose_blocks(objective, settings.blocks)
 
 
-def choose_blocks(model: nn.Module, settings: BlockSettings) -> tuple[Block, ...]:
-    """The blocks, the full matrix among them if it is wanted."""
-    blocks = partition(model, settings.by, settings.include, settings.exclude)
-    return (
-        blocks + partition(model, "model") if settings.full and settings.by != "model" else blocks
-    )
+def choose_blocks(objective: Objective, settings: BlockSettings) -> tuple[Block, ...]:
+    """The blocks, the full matrix among them if it is wanted; roles are found by watching the first batch."""
+    blocks = objective.partition(settings.by, include=settings.include, exclude=settings.exclude)
+    full = settings.full and settings.by != "model"
+    return blocks + partition(objective.model, "model") if full else blocks
 
 
 def _dtype(name: str) -> torch.dtype:
