@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from blockspec.model.caches import without_caches
+from blockspec.model.evaluation import evaluation
 from blockspec.model.graph import (
     CHOICES,
     CONVOLUTION,
@@ -133,19 +134,15 @@ def _eager_experts(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def watched(model: nn.Module) -> Iterator[None]:
     """Eval mode, and all parameters with gradients; restored on leaving."""
-    flags = [(module, module.training) for module in model.modules()]
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    try:
-        model.eval()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
+    with evaluation(model, batch_norm="eval", copies={}), torch.enable_grad():
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
             yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for module, flag in flags:
-            module.training = flag
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
