@@ -131,9 +131,6 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_goes_on(objective, bloc
     small = blockspec.Objective(model, given, loss)
     monkeypatch.setattr(small, "check", lambda: None)
     small.loss = hungry
-    monkeypatch.setattr(
-        "blockspec.products.curvature.check_twice_differentiable", lambda objective, names: None
-    )
     with pytest.warns(
         UserWarning, match="out of memory: going on with a micro-batch of 1 instead of 3"
     ):

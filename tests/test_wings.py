@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "blockspec"
 FLOORS = (
     {"numerics", "model"},
-    {"products", "spectra", "optim"},
-    {"engine", "toolbox"},
+    {"products", "spectra"},
+    {"engine", "toolbox", "optim"},
     {"figures"},
     {"runs"},
     {"integrations"},

@@ -24,7 +24,7 @@ from blockspec.numerics.ranks import Ranks, arrange, everywhere
 from blockspec.products.curvature import Products
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
-from blockspec.products.selection import open_operator
+from blockspec.products.selection import check_of, open_operator
 from blockspec.products.settings import takes
 from blockspec.spectra.collection import Cost, Spectra
 from blockspec.spectra.spectrum import Spectrum
@@ -94,7 +94,7 @@ def estimate_spectra(
     if not keep_state:
         keeper.clear()
     by_name = {spectrum.block.name: spectrum for part in found for spectrum in part}
-    cost = Cost(gradients=operator.gradients, products=operator.products)
+    cost = Cost(operator.gradients, operator.products, check_of(operator))
     return Spectra((by_name[block.name] for block in prepared.blocks), cost=cost)
 
 

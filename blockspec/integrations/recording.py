@@ -31,11 +31,11 @@ from torch import nn
 
 from blockspec.engine.settings import EstimateSettings
 from blockspec.model.blocks import Block
-from blockspec.model.differentiability import check_twice_differentiable
 from blockspec.model.identity import Identity, differences, identity_of, same_everywhere
 from blockspec.model.objective import Objective
 from blockspec.numerics.content import fingerprint
-from blockspec.numerics.ranks import everywhere, from_first
+from blockspec.numerics.ranks import Ranks, everywhere, from_first
+from blockspec.products.selection import open_operator
 from blockspec.runs.record import Record
 from blockspec.runs.run import check_data, check_same, complete, held, measure_stage, opened
 from blockspec.runs.settings import Resources
@@ -136,7 +136,7 @@ def check(
     *,
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises before training what :func:`record` would raise in the middle of it; costs one gradient of one batch.
+    """Raises before training what :func:`record` would raise in the middle of it; costs a few gradients of one batch.
 
     training: what a training that begins is made of; a folder that holds the record of another one is refused.
     """
@@ -146,10 +146,7 @@ def check(
         content = from_first(lambda: _opened(out, objective, blocks, estimate))
         if training is not None and content["stages"]:
             from_first(lambda: _check_training(out, content, training))
-        objective.check()
-        check_twice_differentiable(
-            objective, [name for block in blocks for name in block.parameters]
-        )
+        open_operator(objective, blocks, estimate, ranks=Ranks(), precision=estimate.precision)
 
 
 def _check_training(out: Path, content: Record, training: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,23 +29,33 @@ def check_twice_differentiable(objective: Objective, names: Iterable[str]) -> No
         total, _ = objective.loss_sum(next(iter(objective.batches())))
         if hidden := next(filter(None, map(hiding, nodes([total]))), None):
             raise ValueError(hidden)
-        lost: set[str] = set()
-        handles = [
-            node.register_hook(_watch(node, lost))
-            for node in nodes([total])
-            if isinstance(node, BackwardCFunction)
-        ]
-        try:
-            gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
+        watched_gradients(total, parameters)
+
+
+def watched_gradients(total: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of a loss with their graph; None where it does not depend on a parameter.
+
+    Raises:
+        ValueError: A custom function forbids a second derivative, or its backward pass loses the graph.
+    """
+    lost: set[str] = set()
+    handles = [
+        node.register_hook(_watch(node, lost))
+        for node in nodes([total])
+        if isinstance(node, BackwardCFunction)
+    ]
+    try:
+        gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
     forbidding = any(
         node.name() == FORBIDDEN for node in nodes(g for g in gradients if g is not None)
     )
     if lost or forbidding:
         named = ", ".join(sorted(lost)) or "a function marked once_differentiable"
         raise ValueError(remedy(f"{named} has no second derivative"))
+    return gradients
 
 
 def nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:

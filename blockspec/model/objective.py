@@ -95,6 +95,8 @@ class Objective:
         self._carriers: dict[int, Carriers | NoExamplesError] = {}  # by the number of a batch
         self._copies: Copies = {}
         self._needs_saved_tensors = False
+        self.checks: list[Any] = []
+        """What :mod:`blockspec.products.guard` found, and for which parameters."""
 
     @property
     def device(self) -> torch.device:
@@ -219,6 +221,17 @@ class Objective:
             stack.enter_context(without_checkpoints())
             stack.enter_context(nullcontext() if replaced else plain_functions())
             stack.enter_context(torch.enable_grad())
+            yield
+
+    @contextmanager
+    def unmodified(self) -> Iterator[None]:
+        """The model in eval mode with its own functions: what the prepared model has to agree with."""
+        with (
+            evaluation(self.model, batch_norm=self.batch_norm, copies=self._copies),
+            without_checkpoints(),
+            plain_functions(),
+            torch.enable_grad(),
+        ):
             yield
 
     def loss_sum(self, batch: Any) -> tuple[Tensor, float]:

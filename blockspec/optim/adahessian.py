@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from blockspec.model.checkpointing import without_checkpoints
+from blockspec.model.differentiability import watched_gradients
 from blockspec.model.kernels import twice_differentiable
+from blockspec.model.objective import Objective
+from blockspec.model.pieces import Block, Piece
 from blockspec.model.second_order import ACTIVATIONS, cheap_modules
 from blockspec.model.weight_norms import elementary_weight_norms
 from blockspec.optim import checks
@@ -27,6 +30,8 @@ from blockspec.optim.measurement import (
     suspects,
 )
 from blockspec.optim.updates import update
+from blockspec.products.curvature import Products
+from blockspec.products.guard import Check, checked
 
 OF_ALL = ("update_each", "num_probes", "spatial_averaging", "average_vectors")
 """Settings that all parameters share."""
@@ -243,7 +248,7 @@ class AdaHessian(torch.optim.Optimizer):
             return loss
         filled = leaves(loss)
         with explained():
-            gradients = torch.autograd.grad(loss, filled, create_graph=True, allow_unused=True)
+            gradients = watched_gradients(loss, filled)
         given = {
             leaf: gradient
             for leaf, gradient in zip(filled, gradients, strict=True)
@@ -254,6 +259,29 @@ class AdaHessian(torch.optim.Optimizer):
         return Measured.apply(
             loss.detach(), values, lambda factor: self._gather(diagonal, factor), *given
         )
+
+    def check(self, objective: Objective) -> Check:
+        """Compares a product with central differences of the gradient, before a training relies on it.
+
+        Most functions without a second derivative say so when they are measured; what hands out a wrong one (a fused loss,
+        compiled code, a gradient hook) is found only here. It costs about three gradients of the objective's first batch.
+
+        Args:
+            objective: The model whose parameters are stepped, one batch or more, and the loss.
+
+        Raises:
+            RuntimeError: The measurements would be wrong; the message says what is to blame, and the remedy.
+        """
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        blocks = [
+            Block(name, "other", None, p.numel(), (Piece(name),))
+            for name, p in objective.parameters().items()
+            if id(p) in held
+        ]
+        try:
+            return checked(objective, blocks, "hessian", Products)
+        except ValueError as error:
+            raise RuntimeError(str(error)) from None
 
     def rescale(self, factor: float | Tensor) -> None:
         """Multiplies what was measured since the last step, as the caller does with the gradients: for losses that are sums,

@@ -132,6 +132,8 @@ def explained() -> Iterator[None]:
     """Says what to do about a loss that cannot be differentiated twice."""
     try:
         yield
+    except ValueError as error:  # a function of the model has no second derivative
+        raise RuntimeError(str(error)) from error
     except (RuntimeError, NotImplementedError) as error:
         if "backward through the graph a second time" in str(error):
             raise RuntimeError(

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from blockspec.model.blocks import Block, gather, scatter
-from blockspec.model.differentiability import check_twice_differentiable
 from blockspec.model.losses import Loss
 from blockspec.model.objective import Objective
 from blockspec.model.suitability import check_unsharded, explained
 from blockspec.numerics import memory
 from blockspec.numerics.ranks import Ranks
 from blockspec.products.calibration import Costs, seconds_of, time_products
+from blockspec.products.guard import OFF, checked
 from blockspec.products.precision import check, reduced_model, reduced_multiplication
 
 Tensors = Mapping[str, Tensor]
@@ -56,6 +56,7 @@ class Products:
     ranks: processes that split the batches; every one of them must ask for the same products.
     graphs: where there are at most so many batches, their graphs are kept from one call to the next, and the shared passes are
         made once. One takes no more memory at the peak than none.
+    guarded: compare a product with the gradient in :meth:`check`.
     precision: ``"tf32"`` or ``"bfloat16"``, see :mod:`blockspec.products.precision`; None: that of the parameters.
 
     micro_batch: examples that go through the model at once; the objective's at first. When memory runs out on the way, it is
@@ -73,6 +74,7 @@ class Products:
         ranks: Ranks | None = None,
         graphs: int = 1,
         precision: str | None = None,
+        guarded: bool = True,
     ) -> None:
         if curvature not in LINEARISATIONS:
             raise ValueError(f"curvature is one of {tuple(LINEARISATIONS)}, got {curvature!r}")
@@ -89,6 +91,8 @@ class Products:
         self.precision = precision
         self.micro_batch = objective.micro_batch
         self._compared = False
+        self.checked = OFF
+        self._guarded = guarded
         self._kept: list[tuple[int, Apply, float]] = []
         self._kept_parameters: frozenset[str] = frozenset()
         self.gradients = 0
@@ -106,11 +110,17 @@ class Products:
         return self.objective.device
 
     def check(self, blocks: Sequence[Block]) -> None:
-        """Raises ValueError where the objective is not deterministic, not finite, or has no second derivative."""
+        """Raises ValueError where the objective is not deterministic, not finite, or products would not be right.
+
+        What was found of the products is ``checked`` from then on, see :mod:`blockspec.products.guard`.
+        """
         check_unsharded(self._parameters)
         self.objective.check()
-        names = [name for block in blocks for name in block.parameters]
-        check_twice_differentiable(self.objective, names)
+        if self._guarded:
+            self.checked = checked(self.objective, blocks, self.curvature, self._of)
+
+    def _of(self, objective: Objective) -> Products:
+        return Products(objective, self.curvature)
 
     def batches(self) -> Iterator[Any]:
         """The objective's batches in parts of ``micro_batch`` examples, each placed when its turn comes."""
@@ -235,7 +245,13 @@ class Products:
         ahead = list(islice(batches, self.graphs + 1))
         kept = []
         for number, batch in chain(ahead, batches):
-            apply, count = self.linearise(batch, parameters)
+            try:
+                apply, count = self.linearise(batch, parameters)
+            except ArithmeticError as error:
+                raise ValueError(
+                    f"{error} on batch {number} (counted from 0); curvature needs a finite one: leave the batch out, or check "
+                    "the checkpoint and the data"
+                ) from None
             self.gradients += 1
             if len(ahead) <= self.graphs:
                 kept.append((number, apply, count))
@@ -331,6 +347,7 @@ class Products:
 
 def _hessian(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
     total, count = objective.loss_sum(batch)
+    _check_finite(total)
     return _slopes(_grad([total], parameters, create_graph=True), parameters), count
 
 
@@ -338,6 +355,7 @@ def _residual(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Ap
     outputs = objective.loss.outputs(objective.model, batch)
     leaf = outputs.detach().requires_grad_()
     terms = objective.loss.terms(leaf, batch)
+    _check_finite(terms)
     (slope,) = torch.autograd.grad(
         terms.sum(), leaf
     )  # held fixed: the outputs' own curvature is left
@@ -366,6 +384,7 @@ def _ggn(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, 
     outputs = objective.loss.outputs(objective.model, batch)
     leaf = outputs.detach().requires_grad_()
     terms = objective.loss.terms(leaf, batch)
+    _check_finite(terms)
     (slope,) = torch.autograd.grad(terms.sum(), leaf, create_graph=True)
 
     def middle(tangent: Tensor) -> Tensor:
@@ -380,6 +399,7 @@ def _ggn(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, 
 
 def _fisher(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
     terms = objective.loss.terms(objective.loss.outputs(objective.model, batch), batch)
+    _check_finite(terms)
     return _gauss_newton(terms, parameters, lambda tangent: tangent), float(terms.numel())
 
 
@@ -410,6 +430,12 @@ def _trace_of(vector: Tensor) -> str:
     """What tells a vector from others, from its first entries."""
     first = vector[:64].double().cpu()
     return f"{len(vector)} {float(first @ torch.arange(1.0, len(first) + 1).double()):.6g}"
+
+
+def _check_finite(terms: Tensor) -> None:
+    """A gradient can be finite where its loss is not, and means nothing there."""
+    if not _is_finite(terms.detach()):
+        raise ArithmeticError(f"the loss is {terms.detach().sum().item()}")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -21,9 +21,13 @@ class OperatorSettings:
     Args:
         curvature: hessian, ggn (generalised Gauss-Newton), fisher (empirical Fisher), or residual (hessian less ggn). In
             Python it may also be an operator of your own, see :class:`blockspec.Operator`.
+        check: Compare a product with central differences of the gradient first, which costs three gradients of one batch and
+            finds functions whose second derivative is silently wrong; see :mod:`blockspec.products.guard`. What came out is
+            ``cost.check`` of the result, also where it was left out.
     """
 
     curvature: str | Operator = "hessian"
+    check: bool = True
 
 
 def open_operator(
@@ -53,7 +57,13 @@ def open_operator(
             raise TypeError(
                 f"curvature {operator!r} needs an objective; only an operator of your own goes without"
             )
-        operator = Products(objective, operator, ranks=ranks or arrange(1), precision=precision)
+        operator = Products(
+            objective,
+            operator,
+            ranks=ranks or arrange(1),
+            precision=precision,
+            guarded=settings.check,
+        )
     elif not isinstance(operator, Operator):
         raise TypeError(
             "curvature is the name of a matrix or an operator (blockspec.Operator says what one has), got a "
@@ -66,7 +76,7 @@ def open_operator(
     chosen = everywhere(lambda: checked_blocks(operator.parameters, blocks))
     if operator.ranks.rows * operator.ranks.columns > 1:
         same_everywhere(_identity(operator, chosen, settings))
-    operator.check(chosen)
+    everywhere(lambda: operator.check(chosen))
     return operator, chosen
 
 
@@ -78,3 +88,9 @@ def _identity(operator: Operator, blocks: Sequence[Block], settings: OperatorSet
     if objective is None:
         return named | {"blocks": blocks_digest(blocks)}
     return everywhere(lambda: identity_of(objective, blocks, named))
+
+
+def check_of(operator: Operator) -> str:
+    """What is known of its products, in words."""
+    found = getattr(operator, "checked", None)
+    return "unchecked: an operator of one's own" if found is None else str(found)

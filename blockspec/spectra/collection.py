@@ -19,10 +19,14 @@ from blockspec.spectra.spectrum import Spectrum
 
 @dataclass(frozen=True)
 class Cost:
-    """What an estimate took: shared forward-and-backward passes, and products of one vector, each over one batch."""
+    """What an estimate took: shared forward-and-backward passes, and products of one vector, each over one batch.
+
+    check: What is known of these products: ``passed``, ``off``, or ``unchecked`` with the reason; with what to bear in mind.
+    """
 
     gradients: int
     products: int
+    check: str = ""
 
 
 class Spectra(Mapping[str, Spectrum]):
@@ -48,7 +52,14 @@ class Spectra(Mapping[str, Spectrum]):
         return len(self._spectra)
 
     def __repr__(self) -> str:
-        return f"Spectra of {len(self)} blocks: {', '.join(list(self)[:3])}{', ...' if len(self) > 3 else ''}"
+        unsure = "" if self.check in ("", "passed") else f" (products {self.check})"
+        names = ", ".join(list(self)[:3]) + (", ..." if len(self) > 3 else "")
+        return f"Spectra of {len(self)} blocks: {names}{unsure}"
+
+    @property
+    def check(self) -> str:
+        """What is known of the products behind the spectra, see :class:`Cost`; "" where they were loaded from a table."""
+        return self.cost.check if self.cost else ""
 
     def select(
         self, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None

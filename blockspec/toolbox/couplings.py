@@ -16,7 +16,7 @@ from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.probes import draw_probe
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
-from blockspec.products.selection import OperatorSettings, open_operator
+from blockspec.products.selection import OperatorSettings, check_of, open_operator
 from blockspec.products.settings import takes
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
@@ -182,7 +182,10 @@ def coupling(
             progress(done, len(requests))
     symmetric = (samples + samples.transpose(0, 2, 1)) / 2
     return Coupling(
-        blocks, symmetric, operator.curvature, Cost(operator.gradients, operator.products)
+        blocks,
+        symmetric,
+        operator.curvature,
+        Cost(operator.gradients, operator.products, check_of(operator)),
     )
 
 

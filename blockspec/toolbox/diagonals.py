@@ -13,7 +13,7 @@ from torch import Tensor
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Progress
-from blockspec.products.selection import OperatorSettings, open_operator
+from blockspec.products.selection import OperatorSettings, check_of, open_operator
 from blockspec.products.settings import takes
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
@@ -109,6 +109,6 @@ def diagonal(
     stderrs = union.tensors((spread / (count * (count - 1))).sqrt()) if count > 1 else None
     sizes = np.array([block.numel for block in blocks])
     means = [estimate(column) for column in (np.array(sums) / sizes).T]
-    cost = Cost(operator.gradients, operator.products)
+    cost = Cost(operator.gradients, operator.products, check_of(operator))
     by_block = Estimates(blocks, means, probes=[count] * len(blocks), cost=cost)
     return Diagonal(union.tensors(mean), stderrs, by_block, np.array(sums), blocks)

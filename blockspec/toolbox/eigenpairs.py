@@ -15,7 +15,7 @@ from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.restarts import Found, Search
 from blockspec.products.requests import block_dtype
-from blockspec.products.selection import OperatorSettings, open_operator
+from blockspec.products.selection import OperatorSettings, check_of, open_operator
 from blockspec.products.settings import takes
 from blockspec.products.sweeps import run_together
 from blockspec.spectra.collection import Cost
@@ -116,7 +116,7 @@ def top_eigenpairs(
     found = run_together({block: search.run()}, operator, progress=progress)[block]
     if not found.converged.all() or not found.complete:
         _warn(block, found, search)
-    cost = Cost(operator.gradients, operator.products)
+    cost = Cost(operator.gradients, operator.products, check_of(operator))
     return Eigenpairs(
         block=block,
         products=search.products,

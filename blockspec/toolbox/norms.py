@@ -13,7 +13,7 @@ from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Algorithm, Progress
 from blockspec.products.requests import block_dtype
-from blockspec.products.selection import OperatorSettings, open_operator
+from blockspec.products.selection import OperatorSettings, check_of, open_operator
 from blockspec.products.settings import takes
 from blockspec.products.sweeps import run_together
 from blockspec.spectra.collection import Cost
@@ -67,7 +67,7 @@ def squared_norms(
         blocks,
         values,
         probes=counts,
-        cost=Cost(operator.gradients, operator.products),
+        cost=Cost(operator.gradients, operator.products, check_of(operator)),
         positive=True,
     )
 

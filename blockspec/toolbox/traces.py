@@ -18,7 +18,7 @@ from blockspec.numerics.lanczos import ROUNDING
 from blockspec.numerics.probes import draw_probe
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
-from blockspec.products.selection import OperatorSettings, open_operator
+from blockspec.products.selection import OperatorSettings, check_of, open_operator
 from blockspec.products.settings import takes
 from blockspec.products.sweeps import run_together
 from blockspec.products.union import Union
@@ -80,7 +80,10 @@ def trace(
     results = function(operator, blocks, sampling, progress)
     values, probes = zip(*results, strict=True)
     return Estimates(
-        blocks, values, probes=probes, cost=Cost(operator.gradients, operator.products)
+        blocks,
+        values,
+        probes=probes,
+        cost=Cost(operator.gradients, operator.products, check_of(operator)),
     )
 
 

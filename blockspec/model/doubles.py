@@ -1,0 +1,72 @@
+"""A copy of a model in float64, for checks that want the numbers and not the speed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+
+
+def twin_of(model: nn.Module, dtype: torch.dtype | None = torch.float64) -> nn.Module:
+    """A copy of the model in eval mode, its floating point numbers in ``dtype`` (None: as they are).
+
+    Hooks are copied too, also those of parameters, which ``copy.deepcopy`` leaves out: they may change gradients.
+    """
+    memo: dict[int, Any] = {
+        id(value): value.detach()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf  # such as the weight of a weight norm
+    }
+    twin = copy.deepcopy(model, memo)
+    if dtype is not None:
+        twin.to(dtype)
+    for own, others in zip(model.parameters(), twin.parameters(), strict=True):
+        for hook in (own._backward_hooks or {}).values():
+            others.register_hook(hook)
+    return twin.eval()
+
+
+class Doubles(TorchFunctionMode):
+    """While this is open, everything that torch computes is in float64, whatever dtype a model casts to on the way.
+
+    Llama's norms cast to float32, masks and rotary tables are made in float32: with these digits alone, differences of
+    gradients are too coarse to see anything.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in CASTS:
+            return args[0].double()
+        name = getattr(function, "__name__", "")
+        in_place = name.endswith("_") or name in ("__set__", "__setitem__")
+        given = args[:1] + _wide(args[1:]) if in_place else _wide(args)
+        return _wide(function(*given, **_wide(kwargs or {})))
+
+
+def _wide(value: Any) -> Any:
+    """The same nest of tuples, lists and dictionaries with float64 in the place of less; itself where nothing changes."""
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype in NARROW else value
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in NARROW else value
+    if isinstance(value, (tuple, list)):
+        parts = [_wide(part) for part in value]
+        same = all(new is old for new, old in zip(parts, value, strict=True))
+        return value if same else _rebuilt(value, parts)
+    if isinstance(value, dict):
+        return {key: _wide(part) for key, part in value.items()}
+    return value
+
+
+def _rebuilt(value: Any, parts: list[Any]) -> Any:
+    if hasattr(value, "_fields"):
+        return type(value)(*parts)
+    return type(value)(parts)
