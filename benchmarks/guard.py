@@ -73,7 +73,10 @@ def main(
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    zoo, faults = importlib.import_module("menagerie").zoo(), importlib.import_module("faults").FAULTS
+    zoo, faults = (
+        importlib.import_module("menagerie").zoo(),
+        importlib.import_module("faults").FAULTS,
+    )
     right = [
         row(name, make(getattr(torch, dtype)), curvature)
         for name, make in zoo.items()

@@ -7,9 +7,9 @@ import pytest
 import torch
 from faults import FAULTS, Applied, KeptSlope, batch_of, network
 from faults import objective as objective_of
+from menagerie import zoo
 from problems import problem
 from torch import nn
-from menagerie import zoo
 
 import blockspec
 from blockspec import Objective, estimate_spectra, losses, partition
