@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 from threading import Event, Thread
 
 import dense_truth
@@ -158,7 +159,7 @@ class OwnContext(torch.nn.Module):
             self.qkv = torch.nn.Linear(4, 12, dtype=torch.float64)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).view(len(x), -1, 3, 2, 2).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(x.shape[0], -1, 3, 2, 2).permute(2, 0, 3, 1, 4).unbind()
         with self.own():
             return attend(q, k, v, is_causal=True).flatten(1).square()
 
@@ -186,6 +187,58 @@ def test_models_that_open_a_context_of_their_own(monkeypatch, own, tokens_from):
         plain, [batch], lambda call, b: F.cross_entropy(call(b[0]), b[1], reduction="none")
     )
     torch.testing.assert_close(torch.as_tensor(found), truth, rtol=1e-9, atol=1e-12)
+
+
+def test_two_threads_that_estimate_at_once_find_what_one_finds():
+    problems = [gpt2(), llama()]
+
+    def estimate(it):
+        blocks = partition(it.model, include="*attn*weight*")
+        found = estimate_spectra(it.objective(), blocks, num_probes=1, num_steps=2)
+        return [spectrum.nodes for spectrum in found.values()]
+
+    expected, before = [estimate(it) for it in problems], enabled()
+    found = [[], []]
+
+    def work(place):
+        for _ in range(3):
+            found[place].append(estimate(problems[place]))
+
+    threads = [Thread(target=work, args=(place,)) for place in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for nodes, estimates in zip(expected, found, strict=True):
+        assert len(estimates) == 3
+        assert all(
+            np.array_equal(a, b) for other in estimates for a, b in zip(nodes, other, strict=True)
+        )
+    assert enabled() == before
+
+
+def test_compiled_models_call_past_python():
+    plain = OwnContext(nullcontext)
+    x = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model, before = torch.jit.trace(plain, (x,)), enabled()
+
+    def product(module):
+        with twice_differentiable(module):
+            weight = dict(module.named_parameters())["qkv.weight"]
+            (g,) = torch.autograd.grad(module(x).sum(), weight, create_graph=True)
+            return torch.autograd.grad(g.square().sum(), weight)[0]
+
+    torch.testing.assert_close(product(model), product(plain))
+    assert enabled() == before
+
+
+def test_caches_of_keys_and_values_are_off():
+    model = models.tiny_llama()
+    batch = {"input_ids": tokens(1, 5)}
+    assert model(**batch).past_key_values is not None
+    with twice_differentiable(model):
+        assert model(**batch).past_key_values is None
+    assert model(**batch).past_key_values is not None
 
 
 def test_what_can_be_differentiated_already_is_left_alone():

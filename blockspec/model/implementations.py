@@ -9,7 +9,7 @@ are long it is :func:`blockspec.model.attention.attention`, if that agrees with 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any
@@ -51,12 +51,21 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _switch(model: nn.Module, config: Any) -> Callable[[], None]:
-    """Of this config alone: Hugging Face's own setter goes through those of its parts."""
+    """Of this config alone: Hugging Face's own setter goes through those of its parts. Key-value caches, which copy keys
+    and values for tokens to come, are off."""
     inner = "_attn_implementation_internal"
     name = inner if hasattr(config, inner) else "_attn_implementation"
-    undo = partial(setattr, config, name, config._attn_implementation)
-    setattr(config, name, _replacement(model, config))
-    return undo
+    changes = {name: _replacement(model, config)}
+    if getattr(config, "use_cache", None):
+        changes["use_cache"] = False
+    before = {name: getattr(config, name) for name in changes}
+    _set_all(config, changes)
+    return partial(_set_all, config, before)
+
+
+def _set_all(target: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(target, name, value)
 
 
 def _replacement(model: nn.Module, config: Any) -> str | None:

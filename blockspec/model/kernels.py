@@ -6,16 +6,15 @@ matrices of queries x keys, and :func:`blockspec.model.attention.attention`, whi
 sequences are so long that it is faster or takes much less memory.
 
 PyTorch's choice of a backend is a flag of the whole process: another thread that sets and restores it at the wrong moment
-leaves flash attention switched off for good, and a model that opens its own ``sdpa_kernel`` overrides it. So no flag is
-touched here. A ``TorchFunctionMode`` belongs to one thread, and sees the call before any backend is chosen.
+leaves flash attention switched off for good, and a model that opens its own ``sdpa_kernel`` overrides it. So flags are left
+alone here (but for compiled models). A ``TorchFunctionMode`` belongs to one thread, and sees the call before a backend is chosen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Lock
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from blockspec.model.attention import attention, transformed
 from blockspec.model.implementations import switched
 from blockspec.model.lengths import is_long, say_once
+from blockspec.model.patching import shared
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
     implementation. The values are the same up to rounding. A kernel of another library that is called directly cannot be
     replaced; the error of its backward pass is explained by :mod:`blockspec.products.curvature`.
     """
-    with switched(model), _Replaced():
+    with switched(model), _matrices_alone(model), _Replaced():
         yield
 
 
@@ -143,10 +143,20 @@ def _as_autocast_has_them(*tensors: Tensor | None) -> list[Any]:
     ]
 
 
-_FLAGS = Lock()
+def _matrices_alone(model: nn.Module) -> AbstractContextManager[None]:
+    """Compiled models (TorchScript, exported graphs) call past Python: for them the flags of the process are set."""
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    compiled = kinds & {"ScriptModule", "GraphModule"}
+    return shared("attention backends", _set_flags) if compiled else nullcontext()
+
+
+def _set_flags() -> Callable[[], None]:
+    stack = ExitStack()
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return stack.close
 
 
 def _nested(*given: Any, **settings: Any) -> Tensor:
     """Nested tensors choose by the flags of the process, which are set for the moment of the call."""
-    with _FLAGS, sdpa_kernel(SDPBackend.MATH):
+    with shared("attention backends", _set_flags):
         return F.scaled_dot_product_attention(*given, **settings)
