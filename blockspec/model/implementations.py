@@ -55,7 +55,7 @@ def _switch(model: nn.Module, config: Any) -> Callable[[], None]:
     and values for tokens to come, are off."""
     inner = "_attn_implementation_internal"
     name = inner if hasattr(config, inner) else "_attn_implementation"
-    changes = {name: _replacement(model, config)}
+    changes: dict[str, Any] = {name: _replacement(model, config)}
     if getattr(config, "use_cache", None):
         changes["use_cache"] = False
     before = {name: getattr(config, name) for name in changes}
