@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 import blockspec
 from blockspec.figures.style import styled
-from blockspec.runs.stages import find_device
+from blockspec.runs.settings import find_device
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
 from paper.pyhessian_traces import folder_of
 from training.checkpoints import last_checkpoint

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 import blockspec
 from blockspec.figures.style import RUN_MARKERS, RUNS, styled
-from blockspec.runs.stages import find_device
+from blockspec.runs.settings import find_device
 from blockspec.spectra.collection import Spectra, read_table, spectra_of
 from paper.exhibit import Context, Exhibit, Finding, Scale, Tables, command, with_error
 from training.checkpoints import read_record

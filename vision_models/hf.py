@@ -51,7 +51,7 @@ def pretrained(name: str = VIT_BASE, *, classes: int | None = None) -> PreTraine
     try:
         with _access(name):
             return AutoModelForImageClassification.from_pretrained(
-                name, use_safetensors=True, **head
+                name, use_safetensors=True, trust_remote_code=False, **head
             )
     except OSError as error:
         raise ValueError(

@@ -10,11 +10,13 @@ from typing import Literal
 import torch
 
 from blockspec.engine.accuracy import Accuracy
+from blockspec.numerics.memory import parse
 from blockspec.numerics.probes import DISTRIBUTIONS
 from blockspec.products import precision as precisions
 from blockspec.products.selection import OperatorSettings
 
 Storage = tuple[torch.dtype, torch.device] | None
+LEAST_TOLERANCE = 1e-12  # of float64: no number of steps gives less
 TOLERANCE = 2e-3  # below it, a density over the whole range of eigenvalues does not change visibly
 STORED = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -91,6 +93,15 @@ class Execution:
     columns: int | None = None
     state_every: float = 300.0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError for a setting out of range, before anything is measured or written."""
+        if self.memory is not None:
+            parse(self.memory, torch.device("cpu"))
+        if self.columns is not None and operator.index(self.columns) < 1:
+            raise ValueError(f"columns is a whole number >= 1, got {self.columns}")
+        if not self.state_every >= 0:
+            raise ValueError(f"state_every is a number of seconds >= 0, got {self.state_every}")
+
 
 def _count(name: str, value: int | str) -> int | None:
     """A whole number >= 1, or None for "auto"."""
@@ -106,9 +117,9 @@ def _count(name: str, value: int | str) -> int | None:
 
 
 def _tolerance(tolerance: float) -> float:
-    if not (math.isfinite(tolerance) and 0 < tolerance < 1):
+    if not (math.isfinite(tolerance) and LEAST_TOLERANCE <= tolerance < 1):
         raise ValueError(
-            f"tolerance is relative to the spectral norm, between 0 and 1 (both excluded), got {tolerance}"
+            f"tolerance is relative to the spectral norm, at least {LEAST_TOLERANCE} and below 1, got {tolerance}"
         )
     return float(tolerance)
 

@@ -240,7 +240,7 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
         short = {
             name: label if counts[label] == 1 else longer(name) for name, label in short.items()
         }
-    return short
+    return {name: label.replace("$", r"\$") for name, label in short.items()}  # no formulas
 
 
 def spread(items: Sequence, count: int) -> list:

@@ -80,12 +80,12 @@ def carriers(batch: Any, size: int, evaluate: Evaluate) -> Carriers:
 
 def longest(batch: Any) -> int:
     """The most examples that a batch may have, from its shapes alone; 1 where it has no tensors with rows."""
-    return max((len(tensor) for _, tensor in _leaves(batch) if tensor.dim()), default=1)
+    return max((len(tensor) for _, tensor in leaves(batch) if tensor.dim()), default=1)
 
 
 def _candidates(batch: Any) -> Iterator[Carriers]:
     """Ways of cutting, the likeliest first: by the length that most tensors have, square tensors shared before others."""
-    rows = {path: tensor.shape for path, tensor in _leaves(batch) if tensor.dim()}
+    rows = {path: tensor.shape for path, tensor in leaves(batch) if tensor.dim()}
     lengths = [shape[0] for shape in rows.values()]
     for length in sorted(dict.fromkeys(lengths), key=lengths.count, reverse=True):
         paths = [path for path, shape in rows.items() if shape[0] == length]
@@ -118,10 +118,11 @@ def _unambiguous(way: Carriers, batch: Any) -> bool:
 
 
 def _shapes(batch: Any) -> dict[Path, tuple[int, ...]]:
-    return {path: tuple(tensor.shape) for path, tensor in _leaves(batch)}
+    return {path: tuple(tensor.shape) for path, tensor in leaves(batch)}
 
 
-def _leaves(batch: Any) -> list[tuple[Path, Tensor]]:
+def leaves(batch: Any) -> list[tuple[Path, Tensor]]:
+    """The tensors of a batch, with the way to each."""
     found: list[tuple[Path, Tensor]] = []
 
     def note(path: Path, tensor: Tensor) -> Tensor:

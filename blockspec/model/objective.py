@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from blockspec.model import ranges
 from blockspec.model.caches import without_caches
 from blockspec.model.checkpointing import without_checkpoints
 from blockspec.model.evaluation import Copies, evaluation
@@ -80,7 +81,7 @@ class Objective:
             raise ValueError(f"micro_batch is a whole number >= 1 or None, got {micro_batch}")
         check_model(model)
         if isinstance(batches, Iterator):
-            batches = list(batches)
+            batches = ranges.read(batches)
         if length_of(batches) == 0:
             raise ValueError(
                 "no batches: the list is empty, or the iterator had ended; pass a list of at least one batch"
@@ -169,7 +170,8 @@ class Objective:
     def whole_batches(self) -> Iterator[Any]:
         """The batches as they were given."""
         empty = True
-        for batch in self._batches:
+        endless = length_of(self._batches) is None
+        for batch in ranges.bounded(self._batches) if endless else self._batches:
             empty = False
             yield batch
         if empty:
@@ -236,7 +238,12 @@ class Objective:
 
     def loss_sum(self, batch: Any) -> tuple[Tensor, float]:
         """Sum of the loss terms of one batch (a scalar with a graph) and their number."""
-        result = self.loss(self.model, batch)
+        try:
+            result = self.loss(self.model, batch)
+        except (IndexError, RuntimeError) as error:
+            if told := ranges.out_of_range(self.model, self.whole_batches(), error):
+                raise ValueError(told) from error
+            raise
         if not isinstance(result, (tuple, list)) or len(result) != 2:
             raise TypeError(
                 f"the loss gave a {type(result).__name__}; it must give two: (sum of the loss terms, number of terms); "
@@ -305,7 +312,7 @@ class Objective:
         objective that does not give the same value twice (dropout left on, shuffled data, random numbers in the loss).
         """
         if not isinstance(self._batches, (list, tuple)):  # those give the same objects again
-            _check_repeatable(self._batches)
+            _check_repeatable(self.whole_batches)
         with self.prepared(), explained():
             for batch in self.batches():
                 check_batch(batch)
@@ -342,8 +349,8 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _check_repeatable(batches: Iterable[Any]) -> None:
-    first, again = ([fingerprint(batch) for batch in batches] for _ in range(2))
+def _check_repeatable(batches: Callable[[], Iterable[Any]]) -> None:
+    first, again = ([fingerprint(batch) for batch in batches()] for _ in range(2))
     if first != again:
         number = next(
             (i for i, (a, b) in enumerate(zip(first, again, strict=False)) if a != b),

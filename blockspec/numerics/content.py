@@ -56,6 +56,9 @@ class Digest:
         if tensor.layout is not torch.strided:
             tensor = tensor.to_dense()
         flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().flatten()
+        flat = flat.as_strided(
+            (len(flat),), (1,)
+        )  # single numbers may have stride 0, which no view takes
         self._hash.update(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer
 
     def _array(self, array: np.ndarray) -> None:

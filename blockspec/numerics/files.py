@@ -54,6 +54,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: Another program holds the folder.
     """
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     number = os.open(folder, os.O_RDONLY)
     try:
@@ -61,6 +62,9 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(number)
+        if new:
+            with suppress(OSError):  # not empty: something was written
+                folder.rmdir()
 
 
 def _lock(number: int, folder: Path) -> None:

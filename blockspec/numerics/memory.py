@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+MOST = 2**60  # bytes: more is a mistake
+NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 
 
 @dataclass
@@ -74,21 +76,37 @@ def parse(limit: int | float | str, device: torch.device) -> int:
     """Bytes from a number of bytes, a share of the device (``0.8``, ``"80%"``) or a size
     (``"20GiB"``, ``"500 MB"``: powers of 1024).
     """
-    if isinstance(limit, str):
-        text = limit.strip()
-        if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
-            limit = float(match[1]) / 100
-        elif match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.lower()):
-            number = float(match[1])
-            limit = number if 0 < number <= 1 and not match[2] else int(number * UNITS[match[2]])
-        else:
-            raise ValueError(
-                "memory is a number of bytes, a share of the device (0.8, 80%) or a size (20GiB), "
-                f"got {limit!r}"
-            )
-    if limit <= 0:
+    share, size = _read(limit)
+    if share is not None:
+        if not 0 < share <= 1:
+            raise ValueError(f"memory as a share of the device lies between 0 and 1, got {limit!r}")
+        return int(share * total(device))
+    if size < 1:
         raise ValueError(f"memory must be positive, got {limit!r}")
-    return int(limit * total(device)) if isinstance(limit, float) and limit <= 1 else int(limit)
+    if size > MOST:
+        raise ValueError(f"memory is at most {readable(MOST)}, got {limit!r}")
+    return int(size)
+
+
+def _read(limit: int | float | str) -> tuple[float | None, float]:
+    """A share of the device, or None and a number of bytes."""
+    if isinstance(limit, str):
+        text = limit.strip().lower()
+        if match := re.fullmatch(rf"({NUMBER})\s*%", text):
+            return float(match[1]) / 100, 0
+        if match := re.fullmatch(rf"({NUMBER})\s*([kmgt]?)(i?b)?", text):
+            number, unit, byte = float(match[1]), match[2], match[3]
+            if not unit and not byte and number <= 1 and "." in match[1]:
+                return number, 0
+            return None, number * UNITS[unit]
+    elif isinstance(limit, float) and limit <= 1:
+        return limit, 0
+    elif isinstance(limit, (int, float)) and not isinstance(limit, bool) and limit == limit:
+        return None, limit
+    raise ValueError(
+        "memory is a number of bytes, a share of the device (0.8, 80%) or a size (20GiB), "
+        f"got {limit!r}"
+    )
 
 
 def is_exhausted(error: BaseException) -> bool:

@@ -182,13 +182,12 @@ def _join_processes() -> bool:
     """Joins the other processes where a launcher started several; whether this one is the first."""
     if not _launched():
         return True
-    import torch
-    from accelerate import PartialState
+    from blockspec.runs.launched import join
 
     signal.signal(
         signal.SIGTERM, signal.default_int_handler
     )  # how a launcher ends the others when one has died
-    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    return join()
 
 
 def _launched() -> bool:

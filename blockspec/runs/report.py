@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from blockspec.numerics.memory import readable
@@ -103,12 +104,27 @@ def show(run: Path) -> None:
         stage = stages.get(step, {})
         title = f"step {step}: loss {stage.get('loss', float('nan')):.4f}, {_outcome(stage)}"
         console.print(_rich(summary(spectra_of(rows)), title))
+        console.print(_origin(stage), highlight=False, markup=False, soft_wrap=True)
     _show_heterogeneity(run, console)
     console.print(
         f"run folder: {run}  (run.json, spectra.parquet, heterogeneity.parquet, figures/)",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
+
+
+def _origin(stage: Mapping[str, Any]) -> str:
+    """From which weights and data a step's numbers are, and by which code."""
+    identity = stage.get("identity", {})
+    words = [f"{name} {identity[name][:8]}" for name in ("weights", "data") if name in identity]
+    if stage.get("checkpoint"):
+        words.insert(0, f"of {stage['checkpoint']}")
+    commit = stage.get("git_commit")
+    versions = stage.get("versions", {})
+    words.append(f"commit {commit}" if commit else "no commit")
+    words += [f"{name} {versions[name]}" for name in ("blockspec", "torch") if name in versions]
+    return ", ".join(words)
 
 
 def show_plan(plan: Plan, *, stages: int = 1) -> None:
@@ -129,7 +145,7 @@ def show_plan(plan: Plan, *, stages: int = 1) -> None:
             f"{int(row['products']):,}",
             f"{row['gradients']:.4g}",
         )
-        table.add_row(name, *counts, f"{row['flops']:.3g}", duration(row["seconds"]))
+        table.add_row(escape(name), *counts, f"{row['flops']:.3g}", duration(row["seconds"]))
     console.print(table)
     show_totals(plan, console, stages=stages)
 
@@ -184,7 +200,7 @@ def _show_heterogeneity(run: Path, console: Console) -> None:
 
 
 def _rich(frame: pd.DataFrame, title: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=escape(title))
     table.add_column(str(frame.index.name))
     for column in frame.columns:
         table.add_column(column, justify="right")
@@ -193,7 +209,7 @@ def _rich(frame: pd.DataFrame, title: str) -> Table:
             f"{int(row[c]):,}" if c in ("blocks", "parameters", "step") else _number(row[c])
             for c in frame.columns
         ]
-        table.add_row(str(name), *cells)
+        table.add_row(escape(str(name)), *cells)
     return table
 
 
@@ -236,6 +252,7 @@ def compare(runs: list[Path], out: Path) -> None:
     console.print(
         f"table: {out / 'comparison.parquet'}   figures: {', '.join(map(str, paths))}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from blockspec.engine.settings import EstimateSettings, Execution
+
+DTYPES = ("float32", "float64", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class Resources(Execution):
     device: str = "auto"
     plan: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        find_device(self.device)
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -65,6 +74,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         _list_patterns(self, "checkpoints")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype is one of {DTYPES}, got {self.dtype!r}")
 
 
 def _list_patterns(settings: object, *names: str) -> None:
@@ -72,3 +83,17 @@ def _list_patterns(settings: object, *names: str) -> None:
     for name in names:
         if isinstance(pattern := getattr(settings, name), str):
             object.__setattr__(settings, name, [pattern])
+
+
+def find_device(name: str) -> str:
+    """``auto`` is a GPU if there is one: that of this process, where there are several."""
+    if name == "auto":
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.empty(1, device=name).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used ({error}); devices here: cpu, or auto"
+        ) from None
+    return name

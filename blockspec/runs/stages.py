@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from blockspec.model.blocks import Block, partition
 from blockspec.model.objective import Objective
 from blockspec.runs.factories import Factory
-from blockspec.runs.settings import BlockSettings, RunSettings
+from blockspec.runs.settings import BlockSettings, RunSettings, find_device
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def prepare(
     settings: RunSettings, stage: Stage, factory: Factory, device: str
 ) -> tuple[Objective, tuple[Block, ...]]:
     """The objective of one stage and its blocks, the full matrix among them if it is wanted."""
-    dtype = None if settings.dtype is None else _dtype(settings.dtype)
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
     model, batches, loss = factory(**stage.arguments)
     if not hasattr(model, "hf_device_map"):  # a model that is spread over devices stays where it is
         model = model.to(find_device(device))
@@ -49,26 +48,6 @@ def choose_blocks(objective: Objective, settings: BlockSettings) -> tuple[Block,
     blocks = objective.partition(settings.by, include=settings.include, exclude=settings.exclude)
     full = settings.full and settings.by != "model"
     return blocks + partition(objective.model, "model") if full else blocks
-
-
-def _dtype(name: str) -> torch.dtype:
-    allowed = ("float32", "float64", "bfloat16")
-    if name not in allowed:
-        raise ValueError(f"dtype is one of {allowed}, got {name!r}")
-    return getattr(torch, name)
-
-
-def find_device(name: str) -> str:
-    """``auto`` is a GPU if there is one: that of this process, where there are several."""
-    if name == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used ({error}); devices here: cpu, or auto"
-        ) from None
-    return name
 
 
 def stages(settings: RunSettings) -> list[Stage]:
