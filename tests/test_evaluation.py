@@ -102,6 +102,17 @@ def test_buffers_that_nobody_writes_to_are_not_touched():
     assert [b._version for b in model.buffers()] == versions
 
 
+def test_buffers_that_cannot_be_compared():
+    model = nn.Linear(2, 2)
+    model.register_buffer("sparse", torch.eye(2).to_sparse())
+    with torch.inference_mode():
+        model.register_buffer("inferred", torch.ones(2))
+    before = dict(model.named_buffers())
+    batch = (torch.ones(3, 2), torch.tensor([0, 1, 0]))
+    Objective(model, [batch], losses.classification).value()
+    assert all(b is before[name] for name, b in model.named_buffers())
+
+
 def test_large_buffers_are_copied_once():
     model = nn.Linear(2, 2)
     model.register_buffer("mask", torch.ones(SMALL + 1))

@@ -148,3 +148,105 @@ def test_the_head_is_given_back():
         _ = 1 / 0
     assert "forward" not in vars(model.lm_head)
     assert type(model(torch.zeros(1, 2, dtype=torch.long)).logits) is torch.Tensor
+
+
+class Changed(torch.nn.Module):
+    """A model that does something to its logits before it hands them out."""
+
+    def __init__(self, model, change):
+        super().__init__()
+        self.model, self.lm_head, self.change = model, model.lm_head, change
+
+    def forward(self, input_ids):
+        hidden = self.model.transformer(input_ids=input_ids).last_hidden_state
+        return self.change(self.lm_head, hidden)
+
+
+def masked(head, hidden):
+    logits = head(hidden)
+    logits[..., :5] = -10.0
+    return logits
+
+
+def scaled(head, hidden):
+    logits = head(hidden)
+    logits.mul_(0.5)  # its value is not used
+    return logits
+
+
+def where_differentiable(head, hidden):
+    logits = head(hidden)
+    return logits * 2 if logits.requires_grad else logits
+
+
+def transposed(head, hidden):
+    return head(hidden).mT.mT
+
+
+def in_autocast(head, hidden):
+    with torch.autocast("cpu", torch.bfloat16):
+        return head(hidden)
+
+
+def vmapped(head, hidden):
+    return torch.func.vmap(head)(hidden)
+
+
+def measured(head, hidden):
+    logits = head(hidden)
+    assert logits.size(-1) == logits.shape[-1] == 32
+    assert (logits.dim(), len(logits)) == (3, 3)
+    assert logits.numel() == 3 * 7 * 32
+    assert logits.is_floating_point()
+    assert getattr(logits, "_computed", None) is None
+    return logits
+
+
+CHANGES = [masked, scaled, where_differentiable, transposed, in_autocast, vmapped, measured]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_a_model_does_to_its_logits_counts(change):
+    inner = tiny_gpt2(tie_word_embeddings=False, layers=1)
+    tokens = {"input_ids": batch_of(inner, ignored=False)["input_ids"]}
+    ours, theirs = (
+        blockspec.Objective(Changed(inner, change), [tokens], replace(losses.next_token, chunked=c))
+        for c in (True, False)
+    )
+    assert ours.value() == pytest.approx(theirs.value(), rel=1e-12)
+    for name, gradient in ours.gradient().items():
+        torch.testing.assert_close(gradient, theirs.gradient()[name])
+
+
+def test_an_input_that_is_changed_before_the_logits_are_made_is_an_error():
+    def change(head, hidden):
+        logits = head(hidden.detach())
+        hidden.mul_(0)
+        return logits
+
+    inner = tiny_gpt2(tie_word_embeddings=False, layers=1)
+    tokens = {"input_ids": batch_of(inner, ignored=False)["input_ids"]}
+    objective = blockspec.Objective(Changed(inner, change), [tokens], losses.next_token)
+    with pytest.raises(RuntimeError, match=r"changed in place.*replacements=False"):
+        objective.gradient()
+
+
+def test_switched_off_the_head_is_the_models_own():
+    model = tiny_gpt2(layers=1)
+    objective = blockspec.Objective(
+        model, [batch_of(model, ignored=True)], losses.next_token, replacements=False
+    )
+    with objective.prepared(), heads.deferred(model):
+        hidden = torch.zeros(1, 2, 16, dtype=torch.float64)
+        assert type(model.lm_head(hidden)) is torch.Tensor
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_ready_losses_without_gradients(mode):
+    model = tiny_gpt2(layers=1)
+    batch = batch_of(model, ignored=True)
+    expected, _count = losses.next_token(model.eval(), batch)
+    with mode():
+        for chunked in (True, False):
+            found, _ = replace(losses.next_token, chunked=chunked)(model, batch)
+            torch.testing.assert_close(found, expected.detach())

@@ -74,14 +74,17 @@ def _of_bounded_embeddings(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     """
     seen = set()
     for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            weight, bound, order = module.weight, float(module.max_norm), module.norm_type
-            rows = (weight.detach().norm(order, dim=1) > bound).nonzero().flatten()
-            if len(rows) and id(weight) not in seen:
-                shrunk = weight.detach().clone()
-                yield weight, "data", torch.embedding_renorm_(shrunk, rows, bound, order)
-            seen.add(id(weight))
-            yield module, "max_norm", None
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module.max_norm is None:
+            continue
+        weight, bound, order = module.weight, float(module.max_norm), module.norm_type
+        if not isinstance(weight, nn.Parameter):  # it is computed: shrinking is refused
+            continue
+        rows = (weight.detach().norm(order, dim=1) > bound).nonzero().flatten()
+        if len(rows) and id(weight) not in seen:
+            shrunk = weight.detach().clone()
+            yield weight, "data", torch.embedding_renorm_(shrunk, rows, bound, order)
+        seen.add(id(weight))
+        yield module, "max_norm", None
     yield torch, "embedding_renorm_", _refuse_to_shrink
 
 
@@ -110,7 +113,7 @@ def buffers_kept(model: nn.Module, copies: Copies) -> Iterator[None]:
         id(buffer): buffer
         for _, _, held in found
         for buffer in held.values()
-        if buffer is not None and type(buffer) in (Tensor, nn.Parameter)
+        if buffer is not None and _can_be_written_to(buffer)
     }
     places = {key: buffer.data for key, buffer in buffers.items()}
     for key, buffer in buffers.items():
@@ -132,6 +135,12 @@ def buffers_kept(model: nn.Module, copies: Copies) -> Iterator[None]:
                 _restore(module._buffers, held)
         for key, buffer in buffers.items():
             copies[key] = (buffer, buffer._version, taken[key][2])
+
+
+def _can_be_written_to(buffer: Tensor) -> bool:
+    """And compared: subclasses and sparse tensors are put back by name alone."""
+    ordinary = type(buffer) in (Tensor, nn.Parameter) and buffer.layout is torch.strided
+    return ordinary and not buffer.is_inference()
 
 
 @torch.no_grad()

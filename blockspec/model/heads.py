@@ -129,7 +129,9 @@ class Logits(Tensor):
 
     def _now(self) -> tuple[int, ...]:
         parts = (self.hidden, self.weight, self.bias)
-        return tuple(part._version for part in parts if part is not None)
+        return tuple(
+            part._version for part in parts if part is not None and not part.is_inference()
+        )
 
     def _check(self) -> None:
         if self._now() != self._versions:

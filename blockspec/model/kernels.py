@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from blockspec.model.attention import attention, transformed
 from blockspec.model.implementations import switched
 from blockspec.model.lengths import is_long, say_once
+from blockspec.model.normalisation import NORMS
 from blockspec.model.patching import shared
 
 
@@ -46,9 +48,7 @@ class _Replaced(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function is F.scaled_dot_product_attention:
-            function = scaled_dot_product_attention
-        return function(*args, **(kwargs or {}))
+        return REPLACED.get(function, function)(*args, **(kwargs or {}))
 
 
 def scaled_dot_product_attention(
@@ -160,3 +160,26 @@ def _nested(*given: Any, **settings: Any) -> Tensor:
     """Nested tensors choose by the flags of the process, which are set for the moment of the call."""
     with shared("attention backends", _set_flags):
         return F.scaled_dot_product_attention(*given, **settings)
+
+
+def _rebound(function: Any, **names: Any) -> Any:
+    """A function of ``torch.nn.functional`` that finds other functions behind names that it calls.
+
+    A call that the mode answers runs without the mode, and with it all the calls inside.
+    """
+    behind = {**vars(F), **names}
+    copy = FunctionType(function.__code__, behind, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+REPLACED = {
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    F.multi_head_attention_forward: _rebound(
+        F.multi_head_attention_forward,
+        scaled_dot_product_attention=scaled_dot_product_attention,
+        has_torch_function=lambda tensors: False,
+    ),
+    **NORMS,
+}
+"""PyTorch's function -> ours. Norms are right to the second order; they are here for the third."""

@@ -42,6 +42,11 @@ def plain_functions() -> Iterator[None]:
         _REPLACING.reset(token)
 
 
+def is_replacing() -> bool:
+    """Whether functions of ours may stand in for PyTorch's."""
+    return _REPLACING.get() and not torch.compiler.is_compiling()
+
+
 def steps_aside(*tensors: Tensor | None) -> bool:
     """Whether a function of these tensors has to be PyTorch's own.
 
@@ -53,7 +58,7 @@ def steps_aside(*tensors: Tensor | None) -> bool:
         and where a tensor is not an ordinary one: complex, sparse, dual (a forward derivative), of
         a subclass (nested, distributed).
     """
-    if not _REPLACING.get() or torch_parts.transforms_active() or torch.compiler.is_compiling():
+    if not is_replacing() or torch_parts.transforms_active():
         return True
     return any(tensor is not None and not _is_ordinary(tensor) for tensor in tensors)
 

@@ -200,7 +200,7 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
         (N,) one term for each row. Beside the logits, the graph keeps their probabilities (N, C),
         and nothing else of that size.
     """
-    if steps_aside(logits):
+    if not (torch.is_grad_enabled() and logits.requires_grad) or steps_aside(logits):
         return F.cross_entropy(logits, labels, reduction="none")
     terms, _link = _CrossEntropy.apply(logits, labels)
     return terms
