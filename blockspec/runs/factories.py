@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from blockspec.model import losses
+from blockspec.model.task_losses import sequence_to_sequence
 
 Factory = Callable[..., tuple[nn.Module, Any, Any]]
 
@@ -59,7 +60,7 @@ def hugging_face(
     mask_share: float = 0.15,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, list[dict[str, torch.Tensor]], losses.Loss]:
-    """A causal or masked language model by name or folder, on the start of a text.
+    """A causal, masked or sequence-to-sequence language model by name or folder, on a text.
 
     Args:
         name: Name on the hub, or a folder with config.json, weights and tokenizer.
@@ -71,12 +72,12 @@ def hugging_face(
         mask_share: Share of the tokens that are masked, for masked models.
         trust_remote_code: Run code that comes with the model. Only for sources that you trust.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    masked = any("MaskedLM" in architecture for architecture in config.architectures or [])
-    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    model = auto.from_pretrained(
+    task = _task(name, config)
+    model = getattr(transformers, AUTO[task]).from_pretrained(
         checkpoint or name, trust_remote_code=trust_remote_code, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -87,13 +88,58 @@ def hugging_face(
             f"the text has {len(ids)} tokens; {num_batches} batches of {batch_size} x {tokens} need {wanted}"
         )
     batches = ids[:wanted].reshape(num_batches, batch_size, tokens)
-    if not masked:
+    if task == "causal":
         return model, [{"input_ids": batch} for batch in batches], losses.next_token
+    if task == "sequence":
+        pairs = [{"input_ids": batch, "labels": batch.clone()} for batch in batches]
+        return model, pairs, sequence_to_sequence
     return (
         model,
         [_masked(batch, tokenizer.mask_token_id, mask_share) for batch in batches],
         losses.masked_token,
     )
+
+
+AUTO = {
+    "masked": "AutoModelForMaskedLM",
+    "sequence": "AutoModelForSeq2SeqLM",
+    "causal": "AutoModelForCausalLM",
+}
+
+
+def _task(name: str, config: Any) -> str:
+    """What the checkpoint was trained for, by the class that its config names.
+
+    Raises ValueError for a class that text alone gives no loss for: another class of the same family would have a
+    loss too, but an encoder that sees the token it predicts is measured without a word.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = {
+        "sequence": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+    named = list(config.architectures or [])
+    if not named:
+        return "causal"
+    both = config.model_type in tables["masked"] and not getattr(config, "is_decoder", False)
+    for task, table in tables.items():
+        known = {
+            n for names in table.values() for n in ([names] if isinstance(names, str) else names)
+        }
+        if task == "causal" and both and config.model_type not in _DECODERS:
+            continue  # a bidirectional encoder with a causal head
+        if known & set(named) or (task == "causal" and named[0].endswith("ForCausalLM")):
+            return task
+    raise ValueError(
+        f"{name!r} holds a {named[0]}, and text alone gives it no loss: it is neither a causal, a masked nor a "
+        "sequence-to-sequence language model. Write a factory, module:function, that returns its model, "
+        "batches with labels and one of blockspec.losses"
+    )
+
+
+_DECODERS = frozenset({"modernbert-decoder", "git", "trocr"})
 
 
 def _masked(batch: torch.Tensor, mask_token: int, share: float) -> dict[str, torch.Tensor]:
