@@ -225,6 +225,8 @@ def watch_example(model: nn.Module, example: Any) -> dict[str, Seen]:
         for run, given in _runs(model, batch, getattr(example, "loss", None)):
             try:
                 return watch(model, run, given)
+            except _LossError as failed:  # it would fail in the first product, too
+                raise (failed.__cause__ or failed) from None
             except Exception as failed:  # a model's own errors are of any kind
                 error = error or failed
     message = (
@@ -248,9 +250,19 @@ def _runs(model: nn.Module, batch: Any, loss: Any) -> Iterator[tuple[Run, Any]]:
     batch = placed(batch, first.device, first.dtype if first.is_floating_point() else None)
     for given in (_shortened(_first(batch)), _first(batch), batch):
         yield _forward(model, given), given
-    outputs = getattr(loss, "outputs", loss)
-    if outputs is not None:
-        yield (lambda: outputs(model, batch)), batch
+    if loss is not None:
+        yield (lambda: _by_loss(model, batch, loss)), batch
+
+
+class _LossError(Exception):
+    """A user's loss raised; the cause says what."""
+
+
+def _by_loss(model: nn.Module, batch: Any, loss: Any) -> Any:
+    try:
+        return getattr(loss, "outputs", loss)(model, batch)
+    except Exception as error:
+        raise _LossError from error
 
 
 def _first(batch: Any) -> Any:
