@@ -7,7 +7,7 @@ import torch
 from problems import nanogpt, tokens
 from torch import nn
 
-from blockspec import Objective, losses
+from blockspec import Objective, estimate_spectra, losses, partition
 from blockspec.model.examples import carriers, longest
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -167,3 +167,29 @@ def test_tokens_as_long_as_many():
         Objective(it.model, [batch], losses.next_token, micro_batch=s) for s in (None, 2)
     )
     assert parts.value() == pytest.approx(whole.value(), rel=1e-12)
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.words, self.head = nn.Embedding(12, 8), nn.Linear(8, 12)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.double()
+
+    def forward(self, input_ids, mask):
+        return self.head(self.layer(self.words(input_ids), src_mask=mask))
+
+
+def test_an_encoder_with_a_mask_for_as_many_positions_as_examples():
+    mask = nn.Transformer.generate_square_subsequent_mask(SIZE, dtype=torch.float64)
+    batch = {"input_ids": tokens(SIZE, SIZE), "mask": mask}
+    model = Encoder()
+    found = []
+    for size in (None, 1, 4):
+        objective = Objective(model, [batch], losses.next_token, micro_batch=size)
+        spectra = estimate_spectra(objective, partition(model, "model"), 1, 4)
+        found.append(torch.tensor(spectra["model"].nodes))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-8, atol=1e-10)
