@@ -1,8 +1,10 @@
-"""What a step of AdaHessian costs, in gradients of the same loss: ``python -m benchmarks.adahessian``.
+"""What a step of AdaHessian costs, in gradients of the same loss: ``python -m
+benchmarks.adahessian``.
 
-A gradient is a forward and a backward pass of the model with its default attention, without an update. Everything takes
-turns, and the median over the turns of the ratio to that turn's gradient counts, so that a busy machine harms all alike.
-The AdaHessian of ``torch_optimizer`` takes part where it is installed.
+A gradient is a forward and a backward pass of the model with its default attention, without an
+update. Everything takes turns, and the median over the turns of the ratio to that turn's gradient
+counts, so that a busy machine harms all alike. The AdaHessian of ``torch_optimizer`` takes part
+where it is installed.
 """
 
 from __future__ import annotations
@@ -123,7 +125,9 @@ def seconds(step: Callable[[], None], times: int) -> float:
 
 
 def measure(contest: Contest, turns: int) -> dict[str, list[float]]:
-    """Name -> cost of a step in gradients, one number per turn; the cost of a gradient itself is in seconds."""
+    """Name -> cost of a step in gradients, one number per turn; the cost of a gradient itself is in
+    seconds.
+    """
     contestants = contest.contestants()
     costs: dict[str, list[float]] = {name: [] for name in ("gradient", *contestants)}
     for turn in range(turns + 2):
@@ -162,7 +166,10 @@ def main(batch_size: int = 8, turns: int = 15) -> None:
     keep_freed_memory()
     costs = measure(Contest(batch_size), turns)
     milliseconds = 1e3 * statistics.median(costs["gradient"])
-    notes = f"Medians of {turns} turns, CPU time. One gradient: {milliseconds:.1f} ms. No dropout, float32."
+    notes = (
+        f"Medians of {turns} turns, CPU time. One gradient: {milliseconds:.1f} ms. "
+        "No dropout, float32."
+    )
     peers = tuple(name for name in ("torch_optimizer",) if importlib.util.find_spec(name))
     title = f"Tiny GPT-2: 2 layers, D=64, V=512, T=64, B={batch_size}"
     write("adahessian", {title: table(costs)}, notes=notes, packages=(*PACKAGES, *peers))

@@ -1,8 +1,10 @@
-"""Long contexts: a product through attention with matrices and without: ``python -m benchmarks.attention``.
+"""Long contexts: a product through attention with matrices and without: ``python -m
+benchmarks.attention``.
 
-One layer: 12 heads of 64, causal, one example. A product is the gradient of an inner product of the layer's gradient, by
-q, k and v; the loss is not linear in the output, so that all of attention's second derivative is in it. Each measurement
-has a process of its own, whose peak of memory is that of the graph and one product. Matrices are PyTorch's MATH backend.
+One layer: 12 heads of 64, causal, one example. A product is the gradient of an inner product of the
+layer's gradient, by q, k and v; the loss is not linear in the output, so that all of attention's
+second derivative is in it. Each measurement has a process of its own, whose peak of memory is that
+of the graph and one product. Matrices are PyTorch's MATH backend.
 
 A model: every matrix of GPT-2 at 1024 tokens, one product each, in one sweep.
 """
@@ -129,7 +131,9 @@ def main(
     depth: int = 12,
     rounds: int = 2,
 ) -> None:
-    """tokens: of the layer; most: of the layer with matrices; depth: layers of the model; rounds: of each timing."""
+    """tokens: of the layer; most: of the layer with matrices; depth: layers of the model; rounds:
+    of each timing.
+    """
     gpt2 = Size(depth, 768, 12, 50257, 1, 1024)
     short = [count for count in tokens if count <= most]
     tables = {

@@ -1,9 +1,11 @@
-"""Curvature along steps and rounding errors, against what the loss does: ``python -m benchmarks.directional``.
+"""Curvature along steps and rounding errors, against what the loss does: ``python -m
+benchmarks.directional``.
 
-- A step of AdamW and of Muon on a small GPT-2 that was trained on the embedded text: predicted and measured change of the
-  loss, and the share of d'Hd within blocks.
-- Quantisation of that GPT-2 and of a ResNet14 that was trained on the digits: Spearman's correlation of each ranking of
-  matrices with the damage that was measured, and the loss under a budget of bits beside uniform bits.
+- A step of AdamW and of Muon on a small GPT-2 that was trained on the embedded text: predicted and
+  measured change of the loss, and the share of d'Hd within blocks.
+- Quantisation of that GPT-2 and of a ResNet14 that was trained on the digits: Spearman's
+  correlation of each ranking of matrices with the damage that was measured, and the loss under a
+  budget of bits beside uniform bits.
 """
 
 from __future__ import annotations

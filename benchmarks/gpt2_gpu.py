@@ -1,8 +1,9 @@
 """The published setting on one GPU: ``python -m benchmarks.gpt2_gpu``.
 
-GPT-2 124M (random weights: the cost does not depend on them), T = 1024, the 25 blocks of arXiv 2402.16788, 491,520 tokens of the
-embedded text, float32 with and without tf32: time of a sweep over all blocks, share of the GPU's measured matrix rate, peak
-memory, error that tf32 causes, and the time to a tolerance, projected from the number of sweeps that the first batch takes.
+GPT-2 124M (random weights: the cost does not depend on them), T = 1024, the 25 blocks of arXiv
+2402.16788, 491,520 tokens of the embedded text, float32 with and without tf32: time of a sweep over
+all blocks, share of the GPU's measured matrix rate, peak memory, error that tf32 causes, and the
+time to a tolerance, projected from the number of sweeps that the first batch takes.
 """
 
 from __future__ import annotations

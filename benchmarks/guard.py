@@ -1,7 +1,8 @@
 """What the guard of products sees in right and in wrong models: ``python -m benchmarks.guard``.
 
-The right ones are tiny models of some hundred architectures, kinks among them (``tests/menagerie.py``); the wrong ones are
-functions whose second derivative is silently another (``tests/faults.py``).
+The right ones are tiny models of some hundred architectures, kinks among them
+(``tests/menagerie.py``); the wrong ones are functions whose second derivative is silently another
+(``tests/faults.py``).
 """
 
 from __future__ import annotations
@@ -91,9 +92,12 @@ def main(
     ]
     tables = {f"Right models, {dtype}": table(right), "Wrong models, float64": table(wrong)}
     notes = (
-        "Error: largest relative difference between a parameter's part of the product and the difference of the gradient. "
-        "Asymmetry: |u'Hv - v'Hu|, relative. Time: of the guard over that of one gradient of the whole data (two sequences or "
-        "images here); the copy in float64 and Python's own overhead are most of it, as models are tiny."
+        "Error: largest relative difference between a parameter's part of the product and the "
+        "difference of the gradient. "
+        "Asymmetry: |u'Hv - v'Hu|, relative. Time: of the guard over that of one gradient of the "
+        "whole data (two sequences or "
+        "images here); the copy in float64 and Python's own overhead are most of it, as models are "
+        "tiny."
     )
     write("guard", tables, notes=notes)
 

@@ -1,9 +1,11 @@
 """SGD, AdamW and AdaHessian at equal steps and at equal time: ``python -m benchmarks.optimizers``.
 
-Two tasks: the tiny GPT-2 on the embedded text, and a ResNet14 on the digits. Every contestant is tried with a grid of learning
-rates on one seed; the best one is run on three other seeds, and only these runs are compared. Time is counted in gradients: what
-a step costs is measured first, all contestants taking turns, and one that is compared at equal time gets as many steps as fit
-into the time of ``num_steps`` of AdamW; its schedule ends there. The same command goes on where it was stopped.
+Two tasks: the tiny GPT-2 on the embedded text, and a ResNet14 on the digits. Every contestant is
+tried with a grid of learning rates on one seed; the best one is run on three other seeds, and only
+these runs are compared. Time is counted in gradients: what a step costs is measured first, all
+contestants taking turns, and one that is compared at equal time gets as many steps as fit into the
+time of ``num_steps`` of AdamW; its schedule ends there. The same command goes on where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -44,12 +46,16 @@ from vision_models.models import build
 from vision_models.sources import DataSettings as VisionData
 from vision_models.sources import open_images
 
-STEPS = 10  # of one turn of the measurement of costs: what lies between two measurements of curvature with update_each=10
+# of one turn of the measurement of costs: what lies between two measurements of curvature with
+# update_each=10
+STEPS = 10
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """An optimizer: its settings; whether its steps are as many as fit into the time of the others."""
+    """An optimizer: its settings; whether its steps are as many as fit into the time of the
+    others.
+    """
 
     settings: Mapping[str, Any]
     equal_time: bool = False
@@ -130,7 +136,8 @@ TASKS = {
 
 
 def main(*, workers: int = 2, rounds: int = 7, out: str = "runs/optimizers") -> None:
-    """Trains and compares: 10 minutes on two idle cores; writes a dated table and figure into ``benchmarks/results/``.
+    """Trains and compares: 10 minutes on two idle cores; writes a dated table and figure into
+    ``benchmarks/results/``.
 
     Args:
         workers: Trainings at once, each on one thread.
@@ -175,7 +182,8 @@ def main(*, workers: int = 2, rounds: int = 7, out: str = "runs/optimizers") -> 
         for name, task in TASKS.items()
     )
     notes = (
-        "Deviations are over seeds. AdaHessian averages its curvature over rows and kernels. Rates rise over a sixteenth of the "
+        "Deviations are over seeds. AdaHessian averages its curvature over rows and kernels. Rates "
+        "rise over a sixteenth of the "
         f"steps, then fall along a cosine to a tenth. Grids, tried on another seed:\n\n{rates}\n\n"
         f"{minutes:.0f} minutes with {workers} trainings at once."
     )
@@ -186,7 +194,9 @@ def main(*, workers: int = 2, rounds: int = 7, out: str = "runs/optimizers") -> 
 
 
 def step_costs(task: Task, known: Path, *, rounds: int) -> dict[str, float]:
-    """Gradients that a step of each contestant costs, its update in it; read from ``known`` where a run goes on."""
+    """Gradients that a step of each contestant costs, its update in it; read from ``known`` where a
+    run goes on.
+    """
     if known.is_file():
         return json.loads(known.read_text())
     model, batch, loss = task.first()
@@ -249,8 +259,9 @@ def train_one(
 
 @styled
 def plot(trials: Mapping[str, pd.DataFrame], curves: Mapping[str, pd.DataFrame]) -> Figure:
-    """A row a task: final loss by learning rate; loss by step, at equal steps; loss by gradients, at equal time (mean and
-    range of the seeds)."""
+    """A row a task: final loss by learning rate; loss by step, at equal steps; loss by gradients,
+    at equal time (mean and range of the seeds).
+    """
     figure = Figure(figsize=(8.6, 2.9 * len(curves)), layout="constrained")
     rows = figure.subplots(len(curves), 3, sharey="row", squeeze=False)
     names = list(CONTESTANTS)

@@ -1,12 +1,15 @@
-"""Time to a stated accuracy, against other ways to the same spectra: ``python -m benchmarks.peers``.
+"""Time to a stated accuracy, against other ways to the same spectra: ``python -m
+benchmarks.peers``.
 
-- the schedule of arXiv 2402.16788, its algorithm written anew in a few lines: one shared graph, every product run back to all
-  parameters, 100 steps, 10 probes, the model's own functions;
-- hessian-eigenthings with its defaults (80 steps, 10 probes), one operator a block, where it is installed.
+- the schedule of arXiv 2402.16788, its algorithm written anew in a few lines: one shared graph,
+  every product run back to all parameters, 100 steps, 10 probes, the model's own functions;
+- hessian-eigenthings with its defaults (80 steps, 10 probes), one operator a block, where it is
+    installed.
 
-Their sweeps are all alike: some are timed and multiplied by steps x probes. Errors are Wasserstein-1 distances relative to the
-block's spectral norm: to all eigenvalues of blocks of 1,024 to 8,192 parameters, to a converged estimate of larger ones. Models
-are GPT-2s, trained for some steps on the embedded text.
+Their sweeps are all alike: some are timed and multiplied by steps x probes. Errors are
+Wasserstein-1 distances relative to the block's spectral norm: to all eigenvalues of blocks of 1,024
+to 8,192 parameters, to a converged estimate of larger ones. Models are GPT-2s, trained for some
+steps on the embedded text.
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ def trained(size: Size, steps: int) -> blockspec.Objective:
 
 
 class Peers:
-    """One product with every block, their way; the model's own functions under differentiable attention."""
+    """One product with every block, their way; the model's own functions under differentiable
+    attention.
+    """
 
     def __init__(self, objective: blockspec.Objective, blocks: list[blockspec.Block]) -> None:
         self.model = objective.model.eval()

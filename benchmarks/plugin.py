@@ -1,7 +1,8 @@
 """Where the time of a measurement in training goes: ``python -m benchmarks.plugin``.
 
-Trains a small GPT-2 in a loop of one's own and measures spectra in it with ``blockspec.integrations.record``. Products should be
-all of the cost: the rest is Lanczos' own arithmetic, checks, distances between blocks and tables.
+Trains a small GPT-2 in a loop of one's own and measures spectra in it with
+``blockspec.integrations.record``. Products should be all of the cost: the rest is Lanczos' own
+arithmetic, checks, distances between blocks and tables.
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ def main(
                 "share": {name: value / seconds["all"] for name, value in seconds.items()},
             }
         )
-        title = f"{batch * window} tokens: {measured} measurements of {blocks} blocks, {probes} probes of {steps} steps"
+        title = (
+            f"{batch * window} tokens: {measured} measurements of {blocks} blocks, "
+            f"{probes} probes of {steps} steps"
+        )
         tables[title] = table.rename_axis("part")
     write("plugin", tables, notes="CPU time.")
 

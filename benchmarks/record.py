@@ -1,4 +1,6 @@
-"""Times things in turns, and writes a dated table with the command, the machine and the versions."""
+"""Times things in turns, and writes a dated table with the command, the machine and the
+versions.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,17 @@ PACKAGES = ("blockspec", "torch", "transformers")
 
 
 def clock() -> float:
-    """Seconds: those that this process computes, where one thread does all of it, so that a busy machine matters less."""
+    """Seconds: those that this process computes, where one thread does all of it, so that a busy
+    machine matters less.
+    """
     alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
     return time.process_time() if alone else time.perf_counter()
 
 
 def in_turns(contestants: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Median seconds of each; they take turns, so that a busy machine harms all alike; one round to warm up."""
+    """Median seconds of each; they take turns, so that a busy machine harms all alike; one round to
+    warm up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):
         for name, function in contestants.items():
@@ -56,7 +62,8 @@ def write(
         "",
         f"`python -m benchmarks.{module} {' '.join(sys.argv[1:])}`".replace(" `", "`"),
         "",
-        f"{platform.machine()}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, {versions}.",
+        f"{platform.machine()}, {torch.get_num_threads()} thread(s), Python "
+        f"{platform.python_version()}, {versions}.",
     ]
     for title, table in tables.items():
         lines += ["", f"## {title}", "", *_markdown(table)]

@@ -1,8 +1,9 @@
 """Many processes, saved states, and memory: ``python -m benchmarks.scale``.
 
 - two processes of one thread against one, over blocks and over batches;
-- what saving a state every second costs, and a run that is stopped half way and resumed against an unbroken one;
-- with ``--gpt2_too true``: GPT-2 124M, T = 1024, every matrix, within 20 GiB: the plan's peak against the measured one (minutes).
+- what saving a state every second costs, and a run that is stopped half way and resumed against an
+unbroken one; - with ``--gpt2_too true``: GPT-2 124M, T = 1024, every matrix, within 20 GiB: the
+plan's peak against the measured one (minutes).
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class Stop(Exception):
 
 
 def states() -> pd.DataFrame:
-    """The same estimate unbroken, with a state saved every second, and stopped half way and resumed."""
+    """The same estimate unbroken, with a state saved every second, and stopped half way and
+    resumed.
+    """
     seconds()
     unbroken = seconds()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,10 @@
-"""What one product with every block costs, in gradients of the same objective: ``python -m benchmarks.sweep``.
+"""What one product with every block costs, in gradients of the same objective: ``python -m
+benchmarks.sweep``.
 
-Side by side in one run: shared graph with each product pruned to its block (what blockspec does), a graph of its own per block, a
-shared graph with every product run back to all parameters (what the code of arXiv 2402.16788 does), and one full product. A
-gradient is a forward and a backward pass of the model as it comes, with its fused attention.
+Side by side in one run: shared graph with each product pruned to its block (what blockspec does), a
+graph of its own per block, a shared graph with every product run back to all parameters (what the
+code of arXiv 2402.16788 does), and one full product. A gradient is a forward and a backward pass of
+the model as it comes, with its fused attention.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ def model_of(size: Size) -> GPT2LMHeadModel:
     """A GPT-2 of that size."""
     torch.manual_seed(0)
     config = GPT2Config(
-        n_layer=size.layers, n_embd=size.width, n_head=size.heads, vocab_size=size.vocabulary, n_positions=size.tokens,
-        bos_token_id=0, eos_token_id=0, use_cache=False,
+        n_layer=size.layers, n_embd=size.width, n_head=size.heads, vocab_size=size.vocabulary,
+        n_positions=size.tokens, bos_token_id=0, eos_token_id=0, use_cache=False,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -61,8 +63,8 @@ def objective_of(size: Size) -> blockspec.Objective:
 
 def matrices(objective: blockspec.Objective) -> list[blockspec.Block]:
     """Every weight matrix, whole: 4 a layer and the embedding."""
-    return [b for b in blockspec.partition(objective.model, "tensor") if b.name.endswith(".weight") and "ln_" not in b.name
-            and "wpe" not in b.name]  # fmt: skip
+    blocks = blockspec.partition(objective.model, "tensor", include="*.weight")
+    return [block for block in blocks if "ln_" not in block.name and "wpe" not in block.name]
 
 
 class Contest:
@@ -203,7 +205,8 @@ def main(rounds: int = 3, threads: int = 1) -> None:
         }
     ).set_index("measure")
     growth = table["every block (gradients)"] * table["gradient (s)"]
-    notes = f"Twice the layers (6 to 12, D=256) cost {growth.iloc[-1] / growth.iloc[-2]:.2f} x for all blocks."
+    ratio = growth.iloc[-1] / growth.iloc[-2]
+    notes = f"Twice the layers (6 to 12, D=256) cost {ratio:.2f} x for all blocks."
     write(
         "sweep", {"One product with every block": table, "Beside the products": others}, notes=notes
     )

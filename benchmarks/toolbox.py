@@ -1,7 +1,8 @@
 """What traces, coupling and eigenpairs cost: ``python -m benchmarks.toolbox``.
 
-Traces and coupling of the 49 weight matrices of a GPT-2 against products of the full matrix, in products and in time (both take
-turns, medians of the ratios of each turn); eigenpairs against ARPACK and LOBPCG of scipy in products.
+Traces and coupling of the 49 weight matrices of a GPT-2 against products of the full matrix, in
+products and in time (both take turns, medians of the ratios of each turn); eigenpairs against
+ARPACK and LOBPCG of scipy in products.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ class Counted:
 
 
 def operators() -> dict[str, Counted]:
-    """The whole Hessian of a tiny GPT-2, and matrices with clusters and with repeated eigenvalues."""
+    """The whole Hessian of a tiny GPT-2, and matrices with clusters and with repeated
+    eigenvalues.
+    """
     objective = objective_of(Size(1, 64, 4, 256, 1, 64))
     objective.model.double()
     (full,) = blockspec.partition(objective.model, "model")
@@ -115,7 +118,10 @@ def operators() -> dict[str, Counted]:
 def ours(it: Counted, k: int, which: str, tolerance: float) -> tuple[np.ndarray, int]:
     it.count = 0
     generator = torch.Generator().manual_seed(0)
-    draw = lambda number: torch.randn(it.size, generator=generator, dtype=torch.float64)  # noqa: E731
+
+    def draw(number: int) -> torch.Tensor:
+        return torch.randn(it.size, generator=generator, dtype=torch.float64)
+
     search = Search(
         draw, k, ORDERS[which], tolerance=tolerance, basis=max(2 * k + 1, 20), max_products=2000
     )
@@ -198,7 +204,8 @@ def main(layers: int = 12, turns: int = 9, k: int = 8, tolerance: float = 1e-3) 
     """Costs of the toolbox on a tiny GPT-2 (D=64, V=256, T=64).
 
     Args:
-        layers: Layers of the model whose matrices are traced and coupled: 4 each, and the embedding.
+        layers: Layers of the model whose matrices are traced and coupled: 4 each, and the
+            embedding.
         turns: Measurements of each time.
         k: Eigenpairs.
         tolerance: Relative residual of the eigenpairs.
@@ -216,8 +223,10 @@ def main(layers: int = 12, turns: int = 9, k: int = 8, tolerance: float = 1e-3) 
         ),
     }
     notes = (
-        "ARPACK takes its tolerance relative to each eigenvalue, the others relative to the norm; ours includes the search for "
-        "missing copies. Differences: of their values (LOBPCG: at most 200 rounds) to ours, relative to the norm. The Hessian is "
+        "ARPACK takes its tolerance relative to each eigenvalue, the others relative to the norm; "
+        "ours includes the search for "
+        "missing copies. Differences: of their values (LOBPCG: at most 200 rounds) to ours, "
+        "relative to the norm. The Hessian is "
         "that of a GPT-2 of one layer, D=64, V=256, T=64. Ratios are of CPU time."
     )
     write("toolbox", tables, notes=notes, packages=(*PACKAGES, "scipy"))

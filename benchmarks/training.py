@@ -1,7 +1,7 @@
 """What the trainer costs beside a bare PyTorch loop: ``python -m benchmarks.training``.
 
-Both train the same model on the same batches with AdamW, clipping and a cosine. They take turns, so that a busy machine
-harms both alike.
+Both train the same model on the same batches with AdamW, clipping and a cosine. They take turns, so
+that a busy machine harms both alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from training.trainer import TrainingSettings, train
 
 
 def bare_loop(model: nn.Module, task: Task, *, steps: int, lr: float, device: torch.device) -> None:
-    """What one would write by hand, and no more; the loss is read every ten steps, as the trainer does."""
+    """What one would write by hand, and no more; the loss is read every ten steps, as the trainer
+    does.
+    """
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(steps):

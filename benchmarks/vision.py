@@ -1,4 +1,6 @@
-"""What spectra of all blocks of ResNet20 cost, in gradients of the same objective: ``python -m benchmarks.vision``."""
+"""What spectra of all blocks of ResNet20 cost, in gradients of the same objective: ``python -m
+benchmarks.vision``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from vision_models.resnet import cifar_resnet
 
 
 def objective_of(images: int, batch_size: int, depth: int) -> blockspec.Objective:
-    """A residual network on random images of CIFAR's size; costs do not depend on the weights nor on the images."""
+    """A residual network on random images of CIFAR's size; costs do not depend on the weights nor
+    on the images.
+    """
     torch.manual_seed(0)
     x, y = torch.randn(images, 3, 32, 32), torch.randint(10, (images,))
     batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
@@ -42,7 +46,8 @@ def main(
 
     Args:
         images: Images of 32x32 pixels.
-        batch_size: Images in a batch; changes no number. Activations of 128 are small enough to be kept by the allocator.
+        batch_size: Images in a batch; changes no number. Activations of 128 are small enough to be
+            kept by the allocator.
         depth: Of the network.
         steps: Lanczos steps of one probe.
         rounds: Gradients that are timed, before and after each estimate.
@@ -76,14 +81,18 @@ def main(
     table["products"] = table["products"].astype(int)
     title = f"ResNet{depth}, {images} images of 32x32, {steps} steps, 1 probe"
     notes = (
-        f"A gradient takes {cost:.3g} s of CPU time (median of {len(gradients)}). A product: all of the CPU time of the spectra, "
-        "over products; at most 0.8 gradients. Blocks of fewer parameters than steps are done exactly, with a product for each."
+        f"A gradient takes {cost:.3g} s of CPU time (median of {len(gradients)}). A product: all "
+        "of the CPU time of the spectra, "
+        "over products; at most 0.8 gradients. Blocks of fewer parameters than steps are done "
+        "exactly, with a product for each."
     )
     write("vision", {title: table}, notes=notes)
 
 
 def seconds_of(function: Callable[[], None], rounds: int) -> Iterator[float]:
-    """CPU seconds of each call, which another process on the machine changes less than the time on the clock."""
+    """CPU seconds of each call, which another process on the machine changes less than the time on
+    the clock.
+    """
     for _ in range(rounds):
         start = time.process_time()
         function()

@@ -1,11 +1,13 @@
-"""Does decoding keep up? JPEG files against one forward and backward pass of ViT-base/16 at 224 pixels.
+"""Does decoding keep up? JPEG files against one forward and backward pass of ViT-base/16 at 224
+pixels.
 
     python -m benchmarks.vision_data
 
-Writes synthetic photographs (smooth random fields with noise, 500 x 375 pixels, about 110 kB, as ImageNet's) into a
-temporary folder, and measures how fast batches come from them and how long a gradient of as many images takes. A
-measurement takes many products, and batches that fit into memory are decoded once for all of them: the share that is
-printed is an upper bound of what a measurement waits.
+Writes synthetic photographs (smooth random fields with noise, 500 x 375 pixels, about 110 kB, as
+ImageNet's) into a temporary folder, and measures how fast batches come from them and how long a
+gradient of as many images takes. A measurement takes many products, and batches that fit into
+memory are decoded once for all of them: the share that is printed is an upper bound of what a
+measurement waits.
 """
 
 import statistics
@@ -53,7 +55,9 @@ def seconds_of_decoding(folder: Path, *, batch: int, workers: int, passes: int) 
 
 
 def seconds_of_gradient(folder: Path, *, micro_batch: int, device: str) -> float:
-    """Seconds of one forward and backward pass of ViT-base for each image, from the second of two micro-batches."""
+    """Seconds of one forward and backward pass of ViT-base for each image, from the second of two
+    micro-batches.
+    """
     model = build(ModelSettings("vit")).to(device).eval()
     x, y = next(
         iter(fixed_batches(image_folder(folder), count=micro_batch, batch_size=micro_batch))
@@ -111,7 +115,10 @@ def main(
             )
     columns = ["images / s", "slowest", "fastest", "s a batch", "% of forward and backward"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("workers")
-    title = f"{images} JPEG files of {size / 1e3:.0f} kB on average; ViT-base/16 on {device}, batch {batch}"
+    title = (
+        f"{images} JPEG files of {size / 1e3:.0f} kB on average; ViT-base/16 on {device}, "
+        f"batch {batch}"
+    )
     notes = f"Forward and backward: {gradient:.4g} s a batch. At most 10 % may be waited for."
     write("vision_data", {title: table}, notes=notes, packages=(*PACKAGES, "pillow", "numpy"))
 

@@ -1,8 +1,8 @@
 """Blockwise Hessian spectra of transformers.
 
-``__init__.pyi`` lists the public names, once, for type checkers, for editors and for this module. A name is imported
-when it is first used (PEP 562, SPEC 1 of scientific-python): ``import blockspec`` takes milliseconds, and a command
-that only reads the tables of a run never waits for torch.
+``__init__.pyi`` lists the public names, once, for type checkers, for editors and for this module. A
+name is imported when it is first used (PEP 562, SPEC 1 of scientific-python): ``import blockspec``
+takes milliseconds, and a command that only reads the tables of a run never waits for torch.
 """
 
 import ast

@@ -1,4 +1,7 @@
-"""The public names, each with the module that defines it. ``__init__.py`` imports a name when it is first used."""
+"""The public names, each with the module that defines it.
+
+``__init__.py`` imports a name when it is first used.
+"""
 
 from blockspec import losses as losses
 from blockspec.engine.estimate import estimate_spectra as estimate_spectra

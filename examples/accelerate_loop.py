@@ -1,7 +1,8 @@
-"""Spectra from a loop under accelerate: ``accelerate launch examples/accelerate_loop.py`` (seconds on one core).
+"""Spectra from a loop under accelerate: ``accelerate launch examples/accelerate_loop.py`` (seconds
+on one core).
 
-A tiny GPT-2 on the reference manual that comes with Python, as bytes. Every process calls ``record``; they share the products,
-and the first one writes.
+A tiny GPT-2 on the reference manual that comes with Python, as bytes. Every process calls
+``record``; they share the products, and the first one writes.
 """
 
 from __future__ import annotations

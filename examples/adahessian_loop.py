@@ -1,7 +1,8 @@
-"""AdaHessian in a training loop of one's own, beside AdamW: ``python examples/adahessian_loop.py`` (a minute on one core).
+"""AdaHessian in a training loop of one's own, beside AdamW: ``python examples/adahessian_loop.py``
+(a minute on one core).
 
-Trains a tiny GPT-2 on bytes of Python's reference manual with both. ``python -m paper.adahessian_functions`` draws what the
-running means are for.
+Trains a tiny GPT-2 on bytes of Python's reference manual with both. ``python -m
+paper.adahessian_functions`` draws what the running means are for.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""More classes, more block diagonal (after arXiv 2505.02809): ``python examples/classes_and_block_diagonality.py``, a minute.
+"""More classes, more block diagonal (after arXiv 2505.02809): ``python
+examples/classes_and_block_diagonality.py``, a minute.
 
-A network with one hidden layer of 8 neurons classifies Gaussian data into C classes, with random weights and random labels. A
-block is what leads into one hidden neuron, or to one class. How large are the blocks off the diagonal beside those on it? For the
-output layer with a softmax the answer is short: ``H_bc = E[(p_b [b = c] - p_b p_c) h h']`` with p about 1 / C, so blocks on the
-diagonal fall like 1 / C and those off it like 1 / C^2: the ratio of their norms like 1 / C. The hidden layer is measured.
+A network with one hidden layer of 8 neurons classifies Gaussian data into C classes, with random
+weights and random labels. A block is what leads into one hidden neuron, or to one class. How large
+are the blocks off the diagonal beside those on it? For the output layer with a softmax the answer
+is short: ``H_bc = E[(p_b [b = c] - p_b p_c) h h']`` with p about 1 / C, so blocks on the diagonal
+fall like 1 / C and those off it like 1 / C^2: the ratio of their norms like 1 / C. The hidden layer
+is measured.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ def rows(name: str, count: int, width: int) -> list[Block]:
 
 
 def ratio(found: blockspec.Coupling) -> tuple[float, float]:
-    """Norm of the mean block off the diagonal over that of the mean one on it, and the share of the squared norm off it."""
+    """Norm of the mean block off the diagonal over that of the mean one on it, and the share of the
+    squared norm off it.
+    """
     squared = found.squared_norms.to_numpy()
     n = len(squared)
     off = (squared.sum() - np.trace(squared)) / (n * (n - 1))
@@ -70,7 +75,9 @@ def measure(classes: int, seed: int, examples: int, num_probes: int) -> list[dic
 
 
 def slopes(table: pd.DataFrame) -> dict[str, float]:
-    """Exponent of C in the ratio, a straight line in logarithms over the upper half of the numbers of classes."""
+    """Exponent of C in the ratio, a straight line in logarithms over the upper half of the numbers
+    of classes.
+    """
     mean = table.groupby(["layer", "classes"])["ratio"].mean().unstack("layer")
     upper = mean.iloc[len(mean) // 2 :]
     return {

@@ -1,7 +1,9 @@
-"""Spectra from nanoGPT's training loop: ``python examples/nanogpt_loop.py`` (half a minute on one core).
+"""Spectra from nanoGPT's training loop: ``python examples/nanogpt_loop.py`` (half a minute on one
+core).
 
-The model and the loop are nanoGPT's, shortened; the text is the reference manual that comes with Python, as bytes. The three
-lines that measure are marked. ``blockspec plot`` and ``blockspec show`` read what they leave.
+The model and the loop are nanoGPT's, shortened; the text is the reference manual that comes with
+Python, as bytes. The three lines that measure are marked. ``blockspec plot`` and ``blockspec show``
+read what they leave.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Batches of token windows. A batch is a pure function of the seed and its number, so no order has to be stored."""
+"""Batches of token windows. A batch is a pure function of the seed and its number, so no order has
+to be stored.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def spread_windows(
 
 
 def causal_batch(windows: np.ndarray, index: int = 0) -> Batch:
-    """(B, T) tokens, whatever the number of the batch -> a batch for a causal model: T - 1 loss terms a window."""
+    """(B, T) tokens, whatever the number of the batch -> a batch for a causal model: T - 1 loss
+    terms a window.
+    """
     return {"input_ids": torch.from_numpy(windows)}
 
 
@@ -50,8 +54,8 @@ def masked_batch(
 ) -> Batch:
     """(B, T) tokens and the number of the batch -> a batch for a masked model.
 
-    15 % of the tokens are to be predicted (one at least); of these 80 % are replaced by the mask, 10 % by a random
-    token and 10 % stay. The labels of all others are -100.
+    15 % of the tokens are to be predicted (one at least); of these 80 % are replaced by the mask,
+    10 % by a random token and 10 % stay. The labels of all others are -100.
     """
     rng = np.random.default_rng([seed, index, 1])  # 1: other numbers than those of the windows
     chosen = rng.random(windows.shape) < MASKED_SHARE

@@ -35,7 +35,8 @@ def checkpoint(
         seed: Seed of the masks.
 
     Returns:
-        The model, fixed batches that are spread evenly over the split, and the cross entropy of the masked tokens.
+        The model, fixed batches that are spread evenly over the split, and the cross entropy of the
+        masked tokens.
     """
     record = trained_record(checkpoint, "bert")
     model = load_pretrained(checkpoint, "masked")
@@ -69,7 +70,8 @@ def pretrained(
 
     Args:
         name: Name on the hub, or a folder.
-        checkpoint: Another folder with weights of the same kind of model, taken instead; the tokenizer is that of name.
+        checkpoint: Another folder with weights of the same kind of model, taken instead; the
+            tokenizer is that of name.
         data: embedded, cut by the model's own tokenizer, or a folder with train.bin and val.bin.
         split: val or train.
         num_batches: Number of batches.
@@ -80,7 +82,8 @@ def pretrained(
         trust_remote_code: Run code that comes with the model. Only for sources that you trust.
 
     Returns:
-        The model, fixed batches that are spread evenly over the split, and the cross entropy of the masked tokens.
+        The model, fixed batches that are spread evenly over the split, and the cross entropy of the
+        masked tokens.
     """
     model = load_pretrained(checkpoint or name, "masked", trust_remote_code=trust_remote_code)
     longest_window(model.config, num_tokens)

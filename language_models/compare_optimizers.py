@@ -1,7 +1,7 @@
 """Adam against SGD on one language model: ``python -m language_models.compare_optimizers``.
 
-The default, the tiny GPT-2 on the embedded text, is 22 trainings of 300 steps: some 3 minutes on two cores. The
-same command goes on where it was stopped.
+The default, the tiny GPT-2 on the embedded text, is 22 trainings of 300 steps: some 3 minutes on
+two cores. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def compare(
     comparison: ComparisonSettings = ComparisonSettings(),
     start: str | None = None,
 ) -> pd.DataFrame:
-    """Trains one model with several optimizers, each with its best learning rate, and compares the held-out losses.
+    """Trains one model with several optimizers, each with its best learning rate, and compares the
+    held-out losses.
 
     Args:
         out: Folder for the runs, the tables and the figure.

@@ -1,7 +1,9 @@
-"""Turns documents into token files: ``python -m language_models.data openwebtext --out data/openwebtext``.
+"""Turns documents into token files: ``python -m language_models.data openwebtext --out
+data/openwebtext``.
 
-Writes nanoGPT's format: ``train.bin`` and ``val.bin``, tokens as uint16 in one row, and beside them ``meta.json`` and
-the tokenizer. Until it is done, everything is in ``<out>.partial``, and the same command goes on where it was stopped.
+Writes nanoGPT's format: ``train.bin`` and ``val.bin``, tokens as uint16 in one row, and beside them
+``meta.json`` and the tokenizer. Until it is done, everything is in ``<out>.partial``, and the same
+command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -79,8 +81,9 @@ def prepare(
     """Tokenizes documents into train.bin and val.bin.
 
     Args:
-        source: openwebtext; embedded; a .txt, .md, .parquet, .json, .jsonl or .csv file; a folder of such files or one
-            that save_to_disk wrote; or the name of a data set on the Hugging Face hub.
+        source: openwebtext; embedded; a .txt, .md, .parquet, .json, .jsonl or .csv file; a folder
+            of such files or one that save_to_disk wrote; or the name of a data set on the Hugging
+            Face hub.
         out: Folder to write; None takes data/ and the source's name.
         subset: Configuration of a hub data set, where it has several.
         split: Split of a hub or saved data set.
@@ -88,8 +91,8 @@ def prepare(
         tokenizer: Hub name or folder of a tokenizer, or embedded.
         num_documents: Stop after this many documents.
         num_tokens: Stop at the document that reaches this many tokens.
-        val_share: Share of the documents that go to val.bin, spread evenly; the second document is the first of them.
-            nanoGPT's OpenWebText has 0.0005.
+        val_share: Share of the documents that go to val.bin, spread evenly; the second document is
+            the first of them. nanoGPT's OpenWebText has 0.0005.
 
     Returns:
         The folder.
@@ -127,7 +130,8 @@ def _check_limits(num_documents: int | None, num_tokens: int | None, val_share: 
         raise ValueError(f"val_share is {val_share}; it must lie between 0 and 1")
     if any(limit is not None and limit < 1 for limit in (num_documents, num_tokens)):
         raise ValueError(
-            f"num_documents is {num_documents}, num_tokens {num_tokens}; they must be at least 1, or left out"
+            f"num_documents is {num_documents}, num_tokens {num_tokens}; they must be at least 1, "
+            "or left out"
         )
 
 
@@ -135,7 +139,8 @@ def _refuse_others(folder: Path, stored: Mapping[str, Any], settings: Mapping[st
     changed = differences({name: stored.get(name) for name in settings}, dict(settings))
     if changed:
         raise ValueError(
-            f"{folder} was made with other settings ({'; '.join(changed)}): delete it or choose another --out"
+            f"{folder} was made with other settings ({'; '.join(changed)}): delete it or choose "
+            "another --out"
         )
 
 
@@ -257,7 +262,8 @@ def _finish(partial: Path, state: State, encoder: PreTrainedTokenizerBase) -> No
     for split, count in state.counts.items():
         if not count.tokens:
             raise ValueError(
-                f"{state.settings['source']} has {state.documents} documents and leaves {split}.bin empty; "
+                f"{state.settings['source']} has {state.documents} documents and leaves "
+                f"{split}.bin empty; "
                 f"there must be two at least (a text file counts one per {PIECE:,} characters)"
             )
     encoder.save_pretrained(partial / "tokenizer")

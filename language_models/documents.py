@@ -1,4 +1,5 @@
-"""Documents of any source, one by one: a hub data set, local files, a saved data set, the embedded text.
+"""Documents of any source, one by one: a hub data set, local files, a saved data set, the embedded
+text.
 
 All go through ``datasets`` as a stream, whose position can be stored and found again.
 """
@@ -31,13 +32,15 @@ class Documents:
     """An iterator of texts that knows its position.
 
     Args:
-        source: ``embedded``, ``openwebtext``, a file, a folder, or the name of a data set on the hub.
+        source: ``embedded``, ``openwebtext``, a file, a folder, or the name of a data set on the
+            hub.
         subset: Which configuration of a hub data set; None where it has one only.
         split: Which split of it.
         field: The column that holds the text.
 
-    ``ends`` tells whether a document ends after each text. A single text file is one document: it comes in pieces of
-    whole lines, so that a large one needs no memory and both splits get some of it.
+    ``ends`` tells whether a document ends after each text. A single text file is one document: it
+    comes in pieces of whole lines, so that a large one needs no memory and both splits get some of
+    it.
     """
 
     def __init__(
@@ -96,7 +99,8 @@ def _read(files: list[Path], *, sample_by: str) -> datasets.IterableDataset:
     reader = READERS.get(files[0].suffix)
     if reader is None:
         raise ValueError(
-            f"{files[0]} ends in {files[0].suffix or 'nothing'}; files end in one of {', '.join(READERS)}"
+            f"{files[0]} ends in {files[0].suffix or 'nothing'}; files end in one of "
+            f"{', '.join(READERS)}"
         )
     options = {"sample_by": sample_by, "keep_linebreaks": True} if reader == "text" else {}
     names = [str(file) for file in files]
@@ -104,7 +108,9 @@ def _read(files: list[Path], *, sample_by: str) -> datasets.IterableDataset:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of the kind that the folder has; two kinds are refused, for one would be left out in silence."""
+    """The files of the kind that the folder has; two kinds are refused, for one would be left out
+    in silence.
+    """
     files = sorted(path for path in folder.rglob("*") if path.suffix in READERS)
     kinds = Counter(READERS[path.suffix] for path in files)
     if len(kinds) != 1:

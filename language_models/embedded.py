@@ -1,7 +1,8 @@
-"""The embedded text: Python's own reference manual (``pydoc_data.topics``), on every machine that has Python.
+"""The embedded text: Python's own reference manual (``pydoc_data.topics``), on every machine that
+has Python.
 
-Some 465,000 characters of English and Python, cut into 79 topics. They differ a little between versions of Python: the
-checksum is recorded with every run.
+Some 465,000 characters of English and Python, cut into 79 topics. They differ a little between
+versions of Python: the checksum is recorded with every run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 MASK = "<|mask|>"
-VOCABULARY = 512  # 256 bytes and 254 merges: 2.1 bytes a token, and an embedding that does not outweigh a tiny model
+# 256 bytes and 254 merges: 2.1 bytes a token, and an embedding that does not outweigh a tiny model
+VOCABULARY = 512
 HELD_OUT = 0.1  # the end of each topic, so that both splits hold the same kinds of text
 
 
@@ -67,7 +69,9 @@ def split_topic(text: str) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=4)
 def token_ids(split: str, encoder: PreTrainedTokenizerBase) -> np.ndarray:
-    """All tokens of ``train`` or ``val`` in one row, each topic ended by the end-of-text (or separator) token."""
+    """All tokens of ``train`` or ``val`` in one row, each topic ended by the end-of-text (or
+    separator) token.
+    """
     end = encoder.eos_token_id if encoder.eos_token_id is not None else encoder.sep_token_id
     rows = encoder(
         [split_topic(text)[split] for text in topics()], add_special_tokens=False, verbose=False

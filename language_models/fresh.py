@@ -26,7 +26,8 @@ def fresh(
     """A GPT-2 or BERT with the weights of a seed, and windows of text.
 
     Args:
-        settings: Fields of ModelSettings, such as {architecture: bert, num_layers: 6, num_heads: 6, width: 384}.
+        settings: Fields of ModelSettings, such as {architecture: bert, num_layers: 6, num_heads: 6,
+            width: 384}.
         data: embedded, or a folder with train.bin and val.bin.
         split: train or val.
         num_batches: Number of batches.
@@ -35,7 +36,8 @@ def fresh(
         seed: Of the weights and of the masks.
 
     Returns:
-        The model, fixed batches that are spread evenly over the split, and the cross entropy of its task.
+        The model, fixed batches that are spread evenly over the split, and the cross entropy of its
+        task.
     """
     shape = ModelSettings(**settings or {})
     task = make_task(shape, DataSettings(source=data, num_tokens=num_tokens), seed=seed)

@@ -31,7 +31,8 @@ def checkpoint(
         num_tokens: Tokens in a window; None takes the window of the training.
 
     Returns:
-        The model, fixed batches that are spread evenly over the split, and the cross entropy of the next token.
+        The model, fixed batches that are spread evenly over the split, and the cross entropy of the
+        next token.
     """
     record = trained_record(checkpoint, "gpt2")
     model = load_pretrained(checkpoint, "causal")
@@ -66,7 +67,8 @@ def pretrained(
 
     Args:
         name: Name on the hub, or a folder.
-        checkpoint: Another folder with weights of the same kind of model, taken instead; the tokenizer is that of name.
+        checkpoint: Another folder with weights of the same kind of model, taken instead; the
+            tokenizer is that of name.
         data: embedded, cut by the model's own tokenizer, or a folder with train.bin and val.bin.
         split: val or train.
         num_batches: Number of batches.
@@ -76,7 +78,8 @@ def pretrained(
         trust_remote_code: Run code that comes with the model. Only for sources that you trust.
 
     Returns:
-        The model, fixed batches that are spread evenly over the split, and the cross entropy of the next token.
+        The model, fixed batches that are spread evenly over the split, and the cross entropy of the
+        next token.
     """
     model = load_pretrained(checkpoint or name, "causal", trust_remote_code=trust_remote_code)
     longest_window(model.config, num_tokens)

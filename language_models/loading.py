@@ -1,4 +1,6 @@
-"""Loading Hugging Face models by name or folder: nothing in them is run, and what fails gives one line."""
+"""Loading Hugging Face models by name or folder: nothing in them is run, and what fails gives one
+line.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ def load_pretrained(
     Args:
         name: Name on the hub, or a folder.
         kind: causal or masked.
-        trust_remote_code: Whether code that comes with the model may run. Weights never are code: they are read from
-            safetensors, or from a pickle that is refused if it holds more than tensors.
+        trust_remote_code: Whether code that comes with the model may run. Weights never are code:
+            they are read from safetensors, or from a pickle that is refused if it holds more than
+            tensors.
 
     Raises:
         ValueError: it cannot be read, or does not hold every weight of the model.
@@ -50,7 +53,8 @@ def load_pretrained(
     if mismatched:
         tensor, found, wanted = mismatched[0]
         raise ValueError(
-            f"{name} has {len(mismatched)} tensors of other shapes than its config.json says, such as {tensor}: "
+            f"{name} has {len(mismatched)} tensors of other shapes than its config.json says, such "
+            f"as {tensor}: "
             f"{tuple(found)}, not {tuple(wanted)}"
         )
     return model.eval()
@@ -75,7 +79,9 @@ def _as_one_line(name: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without tables of tensors and bars of progress; the loader checks for itself what the tables would say."""
+    """Without tables of tensors and bars of progress; the loader checks for itself what the tables
+    would say.
+    """
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -22,7 +22,8 @@ class ModelSettings:
         num_heads: Attention heads of each layer.
         width: Width of the residual stream; a multiple of num_heads.
         vocabulary: Size of the vocabulary; None takes the data's.
-        bias: Whether linear layers and norms have biases; without, they are held at 0 and not trained.
+        bias: Whether linear layers and norms have biases; without, they are held at 0 and not
+            trained.
         dropout: Share of activations dropped in training.
         tied: Whether the token embedding is the output layer too.
     """
@@ -71,7 +72,8 @@ def _bert(
         attention_probs_dropout_prob=settings.dropout,
         tie_word_embeddings=settings.tied,
         eos_token_id=end_token,
-        pad_token_id=None,  # windows are full; BERT's default, token 0, would have an embedding that is not trained
+        # windows are full; BERT's default, token 0, would have an embedding that is not trained
+        pad_token_id=None,
     )
     return BertForMaskedLM(config)
 
@@ -100,7 +102,8 @@ def build(
     size = settings.vocabulary or vocabulary
     if size < vocabulary:
         raise ValueError(
-            f"the model's vocabulary is {size}, the data's is {vocabulary}: set model.vocabulary to it or more"
+            f"the model's vocabulary is {size}, the data's is {vocabulary}: set model.vocabulary "
+            "to it or more"
         )
     model = BUILDERS[settings.architecture](settings, size, window, end_token)
     if not settings.bias:
@@ -109,7 +112,9 @@ def build(
 
 
 def freeze_biases(model: nn.Module) -> None:
-    """Makes the model the one without biases: they are 0 and no parameters that are trained or measured."""
+    """Makes the model the one without biases: they are 0 and no parameters that are trained or
+    measured.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)

@@ -1,4 +1,7 @@
-"""nanoGPT's ``ckpt.pt``: into Hugging Face's GPT-2 by name, or into nanoGPT's own class. Nothing in the file is run."""
+"""nanoGPT's ``ckpt.pt``: into Hugging Face's GPT-2 by name, or into nanoGPT's own class.
+
+Nothing in the file is run.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The model's arguments and its weights under plain names; ValueError says why a file cannot be used."""
+    """The model's arguments and its weights under plain names; ValueError says why a file cannot be
+    used.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
@@ -45,7 +50,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
             sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
         )
         raise ValueError(
-            f"{path} is no checkpoint of nanoGPT: it has {found} in place of 'model' and 'model_args'"
+            f"{path} is no checkpoint of nanoGPT: it has {found} in place of 'model' and "
+            "'model_args'"
         )
     absent = [name for name in SHAPE if name not in content["model_args"]]
     if absent:
@@ -102,13 +108,15 @@ def _compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
     if ours.keys() != theirs.keys():
         absent, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
         raise ValueError(
-            f"the weights do not fit model_args: {len(absent)} are missing ({', '.join(absent[:3])}), "
+            f"the weights do not fit model_args: {len(absent)} are missing "
+            f"({', '.join(absent[:3])}), "
             f"{len(extra)} are unknown ({', '.join(extra[:3])})"
         )
     for name, tensor in ours.items():
         if tensor.shape != theirs[name].shape:
             raise ValueError(
-                f"{name} has shape {tuple(theirs[name].shape)}; model_args make it {tuple(tensor.shape)}"
+                f"{name} has shape {tuple(theirs[name].shape)}; model_args make it "
+                f"{tuple(tensor.shape)}"
             )
 
 
@@ -134,7 +142,8 @@ def checkpoint(
         activation: gelu, or gelu_new for old checkpoints, of a model.py that has new_gelu.
 
     Returns:
-        The model, fixed batches that are spread evenly over the split, and the cross entropy of the next token.
+        The model, fixed batches that are spread evenly over the split, and the cross entropy of the
+        next token.
     """
     arguments, weights = read_checkpoint(checkpoint)
     model = to_gpt2(arguments, weights, activation=activation)
@@ -172,7 +181,8 @@ def original(
         num_tokens: Tokens in a window; None takes the model's block_size.
 
     Returns:
-        The model, fixed batches (x, y) that are spread evenly over the split, and the cross entropy of the next token.
+        The model, fixed batches (x, y) that are spread evenly over the split, and the cross entropy
+        of the next token.
     """
     arguments, weights = read_checkpoint(checkpoint)
     module = _load_code(Path(code))

@@ -14,7 +14,9 @@ LARGEST = int(np.iinfo(np.uint16).max)  # token files are uint16
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """``embedded``, or a tokenizer by hub name or folder; ValueError if it cannot be used for token files."""
+    """``embedded``, or a tokenizer by hub name or folder; ValueError if it cannot be used for token
+    files.
+    """
     if name == "embedded":
         return embedded.tokenizer()
     if Path(name).is_dir():
@@ -24,11 +26,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             encoder = AutoTokenizer.from_pretrained(name)
     if len(encoder) > LARGEST + 1:
         raise ValueError(
-            f"the tokenizer {name} has {len(encoder)} tokens; token files are uint16: {LARGEST + 1} at most"
+            f"the tokenizer {name} has {len(encoder)} tokens; token files are uint16: "
+            f"{LARGEST + 1} at most"
         )
     if end_token(encoder) is None:
         raise ValueError(
-            f"the tokenizer {name} has neither an end-of-text nor a separator token to put between documents"
+            f"the tokenizer {name} has neither an end-of-text nor a separator token to put between "
+            "documents"
         )
     return encoder
 

@@ -1,4 +1,6 @@
-"""Rows of tokens: nanoGPT's ``.bin`` files (uint16, no header), read a window at a time, and the embedded text."""
+"""Rows of tokens: nanoGPT's ``.bin`` files (uint16, no header), read a window at a time, and the
+embedded text.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ class Tokens:
 
 
 def read_meta(data: str) -> dict[str, Any]:
-    """What is known of the data: its vocabulary and special tokens. Nothing for nanoGPT's own folders."""
+    """What is known of the data: its vocabulary and special tokens.
+
+    Nothing for nanoGPT's own folders.
+    """
     if data == "embedded":
         return embedded.meta()
     path = Path(data) / META
@@ -70,7 +75,8 @@ def _known_largest(path: Path, size: int) -> int | None:
     count = json.loads(meta.read_text(encoding="utf-8"))["splits"][path.stem]
     if count["tokens"] * DTYPE.itemsize != size:
         raise ValueError(
-            f"{path} has {size} bytes, {META} says {count['tokens']} tokens: it is cut short or another's"
+            f"{path} has {size} bytes, {META} says {count['tokens']} tokens: it is cut short or "
+            "another's"
         )
     return count["largest"]
 
@@ -80,7 +86,8 @@ def check_bin(path: Path, *, vocabulary: int, window: int) -> int:
     size = path.stat().st_size
     if size % DTYPE.itemsize:
         raise ValueError(
-            f"{path} has {size} bytes, an odd number: tokens are uint16, so it is cut short or no token file"
+            f"{path} has {size} bytes, an odd number: tokens are uint16, so it is cut short or no "
+            "token file"
         )
     length = size // DTYPE.itemsize
     _check_length(str(path), length, window)
@@ -96,14 +103,16 @@ def _check_length(name: str, length: int, window: int) -> None:
         )
     if length < window:
         raise ValueError(
-            f"{name} has {length} tokens, one window needs {window}: prepare more text or shorten the window"
+            f"{name} has {length} tokens, one window needs {window}: prepare more text or shorten "
+            "the window"
         )
 
 
 def _check_largest(name: str, largest: int, vocabulary: int) -> None:
     if largest >= vocabulary:
         raise ValueError(
-            f"{name} has token {largest}, the vocabulary ends at {vocabulary - 1}: it was made by another tokenizer"
+            f"{name} has token {largest}, the vocabulary ends at {vocabulary - 1}: it was made by "
+            "another tokenizer"
         )
 
 
@@ -121,7 +130,8 @@ def open_tokens(
         data: ``embedded`` or a folder.
         split: ``train`` or ``val``.
         window: Tokens that one window takes; the split must hold one at least.
-        vocabulary: Size of the vocabulary; None takes the one that ``meta.json`` states, or else GPT-2's.
+        vocabulary: Size of the vocabulary; None takes the one that ``meta.json`` states, or else
+            GPT-2's.
         encoder: Tokenizer of the embedded text; None takes its own.
     """
     if split not in ("train", "val"):
@@ -135,7 +145,8 @@ def open_tokens(
     path = Path(data) / f"{split}.bin"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist: prepare it with 'python -m language_models.data', or give 'embedded' or a folder "
+            f"{path} does not exist: prepare it with 'python -m language_models.data', or give "
+            "'embedded' or a folder "
             "that has train.bin and val.bin"
         )
     return Tokens(
@@ -153,7 +164,8 @@ def mask_token(data: str, encoder: PreTrainedTokenizerBase | None = None) -> int
     token = encoder.mask_token_id if encoder is not None else read_meta(data).get("mask_token")
     if token is None:
         raise ValueError(
-            f"the tokenizer of {data} has no mask token: prepare the data with one that has, such as BERT's"
+            f"the tokenizer of {data} has no mask token: prepare the data with one that has, such "
+            "as BERT's"
         )
     return token
 

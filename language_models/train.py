@@ -1,7 +1,8 @@
-"""Trains a language model: ``python -m language_models.train --config language_models/configs/embedded_tiny.yaml``.
+"""Trains a language model: ``python -m language_models.train --config
+language_models/configs/embedded_tiny.yaml``.
 
-On several GPUs or processes: ``accelerate launch -m language_models.train --config ...``. The same command goes on
-where it was stopped.
+On several GPUs or processes: ``accelerate launch -m language_models.train --config ...``. The same
+command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class DataSettings:
     """The data of a training.
 
     Args:
-        source: embedded, or a folder with train.bin and val.bin (nanoGPT's own, or of language_models.data).
+        source: embedded, or a folder with train.bin and val.bin (nanoGPT's own, or of
+            language_models.data).
         num_tokens: Tokens in a window, which is the model's longest context.
         batch_size: Windows in a micro-batch.
         held_out_batches: Batches of val.bin that the held-out loss is taken over.
@@ -90,7 +92,9 @@ def make_task(model: ModelSettings, data: DataSettings, *, seed: int) -> Task:
 def make_model(
     model: ModelSettings, task: Task, *, seed: int, start: str | None = None
 ) -> PreTrainedModel:
-    """The model with the weights of that seed, or of the checkpoint ``start``; ValueError if they do not fit."""
+    """The model with the weights of that seed, or of the checkpoint ``start``; ValueError if they
+    do not fit.
+    """
     torch.manual_seed(seed)
     network = build(
         model,
@@ -137,7 +141,8 @@ def train(
         model: The model.
         data: The data.
         training: The training.
-        start: Folder of a checkpoint that is trained further (fine-tuned), with a new optimizer; None: fresh weights.
+        start: Folder of a checkpoint that is trained further (fine-tuned), with a new optimizer;
+            None: fresh weights.
         progress: Whether to show a progress bar.
     """
     task = make_task(model, data, seed=training.seed)

@@ -1,4 +1,6 @@
-"""AdaHessian on functions of two variables: when one step is enough, and what its running means are for."""
+"""AdaHessian on functions of two variables: when one step is enough, and what its running means are
+for.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
 
 @styled
 def plot_paths(tables: Tables) -> Figure:
-    """Where AdaHessian goes from (-2, -1): one step on the bowls, many on the noisy function; the last point in red."""
+    """Where AdaHessian goes from (-2, -1): one step on the bowls, many on the noisy function; the
+    last point in red.
+    """
     one = tables["one_step"].groupby("function", sort=False)
     panels = {f"{name}\none step": rows[rows["seed"] == rows["seed"].min()] for name, rows in one}
     panels |= {
@@ -170,7 +174,8 @@ def judge(tables: Tables) -> list[Finding]:
             f"{BOWL}: one step of learning rate 1 with betas 0 reaches the minimum",
             f"value after it at most {bowl.max():.1g} ({len(bowl)} seeds)",
             "agrees" if (bowl < 1e-28).all() else "disagrees",
-            "z * Hz is the diagonal exactly where the Hessian is diagonal, whatever the signs z; eps = 0",
+            "z * Hz is the diagonal exactly where the Hessian is diagonal, whatever the signs z; "
+            "eps = 0",
         ),
         Finding(
             f"{COUPLED}: no longer",
@@ -180,14 +185,17 @@ def judge(tables: Tables) -> list[Finding]:
         ),
         Finding(
             f"{NOISY}: betas 0 stick",
-            f"the minimum is found on {100 * there.mean():.0f} % of runs at learning rates at which betas 0.9 find it always, "
-            f"on {100 * means['without'].mean():.0f} % at all learning rates ({_ends(means['without'])})",
+            f"the minimum is found on {100 * there.mean():.0f} % of runs at learning rates at "
+            "which betas 0.9 find it always, "
+            f"on {100 * means['without'].mean():.0f} % at all learning rates "
+            f"({_ends(means['without'])})",
             "agrees" if len(there) and not there.any() else "disagrees",
             "at the learning rates at which betas 0.9 find it always, none may",
         ),
         Finding(
             f"{NOISY}: betas 0.9 and 0.9 find the minimum",
-            f"on every seed at the learning rates {', '.join(f'{lr:g}' for lr in always) or 'none'} of {_ends(means['with'])}; "
+            "on every seed at the learning rates "
+            f"{', '.join(f'{lr:g}' for lr in always) or 'none'} of {_ends(means['with'])}; "
             f"on {100 * means['with'].mean():.0f} % of all runs",
             "agrees" if len(always) else "disagrees",
             "true of these learning rates, not of all: at others it sticks too",
@@ -199,7 +207,10 @@ def _ends(shares: pd.Series) -> str:
     return f"{shares.index.min():g} to {shares.index.max():g}"
 
 
-SETUP = "Our AdaHessian, eps 0, from (-2, -1), in float64; learning rates are ours. Both scales are the same."
+SETUP = (
+    "Our AdaHessian, eps 0, from (-2, -1), in float64; learning rates are ours. Both scales are "
+    "the same."
+)
 EXHIBIT = Exhibit(
     name="adahessian_functions",
     title="AdaHessian on functions of two variables",

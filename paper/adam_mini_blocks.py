@@ -1,8 +1,10 @@
-"""Pictures of the Hessian's blocks of a tiny transformer, and the partition that gives each its learning rate (Adam-mini).
+"""Pictures of the Hessian's blocks of a tiny transformer, and the partition that gives each its
+learning rate (Adam-mini).
 
-A transformer of one layer (4 heads, D=16, FFN 32, vocabulary 8) learns a small language in which each token follows from the one
-before. Query and key have a block for each head; value, attention output and the MLP one for each output neuron; embedding and
-head one for each token: ``partition(model, "neuron")``.
+A transformer of one layer (4 heads, D=16, FFN 32, vocabulary 8) learns a small language in which
+each token follows from the one before. Query and key have a block for each head; value, attention
+output and the MLP one for each output neuron; embedding and head one for each token:
+``partition(model, "neuron")``.
 """
 
 from __future__ import annotations
@@ -151,8 +153,10 @@ def _judge(kind: str, rows: pd.DataFrame) -> Finding:
 
 
 SETUP = (
-    "One layer, 4 heads, D=16, FFN 32, vocabulary 8: the paper's sizes (query and key have 4 blocks of 64, the MLP 32 of 16); "
-    "the language and the training (AdamW) are ours. Each matrix's Hessian, entry by entry, in float64."
+    "One layer, 4 heads, D=16, FFN 32, vocabulary 8: the paper's sizes (query and key have 4 "
+    "blocks of 64, the MLP 32 of 16); "
+    "the language and the training (AdamW) are ours. Each matrix's Hessian, entry by entry, in "
+    "float64."
 )
 EXHIBIT = Exhibit(
     name="adam_mini_blocks",

@@ -1,6 +1,8 @@
-"""Every exhibit, then the document: ``python -m paper.all``; at small scale at most half an hour on two cores.
+"""Every exhibit, then the document: ``python -m paper.all``; at small scale at most half an hour on
+two cores.
 
-An exhibit that fails is named at the end, with its log; the others go on. A second call does what is missing.
+An exhibit that fails is named at the end, with its log; the others go on. A second call does what
+is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def run_all(
     workers: int = 2,
     device: str = "auto",
 ) -> None:
-    """Reproduces every exhibit, each in a process of its own, and writes <out>/<scale>/REPRODUCTION.md.
+    """Reproduces every exhibit, each in a process of its own, and writes
+    <out>/<scale>/REPRODUCTION.md.
 
     Args:
         scale: small (embedded data) or paper (the paper's own models and data).
@@ -44,7 +47,8 @@ def run_all(
     folder = Path(out) / scale
     there = [name for name in EXHIBITS if (folder / name / "findings.json").exists()]
     print(
-        f"{reproduction.write(folder, there, folder)}  ({(time.perf_counter() - start) / 60:.1f} minutes)"
+        f"{reproduction.write(folder, there, folder)}  ({(time.perf_counter() - start) / 60:.1f} "
+        "minutes)"
     )
     if failed:
         print(
@@ -55,8 +59,9 @@ def run_all(
 
 
 def _in_order(names: Sequence[str], options: dict[str, object], workers: int) -> dict[str, str]:
-    """Runs each exhibit after those that it needs, longest chains first, and the ends of chains before what stands alone; returns
-    why some have failed."""
+    """Runs each exhibit after those that it needs, longest chains first, and the ends of chains
+    before what stands alone; returns why some have failed.
+    """
     needs, failed = _needs(names)
     waiting, running = list(needs), dict[Future[str | None], str]()
     with ThreadPoolExecutor(workers) as pool:

@@ -1,4 +1,6 @@
-"""How near a dense matrix is to block diagonal: the share of its squared norm off the blocks, and pictures."""
+"""How near a dense matrix is to block diagonal: the share of its squared norm off the blocks, and
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import pandas as pd
 
 from paper.exhibit import Finding, with_error
 
-NEAR = 0.25  # share of the squared norm off the blocks, below which a matrix is called near block diagonal here
+# share of the squared norm off the blocks, below which a matrix is called near block diagonal here
+NEAR = 0.25
 
 
 def off_blocks(matrix: np.ndarray, block: np.ndarray) -> float:
@@ -45,9 +48,11 @@ def finding(claim: str, found: pd.DataFrame, more: str = "") -> Finding:
     undecided = abs(mean - 100 * NEAR) < 2 * error
     return Finding(
         claim,
-        f"{with_error(mean, error)} % of the squared norm is off the blocks (mean and standard error of {len(found)} trainings), "
+        f"{with_error(mean, error)} % of the squared norm is off the blocks (mean and standard "
+        f"error of {len(found)} trainings), "
         f"where {entries:.0f} % of the entries are{more}",
         "not comparable" if undecided else "agrees" if mean < 100 * NEAR else "disagrees",
         ("undecided: within two standard errors of the limit; " if undecided else "")
-        + f"near is our word for less than {100 * NEAR:.0f} % of the squared norm; the paper shows pictures",
+        + f"near is our word for less than {100 * NEAR:.0f} % of the squared norm; the paper shows "
+        "pictures",
     )

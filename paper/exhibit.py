@@ -1,4 +1,6 @@
-"""An exhibit is a figure or table of a paper that is measured anew: its tables, figures and findings in one folder."""
+"""An exhibit is a figure or table of a paper that is measured anew: its tables, figures and
+findings in one folder.
+"""
 
 from __future__ import annotations
 
@@ -197,7 +199,9 @@ def read_findings(folder: Path) -> list[Finding]:
 
 
 def with_error(value: float, error: float | None) -> str:
-    """``3.21 ± 0.04``: two digits of the error, as many places of the value; an error of None or nan is said to be unknown."""
+    """``3.21 ± 0.04``: two digits of the error, as many places of the value; an error of None or
+    nan is said to be unknown.
+    """
     if error is None or error != error:
         return f"{value:.3g} (error unknown)"
     if error <= 1e-9 * abs(value):  # rounding
@@ -266,7 +270,8 @@ def _read(folder: Path, asked: Mapping[str, Any]) -> Tables | None:
         return None
     if different := differences(read_json(folder / "record.json")["settings"], asked):
         raise ValueError(
-            f"{folder} holds other settings ({'; '.join(different)}): delete it or choose another --out"
+            f"{folder} holds other settings ({'; '.join(different)}): delete it or choose another "
+            "--out"
         )
     return read_tables(folder)
 

@@ -29,7 +29,9 @@ FULL = "model"
 
 @dataclass(frozen=True)
 class Settings:
-    """Names of configurations: <folder>/<name>.yaml trains, <folder>/spectra/<name>.yaml measures."""
+    """Names of configurations: <folder>/<name>.yaml trains, <folder>/spectra/<name>.yaml
+    measures.
+    """
 
     cnn: str = "vision_models/configs/digits_vgg"
     transformer: str = "language_models/configs/embedded_bert"
@@ -60,7 +62,9 @@ def _measure(
 
 
 def _stages(spectra: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
-    """A row a stage: how far apart the two full spectra are, and how far apart the blocks within each model are."""
+    """A row a stage: how far apart the two full spectra are, and how far apart the blocks within
+    each model are.
+    """
     names = list(losses["model"].unique())
     rows = []
     for fraction in sorted(losses["fraction"].unique()):
@@ -137,16 +141,20 @@ def judge(tables: Tables) -> list[Finding]:
     blocks, stderr = stages[f"blocks_{transformer}"], stages[f"blocks_{transformer}_stderr"]
     gap: Any = (blocks - stages["between"]) / np.hypot(stderr, stages["between_stderr"])
     listed = "; ".join(
-        f"{100 * row.fraction:g} %: {with_error(row.between, row.between_stderr)} against {with_error(value, error)}"
+        f"{100 * row.fraction:g} %: {with_error(row.between, row.between_stderr)} against "
+        f"{with_error(value, error)}"
         for row, value, error in zip(stages.itertuples(), blocks, stderr, strict=True)
     )
     return [
         Finding(
             "the full spectra of CNNs and transformers look alike, at all stages of training",
-            f"divergence between the two full spectra against the mean between two blocks of the transformer, in nats: {listed}",
+            "divergence between the two full spectra against the mean between two blocks of the "
+            f"transformer, in nats: {listed}",
             "agrees" if (gap > 2).all() else "disagrees",
-            "alike: nearer than two blocks of the transformer are on average, by two standard errors at every stage; ours is a "
-            "resolved Jensen-Shannon divergence, in units of the 10th largest eigenvalue; the paper shows the densities",
+            "alike: nearer than two blocks of the transformer are on average, by two standard "
+            "errors at every stage; ours is a "
+            "resolved Jensen-Shannon divergence, in units of the 10th largest eigenvalue; the "
+            "paper shows the densities",
         )
     ]
 
@@ -161,7 +169,8 @@ EXHIBIT = Exhibit(
     scales={
         "small": Scale(
             Settings(),
-            "A VGG of 6 layers on the digits, and a BERT of 2 layers on the embedded text; 2 probes, 30 Lanczos steps.",
+            "A VGG of 6 layers on the digits, and a BERT of 2 layers on the embedded text; 2 "
+            "probes, 30 Lanczos steps.",
             "Minutes on one core.",
         ),
         "paper": Scale(
@@ -170,8 +179,10 @@ EXHIBIT = Exhibit(
                 transformer="language_models/configs/gpt2_124m",
                 stages=(0.0, 0.001, 0.025, 0.05, 0.1, 1.0),
             ),
-            "VGG16 on ImageNet, GPT-2 124M on OpenWebText, trained as in the paper; the steps and probes of a tolerance.",
-            "Not run. Estimated: days of 8 GPUs for each training, hours of one for the spectra of a stage.",
+            "VGG16 on ImageNet, GPT-2 124M on OpenWebText, trained as in the paper; the steps and "
+            "probes of a tolerance.",
+            "Not run. Estimated: days of 8 GPUs for each training, hours of one for the spectra of "
+            "a stage.",
         ),
     },
     shown=("stages",),

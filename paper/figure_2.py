@@ -1,4 +1,6 @@
-"""The exact Hessian of a perceptron of 8 hidden neurons at 1, 50 and 100 % of training (figure 2)."""
+"""The exact Hessian of a perceptron of 8 hidden neurons at 1, 50 and 100 % of training (figure
+2).
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,10 @@ def draw(tables: Tables) -> dict[str, Figure]:
         f"{outputs} outputs, {100 * fraction:g} %": square(part)
         for (outputs, fraction), part in tables["hessians"].groupby(["outputs", "fraction"])
     }
-    title = "Hessian along training: 8 hidden neurons of 64 rows each; the last rows are the outputs' neurons, of 8 each"
+    title = (
+        "Hessian along training: 8 hidden neurons of 64 rows each; the last rows are the outputs' "
+        "neurons, of 8 each"
+    )
     columns = tables["hessians"]["fraction"].nunique()
     return {"figure_2": toolbox_plots.hessian_blocks(pictures, title=title, columns=columns)}
 
@@ -151,8 +156,10 @@ def _judge(outputs: int, fraction: float, part: pd.DataFrame) -> Finding:
 
 
 SETUP = (
-    "64-8-2 perceptron without biases (528 parameters; the paper's, its data are not known) that tells even from odd in the "
-    "digits of scikit-learn, and one with 10 outputs that tells the digits apart; Adam; the Hessian of the whole network on all "
+    "64-8-2 perceptron without biases (528 parameters; the paper's, its data are not known) that "
+    "tells even from odd in the "
+    "digits of scikit-learn, and one with 10 outputs that tells the digits apart; Adam; the "
+    "Hessian of the whole network on all "
     "1,442 training images in float64, entry by entry."
 )
 EXHIBIT = Exhibit(

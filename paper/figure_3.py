@@ -1,4 +1,6 @@
-"""Spectra of four blocks of a CNN and of a transformer, at initialisation and along training (figure 3)."""
+"""Spectra of four blocks of a CNN and of a transformer, at initialisation and along training
+(figure 3).
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def _at(table: pd.DataFrame, model: str, step: int) -> Spectra:
 
 
 def by_stage(tables: Tables) -> dict[str, dict[float, Spectra]]:
-    """Model -> fraction of training -> the chosen blocks, in units of the 10th largest eigenvalue of the full Hessian."""
+    """Model -> fraction of training -> the chosen blocks, in units of the 10th largest eigenvalue
+    of the full Hessian.
+    """
     blocks = tables["blocks"]
     found: dict[str, dict[float, Spectra]] = {}
     for stage in tables["losses"].itertuples():
@@ -173,12 +177,14 @@ def _finding(
         claim,
         f"mean distance over pairs ({definition}), transformer against CNN: {'; '.join(parts)}",
         "agrees" if all(larger) else "disagrees",
-        "the transformer's must be larger by two standard errors, for the four blocks that are drawn and for all weight matrices",
+        "the transformer's must be larger by two standard errors, for the four blocks that are "
+        "drawn and for all weight matrices",
     )
 
 
 SETUP = (
-    "The models and spectra of figure 1. Four blocks of each are drawn (our choice: the paper's are not known), the numbers are "
+    "The models and spectra of figure 1. Four blocks of each are drawn (our choice: the paper's "
+    "are not known), the numbers are "
     "given for all weight matrices too."
 )
 

@@ -1,4 +1,6 @@
-"""Heat maps of the distances between blocks at initialisation (figure 4), and their patterns as numbers."""
+"""Heat maps of the distances between blocks at initialisation (figure 4), and their patterns as
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -210,7 +212,9 @@ GROUPS = {"vision": ("ResNet", "VGG", "ViT", "mixer"), "language": ("BERT", "GPT
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
-    """Maps of the resolved divergence, and of the published distance in the published colours, from 0 to 3."""
+    """Maps of the resolved divergence, and of the published distance in the published colours, from
+    0 to 3.
+    """
     there = tables["js0"]["model"].unique()
     return {
         f"figure_4_{group}_{name}": distance_heatmaps(
@@ -225,7 +229,8 @@ def draw(tables: Tables) -> dict[str, Figure]:
     }
 
 
-# The patterns of the published maps: which pairs, of the short names of blocks, and whether they are near or far.
+# The patterns of the published maps: which pairs, of the short names of blocks, and whether they
+# are near or far.
 
 FIRST = ("wte", *(f"h0.{kind}" for kind in ("value", "attn_out", "mlp_in", "mlp_out")))
 
@@ -286,8 +291,10 @@ CLEAR = 0.8  # of the other pairs must be farther (or nearer) than one of the gr
 
 
 def patterns(tables: Tables) -> pd.DataFrame:
-    """A row a pattern, definition and seed: median distance of its pairs over that of all pairs, and the share of the other
-    pairs that are farther (or nearer, for patterns of far pairs) than one of them."""
+    """A row a pattern, definition and seed: median distance of its pairs over that of all pairs,
+    and the share of the other pairs that are farther (or nearer, for patterns of far pairs) than
+    one of them.
+    """
     rows = []
     for pattern in (
         pattern for pattern in PATTERNS if pattern.model in set(tables["js0"]["model"])
@@ -332,10 +339,12 @@ def _judge(pattern: Pattern, definition: str, seeds: pd.DataFrame) -> Finding:
     small = "" if pattern.comparable else "; of a model of this size only the analogue"
     return Finding(
         f"{pattern.model}: {pattern.claim}",
-        f"{definition}: median distance {with_error(mean['ratio'], spread['ratio'])} times that of all pairs, {side} than "
+        f"{definition}: median distance {with_error(mean['ratio'], spread['ratio'])} times that of "
+        f"all pairs, {side} than "
         f"{with_error(100 * mean['share'], 100 * spread['share'])} % of the other pairs",
         verdict if pattern.comparable else "not comparable",
-        f"{JUDGED[definition]}; must be {side} than {100 * CLEAR:.0f} % of the other pairs; error: standard deviation over "
+        f"{JUDGED[definition]}; must be {side} than {100 * CLEAR:.0f} % of the other pairs; error: "
+        "standard deviation over "
         f"{len(seeds)} seeds of the weights{small}",
     )
 
@@ -354,8 +363,10 @@ def _means(tables: Tables) -> Finding:
         "the maps run from 0 to 3, and means over all pairs to hundreds",
         f"symmetrised KL divergence, mean over pairs: {'; '.join(texts)}",
         "not comparable",
-        "the published width is sqrt(1e-5) in units of an eigenvalue, the widths in brackets are those that Lanczos resolves in "
-        "every block; floor 1e-258, 50,000 points; the paper's loss is a sum over batches, ours a mean",
+        "the published width is sqrt(1e-5) in units of an eigenvalue, the widths in brackets are "
+        "those that Lanczos resolves in "
+        "every block; floor 1e-258, 50,000 points; the paper's loss is a sum over batches, ours a "
+        "mean",
     )
 
 
@@ -369,9 +380,12 @@ EXHIBIT = Exhibit(
     scales={
         "small": Scale(
             Settings(),
-            "Digits (8x8) for ResNet14, a VGG of 6 layers, a ViT and a mixer of 4; the embedded text for a BERT of 2 layers, "
-            "GPT2-nano (6 layers, D=384, 128 tokens) and GPT2 (12 layers, D=768, vocabulary 50304, 64 tokens), all with random "
-            "weights; 30 Lanczos steps of 2 probes, for the last two 12 of 1. Batch norm has the statistics of the batch.",
+            "Digits (8x8) for ResNet14, a VGG of 6 layers, a ViT and a mixer of 4; the embedded "
+            "text for a BERT of 2 layers, "
+            "GPT2-nano (6 layers, D=384, 128 tokens) and GPT2 (12 layers, D=768, vocabulary 50304, "
+            "64 tokens), all with random "
+            "weights; 30 Lanczos steps of 2 probes, for the last two 12 of 1. Batch norm has the "
+            "statistics of the batch.",
             "Some ten minutes on one core, 8 GiB.",
         ),
         "paper": Scale(

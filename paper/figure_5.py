@@ -36,7 +36,8 @@ class Settings:
     Args:
         images: digits or mnist.
         sizes: Widths of the perceptron.
-        scales: c: the three layers are multiplied by c, 1 and 1 / c, their parameters divided by it.
+        scales: c: the three layers are multiplied by c, 1 and 1 / c, their parameters divided by
+            it.
         comparison: The trainings. The clip of 0 leaves the gradient as it is.
     """
 
@@ -62,7 +63,9 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
 
 
 def _compared(settings: Settings, scale: float, context: Context) -> pd.DataFrame:
-    """A row an optimizer: final losses over seeds, and how different the layers' Hessians are at initialisation."""
+    """A row an optimizer: final losses over seeds, and how different the layers' Hessians are at
+    initialisation.
+    """
     model = ModelSettings("mlp", {"sizes": list(settings.sizes), "scales": [scale, 1.0, 1 / scale]})
     out = context.runs / "perceptrons" / f"scale_{scale:g}"
     comparison = replace(settings.comparison, workers=context.workers, device=context.device)
@@ -86,7 +89,9 @@ def _compared(settings: Settings, scale: float, context: Context) -> pd.DataFram
 
 @styled
 def plot_perceptrons(table: pd.DataFrame) -> Figure:
-    """Final loss by scale c, mean and standard deviation over seeds; below, the heterogeneity that c makes."""
+    """Final loss by scale c, mean and standard deviation over seeds; below, the heterogeneity that
+    c makes.
+    """
     figure = Figure(figsize=(3.6, 3.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for name, colour, marker in zip((ADAM, SGD), RUNS, RUN_MARKERS, strict=False):
@@ -118,7 +123,8 @@ def judge(tables: Tables) -> list[Finding]:
     return [
         Finding(
             "the more heterogeneous the perceptron is made, the worse SGD does against Adam",
-            f"log10 of SGD's final loss over Adam's: {each}; growth from the least to the largest c {with_error(growth, error)}",
+            f"log10 of SGD's final loss over Adam's: {each}; growth from the least to the largest "
+            f"c {with_error(growth, error)}",
             "agrees" if growth > 2 * error else "disagrees",
             "standard errors over seeds; growth of more than two of them is needed"
             + _edges(tables["perceptrons"]),
@@ -133,7 +139,9 @@ def _edges(table: pd.DataFrame) -> str:
 
 
 def log_ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """By scale: log10 of the mean final loss of SGD over that of Adam, with its standard error over seeds."""
+    """By scale: log10 of the mean final loss of SGD over that of Adam, with its standard error over
+    seeds.
+    """
     table = table.assign(
         log=np.log10(table["mean"]),
         error=table["std"] / table["mean"] / np.sqrt(table["count"]) / np.log(10),
@@ -147,8 +155,10 @@ def log_ratios(table: pd.DataFrame) -> pd.DataFrame:
 
 
 SETUP = (
-    "Three layers, multiplied by c, 1 and 1/c while their parameters are divided by it: the function stays, and the layers' "
-    "Hessian blocks are c², 1 and 1/c² as large. This way of scaling is ours; the paper's is not known. Adam and SGD (momentum "
+    "Three layers, multiplied by c, 1 and 1/c while their parameters are divided by it: the "
+    "function stays, and the layers' "
+    "Hessian blocks are c², 1 and 1/c² as large. This way of scaling is ours; the paper's is not "
+    "known. Adam and SGD (momentum "
     "0.9), learning rates tuned on other seeds; final losses are those of all training images."
 )
 EXHIBIT = Exhibit(

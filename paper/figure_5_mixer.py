@@ -60,7 +60,8 @@ def judge(tables: Tables) -> list[Finding]:
     return [
         Finding(
             "the mixer, whose blocks differ, is trained better by Adam than by SGD",
-            f"share of Adam's decrease of the held-out loss that SGD does not reach: {with_error(gap.mean(), gap.sem())}; mean "
+            "share of Adam's decrease of the held-out loss that SGD does not reach: "
+            f"{with_error(gap.mean(), gap.sem())}; mean "
             f"distance between its blocks {mean:.3g} nats ({RESOLVED})",
             "agrees" if gap.mean() > 2 * gap.sem() else "disagrees",
             f"more than two standard errors over {len(gap)} seeds above 0 are needed",

@@ -25,9 +25,11 @@ FRESH, PRETRAINED = "fresh weights", "pretrained"
 
 @dataclass(frozen=True)
 class Settings(AdamAgainstSgd):
-    """Which model is trained on its own text, and then on other text; the rates, steps and seeds of the comparison.
+    """Which model is trained on its own text, and then on other text; the rates, steps and seeds of
+    the comparison.
 
-    data: a folder with train.bin and val.bin; None: source files of Python's standard library, by the embedded tokenizer.
+    data: a folder with train.bin and val.bin; None: source files of Python's standard library, by
+        the embedded tokenizer.
     """
 
     config: str = "language_models/configs/embedded_tiny.yaml"
@@ -49,7 +51,9 @@ def subjects(settings: Settings, context: Context) -> dict[str, Subject]:
 
 
 def python_source(out: Path) -> Path:
-    """Token files of the modules of Python's standard library that begin with a letter from a to d (about 1 MB)."""
+    """Token files of the modules of Python's standard library that begin with a letter from a to d
+    (about 1 MB).
+    """
     folder = Path(sysconfig.get_path("stdlib"))
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("[a-d]*.py"))]
     out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +109,9 @@ def _maps(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 @styled
 def plot_training(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """A row a model. Left: final held-out loss by learning rate; right: held-out loss by step with the best rate."""
+    """A row a model. Left: final held-out loss by learning rate; right: held-out loss by step with
+    the best rate.
+    """
     models = list(tables["curves"]["model"].unique())
     figure = Figure(figsize=(7.0, 2.0 * len(models) + 0.4), layout="constrained")
     axes = figure.subplots(len(models), 2, width_ratios=(1, 1.4), sharey="row", squeeze=False)
@@ -137,9 +143,11 @@ def judge(tables: Tables) -> list[Finding]:
         Finding(
             "SGD comes closer to Adam in fine-tuning than in training from scratch",
             f"share of Adam's decrease of the held-out loss that SGD does not reach: fine-tuned "
-            f"{with_error(mean[PRETRAINED], error[PRETRAINED])}, from scratch {with_error(mean[FRESH], error[FRESH])}",
+            f"{with_error(mean[PRETRAINED], error[PRETRAINED])}, from scratch "
+            f"{with_error(mean[FRESH], error[FRESH])}",
             "agrees" if smaller else "disagrees",
-            f"two standard errors over {count} seeds; learning rates tuned on another seed{_edges(tables['runs'])}",
+            f"two standard errors over {count} seeds; learning rates tuned on another "
+            f"seed{_edges(tables['runs'])}",
         ),
     ]
 
@@ -149,7 +157,8 @@ def _more_alike(definition: str, js0: pd.DataFrame) -> Finding:
     fewer = value[FRESH] - value[PRETRAINED] > 2 * np.hypot(error[FRESH], error[PRETRAINED])
     return Finding(
         "the blocks of a pretrained GPT-2 are more alike than those of a fresh one",
-        f"mean distance over pairs ({definition}): pretrained {with_error(value[PRETRAINED], error[PRETRAINED])}, "
+        f"mean distance over pairs ({definition}): pretrained "
+        f"{with_error(value[PRETRAINED], error[PRETRAINED])}, "
         f"fresh {with_error(value[FRESH], error[FRESH])}",
         "agrees" if fewer else "disagrees",
         "two standard errors over probes",
@@ -157,7 +166,9 @@ def _more_alike(definition: str, js0: pd.DataFrame) -> Finding:
 
 
 def _edges(runs: pd.DataFrame) -> str:
-    """Which learning rates are the first or last of their grid, so that a better one may lie beyond."""
+    """Which learning rates are the first or last of their grid, so that a better one may lie
+    beyond.
+    """
     rows = runs[runs["at_edge_of_grid"]].drop_duplicates(["model", "optimizer"])
     names: Sequence[str] = [
         f"{row.optimizer} {row.lr:g} ({row.model})" for row in rows.itertuples()
@@ -179,8 +190,10 @@ EXHIBIT = Exhibit(
     scales={
         "small": Scale(
             Settings(),
-            "A GPT-2 of 2 layers that was trained on the embedded text for 1,000 steps, then 150 steps on source files of "
-            "Python's library, beside the same model from fresh weights on these files. SGD has momentum 0.9; gradients are "
+            "A GPT-2 of 2 layers that was trained on the embedded text for 1,000 steps, then 150 "
+            "steps on source files of "
+            "Python's library, beside the same model from fresh weights on these files. SGD has "
+            "momentum 0.9; gradients are "
             "clipped at norm 1 for both; no weight decay.",
             "Some four minutes on one core.",
         ),
@@ -195,8 +208,10 @@ EXHIBIT = Exhibit(
                 probes=4,
                 steps=100,
             ),
-            "GPT-2 124M, trained on OpenWebText as in the paper, then 2,000 steps of 12 windows on data/finetuning (any text, by "
-            "language_models.data), beside fresh weights. The paper's data and steps are not known.",
+            "GPT-2 124M, trained on OpenWebText as in the paper, then 2,000 steps of 12 windows on "
+            "data/finetuning (any text, by "
+            "language_models.data), beside fresh weights. The paper's data and steps are not "
+            "known.",
             "Not run. Estimated: days of 8 GPUs for the training, two days of one for the rest.",
         ),
     },

@@ -1,4 +1,6 @@
-"""JS^0 at initialisation against the gap between Adam and SGD, and how well one ranks the other (figure 7)."""
+"""JS^0 at initialisation against the gap between Adam and SGD, and how well one ranks the other
+(figure 7).
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,11 @@ def _seeds(js0: pd.DataFrame) -> dict[str, np.ndarray]:
 def rank_correlation(
     x: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray], samples: int, rng: np.random.Generator
 ) -> dict[str, float]:
-    """Spearman's correlation of the means of x and y over seeds, with a bootstrap interval over models and their seeds.
+    """Spearman's correlation of the means of x and y over seeds, with a bootstrap interval over
+    models and their seeds.
 
-    x, y: model -> value of each seed. Returns the number of models, the correlation, the ends of its 95 % interval, and the
-    probability of one as high by chance (two-sided).
+    x, y: model -> value of each seed. Returns the number of models, the correlation, the ends of
+    its 95 % interval, and the probability of one as high by chance (two-sided).
     """
     names = sorted(x)
     found = spearmanr(*([np.mean(values[name]) for name in names] for values in (x, y)))
@@ -80,7 +83,9 @@ def rank_correlation(
 
 @styled
 def plot_gaps(tables: Tables) -> Figure:
-    """Gap (held-out loss) by JS^0, a panel a definition; bars: deviation over seeds of JS^0, standard error of the gap."""
+    """Gap (held-out loss) by JS^0, a panel a definition; bars: deviation over seeds of JS^0,
+    standard error of the gap.
+    """
     table, correlations = (
         tables["table_1"],
         tables["correlations"].set_index(["loss", "definition"]),
@@ -127,8 +132,10 @@ def judge(tables: Tables) -> list[Finding]:
     return [
         Finding(
             "JS^0 predicts the gap between Adam and SGD",
-            f"Spearman's rank correlation {row.spearman:.2f}, 95 % interval {row.low:.2f} to {row.high:.2f}, over {row.models} "
-            f"models (JS^0: {row.definition}; gap of the {row.loss.replace('_', '-')} loss; p = {row.p:.2g})",
+            f"Spearman's rank correlation {row.spearman:.2f}, 95 % interval {row.low:.2f} to "
+            f"{row.high:.2f}, over {row.models} "
+            f"models (JS^0: {row.definition}; gap of the {row.loss.replace('_', '-')} loss; p = "
+            f"{row.p:.2g})",
             "agrees" if row.low > 0 else "disagrees",
             "agrees where the whole interval (bootstrap over models and seeds) lies above 0",
         )

@@ -1,8 +1,8 @@
 """Gradient descent and Adam on four quadratics with the same condition number (figure 8).
 
-``w' H w / 2`` with block diagonal H: the eigenvalues are the same in cases 1 and 2, and in 3 and 4; what differs is how they are
-dealt to the blocks. Adam with beta1 = 0, beta2 = 1 and v from the first gradient is gradient descent preconditioned by
-D = diag |g_0|.
+``w' H w / 2`` with block diagonal H: the eigenvalues are the same in cases 1 and 2, and in 3 and 4;
+what differs is how they are dealt to the blocks. Adam with beta1 = 0, beta2 = 1 and v from the
+first gradient is gradient descent preconditioned by D = diag |g_0|.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Settings:
 
     Args:
         starts: Random starts, each with its own random rotation of every block.
-        rate_steps: Steps with the learning rates of the rule, from which the rate of convergence is measured.
+        rate_steps: Steps with the learning rates of the rule, from which the rate of convergence is
+            measured.
         steps: Steps with the learning rates of the grid.
         multiples: The grid: multiples of the rule's learning rate.
     """
@@ -80,8 +81,9 @@ def draw_problems(blocks: np.ndarray, count: int, generator: np.random.Generator
 
 
 def rule(problems: Problems, optimizer: str) -> tuple[np.ndarray, np.ndarray]:
-    """(S,) learning rates 2 / (L + mu) and (S,) the asymptotic factor of the loss, ((L - mu) / (L + mu))^2, where L and mu are
-    the extreme eigenvalues of H, or for Adam of D^-1/2 H D^-1/2."""
+    """(S,) learning rates 2 / (L + mu) and (S,) the asymptotic factor of the loss, ((L - mu) / (L +
+    mu))^2, where L and mu are the extreme eigenvalues of H, or for Adam of D^-1/2 H D^-1/2.
+    """
     matrices = problems.matrices
     if optimizer == ADAM:
         root = np.sqrt(problems.scale)
@@ -92,10 +94,12 @@ def rule(problems: Problems, optimizer: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def adam_bound(problems: Problems, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(S,) learning rates C_1 and (S,) max_l (1 - 1 / (r kappa_l)), by which Adam's loss falls in every step at least.
+    """(S,) learning rates C_1 and (S,) max_l (1 - 1 / (r kappa_l)), by which Adam's loss falls in
+    every step at least.
 
-    C_1 and C_2 are the least and the largest |g_0| / (largest eigenvalue of its block), and r = C_2 / C_1: the eigenvalues of
-    C_1 D^-1/2 H D^-1/2 are at most 1, and those of block l at least 1 / (r kappa_l).
+    C_1 and C_2 are the least and the largest |g_0| / (largest eigenvalue of its block), and r = C_2
+    / C_1: the eigenvalues of C_1 D^-1/2 H D^-1/2 are at most 1, and those of block l at least 1 /
+    (r kappa_l).
     """
     ratios = problems.scale.reshape(len(problems.scale), *blocks.shape) / blocks[:, -1:]
     least, largest = ratios.min(axis=(1, 2)), ratios.max(axis=(1, 2))
@@ -119,7 +123,9 @@ def descend(
 
 
 def measured_rate(losses: np.ndarray) -> np.ndarray:
-    """(S,) -log of the factor of the loss per step, over the last fifth of the steps in which it is above rounding."""
+    """(S,) -log of the factor of the loss per step, over the last fifth of the steps in which it is
+    above rounding.
+    """
     last = (losses > ROUNDING * losses[0]).cumprod(axis=0).sum(axis=0) - 1
     first, column = 4 * last // 5, np.arange(losses.shape[1])
     return np.log(losses[first, column] / losses[last, column]) / (last - first)
@@ -167,7 +173,9 @@ def _worst_factor(losses: np.ndarray) -> np.ndarray:
 def _tuned(
     problems: Problems, optimizer: str, lr: np.ndarray, settings: Settings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each start the multiple of the rule's learning rate with the least final gradient, and the norms (steps + 1, S)."""
+    """For each start the multiple of the rule's learning rate with the least final gradient, and
+    the norms (steps + 1, S).
+    """
     best, found = np.full(len(lr), np.nan), np.full((settings.steps + 1, len(lr)), np.inf)
     with np.errstate(over="ignore", invalid="ignore"):  # rates above the rule's diverge
         for multiple in settings.multiples:
@@ -189,7 +197,9 @@ def _times(matrices: np.ndarray, vectors: np.ndarray) -> np.ndarray:
 
 @styled
 def plot_quadratics(tables: Tables) -> Figure:
-    """Gradient norm by step with the best learning rate of the grid: median and 10 to 90 % of the starts; theory dashed."""
+    """Gradient norm by step with the best learning rate of the grid: median and 10 to 90 % of the
+    starts; theory dashed.
+    """
     figure = Figure(figsize=(7.2, 2.7), layout="constrained")
     panels = figure.subplots(1, len(CASES), sharey=True)
     for panel, case in zip(panels, CASES, strict=True):
@@ -215,7 +225,8 @@ def plot_quadratics(tables: Tables) -> Figure:
     panels[0].set_ylabel("gradient norm / that at the start")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(
-        f"median and 10 to 90 % of {tables['rates']['start'].nunique()} starts; bound of the median start"
+        f"median and 10 to 90 % of {tables['rates']['start'].nunique()} starts; bound of the "
+        "median start"
     )
     return figure
 
@@ -243,7 +254,8 @@ def judge(tables: Tables) -> list[Finding]:
     return [
         Finding(
             "GD's loss falls by the factor (1 - 2/(κ + 1))² a step, κ = 5000",
-            f"-log of the factor is off by {off.mean():.2g} % in the mean of {len(off)} starts, {off.abs().max():.2g} % at most",
+            f"-log of the factor is off by {off.mean():.2g} % in the mean of {len(off)} starts, "
+            f"{off.abs().max():.2g} % at most",
             "agrees" if off.abs().max() < 100 * TOLERANCE else "disagrees",
             f"learning rate 2/(L + μ), slope of the log loss; {100 * TOLERANCE:.0f} % are allowed",
         ),
@@ -252,7 +264,8 @@ def judge(tables: Tables) -> list[Finding]:
             "Adam's loss falls by the factor max_l (1 - 1/(r κ_l)) a step at least",
             f"in every step on {holds.sum()} of {len(holds)} starts",
             "agrees" if holds.all() else "disagrees",
-            "r is our constant, derived at adam_bound; it is large where a coordinate's gradient starts near 0",
+            "r is our constant, derived at adam_bound; it is large where a coordinate's gradient "
+            "starts near 0",
         ),
     ]
 
@@ -268,18 +281,23 @@ def _advantage(case: str, gd: pd.DataFrame, adam: pd.DataFrame) -> Finding:
     return Finding(
         f"case {case.replace(': ', ' (')}): "
         + ("GD is much worse than Adam" if heterogeneous else "GD and Adam are about equal"),
-        f"Adam's rate is {median:.3g} times GD's ({low:.3g} to {high:.3g}: 10 to 90 % of {len(gd)} starts); "
+        f"Adam's rate is {median:.3g} times GD's ({low:.3g} to {high:.3g}: 10 to 90 % of {len(gd)} "
+        "starts); "
         f"with the best learning rate of the grid Adam ends lower on {lower} of {len(gd)}",
         "agrees" if (low > 1 if heterogeneous else low <= 1 <= high) else "disagrees",
-        f"10 to 90 % of the starts {'are to lie above' if heterogeneous else 'are to include'} a ratio of 1{slower}; "
+        f"10 to 90 % of the starts {'are to lie above' if heterogeneous else 'are to include'} a "
+        f"ratio of 1{slower}; "
         "learning rates 2/(L + μ) of H, and of the preconditioned H",
     )
 
 
 SETUP = (
-    "Block diagonal quadratics, condition number 5000, blocks rotated at random, Gaussian starts; Adam's betas are 0 and 1. "
-    "All eigenvalues are our choice, and the same in the heterogeneous and the homogeneous case. Cases 3 and 4: {1, 2, 3}, "
-    "{99, 100, 101}, {4998, 4999, 5000} against {1, 99, 4998}, …; cases 1 and 2: 15 eigenvalues evenly spread on a logarithmic "
+    "Block diagonal quadratics, condition number 5000, blocks rotated at random, Gaussian starts; "
+    "Adam's betas are 0 and 1. "
+    "All eigenvalues are our choice, and the same in the heterogeneous and the homogeneous case. "
+    "Cases 3 and 4: {1, 2, 3}, "
+    "{99, 100, 101}, {4998, 4999, 5000} against {1, 99, 4998}, …; cases 1 and 2: 15 eigenvalues "
+    "evenly spread on a logarithmic "
     "scale, in three blocks. Both scales are the same."
 )
 

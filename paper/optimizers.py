@@ -1,4 +1,6 @@
-"""Adam against SGD on one model, and how different the blocks of the very models that they start from are."""
+"""Adam against SGD on one model, and how different the blocks of the very models that they start
+from are.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class AdamAgainstSgd:
-    """How the two are compared: learning rates, steps and seeds; and the spectra of the models that they start from."""
+    """How the two are compared: learning rates, steps and seeds; and the spectra of the models that
+    they start from.
+    """
 
     adam: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     sgd: tuple[float, ...] = (3e-2, 1e-1, 3e-1, 1.0)
@@ -100,7 +104,8 @@ class AdamAgainstSgd:
 
 
 def trained(subject: Subject, comparison: ComparisonSettings, out: Path) -> pd.DataFrame:
-    """A row for each optimizer and seed: learning rate, held-out loss at the start, final held-out and training loss.
+    """A row for each optimizer and seed: learning rate, held-out loss at the start, final held-out
+    and training loss.
 
     The final losses of a run that diverged are infinite.
     """
@@ -128,9 +133,11 @@ def trained(subject: Subject, comparison: ComparisonSettings, out: Path) -> pd.D
 
 
 def gaps(runs: pd.DataFrame, loss: str = "held_out") -> pd.Series:
-    """By seed, the share of Adam's decrease of the loss that SGD does not reach: 0 where they are equal, 1 where SGD stays at
-    the start, negative where SGD ends lower. The start is the held-out loss before the first step. So models on different data
-    can be compared, which differences of losses cannot."""
+    """By seed, the share of Adam's decrease of the loss that SGD does not reach: 0 where they are
+    equal, 1 where SGD stays at the start, negative where SGD ends lower. The start is the held-out
+    loss before the first step. So models on different data can be compared, which differences of
+    losses cannot.
+    """
     table = runs.pivot(index="seed", columns="optimizer", values=loss).replace(np.inf, np.nan)
     first = runs.groupby("seed")["first"].mean()
     table = table.fillna(
@@ -150,7 +157,8 @@ def initial_spectra(
 ) -> Spectra:
     """Spectra of the weight matrices of the model that the runs of that seed in ``out`` start from.
 
-    Batch norm has the statistics of the batch, as in training: with running ones that are not yet any, it would be absent.
+    Batch norm has the statistics of the batch, as in training: with running ones that are not yet
+        any, it would be absent.
     """
     (checkpoint,) = out.glob(f"runs/{ADAM}_lr*_seed{seed}/step_000000")
     model, *_ = find_factory(subject.factory)(checkpoint=str(checkpoint), **arguments)

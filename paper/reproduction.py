@@ -27,9 +27,9 @@ HEAD = """# The papers, reproduced
 {summary}
 
 `python -m paper.reproduction` writes this page from the tables of `python -m paper.all{scale}`.
-`python -m paper.figure_8` makes one exhibit, and `--scale paper` takes the paper's own models and data. Each section
-links a page with every claim, what was measured with its error, the rule that decided, and the tables. The rules were
-chosen by us. A disagreement is a result.
+`python -m paper.figure_8` makes one exhibit, and `--scale paper` takes the paper's own models and
+data. Each section links a page with every claim, what was measured with its error, the rule that
+decided, and the tables. The rules were chosen by us. A disagreement is a result.
 """
 
 
@@ -53,7 +53,9 @@ def write_document(
 
 
 def write(folder: Path, names: Sequence[str], to: Path) -> Path:
-    """Writes the document of these exhibits, which are below ``folder``, into the folder ``to``, and a page for each."""
+    """Writes the document of these exhibits, which are below ``folder``, into the folder ``to``,
+    and a page for each.
+    """
     findings = {name: read_findings(folder / name) for name in names}
     sections = []
     for name, found in findings.items():
@@ -83,18 +85,23 @@ def document(scale: str, findings: Mapping[str, Sequence[Finding]], sections: Se
 
 
 def summary(scale: str, findings: Mapping[str, Sequence[Finding]]) -> Iterator[str]:
-    """Three lines: how many claims agree, whether heterogeneity predicts the gap, how large the models were."""
+    """Three lines: how many claims agree, whether heterogeneity predicts the gap, how large the
+    models were.
+    """
     counts = Counter(finding.verdict for found in findings.values() for finding in found)
     total = counts["agrees"] + counts["disagrees"]
     yield (
-        f"- {counts['agrees']} of {total} claims agree with what we measured, and {counts['disagrees']} do not; "
+        f"- {counts['agrees']} of {total} claims agree with what we measured, and "
+        f"{counts['disagrees']} do not; "
         f"{counts['not comparable']} more cannot be compared."
     )
     if prediction := findings.get(PREDICTION):
         agree = sum(finding.verdict == "agrees" for finding in prediction)
         yield (
-            f"- Heterogeneity at initialisation {'predicted' if agree else 'did not predict'} the gap between Adam and SGD, in "
-            f"{agree or 'any'} of {len(prediction)} combinations of a distance and a loss: {prediction[0].measured}."
+            f"- Heterogeneity at initialisation {'predicted' if agree else 'did not predict'} the "
+            "gap between Adam and SGD, in "
+            f"{agree or 'any'} of {len(prediction)} combinations of a distance and a loss: "
+            f"{prediction[0].measured}."
         )
     size = "small models, in minutes on two cores" if scale == "small" else "the paper's own models"
     yield f"- All of it was measured on {size}."
@@ -132,7 +139,8 @@ def _outcome(counts: Counter[str]) -> str:
         return {"not comparable": "cannot be compared"}.get(found := next(iter(counts)), found)
     if set(counts) == {"not comparable"}:
         return "cannot be compared"
-    return f"agrees in {counts['agrees']} of {counts['agrees'] + counts['disagrees']} ways to measure it"
+    compared = counts["agrees"] + counts["disagrees"]
+    return f"agrees in {counts['agrees']} of {compared} ways to measure it"
 
 
 def _setup(exhibit: Exhibit, scale: str) -> str:
@@ -156,7 +164,8 @@ def exhibit_page(
         *(f"![{exhibit.title}]({image})" for image in images),
         markdown(pd.DataFrame([vars(finding) for finding in findings])),
         *(markdown(tables[name]) for name in exhibit.shown),
-        f"`python -m paper.{exhibit.name}{_options(exhibit, scale, record)}`: {made}; tables: {names}.",
+        f"`python -m paper.{exhibit.name}{_options(exhibit, scale, record)}`: {made}; tables: "
+        f"{names}.",
     ]
     return "\n\n".join(parts) + "\n"
 

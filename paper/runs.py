@@ -1,4 +1,6 @@
-"""Trainings and spectra below a folder that exhibits share: what is there is used, what was stopped goes on."""
+"""Trainings and spectra below a folder that exhibits share: what is there is used, what was stopped
+goes on.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def device_of_training(device: str) -> str:
 
 
 def trained(config: str, out: Path, *, stages: Sequence[float], device: str) -> Path:
-    """Trains by a configuration of the repository, such as ``language_models/configs/embedded_bert.yaml``; returns ``out``.
+    """Trains by a configuration of the repository, such as
+    ``language_models/configs/embedded_bert.yaml``; returns ``out``.
 
     stages: fractions of training at which a checkpoint is written.
     device: auto, or else the CPU.
@@ -43,7 +46,9 @@ def trained(config: str, out: Path, *, stages: Sequence[float], device: str) -> 
 
 
 def measured(config: str, checkpoints: Path, out: Path, *, device: str) -> pd.DataFrame:
-    """The tidy table of the spectra of all checkpoints in a folder, by a configuration of ``blockspec run``."""
+    """The tidy table of the spectra of all checkpoints in a folder, by a configuration of
+    ``blockspec run``.
+    """
     where = ["--out", str(out), "--checkpoints", str(checkpoints / "step_*"), "--device", device]
     cli.main(["run", "--config", str(ROOT / config), *where, "--plots=false"])
     return read_table(out / "spectra.parquet")

@@ -1,4 +1,6 @@
-"""JS^0 of the models as training begins with them, and the gap between Adam and SGD on the same models (table 1)."""
+"""JS^0 of the models as training begins with them, and the gap between Adam and SGD on the same
+models (table 1).
+"""
 
 from __future__ import annotations
 
@@ -117,8 +119,9 @@ def _heterogeneity(
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """A row a model: JS^0 by each definition with the standard error over probes and the deviation over seeds, the gap by each
-    loss with its standard error over seeds, and the learning rates."""
+    """A row a model: JS^0 by each definition with the standard error over probes and the deviation
+    over seeds, the gap by each loss with its standard error over seeds, and the learning rates.
+    """
     rows = []
     for name, runs in tables["runs"].groupby("model", sort=False):
         row: dict[str, object] = {"model": name}
@@ -141,8 +144,9 @@ def summary(tables: Tables) -> pd.DataFrame:
 
 
 def overview(table: pd.DataFrame) -> pd.DataFrame:
-    """The table to read: JS^0 with its standard error over probes, the gaps with theirs over seeds; * marks a learning rate at
-    the edge of its grid."""
+    """The table to read: JS^0 with its standard error over probes, the gaps with theirs over seeds;
+    * marks a learning rate at the edge of its grid.
+    """
     columns: dict[str, Any] = {"model": table["model"]}
     errors = {name: f"{name}, probes" for name in DEFINITIONS} | {
         f"gap ({x})": f"gap ({x}), seeds" for x in LOSSES
@@ -204,16 +208,20 @@ def _larger(what: str, transformers: pd.Series, others: pd.Series) -> Finding:
     difference = transformers.mean() - others.mean()
     return Finding(
         f"{what} is larger for transformers than for other models",
-        f"{with_error(transformers.mean(), transformers.sem())} in the mean of {len(transformers)} transformers, "
+        f"{with_error(transformers.mean(), transformers.sem())} in the mean of {len(transformers)} "
+        "transformers, "
         f"{with_error(others.mean(), others.sem())} in that of {len(others)} other models",
         "agrees" if difference > 2 * error else "disagrees",
-        "two standard errors over models; the mixer and the man-made perceptrons are among the others",
+        "two standard errors over models; the mixer and the man-made perceptrons are among the "
+        "others",
     )
 
 
 SETUP = (
-    "Adam and SGD (momentum 0.9; clipping at norm 1, cosine, no weight decay for both), the best learning rate of a grid by "
-    "held-out loss on another seed. Gap: share of Adam's decrease of the loss that SGD does not reach. JS^0 is measured at the "
+    "Adam and SGD (momentum 0.9; clipping at norm 1, cosine, no weight decay for both), the best "
+    "learning rate of a grid by "
+    "held-out loss on another seed. Gap: share of Adam's decrease of the loss that SGD does not "
+    "reach. JS^0 is measured at the "
     "weights that the runs start from; batch norm with the statistics of the batch."
 )
 
@@ -242,7 +250,8 @@ EXHIBIT = Exhibit(
                 probes=4,
                 steps=100,
             ),
-            f"The paper's models on ImageNet and OpenWebText, 50,000 steps of the micro-batches of their configurations. {SETUP}",
+            "The paper's models on ImageNet and OpenWebText, 50,000 steps of the micro-batches of "
+            f"their configurations. {SETUP}",
             "Not run. Estimated: months of one GPU: 77 trainings.",
         ),
     },

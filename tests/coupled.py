@@ -1,4 +1,6 @@
-"""Objectives whose whole matrix is of one's own choice: half a quadratic form of all blocks together."""
+"""Objectives whose whole matrix is of one's own choice: half a quadratic form of all blocks
+together.
+"""
 
 import numpy as np
 import torch

@@ -1,4 +1,6 @@
-"""Dense curvature matrices, built without anything of blockspec's engine: the oracle of the tests."""
+"""Dense curvature matrices, built without anything of blockspec's engine: the oracle of the
+tests.
+"""
 
 import contextlib
 import math
@@ -26,8 +28,9 @@ def of_primitives(model):
 
 
 def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
-    """Out of primitives: in torch 2.13 ``torch.func.hessian`` of the built-in norms with weights is wrong, by as
-    much as the matrix itself; their double backward is right."""
+    """Out of primitives: in torch 2.13 ``torch.func.hessian`` of the built-in norms with weights is
+    wrong, by as much as the matrix itself; their double backward is right.
+    """
     axes = tuple(range(-len(shape), 0))
     centred = x - x.mean(axes, keepdim=True)
     normed = centred / (centred.square().mean(axes, keepdim=True) + eps).sqrt()
@@ -60,7 +63,9 @@ def unflatten(model, flat):
 
 
 def positions(model, block):
-    """Where the block's entries stand in the flat vector of all parameters, in the block's own order."""
+    """Where the block's entries stand in the flat vector of all parameters, in the block's own
+    order.
+    """
     _, flat = flat_parameters(model)
     tensors = unflatten(model, torch.arange(len(flat)))
     pieces = []
@@ -101,7 +106,9 @@ def dense_hessian(model, batches, terms):
 
 
 def finite_difference_product(model, batches, terms, vector, *, epsilon=1e-5):
-    """(P,) H v by central differences of the gradient: shares not even double backward; good to about 1e-8."""
+    """(P,) H v by central differences of the gradient: shares not even double backward; good to
+    about 1e-8.
+    """
     _, flat = flat_parameters(model)
     function = _joined(model, batches, terms)
 
@@ -117,7 +124,9 @@ def finite_difference_product(model, batches, terms, vector, *, epsilon=1e-5):
 
 
 def largest_eigenvalue(model, batches, terms, index=None):
-    """Of the Hessian, or of a diagonal block, without forming it: forward-over-reverse and ARPACK; good to 1e-9."""
+    """Of the Hessian, or of a diagonal block, without forming it: forward-over-reverse and ARPACK;
+    good to 1e-9.
+    """
     _, flat = flat_parameters(model)
     function = _joined(model, batches, terms)
     index = torch.arange(len(flat)) if index is None else index
@@ -153,7 +162,9 @@ def dense_fisher(model, batches, terms):
 
 
 def dense_ggn_of_cross_entropy(model, batches, logits):
-    """(P, P) mean over rows of J' (diag(p) - p p') J, for ``logits(call, batch) -> (N, C)`` rows of loss terms."""
+    """(P, P) mean over rows of J' (diag(p) - p p') J, for ``logits(call, batch) -> (N, C)`` rows of
+    loss terms.
+    """
     _, flat = flat_parameters(model)
     with of_primitives(model):
         rows = _joined(model, batches, logits)(flat)

@@ -1,4 +1,6 @@
-"""Models and losses with a wrong second derivative, none of which says so; and what a person would call to blame."""
+"""Models and losses with a wrong second derivative, none of which says so; and what a person would
+call to blame.
+"""
 
 from __future__ import annotations
 
@@ -168,7 +170,9 @@ class Residual(nn.Module):
 
 
 class Int8(nn.Module):
-    """A quantised linear layer as a library's kernel is: numbers in 8 bits, and no backward pass."""
+    """A quantised linear layer as a library's kernel is: numbers in 8 bits, and no backward
+    pass.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,12 +216,15 @@ FAULTS: dict[str, Fault] = {
         lambda: objective(loss=fused(FusedEntropy.apply)), r"the loss's terms.*fused loss",
         ("hessian", "ggn"),
     ),
-    "compiled cross entropy": Fault(lambda: objective(loss=compiled), r"the loss function.*compiled"),
+    "compiled cross "
+    "entropy": Fault(lambda: objective(loss=compiled), r"the loss function.*compiled"),
     "kept deviation": Fault(lambda: objective(Applied(KeptDeviation.apply)), r"2 \(Applied\).*KeptDeviation"),
     "kept slope": Fault(lambda: objective(Applied(KeptSlope.apply)), r"2 \(Applied\).*KeptSlope"),
     "kept slope, ggn": Fault(lambda: objective(Applied(KeptSlope.apply)), r"2 \(Applied\).*KeptSlope", ("residual",)),
-    "weight norm, first": Fault(lambda: objective(OwnWeightNorm(0)), r"2 \(OwnWeightNorm\).*weight norm"),
-    "weight norm, last": Fault(lambda: objective(OwnWeightNorm(1)), r"2 \(OwnWeightNorm\).*weight norm"),
+    "weight norm, first": Fault(lambda: objective(OwnWeightNorm(0)), r"2 \(OwnWeightNorm\).*weight "
+                                                                     r"norm"),
+    "weight norm, last": Fault(lambda: objective(OwnWeightNorm(1)), r"2 \(OwnWeightNorm\).*weight "
+                                                                    r"norm"),
     "hook of parameters": Fault(scaled_by_parameter_hook, r"a hook on gradients.*0\.weight"),
     "hook of a module": Fault(scaled_by_module_hook, r"a hook on gradients.*\(2"),
     "no_grad in a layer": Fault(lambda: objective(Residual(Untracked(WIDTH, WIDTH))), r"no gradient"),

@@ -1,6 +1,8 @@
-"""Processes for tests. Each pytest process keeps one server that has imported torch and transformers: its forks start at once.
+"""Processes for tests. Each pytest process keeps one server that has imported torch and
+transformers: its forks start at once.
 
-A fork of the test process itself would not do: autograd refuses to work in a fork of a process that has used it.
+A fork of the test process itself would not do: autograd refuses to work in a fork of a process that
+    has used it.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def together(function: Callable[..., None], *arguments: Any, processes: int = 2)
 
 
 def run_script(path: Path, *arguments: str, processes: int = 2) -> None:
-    """A script on several processes that find each other as under a launcher; raises what one of them raised."""
+    """A script on several processes that find each other as under a launcher; raises what one of
+    them raised.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

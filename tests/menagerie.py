@@ -1,4 +1,6 @@
-"""Tiny models of many architectures, kinks among them: ReLU, max pooling, float32 norms, routing to experts."""
+"""Tiny models of many architectures, kinks among them: ReLU, max pooling, float32 norms, routing to
+experts.
+"""
 
 from __future__ import annotations
 
@@ -211,7 +213,9 @@ def mlp(*activations: nn.Module) -> nn.Module:
 
 
 def wide() -> nn.Module:
-    """50,688 ReLUs in each layer: far more pass zero on the way of a large step than can be left out of account."""
+    """50,688 ReLUs in each layer: far more pass zero on the way of a large step than can be left
+    out of account.
+    """
     return nn.Sequential(
         nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, CLASSES)
     )

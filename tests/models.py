@@ -1,4 +1,5 @@
-"""Tiny models of every family for the tests: real classes of transformers, stand-ins for nanoGPT, timm, torchvision.
+"""Tiny models of every family for the tests: real classes of transformers, stand-ins for nanoGPT,
+timm, torchvision.
 
 All take ``seed`` and ``dtype``; dropout is on in training mode as in each family's own default.
 """

@@ -1,4 +1,6 @@
-"""A model with nanoGPT's class names, tensor names and calling convention, written anew for the tests."""
+"""A model with nanoGPT's class names, tensor names and calling convention, written anew for the
+tests.
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,6 @@
-"""Small problems with a known truth: a model, batches, its loss, and the same loss written anew for the oracle."""
+"""Small problems with a known truth: a model, batches, its loss, and the same loss written anew for
+the oracle.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ VOCABULARY = 12
 
 @dataclass(frozen=True)
 class Problem:
-    """logits(call, batch) -> (N, C) and labels(batch) -> (N,): one row per loss term, written without blockspec."""
+    """logits(call, batch) -> (N, C) and labels(batch) -> (N,): one row per loss term, written
+    without blockspec.
+    """
 
     model: torch.nn.Module
     batches: list[Any]
@@ -34,7 +38,9 @@ class Problem:
 
 
 def roughened(model, *, size=0.2, seed=0):
-    """Parameters far from initialisation, where whole blocks have hardly any curvature and norms are the identity."""
+    """Parameters far from initialisation, where whole blocks have hardly any curvature and norms
+    are the identity.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -47,7 +53,9 @@ def tokens(*shape, seed=0):
 
 
 def _padded():
-    """Two batches of unequal size; the first has padding on the right, the second labels that are left out."""
+    """Two batches of unequal size; the first has padding on the right, the second labels that are
+    left out.
+    """
     first = {
         "input_ids": tokens(2, 6),
         "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2]),
@@ -98,7 +106,9 @@ def llama(**settings):
 
 
 def _rms_norm(norm, x):
-    """Without the original's cast to float32, which would leave a float64 truth good to 1e-6 only."""
+    """Without the original's cast to float32, which would leave a float64 truth good to 1e-6
+    only.
+    """
     return norm.weight * x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
 
 

@@ -21,7 +21,9 @@ class Quadratic(nn.Module):
 
 
 def objective_of(matrices, *, dtype=torch.float64, scale=1.0):
-    """The objective whose diagonal blocks ``weights.<name>`` are ``scale`` times these matrices; others are zero."""
+    """The objective whose diagonal blocks ``weights.<name>`` are ``scale`` times these matrices;
+    others are zero.
+    """
     return Objective(
         Quadratic(matrices, dtype), [torch.zeros(1)], lambda model, batch: (scale * model(), 1)
     )
@@ -46,7 +48,9 @@ def matrix_of(eigenvalues, *, seed=0):
 
 
 def decaying(size, *, seed=0):
-    """Eigenvalues as a network has them: a bulk of both signs around zero and a few outliers; ascending."""
+    """Eigenvalues as a network has them: a bulk of both signs around zero and a few outliers;
+    ascending.
+    """
     values = (
         torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.01
     )

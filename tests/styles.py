@@ -1,4 +1,5 @@
-"""Transformers in the styles of other people's code, with names that tell nothing: what is known is found by watching.
+"""Transformers in the styles of other people's code, with names that tell nothing: what is known is
+found by watching.
 
 Every class has its layers in ``parts``; ``TRUTH`` says what each parameter of a layer is.
 """
@@ -14,7 +15,9 @@ WIDTH, HEADS, SIZE, VOCABULARY = 16, 4, 4, 24
 
 
 class Fused(nn.Module):
-    """Attention from one matrix ``a``; ``order`` says how its rows are split into query, key and value."""
+    """Attention from one matrix ``a``; ``order`` says how its rows are split into query, key and
+    value.
+    """
 
     def __init__(self, order: str, keys: int = HEADS, kernel: str = "sdpa") -> None:
         super().__init__()
@@ -50,7 +53,9 @@ class Fused(nn.Module):
 
 
 class Apart(nn.Module):
-    """Attention as x-transformers writes it: a matrix of its own for queries, a fused one for keys and values."""
+    """Attention as x-transformers writes it: a matrix of its own for queries, a fused one for keys
+    and values.
+    """
 
     def __init__(self, keys: int = HEADS, gate: bool = False) -> None:
         super().__init__()
@@ -78,7 +83,9 @@ class Apart(nn.Module):
 
 
 class Wide(nn.Module):
-    """An MLP: ``act`` is ``relu2`` (ReLU squared), ``gelu``, ``swiglu`` (two matrices) or ``fused`` (gate in the same)."""
+    """An MLP: ``act`` is ``relu2`` (ReLU squared), ``gelu``, ``swiglu`` (two matrices) or ``fused``
+    (gate in the same).
+    """
 
     def __init__(self, act: str) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""The study of batch norm and shortcuts: its table is what direct estimates of its checkpoints give."""
+"""The study of batch norm and shortcuts: its table is what direct estimates of its checkpoints
+give.
+"""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,6 @@
-"""Attention in strips: a second derivative that is right, that keeps no matrix, and that computes what is asked for."""
+"""Attention in strips: a second derivative that is right, that keeps no matrix, and that computes
+what is asked for.
+"""
 
 import itertools
 import math
@@ -199,7 +201,9 @@ def test_equal_to_the_bit_between_calls():
 
 
 class Watched(TorchDispatchMode):
-    """Entries of the largest tensor that any operation gave, and multiplications in products of matrices."""
+    """Entries of the largest tensor that any operation gave, and multiplications in products of
+    matrices.
+    """
 
     entries = multiplications = 0
 

@@ -1,4 +1,6 @@
-"""Activation checkpointing of the reentrant kind hides parameters from autograd.grad: it is switched off, or found."""
+"""Activation checkpointing of the reentrant kind hides parameters from autograd.grad: it is
+switched off, or found.
+"""
 
 import copy
 

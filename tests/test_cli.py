@@ -101,7 +101,7 @@ def test_help_explains_every_setting(capsys):
         "Random start vectors",
         "default: 40",
         "module:function",
-        "hessian, ggn, fisher, or residual",
+        "hessian, ggn (generalised Gauss-Newton), fisher",
     ):
         assert word in " ".join(result.out.split())
 
@@ -213,7 +213,8 @@ def test_a_settings_file_and_later_arguments(tmp_path):
     config = tmp_path / "settings.yaml"
     config.write_text(
         f"model: {TINY}\nout: {tmp_path / 'run'}\nplots: false\n"
-        "model_args:\n  tokens: 4\nestimate:\n  num_probes: 1\n  num_steps: 2\nblocks:\n  include: ['*ln_f*']\n"
+        "model_args:\n  tokens: 4\nestimate:\n  num_probes: 1\n  num_steps: 2\nblocks:\n  include: "
+        "['*ln_f*']\n"
     )
     assert invoke("run", "--config", str(config), "--estimate.num_steps", "3").code == 0
     spectrum = load_spectra(tmp_path / "run" / "spectra.parquet")["transformer.ln_f.weight"]
@@ -312,7 +313,9 @@ def command(*arguments, folder):
 
 
 def test_the_command_itself(tmp_path):
-    """As a user calls it: a factory in the working folder, exit codes, nothing but one line on stderr."""
+    """As a user calls it: a factory in the working folder, exit codes, nothing but one line on
+    stderr.
+    """
     (tmp_path / "mine.py").write_text("from factories_for_runs import tiny\n")
     arguments = [argument.replace(TINY, "mine:tiny") for argument in run_arguments("out")]
     good = command(*arguments, folder=tmp_path)
@@ -339,7 +342,9 @@ def save_tokenizer(folder, special):
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_a_hugging_face_folder(tmp_path, kind):
-    """Its weights, its tokenizer and a text of one's own; causal and masked models find their loss."""
+    """Its weights, its tokenizer and a text of one's own; causal and masked models find their
+    loss.
+    """
     torch.manual_seed(0)
     special = {"unk_token": "<unk>", "mask_token": "<mask>", "pad_token": "<pad>"}
     if kind == "gpt2":

@@ -26,7 +26,9 @@ def products(objective, requests, curvature="hessian"):
 
 
 def assert_quadrature_of(matrix, block, spectrum, *, noise):
-    """Moments of each probe up to 2M - 1 are those of the dense matrix; a block done exactly has its eigenvalues."""
+    """Moments of each probe up to 2M - 1 are those of the dense matrix; a block done exactly has
+    its eigenvalues.
+    """
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     values, vectors = values.numpy(), vectors.numpy()
     scale = np.abs(values).max()
@@ -119,7 +121,9 @@ def test_all_eigenvalues_of_small_blocks(name, curvature):
 
 
 def test_positions_cover_the_query_columns_of_a_conv1d():
-    """The oracle's own reading of a piece, so that it cannot go wrong together with the engine's."""
+    """The oracle's own reading of a piece, so that it cannot go wrong together with the
+    engine's.
+    """
     model = problem("gpt2").model
     block = {b.name: b for b in partition(model)}["transformer.h.0.attn.c_attn.weight/query"]
     _, flat = dense_truth.flat_parameters(model)
@@ -398,7 +402,9 @@ def test_the_hessian_needs_only_a_function_that_gives_sum_and_count():
 
 
 def test_attention_block_of_a_multihead_encoder():
-    """torch's own transformer layer takes a fused path in eval mode; its curvature is that of the plain one."""
+    """torch's own transformer layer takes a fused path in eval mode; its curvature is that of the
+    plain one.
+    """
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dtype=torch.float64)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3, dtype=torch.float64))
@@ -416,7 +422,9 @@ def test_attention_block_of_a_multihead_encoder():
 
 @pytest.mark.parametrize("graphs", [0, 1, 2])
 def test_graphs_are_kept_where_they_may_be(graphs):
-    """Shared passes are made once for two batches where two graphs may be kept; the numbers are the same."""
+    """Shared passes are made once for two batches where two graphs may be kept; the numbers are the
+    same.
+    """
     model = tiny_gpt2()
     tokens = torch.randint(
         model.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0)

@@ -1,4 +1,6 @@
-"""Curvature along a direction: against dense truth, finite differences, and steps that optimizers really take."""
+"""Curvature along a direction: against dense truth, finite differences, and steps that optimizers
+really take.
+"""
 
 import math
 
@@ -158,7 +160,9 @@ def test_intervals_over_the_data_hold_the_populations_value():
 
 
 def samples_of(whole, places):
-    """What the sequences at these places give: the same numbers as an objective of them alone, without the passes."""
+    """What the sequences at these places give: the same numbers as an objective of them alone,
+    without the passes.
+    """
     from blockspec.toolbox.directional import over_units
 
     terms = whole.terms[places]

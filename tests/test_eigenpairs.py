@@ -1,4 +1,6 @@
-"""Extreme eigenpairs against dense truth and ARPACK: values, residuals, repeated eigenvalues, costs."""
+"""Extreme eigenpairs against dense truth and ARPACK: values, residuals, repeated eigenvalues,
+costs.
+"""
 
 import warnings
 

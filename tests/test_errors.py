@@ -1,4 +1,6 @@
-"""Mistakes that users make: each is answered before the expensive part, with the value, what was allowed and the remedy."""
+"""Mistakes that users make: each is answered before the expensive part, with the value, what was
+allowed and the remedy.
+"""
 
 import copy
 
@@ -70,7 +72,8 @@ def test_a_frozen_model():
         partition(model)
     with pytest.raises(
         ValueError,
-        match=r"'weight', which is no parameter of the model that requires gradients.*after freezing",
+        match=r"'weight', which is no parameter of the model that requires gradients.*after "
+        r"freezing",
     ):
         estimate(model, blocks=partition(linear()))
 
@@ -78,7 +81,8 @@ def test_a_frozen_model():
 def test_blocks_of_another_model():
     with pytest.raises(
         ValueError,
-        match=r"block '.*wte.*no parameter of the model that requires gradients; make the partition",
+        match=r"block '.*wte.*no parameter of the model that requires gradients; make the "
+        r"partition",
     ):
         estimate(blocks=partition(problem("gpt2").model, include="*wte*"))
 

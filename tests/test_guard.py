@@ -1,4 +1,6 @@
-"""The guard: products that are wrong without a word are found, right ones pass, and nothing of the user's is touched."""
+"""The guard: products that are wrong without a word are found, right ones pass, and nothing of the
+user's is touched.
+"""
 
 import copy
 import re
@@ -303,7 +305,9 @@ def test_autocast_around_the_call_is_refused():
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher", "residual"])
 def test_a_loss_that_is_infinite_in_the_last_batch(curvature):
-    """Its gradient is zero there, and so are its products: only the value says that nothing of it is known."""
+    """Its gradient is zero there, and so are its products: only the value says that nothing of it
+    is known.
+    """
     terms = losses.classification.terms
 
     def infinite(outputs, batch):

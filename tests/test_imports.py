@@ -37,7 +37,9 @@ print(json.dumps(after))
 
 @pytest.fixture(scope="module")
 def after(tmp_path_factory):
-    """Modules after each of: the import, help, a run's summary, all public names; and what was printed."""
+    """Modules after each of: the import, help, a run's summary, all public names; and what was
+    printed.
+    """
     run = tmp_path_factory.mktemp("run")
     model = torch.nn.Linear(2, 1)
     batches = [(torch.eye(2), torch.ones(2, 1))]

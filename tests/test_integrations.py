@@ -1,4 +1,6 @@
-"""Spectra from other people's training: what they are, where they go, and that training goes on bit by bit as without."""
+"""Spectra from other people's training: what they are, where they go, and that training goes on bit
+by bit as without.
+"""
 
 import importlib.util
 import json

@@ -1,4 +1,6 @@
-"""Attention that can be differentiated twice, whatever the model came with, and everything as it was afterwards."""
+"""Attention that can be differentiated twice, whatever the model came with, and everything as it
+was afterwards.
+"""
 
 import copy
 import warnings
@@ -149,7 +151,9 @@ def test_two_threads_leave_everything_as_it_was():
 
 
 class OwnContext(torch.nn.Module):
-    """Attention within a context of its own, as torchtitan, x-transformers and vit-pytorch have it."""
+    """Attention within a context of its own, as torchtitan, x-transformers and vit-pytorch have
+    it.
+    """
 
     def __init__(self, own):
         super().__init__()
@@ -343,7 +347,9 @@ def test_values_are_unchanged_by_the_replacement():
 
 
 def test_attention_of_a_models_own_making_through_the_functional_interface():
-    """Anything that calls scaled_dot_product_attention works, with a mask and with grouped heads."""
+    """Anything that calls scaled_dot_product_attention works, with a mask and with grouped
+    heads.
+    """
 
     class Own(torch.nn.Module):
         def __init__(self):
@@ -497,7 +503,9 @@ def test_sinks_and_soft_caps_reach_the_function(monkeypatch):
 
 
 def test_a_model_that_computes_something_else_keeps_its_own_function(monkeypatch):
-    """What an eager function does beyond its settings cannot be known: it is compared on the first tokens."""
+    """What an eager function does beyond its settings cannot be known: it is compared on the first
+    tokens.
+    """
     it = gemma2()
     with torch.no_grad():
         plain = it.model(input_ids=tokens(1, 6)).logits
@@ -589,7 +597,9 @@ def test_the_choice_is_by_length():
 
 
 def test_the_plan_knows_memory_and_operations(monkeypatch):
-    """Matrices are (4, 600, 600) float64, 11 MiB each, and several; strips leave out what is above the diagonal."""
+    """Matrices are (4, 600, 600) float64, 11 MiB each, and several; strips leave out what is above
+    the diagonal.
+    """
     model = models.tiny_gpt2(n_positions=600, layers=1)
     batches = [{"input_ids": tokens(1, 600)}]
     objective = Objective(model, batches, losses.next_token)

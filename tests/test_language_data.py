@@ -1,4 +1,6 @@
-"""Token files: what is written is what a plain loop over the documents gives, however the work was interrupted."""
+"""Token files: what is written is what a plain loop over the documents gives, however the work was
+interrupted.
+"""
 
 import itertools
 import json
@@ -44,7 +46,9 @@ def write_bin(path: Path, tokens) -> Path:
 
 
 def expected_tokens(texts: list[str], *, val_share: float) -> dict[str, list[int]]:
-    """The plain loop: every ``1 / val_share``-th document from the second on is val, each ends in token 0."""
+    """The plain loop: every ``1 / val_share``-th document from the second on is val, each ends in
+    token 0.
+    """
     found: dict[str, list[int]] = {"train": [], "val": []}
     every = round(1 / val_share)
     for number, text in enumerate(texts):

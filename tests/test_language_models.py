@@ -1,4 +1,6 @@
-"""Models to measure: what is loaded is the same function, whole, and nothing of the file was run."""
+"""Models to measure: what is loaded is the same function, whole, and nothing of the file was
+run.
+"""
 
 import json
 import os
@@ -323,7 +325,8 @@ def hostile_weights(path: Path) -> None:
         (drop_weight, r"lacks 1 tensors of its causal model, such as transformer.ln_f.weight"),
         (
             other_size,
-            r"has 16 tensors of other shapes than its config.json says, such as .*: \(24,\), not \(48,\)",
+            r"has 16 tensors of other shapes than its config.json says, such as .*: \(24,\), not "
+            r"\(48,\)",
         ),
         (other_kind, "cannot load .*unheard_of"),
         (own_code, "cannot load .*custom code"),

@@ -206,7 +206,9 @@ def test_killed_training_goes_on_with_the_same_losses(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    """Through accelerate launch, on CPU with gloo; masked tokens, whose number differs between the processes."""
+    """Through accelerate launch, on CPU with gloo; masked tokens, whose number differs between the
+    processes.
+    """
     arguments = [
         "--model.architecture=bert",
         "--training.micro_batches=2",

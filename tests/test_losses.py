@@ -124,7 +124,9 @@ def hugging_face(kind, auto, settings, seed=0):
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_next_token_is_the_own_loss_of_every_family(family):
-    """A mapping, padded on the right, on the left or not at all, and a pair; Llama's second argument is its mask."""
+    """A mapping, padded on the right, on the left or not at all, and a pair; Llama's second
+    argument is its mask.
+    """
     model = hugging_face(family, transformers.AutoModelForCausalLM, CAUSAL[family])
     ids = tokens(2, 6, seed=9)
     masks = torch.ones(3, 2, 6, dtype=torch.long)
@@ -276,7 +278,9 @@ def test_tuples_and_tensors_are_outputs_too():
 
 
 def test_extra_entries_of_a_mapping_reach_the_model():
-    """Position ids, token types, attention masks: the loss is that of the model called with all of them."""
+    """Position ids, token types, attention masks: the loss is that of the model called with all of
+    them.
+    """
     it = quiet(gpt2)
     ids, positions = tokens(1, 5), torch.tensor([[3, 1, 0, 2, 4]])
     total, _ = losses.next_token(it.model, {"input_ids": ids, "position_ids": positions})

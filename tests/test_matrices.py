@@ -59,6 +59,7 @@ def test_what_does_not_fit_is_refused_before_any_work():
     objective.check = None
     with pytest.raises(
         ValueError,
-        match=r"'model' x 'model' has 1,032 x 1,032 .* 16.3 MiB.*1 MiB .*hold a block of 256 parameters",
+        match=r"'model' x 'model' has 1,032 x 1,032 .* 16.3 MiB.*1 MiB .*hold a block of 256 "
+        r"parameters",
     ):
         blockspec.dense(objective, block, limit=2**20)

@@ -98,6 +98,8 @@ def test_memory_does_not_grow_from_call_to_call(growth, curvature):
 
 
 def test_the_measurement_sees_what_it_is_there_for(growth):
-    """Graphs kept from batch to batch, and the reference cycle of ``backward(create_graph=True)``."""
+    """Graphs kept from batch to batch, and the reference cycle of
+    ``backward(create_graph=True)``.
+    """
     assert growth["control batches"] > 2 * ALLOWED, growth
     assert growth["control calls"] > 2 * ALLOWED, growth

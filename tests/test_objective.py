@@ -1,4 +1,6 @@
-"""The objective: a mean over terms, the same whatever the batches; and a model that comes back as it was."""
+"""The objective: a mean over terms, the same whatever the batches; and a model that comes back as
+it was.
+"""
 
 import copy
 import warnings
@@ -188,7 +190,9 @@ def assert_same(a, b):
 
 
 def disturbed(it):
-    """Mixed training flags, gradients on some parameters, one frozen, a fused attention implementation."""
+    """Mixed training flags, gradients on some parameters, one frozen, a fused attention
+    implementation.
+    """
     for number, module in enumerate(it.model.modules()):
         module.training = number % 3 == 0
     for number, p in enumerate(it.model.parameters()):

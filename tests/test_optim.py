@@ -44,7 +44,9 @@ def reference(
     hessian_power=1.0,
     update_each=1,
 ):
-    """AdaHessian on sum(a t^4 / 4 + b t^2 / 2), whose Hessian is diagonal, entry by entry; one theta per step."""
+    """AdaHessian on sum(a t^4 / 4 + b t^2 / 2), whose Hessian is diagonal, entry by entry; one
+    theta per step.
+    """
     theta, m, v, diagonal = START.copy(), np.zeros(SIZE), np.zeros(SIZE), np.zeros(SIZE)
     trajectory = []
     for t in range(1, steps + 1):
@@ -821,7 +823,9 @@ def test_hugging_face_trainer_takes_it_by_its_arguments(tiny_gpt2, tmp_path):
 
 
 class Normalised(nn.Module):
-    """Cosine similarities; padding rows are zeros, whose norm has a gradient (0, by the clamp) and no curvature."""
+    """Cosine similarities; padding rows are zeros, whose norm has a gradient (0, by the clamp) and
+    no curvature.
+    """
 
     def __init__(self):
         super().__init__()
@@ -923,7 +927,8 @@ REFUSED = {
     "state of AdamW": (
         lambda: AdaHessian([torch.ones(2, requires_grad=True)]).load_state_dict(refused_state()),
         ValueError,
-        r"not AdaHessian's: its groups lack \['hessian_power', 'num_steps', 'seed'\].*begin without",
+        r"not AdaHessian's: its groups lack \['hessian_power', 'num_steps', 'seed'\].*begin "
+        r"without",
     ),
     "complex": (
         lambda: AdaHessian([("phase", torch.ones(2, dtype=torch.complex64, requires_grad=True))]),

@@ -152,7 +152,8 @@ def test_the_verdict_is_a_sentence():
     findings = [Finding("a", "", verdict, "") for verdict in ("agrees", "disagrees")]
     findings += [Finding("b", "", "not comparable", ""), Finding("c", "", "disagrees", "")]
     assert reproduction.verdict(findings) == (
-        "**1 of 3 claims agree:** “a” agrees in 1 of 2 ways to measure it; “b” cannot be compared; “c” disagrees."
+        "**1 of 3 claims agree:** “a” agrees in 1 of 2 ways to measure it; “b” cannot be compared; "
+        "“c” disagrees."
     )
 
 

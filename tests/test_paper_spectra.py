@@ -1,4 +1,6 @@
-"""Reproductions of figures about spectra and about Adam against SGD: distances, patterns, gaps and correlations."""
+"""Reproductions of figures about spectra and about Adam against SGD: distances, patterns, gaps and
+correlations.
+"""
 
 import json
 import math
@@ -231,7 +233,9 @@ def test_heat_maps_are_judged_by_their_patterns():
 
 
 def stages(transformer_blocks, noise):
-    """Tables of figure 1: two models at two stages with full spectra that are equal but for noise."""
+    """Tables of figure 1: two models at two stages with full spectra that are equal but for
+    noise.
+    """
     tables, losses = [], []
     for model, blocks in (("cnn", [1, 1]), ("transformer", transformer_blocks)):
         for step, fraction in ((0, 0.0), (10, 1.0)):

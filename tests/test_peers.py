@@ -1,4 +1,6 @@
-"""The same numbers out of other packages, where they can be installed: pip install -e '.[peers]' with torch pinned."""
+"""The same numbers out of other packages, where they can be installed: pip install -e '.[peers]'
+with torch pinned.
+"""
 
 import dense_truth
 import numpy as np
@@ -21,7 +23,9 @@ CURVATURES = ("hessian", "ggn", "fisher")
 
 @pytest.fixture(scope="module")
 def it():
-    """A ViT in eval mode, and batches of equal size, which the others need to give a mean over examples."""
+    """A ViT in eval mode, and batches of equal size, which the others need to give a mean over
+    examples.
+    """
     problem = timm_vit()
     problem.model.eval()
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +93,9 @@ def test_products_with_a_block(it, curvature):
 
 
 def test_spectra_of_the_whole_matrix(it):
-    """Each with probes of its own: extreme eigenvalues agree, and densities up to the noise of probes."""
+    """Each with probes of its own: extreme eigenvalues agree, and densities up to the noise of
+    probes.
+    """
     peer = pytest.importorskip("hessian_eigenthings")
     with sdpa_kernel(SDPBackend.MATH):
         operator = eigenthings_operator(it, "hessian")
@@ -117,7 +123,9 @@ def test_the_largest_eigenvalues_of_a_block(it):
 
 
 def test_unequal_batches_are_weighted_by_their_terms_here_and_not_there(it):
-    """The mean over all examples is one number; a mean of batch means depends on how they were cut."""
+    """The mean over all examples is one number; a mean of batch means depends on how they were
+    cut.
+    """
     (block,) = partition(it.model, "model")
     x, y = (torch.cat(parts) for parts in zip(*it.batches, strict=True))
     cuts = {"even": it.batches, "uneven": [(x[:1], y[:1]), (x[1:], y[1:])]}

@@ -35,7 +35,9 @@ STEPS = (0, 10, 100)
 
 @pytest.fixture(scope="module")
 def by_step() -> dict[int, Spectra]:
-    """A GPT-2 of two layers; and with its curvature changed, each block by another factor, as at later stages."""
+    """A GPT-2 of two layers; and with its curvature changed, each block by another factor, as at
+    later stages.
+    """
     torch.manual_seed(0)
     sizes = {"vocab_size": 13, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).double()
@@ -63,7 +65,9 @@ def table(by_step: dict[int, Spectra]) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def heterogeneity(by_step: dict[int, Spectra]) -> pd.DataFrame:
-    """As in a run's heterogeneity.parquet, of a few blocks; the last step was done with one probe: its error is unknown."""
+    """As in a run's heterogeneity.parquet, of a few blocks; the last step was done with one probe:
+    its error is unknown.
+    """
     rows = []
     for step, spectra in by_step.items():
         parts = spectra.select("*mlp*weight")
@@ -203,11 +207,16 @@ def square(names: list[str]) -> pd.DataFrame:
 
 
 FIGURES = (
-    "esd_by_block", "esd_by_block of 12 layers", "esd_by_block of convolutions", "esd_by_block of one block", "esd_stages",
+    "esd_by_block", "esd_by_block of 12 "
+                    "layers", "esd_by_block of "
+                              "convolutions", "esd_by_block of one block", "esd_stages",
     "esd_stages normalised", "full_and_block_diagonal", "distance_heatmap", "distance_heatmap of 4",
-    "distance_heatmap of 8 with long numbers", "distance_heatmap of 50", "distance_heatmap of 194", "distance_heatmaps",
-    "distance_heatmaps of 5", "heterogeneity_over_training", "heterogeneity_over_training at many steps",
-    "trace_by_kind_over_training", "trace_by_kind_over_training of traces", "compare_runs", "compare_runs of a few kinds",
+    "distance_heatmap of 8 with long "
+    "numbers", "distance_heatmap of 50", "distance_heatmap of 194", "distance_heatmaps",
+    "distance_heatmaps of "
+    "5", "heterogeneity_over_training", "heterogeneity_over_training at many steps",
+    "trace_by_kind_over_training", "trace_by_kind_over_training of "
+                                   "traces", "compare_runs", "compare_runs of a few kinds",
     "edges_by_block", "edges_by_block of 12 layers",
 )  # fmt: skip
 HEATMAPS = tuple(name for name in FIGURES if "heatmap" in name)

@@ -36,7 +36,9 @@ def spectra():
 
 
 def test_the_stated_error_is_that_of_the_spectra():
-    """Against all eigenvalues in both precisions: it bounds how far they move, and is not many times too large."""
+    """Against all eigenvalues in both precisions: it bounds how far they move, and is not many
+    times too large.
+    """
     objective, blocks = make()
     blocks = [block for block in blocks if block.numel <= 64]
     wide, narrow = (

@@ -1,4 +1,6 @@
-"""Processes that differ say so before the work; those that hold parts of the data, or less memory, give one process's numbers."""
+"""Processes that differ say so before the work; those that hold parts of the data, or less memory,
+give one process's numbers.
+"""
 
 import json
 import time
@@ -131,7 +133,9 @@ def groups_made(count):
 
 
 def stages_of_first(rank, folder):
-    """Two nodes without a common disk: the second one's folder is empty, or holds another run's record."""
+    """Two nodes without a common disk: the second one's folder is empty, or holds another run's
+    record.
+    """
     settings = RunSettings(
         "factories_for_runs:tiny",
         blocks=BlockSettings(include="*ln_f*", full=False),

@@ -1,4 +1,6 @@
-"""README and the pages of docs/: their Python runs, README prints what it says, and links lead somewhere."""
+"""README and the pages of docs/: their Python runs, README prints what it says, and links lead
+somewhere.
+"""
 
 import contextlib
 import io

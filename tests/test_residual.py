@@ -1,4 +1,6 @@
-"""What the Hessian has beyond the Gauss-Newton matrix, block by block: products, traces, spectra."""
+"""What the Hessian has beyond the Gauss-Newton matrix, block by block: products, traces,
+spectra.
+"""
 
 import dense_truth
 import numpy as np

@@ -1,4 +1,6 @@
-"""Roles found by watching one forward pass, against truth written by hand, and against what moves at the kernel."""
+"""Roles found by watching one forward pass, against truth written by hand, and against what moves
+at the kernel.
+"""
 
 import re
 
@@ -199,7 +201,9 @@ def kernel_inputs(model, batch, monkeypatch):
 
 
 def check_cuts(model, batch, monkeypatch):
-    """Every head of query and key moves itself alone at the kernel, and a value block no query or key."""
+    """Every head of query and key moves itself alone at the kernel, and a value block no query or
+    key.
+    """
     parameters = dict(model.named_parameters())
     before = kernel_inputs(model, batch, monkeypatch)
     kinds = set()
@@ -270,7 +274,9 @@ def test_other_styles(name):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_rows_of_styles_move_what_they_are_called(name):
-    """The rows of each head, as gradients of the kernel's own factors would have them: by differences."""
+    """The rows of each head, as gradients of the kernel's own factors would have them: by
+    differences.
+    """
     model = build(STYLES[name])
     tokens = torch.randint(0, VOCABULARY, (1, 7))
     attention = model.parts[0].p

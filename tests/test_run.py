@@ -222,7 +222,9 @@ def test_checkpoints_without_numbers_keep_their_steps_or_are_refused(tmp_path):
 @pytest.mark.parametrize("state_every", ["0", "1000"])
 @pytest.mark.parametrize("share", [0.6, 0.8, 1.0])
 def test_a_killed_run_goes_on_and_gives_the_same_numbers(tmp_path, share, state_every):
-    """Killed within the second stage of two; with a state kept after every sweep it goes on within it."""
+    """Killed within the second stage of two; with a state kept after every sweep it goes on within
+    it.
+    """
     given = checkpoints(tmp_path, [10, 20])
     run(tmp_path / "whole", "--checkpoints", given)
     whole = factories.calls["loss"]
@@ -295,7 +297,9 @@ def test_one_block_alone_has_no_heterogeneity(tmp_path):
 
 
 def checkpoint(path, step):
-    """A state dict at that path, of the model that drifts with the step; the path as an argument."""
+    """A state dict at that path, of the model that drifts with the step; the path as an
+    argument.
+    """
     (made,) = factories.write_checkpoints(path.parent / f"made_{step}", [step])
     path.parent.mkdir(parents=True, exist_ok=True)
     made.rename(path)
@@ -318,7 +322,9 @@ def refused(out, *arguments, naming):
 
 
 def test_other_content_under_the_same_name_never_gives_the_old_number(tmp_path):
-    """nanoGPT always writes ckpt.pt; trainings go on under the same name; folders of runs hold the same names."""
+    """nanoGPT always writes ckpt.pt; trainings go on under the same name; folders of runs hold the
+    same names.
+    """
     out, of_a = tmp_path / "run", checkpoint(tmp_path / "a/ckpt.pt", 1)
     of_b = checkpoint(tmp_path / "b/ckpt.pt", 2)
     assert run(out, "--checkpoints", of_a).code == 0
@@ -447,7 +453,9 @@ def test_tables_of_another_run_are_not_merged(tmp_path):
 @pytest.mark.parametrize("moment", ["announce_stage", "append_rows", "complete_stage"])
 @pytest.mark.parametrize("after", [False, True])
 def test_no_sweep_is_lost_between_the_estimate_and_the_record(tmp_path, monkeypatch, moment, after):
-    """Ended just before or just after each thing that is written; all sweeps are safe, and the tables are the same."""
+    """Ended just before or just after each thing that is written; all sweeps are safe, and the
+    tables are the same.
+    """
     run(tmp_path / "whole")
     out, original = tmp_path / "run", getattr(runs, moment)
 

@@ -1,4 +1,6 @@
-"""Modules with cheap second derivatives: the numbers are those of PyTorch's own, and nothing else is computed."""
+"""Modules with cheap second derivatives: the numbers are those of PyTorch's own, and nothing else
+is computed.
+"""
 
 from collections import Counter
 
@@ -56,7 +58,9 @@ def flat(tensors):
 
 
 def derivatives(module, x):
-    """Value, gradient, and second derivatives with respect to input and parameters, of a nonlinear function of the output."""
+    """Value, gradient, and second derivatives with respect to input and parameters, of a nonlinear
+    function of the output.
+    """
     points = [x, *module.parameters()]
 
     def curved(*_):
@@ -135,7 +139,9 @@ def test_the_input_may_be_named(module):
 
 
 def jet(module, x):
-    """A function of every entry, and its first and second derivative; the backward passes get a gradient that is not 1."""
+    """A function of every entry, and its first and second derivative; the backward passes get a
+    gradient that is not 1.
+    """
     value = module(x)
     (first,) = torch.autograd.grad(value, x, torch.full_like(x, 3), create_graph=True)
     (second,) = torch.autograd.grad(first, x, torch.full_like(x, 2))
@@ -168,7 +174,9 @@ class Counted(TorchDispatchMode):
 
 @pytest.mark.parametrize(("layer", "convolutions"), [(0, 9), (3, 3)])
 def test_a_product_convolves_up_and_down_once(layer, convolutions):
-    """Tangents of the layers above, gradients of them, and three at the layer: its tangent, and gradients of weight and input."""
+    """Tangents of the layers above, gradients of them, and three at the layer: its tangent, and
+    gradients of weight and input.
+    """
     torch.manual_seed(0)
     stack = [
         module

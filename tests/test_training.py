@@ -351,7 +351,9 @@ def test_tensorboard_has_the_losses(tmp_path):
 
 @pytest.mark.parametrize("name", ["AdamW", "AdaHessian"])
 def test_what_a_state_restores_begins_where_new_tensors_do(tmp_path, name):
-    """Sums differ in the last bit by where their numbers begin in memory, and resumed training is bit-equal."""
+    """Sums differ in the last bit by where their numbers begin in memory, and resumed training is
+    bit-equal.
+    """
     accelerator = Accelerator(cpu=True)
     model = torch.nn.Sequential(torch.nn.Linear(3, 7), torch.nn.Linear(7, 61))
     make = torch.optim.AdamW if name == "AdamW" else AdaHessian

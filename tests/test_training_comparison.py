@@ -24,7 +24,9 @@ SETTINGS = ComparisonSettings(rates=RATES, num_steps=20, measure_every=10, seeds
 
 
 class Here(Executor):
-    """Runs what is submitted at once, in this process; ``pickled`` as if it had gone to another one."""
+    """Runs what is submitted at once, in this process; ``pickled`` as if it had gone to another
+    one.
+    """
 
     def __init__(self, *, pickled: bool = False) -> None:
         self.pickled = pickled

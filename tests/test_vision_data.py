@@ -27,7 +27,9 @@ PER_CLASS = {"ant": 4, "bee": 3, "cat": 4}
 
 
 def draw(label, rank, *, width=300, height=280):
-    """An image that tells which one it is: red by class, green by rank, blue rising from left to right."""
+    """An image that tells which one it is: red by class, green by rank, blue rising from left to
+    right.
+    """
     image = np.zeros((height, width, 3), np.uint8)
     image[..., 0], image[..., 1] = 80 * label, 20 * rank
     image[..., 2] = np.linspace(0, 255, width)
@@ -97,7 +99,9 @@ def test_subsets_keep_the_labels_of_the_whole(folder):
 
 @pytest.mark.parametrize(("width", "height"), [(300, 280), (280, 300), (500, 257), (120, 90)])
 def test_preprocessing_is_resize_256_and_the_middle_224(width, height):
-    """On an image that rises evenly from left to right the expected pixels can be said without resizing."""
+    """On an image that rises evenly from left to right the expected pixels can be said without
+    resizing.
+    """
     rise = np.broadcast_to(np.linspace(0, 255, width), (height, width))
     image = Image.fromarray(np.stack([rise.round().astype(np.uint8)] * 3, -1))
     path = encoded(image)

@@ -1,4 +1,6 @@
-"""Vision models: published parameter counts and names, forward passes against other implementations, switches."""
+"""Vision models: published parameter counts and names, forward passes against other
+implementations, switches.
+"""
 
 import math
 import re

@@ -1,4 +1,6 @@
-"""Spectra of vision models: batch norm, every family against dense truth, blocks of one's own, PyHessian's algorithms."""
+"""Spectra of vision models: batch norm, every family against dense truth, blocks of one's own,
+PyHessian's algorithms.
+"""
 
 import copy
 import json
@@ -90,7 +92,9 @@ def terms(call, batch):
 
 
 def check_products(objective, matrix, blocks):
-    """One product with each block, all in one pass, is that of the dense matrix's diagonal block."""
+    """One product with each block, all in one pass, is that of the dense matrix's diagonal
+    block.
+    """
     generator = torch.Generator().manual_seed(1)
     vectors = [
         torch.randn(block.numel, generator=generator, dtype=torch.float64) for block in blocks
@@ -313,12 +317,15 @@ def test_attention_against_mlp_in_a_vit():
     )
 
 
-# PyHessian's algorithms (github.com/amirgholami/PyHessian, pyhessian/hessian.py), written anew on flat vectors.
+# PyHessian's algorithms (github.com/amirgholami/PyHessian, pyhessian/hessian.py), written anew on
+# flat vectors.
 
 
 @pytest.fixture(scope="module")
 def resnet20():
-    """ResNet20 on ten real digits, its running statistics those of the digits: a product function, objective, spectrum."""
+    """ResNet20 on ten real digits, its running statistics those of the digits: a product function,
+    objective, spectrum.
+    """
     model, batches, loss = factories.digits(model="digits_resnet", settings={"depth": 20}, count=10)
     model, (x, y) = model.double(), batches[0]
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Training of vision models: that it learns, goes on where it was stopped, and leaves checkpoints to measure."""
+"""Training of vision models: that it learns, goes on where it was stopped, and leaves checkpoints
+to measure.
+"""
 
 import json
 import shutil

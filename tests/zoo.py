@@ -1,6 +1,8 @@
-"""Tiny models of the architectures of transformers, from their own default configs with small numbers put in.
+"""Tiny models of the architectures of transformers, from their own default configs with small
+numbers put in.
 
-``build(name)`` makes the model of a model type, ``inputs(model)`` a batch of one example that it takes.
+``build(name)`` makes the model of a model type, ``inputs(model)`` a batch of one example that it
+    takes.
 """
 
 from typing import Any

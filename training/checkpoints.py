@@ -38,7 +38,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a new folder under another name, then gives it its own: a kill leaves the old one, or none."""
+    """Fills a new folder under another name, then gives it its own: a kill leaves the old one, or
+    none.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -78,6 +80,7 @@ def read_record(checkpoint: Path | str) -> dict[str, Any]:
     path = Path(checkpoint) / RECORD
     if not path.is_file():
         raise FileNotFoundError(
-            f"{checkpoint} has no {RECORD}: it is no checkpoint of this trainer, or an unfinished one"
+            f"{checkpoint} has no {RECORD}: it is no checkpoint of this trainer, or an unfinished "
+            "one"
         )
     return json.loads(path.read_text(encoding="utf-8"))

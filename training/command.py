@@ -12,7 +12,9 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = None) -> Any:
-    """Calls the function with settings from the command line; exits with 1 and one line on an error of the user's."""
+    """Calls the function with settings from the command line; exits with 1 and one line on an error
+    of the user's.
+    """
     parser = ArgumentParser(description=(function.__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--config", action="config", help="YAML file with settings; later arguments override it"

@@ -1,7 +1,8 @@
 """Optimizers side by side on one task: tuned learning rates, several seeds.
 
-Every optimizer is tried with every learning rate of its grid on some seeds; the rate with the best mean is then run on
-other seeds, and only these runs are compared. Everything else is the same for all.
+Every optimizer is tried with every learning rate of its grid on some seeds; the rate with the best
+mean is then run on other seeds, and only these runs are compared. Everything else is the same for
+all.
 """
 
 from __future__ import annotations
@@ -42,15 +43,18 @@ class ComparisonSettings:
     """What is compared.
 
     Args:
-        rates: Learning rates that are tried, by optimizer. The table says where the best one is the first or last.
+        rates: Learning rates that are tried, by optimizer. The table says where the best one is the
+            first or last.
         num_steps: Updates of every run.
-        warmup: Steps of linear growth of the learning rate, before it falls along a cosine to a tenth.
+        warmup: Steps of linear growth of the learning rate, before it falls along a cosine to a
+            tenth.
         weight_decay: Weight decay of matrices, for all optimizers.
         momentum: Momentum of sgd.
         betas: Decay of the running means of the others.
         clip: Largest norm of the gradient, for all optimizers; 0 switches clipping off.
         tuning_seeds: Seeds of the runs that choose the learning rate; they are not compared.
-        seeds: Seeds of the runs that are compared: of the initial weights and the order of the data.
+        seeds: Seeds of the runs that are compared: of the initial weights and the order of the
+            data.
         measure_every: Steps between measurements of the held-out loss.
         precision: float32 or bfloat16.
         device: auto (the GPU if there is one) or cpu.
@@ -101,13 +105,15 @@ def compare(
     """Runs what is not done yet, and writes the tables and the figure.
 
     Args:
-        train_one: ``train_one(settings, folder)`` trains the model and logs ``held_out_loss``; it can be pickled.
+        train_one: ``train_one(settings, folder)`` trains the model and logs ``held_out_loss``; it
+            can be pickled.
         comparison: What is compared.
-        out: Folder for ``runs/``, ``optimizers`` and ``trials`` (parquet and csv), ``curves.parquet`` and ``figures/``.
+        out: Folder for ``runs/``, ``optimizers`` and ``trials`` (parquet and csv),
+            ``curves.parquet`` and ``figures/``.
 
     Returns:
-        One line per optimizer: learning rate, mean and standard deviation over seeds of the final held-out loss, and
-        the gap to the best optimizer.
+        One line per optimizer: learning rate, mean and standard deviation over seeds of the final
+        held-out loss, and the gap to the best optimizer.
     """
     _check(comparison)
     out = Path(out)
@@ -156,7 +162,8 @@ def _check(comparison: ComparisonSettings) -> None:
         or set(comparison.seeds) & set(comparison.tuning_seeds)
     ):
         raise ValueError(
-            f"seeds are {comparison.seeds}, tuning_seeds {comparison.tuning_seeds}; both need one at least, none "
+            f"seeds are {comparison.seeds}, tuning_seeds {comparison.tuning_seeds}; both need one "
+            "at least, none "
             "may be in both: the rates were chosen by the second"
         )
 

@@ -25,7 +25,10 @@ def draw(trials: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> Path:
 
 @styled
 def plot_optimizers(trials: pd.DataFrame, curves: pd.DataFrame) -> Figure:
-    """Left: final loss by learning rate, infinite ones hollow at the top. Right: loss by step, mean and range."""
+    """Left: final loss by learning rate, infinite ones hollow at the top.
+
+    Right: loss by step, mean and range.
+    """
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(7.0, 2.6), layout="constrained", width_ratios=(1, 1.4), sharey=True
     )
@@ -37,7 +40,9 @@ def plot_optimizers(trials: pd.DataFrame, curves: pd.DataFrame) -> Figure:
 
 
 def draw_rates(axes: Axes, trials: pd.DataFrame, names: Sequence[str]) -> None:
-    """Held-out loss at the end by learning rate: mean and range over the seeds that chose it; hollow at the top: one diverged."""
+    """Held-out loss at the end by learning rate: mean and range over the seeds that chose it;
+    hollow at the top: one diverged.
+    """
     tuning = trials[trials["tuning"]]
     at_top: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
     for name, colour, marker in zip(names, RUNS, RUN_MARKERS, strict=False):
@@ -60,7 +65,9 @@ def draw_rates(axes: Axes, trials: pd.DataFrame, names: Sequence[str]) -> None:
 
 
 def draw_curves(axes: Axes, curves: pd.DataFrame, names: Sequence[str], *, x: str) -> None:
-    """Held-out loss of the compared runs by column ``x``: mean and range over seeds; in the colours of ``draw_rates``."""
+    """Held-out loss of the compared runs by column ``x``: mean and range over seeds; in the colours
+    of ``draw_rates``.
+    """
     measured = curves.dropna(subset="held_out_loss")
     for name, colour in zip(names, RUNS, strict=False):
         losses = (

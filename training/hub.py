@@ -1,4 +1,6 @@
-"""The Hugging Face hub, or what of it is on this machine; finding out which takes seconds, not minutes."""
+"""The Hugging Face hub, or what of it is on this machine; finding out which takes seconds, not
+minutes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def hub_reachable() -> bool:
 
 @contextmanager
 def hub_or_cache() -> Iterator[None]:
-    """Within it, Hugging Face libraries look into their cache only, if the hub cannot be reached."""
+    """Within it, Hugging Face libraries look into their cache only, if the hub cannot be
+    reached.
+    """
     if hub_reachable():
         yield
         return

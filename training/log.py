@@ -1,4 +1,6 @@
-"""The log of a run: one JSON object a line, every step, readable by ``pandas.read_json(path, lines=True)``."""
+"""The log of a run: one JSON object a line, every step, readable by ``pandas.read_json(path,
+lines=True)``.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def _keep_before(path: Path, step: int) -> None:
 
 
 class Log:
-    """Collects the numbers of every step and writes them, to file and trackers, every ``every`` steps.
+    """Collects the numbers of every step and writes them, to file and trackers, every ``every``
+    steps.
 
     Reading a number waits for the device, so it is done for many steps at once.
     """
@@ -85,7 +88,8 @@ class Log:
             self.loss = line.get("loss", self.loss)
             if not math.isfinite(line.get("loss", 0.0)):
                 raise FloatingPointError(
-                    f"the loss became {self.loss} at step {line['step']}: lower the learning rate or clip the gradient"
+                    f"the loss became {self.loss} at step {line['step']}: lower the learning rate "
+                    "or clip the gradient"
                 )
         if self._file:
             self._file.flush()

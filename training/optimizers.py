@@ -17,16 +17,19 @@ class OptimizerSettings:
     """What makes an update out of a gradient.
 
     Args:
-        name: adamw (decoupled weight decay), adam (decay added to the gradient), sgd (with momentum) or adahessian.
+        name: adamw (decoupled weight decay), adam (decay added to the gradient), sgd (with
+            momentum) or adahessian.
         lr: Peak learning rate.
         weight_decay: Weight decay of matrices; vectors (biases, norms) are never decayed.
-        betas: Decay of the running means of gradient and squared gradient (adamw, adam, adahessian).
-        eps: Added to the denominator; None takes the optimizer's own (1e-8 for adamw and adam, 1e-4 for adahessian).
+        betas: Decay of the running means of gradient and squared gradient (adamw, adam,
+            adahessian).
+        eps: Added to the denominator; None takes the optimizer's own (1e-8 for adamw and adam, 1e-4
+            for adahessian).
         momentum: Momentum of sgd.
         hessian_power: Share of adahessian's scaling by curvature, from 0 to 1.
         update_each: Steps from one of adahessian's measurements of curvature to the next.
-        spatial_averaging: What adahessian's curvature is averaged over: conv (kernels), rows (these, and rows of matrices), or
-            runs of so many entries; nothing if left out.
+        spatial_averaging: What adahessian's curvature is averaged over: conv (kernels), rows
+            (these, and rows of matrices), or runs of so many entries; nothing if left out.
         clip: Largest norm of the whole gradient; 0 switches clipping off.
     """
 
@@ -47,8 +50,8 @@ class ScheduleSettings:
     """The learning rate over training, as a share of its peak.
 
     Args:
-        shape: cosine or linear (from the peak, after warm-up, to final), constant, or steps (times factor at each
-            milestone).
+        shape: cosine or linear (from the peak, after warm-up, to final), constant, or steps (times
+            factor at each milestone).
         warmup: Steps of linear growth from 0 at the start.
         final: Where cosine and linear end, as a share of the peak.
         milestones: Steps at which the rate is multiplied by factor.
@@ -97,7 +100,9 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], *, weight_decay: float) -> list[dict]:
-    """Matrices with weight decay, vectors without: decay of norms and biases moves them from where they belong."""
+    """Matrices with weight decay, vectors without: decay of norms and biases moves them from where
+    they belong.
+    """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() >= 2]
     vectors = [parameter for parameter in trained if parameter.dim() < 2]

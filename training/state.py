@@ -1,4 +1,6 @@
-"""What a killed run goes on from: weights, optimizer and random numbers, written whole or not at all."""
+"""What a killed run goes on from: weights, optimizer and random numbers, written whole or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from accelerate import Accelerator
 from training.checkpoints import write_json
 
 SETTINGS = "settings.json"
-STATE = "training_state"  # not `state`, where the spectra of `blockspec run` into the same folder keep theirs
+# not `state`, where the spectra of `blockspec run` into the same folder keep theirs
+STATE = "training_state"
 COMPLETE = "complete"  # an empty file
 
 
@@ -43,7 +46,8 @@ def begin(out: Path, settings: Mapping[str, Any], accelerator: Accelerator) -> N
         changed = differences(json.loads(path.read_text(encoding="utf-8")), as_json(settings))
         if changed:
             raise ValueError(
-                f"{out} holds a run of other settings ({'; '.join(changed)}): choose another folder or delete it"
+                f"{out} holds a run of other settings ({'; '.join(changed)}): choose another "
+                "folder or delete it"
             )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -103,7 +107,9 @@ def save_state(out: Path, step: int, accelerator: Accelerator) -> None:
 
 @contextmanager
 def _without_warnings_of_tied_weights() -> Iterator[None]:
-    """safetensors stores a tied tensor once, which load_state knows; accelerate warns of it at every state."""
+    """safetensors stores a tied tensor once, which load_state knows; accelerate warns of it at
+    every state.
+    """
     logger = logging.getLogger("accelerate.utils.other")
     level = logger.level
     logger.setLevel(logging.ERROR)

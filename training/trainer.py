@@ -1,4 +1,6 @@
-"""The training loop: ``train(model, batch_at, loss, ...)``, through accelerate, resumable after a kill."""
+"""The training loop: ``train(model, batch_at, loss, ...)``, through accelerate, resumable after a
+kill.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,8 @@ class TrainingSettings:
 
     Args:
         num_steps: Number of updates.
-        micro_batches: Micro-batches in one update, over all processes; the gradient is that of the mean over all their
-            loss terms.
+        micro_batches: Micro-batches in one update, over all processes; the gradient is that of the
+            mean over all their loss terms.
         checkpoints: Fractions of training at which a checkpoint is written.
         measure_every: Steps between measurements on held-out data; 0 measures at checkpoints only.
         state_every: Steps between the states that a killed run goes on from; 0 keeps none.
@@ -92,18 +94,20 @@ def train(
     record: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Path:
-    """Trains a model, and goes on from where an earlier call with the same ``out`` and settings was stopped.
+    """Trains a model, and goes on from where an earlier call with the same ``out`` and settings was
+    stopped.
 
     Args:
         model: Any module; its parameters that require gradients are trained.
-        batch_at: ``batch_at(index)`` gives micro-batch number ``index``, always the same one: no order of data has to
-            be stored, and it does not depend on the number of processes.
+        batch_at: ``batch_at(index)`` gives micro-batch number ``index``, always the same one: no
+            order of data has to be stored, and it does not depend on the number of processes.
         loss: ``loss(model, batch) -> (sum of the loss terms, number of terms)``.
         settings: See ``TrainingSettings``.
-        out: Folder of the run: ``step_<step>/`` checkpoints, ``log.jsonl``, ``settings.json``, and ``training_state/`` until it
-            is complete.
+        out: Folder of the run: ``step_<step>/`` checkpoints, ``log.jsonl``, ``settings.json``, and
+            ``training_state/`` until it is complete.
         save: ``save(model, folder)`` writes the weights of a checkpoint.
-        measure: Named numbers of the model (held-out loss, accuracy) at checkpoints and every ``measure_every`` steps.
+        measure: Named numbers of the model (held-out loss, accuracy) at checkpoints and every
+            ``measure_every`` steps.
         record: What else goes into each ``checkpoint.json`` (model and data settings).
         progress: Whether to show a progress bar.
 
@@ -166,7 +170,8 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Loss) -> float:
 def _make_accelerator(settings: TrainingSettings, out: Path) -> Accelerator:
     if settings.tracker != "none" and importlib.util.find_spec(settings.tracker) is None:
         raise ValueError(
-            f"the tracker {settings.tracker} is not installed: 'pip install {settings.tracker}', or tracker none"
+            f"the tracker {settings.tracker} is not installed: 'pip install {settings.tracker}', "
+            "or tracker none"
         )
     return Accelerator(
         cpu=settings.device == "cpu",
@@ -181,12 +186,14 @@ def _check(settings: TrainingSettings, accelerator: Accelerator) -> None:
     due_steps(settings.checkpoints, settings.num_steps)
     if settings.num_steps < 1 or settings.log_every < 1:
         raise ValueError(
-            f"num_steps is {settings.num_steps}, log_every {settings.log_every}; both must be at least 1"
+            f"num_steps is {settings.num_steps}, log_every {settings.log_every}; both must be at "
+            "least 1"
         )
     processes = accelerator.num_processes
     if settings.micro_batches < 1 or settings.micro_batches % processes:
         raise ValueError(
-            f"micro_batches is {settings.micro_batches}; a multiple of the {processes} processes is needed"
+            f"micro_batches is {settings.micro_batches}; a multiple of the {processes} processes "
+            "is needed"
         )
     if settings.optimizer.name == "adahessian" and settings.compile:
         raise ValueError(
@@ -249,7 +256,9 @@ class _Loop:
             write_checkpoint(self.out, model, step=step, record=record, save=self.save)
 
     def update(self, step: int) -> dict[str, Any]:
-        """One update; returns what goes into the log, in tensors where reading them would wait for the device."""
+        """One update; returns what goes into the log, in tensors where reading them would wait for
+        the device.
+        """
         settings = self.settings
         lr = settings.optimizer.lr * share_of_peak(step, settings.num_steps, settings.schedule)
         set_learning_rate(self.optimizer, lr)
@@ -262,7 +271,9 @@ class _Loop:
         return {"step": step, "loss": total / terms, "lr": lr, "gradient_norm": norm}
 
     def gradient(self, step: int) -> tuple[Tensor, Any]:
-        """Leaves the gradient of the mean over all loss terms of all micro-batches; returns their sum and number."""
+        """Leaves the gradient of the mean over all loss terms of all micro-batches; returns their
+        sum and number.
+        """
         processes = self.accelerator.num_processes
         here = self.settings.micro_batches // processes
         alone = (

@@ -1,7 +1,8 @@
-"""PyHessian's study (arXiv 1912.07145): residual networks by depth, with and without batch norm and shortcuts.
+"""PyHessian's study (arXiv 1912.07145): residual networks by depth, with and without batch norm and
+shortcuts.
 
-``python -m vision_models.ablation`` on the digits: minutes. ``--config vision_models/configs/ablation/cifar10.yaml``: the paper's
-settings.
+``python -m vision_models.ablation`` on the digits: minutes. ``--config
+vision_models/configs/ablation/cifar10.yaml``: the paper's settings.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class Measuring:
     """What is measured of each checkpoint.
 
     Args:
-        count: The first so many training images, without augmentation. The author of PyHessian found 4096 to be enough on
-            CIFAR-10; the paper took all.
+        count: The first so many training images, without augmentation. The author of PyHessian
+            found 4096 to be enough on CIFAR-10; the paper took all.
         batch_size: Images in a batch.
         batch_norm: eval (running statistics, as in the paper) or train (statistics of the batch).
         num_probes: Random start vectors, for the whole network and for each stage.
@@ -105,9 +106,11 @@ def ablation(
     measuring: Measuring = Measuring(),
     workers: int = 2,
 ) -> pd.DataFrame:
-    """Trains each network, and measures trace, top eigenvalues and density of the whole and of each stage along the training.
+    """Trains each network, and measures trace, top eigenvalues and density of the whole and of each
+    stage along the training.
 
-    A second call does what is missing. A network whose loss becomes infinite is measured up to there.
+    A second call does what is missing. A network whose loss becomes infinite is measured up to
+    there.
 
     Args:
         out: Folder for the networks, ``ablation.parquet`` and ``figures/``.
@@ -149,7 +152,9 @@ def ablation(
 def train_network(
     network: Network, out: Path, data: DataSettings, training: TrainingSettings
 ) -> Path:
-    """Trains a network, to its end or to where it diverges; returns the folder of its last checkpoint."""
+    """Trains a network, to its end or to where it diverges; returns the folder of its last
+    checkpoint.
+    """
     folder = out / network.folder
     try:
         train(out=str(folder), model=_model(network), data=data, training=training, progress=False)

@@ -1,4 +1,6 @@
-"""Figures of the study of batch norm and shortcuts: curvature by stage along the training, and densities."""
+"""Figures of the study of batch norm and shortcuts: curvature by stage along the training, and
+densities.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ COLUMNS = 4  # checkpoints in the figure of densities, at most
 def draw(
     table: pd.DataFrame, spectra: Mapping[tuple[int, str], Mapping[int, Spectra]], folder: Path
 ) -> list[Path]:
-    """Writes ``trace``, ``largest``, ``density`` and ``density_<stage>`` for each stage, as png and pdf."""
+    """Writes ``trace``, ``largest``, ``density`` and ``density_<stage>`` for each stage, as png and
+    pdf.
+    """
     figures = {
         "trace": plot_course(table, "trace"),
         "largest": plot_course(table, "eigenvalue_1"),
@@ -48,7 +52,9 @@ def draw(
 
 @styled
 def plot_course(table: pd.DataFrame, quantity: str) -> Figure:
-    """A quantity over training: a row a depth, a column a block, a line a variant; bars are standard errors or residuals."""
+    """A quantity over training: a row a depth, a column a block, a line a variant; bars are
+    standard errors or residuals.
+    """
     depths, blocks, variants = (
         table[name].unique().tolist() for name in ("depth", "block", "variant")
     )
@@ -96,7 +102,9 @@ def _line(axes: Axes, rows: pd.DataFrame, quantity: str, number: int, label: str
 
 
 def _value_axis(axes: Axes, values: pd.Series) -> None:
-    """Linear around zero, logarithmic beyond the smallest tenth of the values: traces may be negative."""
+    """Linear around zero, logarithmic beyond the smallest tenth of the values: traces may be
+    negative.
+    """
     sizes = values.abs()
     linear = float(sizes[sizes > 0].quantile(0.1)) if (sizes > 0).any() else 1.0
     axes.set_yscale("symlog", linthresh=10.0 ** np.floor(np.log10(linear)))
@@ -106,7 +114,9 @@ def _value_axis(axes: Axes, values: pd.Series) -> None:
 def plot_densities(
     spectra: Mapping[tuple[int, str], Mapping[int, Spectra]], block: str = "model"
 ) -> Figure:
-    """Spectral density of a stage or of the whole network: a row a depth, a column a checkpoint, a line a variant."""
+    """Spectral density of a stage or of the whole network: a row a depth, a column a checkpoint, a
+    line a variant.
+    """
     depths = list(dict.fromkeys(depth for depth, _ in spectra))
     variants = list(dict.fromkeys(variant for _, variant in spectra))
     steps = spread(sorted({step for stages in spectra.values() for step in stages}), COLUMNS)
@@ -136,6 +146,7 @@ def plot_densities(
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
     figure.suptitle(
-        f"Hessian of {'the whole network' if block == 'model' else block}\n{smoothing_note(shown.values())}"
+        f"Hessian of {'the whole network' if block == 'model' else block}\n"
+        f"{smoothing_note(shown.values())}"
     )
     return figure

@@ -1,4 +1,6 @@
-"""Random changes to training images, each drawn from a generator that seed, epoch and index alone determine."""
+"""Random changes to training images, each drawn from a generator that seed, epoch and index alone
+determine.
+"""
 
 from collections.abc import Callable
 
@@ -28,7 +30,9 @@ def cifar(image: Source, how: Preprocess, generator: np.random.Generator) -> np.
 
 
 def imagenet(image: Source, how: Preprocess, generator: np.random.Generator) -> np.ndarray:
-    """A random rectangle of 8 to 100 % of the area, resized to a square, and mirrored half of the time (GoogLeNet)."""
+    """A random rectangle of 8 to 100 % of the area, resized to a square, and mirrored half of the
+    time (GoogLeNet).
+    """
     assert not isinstance(image, np.ndarray)
     opened = decode(image, channels=len(how.mean))
     box = _rectangle(*opened.size, generator)

@@ -1,4 +1,6 @@
-"""Adam against SGD on one vision model: ``python -m vision_models.compare_optimizers``; goes on where it was stopped."""
+"""Adam against SGD on one vision model: ``python -m vision_models.compare_optimizers``; goes on
+where it was stopped.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def compare(
     data: DataSettings = DataSettings(),
     comparison: ComparisonSettings = ComparisonSettings(),
 ) -> pd.DataFrame:
-    """Trains one model with several optimizers, each with its best learning rate, and compares the held-out losses.
+    """Trains one model with several optimizers, each with its best learning rate, and compares the
+    held-out losses.
 
     Args:
         out: Folder for the runs, the tables and the figure.

@@ -1,6 +1,7 @@
 """From images to batches (x, y): fixed ones to measure on, shuffled ones to train on.
 
-Both decode in worker processes. The order, and with it every number, is independent of how many there are.
+Both decode in worker processes. The order, and with it every number, is independent of how many
+there are.
 """
 
 import functools
@@ -23,7 +24,9 @@ OnBroken = Literal["error", "skip"]
 
 
 class Images(Protocol):
-    """Images with labels that are read one at a time: ``Arrays``, an ``ImageFolder``, or ``HubImages``."""
+    """Images with labels that are read one at a time: ``Arrays``, an ``ImageFolder``, or
+    ``HubImages``.
+    """
 
     @property
     def classes(self) -> tuple[str, ...]: ...
@@ -96,7 +99,8 @@ def fixed_batches(
         count: How many to use. None: all.
         batch_size: Images in a batch; the last may have fewer.
         workers: Processes that decode. 0: this process.
-        on_broken: "error", or "skip": what cannot be decoded is left out, with a warning that counts and names it.
+        on_broken: "error", or "skip": what cannot be decoded is left out, with a warning that
+            counts and names it.
         memory_gib: What the batches may take. Beyond, they are decoded again in every pass.
 
     Returns:
@@ -121,7 +125,8 @@ def fixed_batches(
 
 @dataclass
 class ShuffledBatches:
-    """Batches to train on, by number: ``batches(i)`` is always the same, so stopping and going on changes nothing.
+    """Batches to train on, by number: ``batches(i)`` is always the same, so stopping and going on
+    changes nothing.
 
     Each epoch has its own order and drops the last, smaller batch.
 
@@ -131,8 +136,10 @@ class ShuffledBatches:
         seed: Of the order and of the augmentation.
         augment: Changes an image at random. None: images stay as they are.
         workers: Processes that decode ahead. 0: this process.
-        stride: The step from one number asked for to the next (the number of training processes), for decoding ahead.
-        on_broken: "error", or "skip": what cannot be decoded is left out of its batch, with a warning.
+        stride: The step from one number asked for to the next (the number of training processes),
+            for decoding ahead.
+        on_broken: "error", or "skip": what cannot be decoded is left out of its batch, with a
+            warning.
     """
 
     images: Images
@@ -148,11 +155,13 @@ class ShuffledBatches:
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= len(self.images):
             raise ValueError(
-                f"batch_size {self.batch_size} for {len(self.images)} images: give 1 to {len(self.images)}"
+                f"batch_size {self.batch_size} for {len(self.images)} images: give 1 to "
+                f"{len(self.images)}"
             )
         if self.augment is AUGMENT["imagenet"] and self.images.preprocess.crop is None:
             raise ValueError(
-                "augmentation 'imagenet' is for images that are cropped to one size: use 'cifar' or 'shift'"
+                "augmentation 'imagenet' is for images that are cropped to one size: use 'cifar' "
+                "or 'shift'"
             )
 
     def __call__(self, index: int) -> Batch:
@@ -167,7 +176,8 @@ class ShuffledBatches:
 def _keys_from(
     index: int, stride: int, images: int, batch_size: int, seed: int
 ) -> Iterator[list[tuple[int, int]]]:
-    # No method: in a cycle of references with its loader the loader's end would wait 5 s for each worker.
+    # No method: in a cycle of references with its loader the loader's end would wait 5 s for each
+    # worker.
     for i in itertools.count(index, stride):
         yield shuffled_keys(i, images=images, batch_size=batch_size, seed=seed)
 
@@ -238,7 +248,8 @@ def _whole(collated: Collated) -> Batch:
     if batch is None or broken:
         first = broken[0]
         raise ValueError(
-            f"cannot decode {first.name} ({first.reason}): repair or remove it, or use on_broken='skip'"
+            f"cannot decode {first.name} ({first.reason}): repair or remove it, or use "
+            "on_broken='skip'"
         )
     return batch
 

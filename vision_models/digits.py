@@ -1,4 +1,6 @@
-"""The 1,797 real 8x8 digits that come with scikit-learn (Alpaydin and Kaynak 1998), in a fixed split."""
+"""The 1,797 real 8x8 digits that come with scikit-learn (Alpaydin and Kaynak 1998), in a fixed
+split.
+"""
 
 import numpy as np
 

@@ -34,9 +34,11 @@ def digits(
     """A fresh model and scikit-learn's 8x8 digits.
 
     Args:
-        model: Name of the model: digits_vit, digits_resnet, digits_vgg, digits_mixer, digits_mlp or any of ``MODELS``.
+        model: Name of the model: digits_vit, digits_resnet, digits_vgg, digits_mixer, digits_mlp or
+            any of ``MODELS``.
         settings: What the model's function takes.
-        checkpoint: Folder of a checkpoint of ``vision_models.train``, in place of ``model`` and ``settings``.
+        checkpoint: Folder of a checkpoint of ``vision_models.train``, in place of ``model`` and
+            ``settings``.
         split: train (1,442 images), test (355) or all.
         count: The first so many images. None: all of the split.
         batch_size: Images in a batch.
@@ -65,13 +67,15 @@ def image_folder(
     memory_gib: float = 4.0,
     seed: int = 0,
 ) -> Measurable:
-    """A model and the images of a folder with one folder for each class, such as ImageNet's train or val.
+    """A model and the images of a folder with one folder for each class, such as ImageNet's train
+    or val.
 
     Args:
         root: The folder.
         model: Name of the model: vit, resnet18, vgg16, pretrained, … (see ``MODELS``).
         settings: What the model's function takes.
-        checkpoint: Folder of a checkpoint of ``vision_models.train``, in place of ``model`` and ``settings``.
+        checkpoint: Folder of a checkpoint of ``vision_models.train``, in place of ``model`` and
+            ``settings``.
         classes: Only the first so many classes in sorted order, or those named. None: all.
         per_class: Only so many images of each class. None: all.
         count: The first so many images, which are spread over the classes. None: all.
@@ -114,12 +118,14 @@ def hub(
     """A model and images of an HF data set.
 
     Args:
-        name: cifar10, cifar100, mnist, imagenet, any name on the HF hub, or a folder that ``save_to_disk`` wrote.
+        name: cifar10, cifar100, mnist, imagenet, any name on the HF hub, or a folder that
+            ``save_to_disk`` wrote.
         split: The split's name.
         label: The label's column. None: the first column of class labels.
         model: Name of the model: cifar_resnet, vit, vgg, pretrained, … (see ``MODELS``).
         settings: What the model's function takes.
-        checkpoint: Folder of a checkpoint of ``vision_models.train``, in place of ``model`` and ``settings``.
+        checkpoint: Folder of a checkpoint of ``vision_models.train``, in place of ``model`` and
+            ``settings``.
         count: The first so many images; the others are not downloaded. None: all.
         batch_size: Images in a batch.
         workers: Processes that decode.
@@ -151,7 +157,8 @@ def checkpoint(
     workers: int = 0,
     memory_gib: float = 4.0,
 ) -> Measurable:
-    """A checkpoint of ``vision_models.train`` and the data that it was trained on, without augmentation.
+    """A checkpoint of ``vision_models.train`` and the data that it was trained on, without
+    augmentation.
 
     Args:
         checkpoint: Folder of the checkpoint, such as runs/digits_vit/step_000300.

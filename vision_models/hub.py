@@ -1,4 +1,6 @@
-"""Image data sets by HF name, or saved on disk in that format: CIFAR-10, CIFAR-100, MNIST, ImageNet and others."""
+"""Image data sets by HF name, or saved on disk in that format: CIFAR-10, CIFAR-100, MNIST, ImageNet
+and others.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +55,15 @@ def hub(
     """A data set of images.
 
     Args:
-        name: cifar10, cifar100, mnist, imagenet, any name on the HF hub, or a folder that ``save_to_disk`` wrote.
+        name: cifar10, cifar100, mnist, imagenet, any name on the HF hub, or a folder that
+            ``save_to_disk`` wrote.
         split: The split's name.
-        label: The label's column. None: the first column of class labels (for CIFAR-100 the 100 fine ones).
-        count: Only the first ``count`` images; from the hub they are streamed, and the rest is not downloaded.
-        normalisation: One of digits, mnist, cifar10, cifar100, imagenet. None: by ``name``, else imagenet.
+        label: The label's column. None: the first column of class labels (for CIFAR-100 the 100
+            fine ones).
+        count: Only the first ``count`` images; from the hub they are streamed, and the rest is not
+            downloaded.
+        normalisation: One of digits, mnist, cifar10, cifar100, imagenet. None: by ``name``, else
+            imagenet.
 
     Raises:
         ValueError: No such data set, split or column, or the hub cannot be reached.
@@ -87,7 +93,8 @@ def _load(name: str, split: str, count: int | None) -> Any:
             return datasets.load_dataset(NAMES.get(name, name), split=split, streaming=streaming)
     except (OSError, ValueError) as error:  # offline, no such name, no such split, no permission
         raise ValueError(
-            f"cannot load {NAMES.get(name, name)!r}, split {split!r} ({error}). Without a network, give a folder that "
+            f"cannot load {NAMES.get(name, name)!r}, split {split!r} ({error}). Without a network, "
+            "give a folder that "
             "datasets.Dataset.save_to_disk wrote, or use the embedded digits"
         ) from error
 
@@ -111,7 +118,7 @@ def _columns(features: datasets.Features, name: str, label: str | None) -> tuple
     ]
     if not images or not labels or label not in (None, *labels):
         raise ValueError(
-            f"{name!r} has image columns {images} and label columns {labels}: there must be one of each"
-            + (f", and {label!r} is no label column" if label else "")
+            f"{name!r} has image columns {images} and label columns {labels}: there must be one of "
+            "each" + (f", and {label!r} is no label column" if label else "")
         )
     return images[0], label or labels[0]

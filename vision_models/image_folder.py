@@ -37,10 +37,12 @@ def image_folder(
     per_class: int | None = None,
     preprocess: Preprocess = IMAGENET,
 ) -> ImageFolder:
-    """The images below ``root``: the first of each class, then the second of each, and so on, all by sorted names.
+    """The images below ``root``: the first of each class, then the second of each, and so on, all
+    by sorted names.
 
-    So any first n images are spread over the classes, whatever the order on disk. A label is the place of its class
-    among all sorted class folders, also where only some are used: for ImageNet the usual numbers 0 to 999.
+    So any first n images are spread over the classes, whatever the order on disk. A label is the
+    place of its class among all sorted class folders, also where only some are used: for ImageNet
+    the usual numbers 0 to 999.
 
     Args:
         root: The folder with one folder for each class.
@@ -82,7 +84,8 @@ def _chosen(
     missing = sorted(set(classes) - set(names))
     if missing:
         raise ValueError(
-            f"no class {missing} in {root}, which has {', '.join(names[:5])}, … ({len(names)} in all)"
+            f"no class {missing} in {root}, which has {', '.join(names[:5])}, … ({len(names)} in "
+            "all)"
         )
     return classes
 

@@ -1,4 +1,6 @@
-"""The MLP-mixer (Tolstikhin et al. 2021, arXiv 2105.01601): a transformer without attention, under timm's names."""
+"""The MLP-mixer (Tolstikhin et al. 2021, arXiv 2105.01601): a transformer without attention, under
+timm's names.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,7 +45,9 @@ class MixerBlock(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Patches, blocks, and a linear head on the mean token. The defaults are mixer-B/16's: 59,880,472 parameters.
+    """Patches, blocks, and a linear head on the mean token.
+
+    The defaults are mixer-B/16's: 59,880,472 parameters.
 
     Args:
         image_size: Side of the images in pixels.
@@ -86,7 +90,8 @@ class Mixer(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    # The head is drawn like every layer: with timm's head of zeros the Hessian of all other blocks would start as zero.
+    # The head is drawn like every layer: with timm's head of zeros the Hessian of all other blocks
+    # would start as zero.
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

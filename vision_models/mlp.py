@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 
 class ScaledMLP(nn.Module):
-    """Linear layers with ReLUs between: layer l is scale_l (W_l x + b_l), its parameters drawn 1 / scale_l as large.
+    """Linear layers with ReLUs between: layer l is scale_l (W_l x + b_l), its parameters drawn 1 /
+    scale_l as large.
 
-    The function at initialisation is thus the same for all scales, and the Hessian's block (l, m) is scale_l scale_m
-    times that of the unscaled network. (Scales alone would not do: a ReLU network sees only their product, and
-    all blocks would be scaled alike.) Zhang et al. (arXiv 2402.16788, figure 5) vary heterogeneity with such a network.
+    The function at initialisation is thus the same for all scales, and the Hessian's block (l, m)
+    is scale_l scale_m times that of the unscaled network. (Scales alone would not do: a ReLU
+    network sees only their product, and all blocks would be scaled alike.) Zhang et al. (arXiv
+    2402.16788, figure 5) vary heterogeneity with such a network.
 
     Args:
-        sizes: Widths from the flattened image to the classes. (64, 8, 2) without bias: the 528 parameters of figure 2.
+        sizes: Widths from the flattened image to the classes. (64, 8, 2) without bias: the 528
+            parameters of figure 2.
         scales: One factor for each layer; all 1 by default.
         bias: Whether layers have biases.
     """
@@ -33,7 +36,8 @@ class ScaledMLP(nn.Module):
         self.scales = [1.0] * layers if scales is None else list(scales)
         if len(self.scales) != layers:
             raise ValueError(
-                f"{len(self.scales)} scales {self.scales} for {layers} layers: give one for each layer"
+                f"{len(self.scales)} scales {self.scales} for {layers} layers: give one for each "
+                "layer"
             )
         if 0 in self.scales:
             raise ValueError(f"scales {self.scales} contain 0: every factor must differ from 0")

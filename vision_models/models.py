@@ -1,4 +1,6 @@
-"""The models by name, so that a checkpoint can say with a name and plain settings which model it holds."""
+"""The models by name, so that a checkpoint can say with a name and plain settings which model it
+holds.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -42,7 +44,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=256,
-        initializer_range=0.1,  # about 1 / sqrt(hidden_size); with the default 0.02, for 768, training hardly starts
+        # about 1 / sqrt(hidden_size); with the default 0.02, for 768, training hardly starts
+        initializer_range=0.1,
     ),
     "digits_resnet": partial(cifar_resnet, depth=14, channels=1),
     "digits_vgg": partial(
@@ -68,9 +71,10 @@ class ModelSettings:
     """Which model.
 
     Args:
-        name: vit, hf_resnet, pretrained, resnet, cifar_resnet, resnet18, vgg, vgg11, vgg16, mixer, mlp, digits_vit,
-            digits_resnet, digits_vgg, digits_mixer or digits_mlp.
-        settings: What the model's function takes, such as {depth: 56, batch_norm: false} for cifar_resnet.
+        name: vit, hf_resnet, pretrained, resnet, cifar_resnet, resnet18, vgg, vgg11, vgg16, mixer,
+            mlp, digits_vit, digits_resnet, digits_vgg, digits_mixer or digits_mlp.
+        settings: What the model's function takes, such as {depth: 56, batch_norm: false} for
+            cifar_resnet.
     """
 
     name: str = "digits_vit"

@@ -1,4 +1,6 @@
-"""From an image to a normalised array with Pillow and numpy: the same input gives the same array, to the bit."""
+"""From an image to a normalised array with Pillow and numpy: the same input gives the same array,
+to the bit.
+"""
 
 import io
 from dataclasses import dataclass
@@ -24,7 +26,8 @@ class Preprocess:
     """What turns an image of a data set into the network's input.
 
     Args:
-        mean: Per channel, on the scale where ``peak`` is 1. One channel makes images grey, three make them RGB.
+        mean: Per channel, on the scale where ``peak`` is 1. One channel makes images grey, three
+            make them RGB.
         std: Per channel.
         peak: The value of full brightness.
         resize: The shorter side in pixels after resizing, or None.
@@ -39,7 +42,8 @@ class Preprocess:
 
 
 def pixels(image: np.ndarray | bytes | Path, how: Preprocess) -> np.ndarray:
-    """Decodes an image, resizes and crops it (like torchvision's Resize and CenterCrop on a PIL image).
+    """Decodes an image, resizes and crops it (like torchvision's Resize and CenterCrop on a PIL
+    image).
 
     Returns:
         uint8 array (H, W, C).

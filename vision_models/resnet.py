@@ -1,7 +1,8 @@
-"""Residual networks (He et al. 2015, arXiv 1512.03385) whose batch norm and shortcuts can be switched off.
+"""Residual networks (He et al. 2015, arXiv 1512.03385) whose batch norm and shortcuts can be
+switched off.
 
-PyHessian's study (arXiv 1912.07145) compares those. Names of modules and parameters are torchvision's, so that its
-state dicts of ResNet18 fit.
+PyHessian's study (arXiv 1912.07145) compares those. Names of modules and parameters are
+torchvision's, so that its state dicts of ResNet18 fit.
 """
 
 from collections.abc import Sequence
@@ -34,17 +35,19 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, stages of ``BasicBlock``s that halve the image and double the width, and a linear head.
+    """A stem, stages of ``BasicBlock``s that halve the image and double the width, and a linear
+    head.
 
     Args:
         blocks: Number of blocks in each stage.
         classes: Number of classes.
         channels: Channels of the images.
         width: Channels of the first stage.
-        batch_norm: Whether layers are followed by batch norm. The stem keeps its own unless no stage has any, so that
-            switching off one stage changes that stage alone.
+        batch_norm: Whether layers are followed by batch norm. The stem keeps its own unless no
+            stage has any, so that switching off one stage changes that stage alone.
         residual: Whether blocks have shortcuts.
-        stem: "cifar" (3x3) or "imagenet" (7x7 with stride 2 and max-pooling: an eighth of the pixels go on).
+        stem: "cifar" (3x3) or "imagenet" (7x7 with stride 2 and max-pooling: an eighth of the
+            pixels go on).
     """
 
     def __init__(
@@ -152,7 +155,8 @@ def _switches(value: Switch, stages: int) -> list[bool]:
         return [value] * stages
     if len(value) != stages:
         raise ValueError(
-            f"{len(value)} switches {list(value)} for {stages} stages: give one switch, or one for each stage"
+            f"{len(value)} switches {list(value)} for {stages} stages: give one switch, or one for "
+            "each stage"
         )
     return list(value)
 

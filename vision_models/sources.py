@@ -18,13 +18,15 @@ class DataSettings:
 
     Args:
         source: digits (embedded), image_folder, or hub (an HF data set).
-        name: The image folder, which holds one folder for each split; or the data set's name or folder.
+        name: The image folder, which holds one folder for each split; or the data set's name or
+            folder.
         train_split: Split to train on.
         test_split: Split to measure on.
         classes: Only the first so many classes; image folders only. None: all.
         per_class: Only so many images of each class; image folders only. None: all.
         batch_size: Images in a micro-batch of one process.
-        augment: none, shift (by one pixel), cifar (crop and mirror) or imagenet (random rectangle and mirror).
+        augment: none, shift (by one pixel), cifar (crop and mirror) or imagenet (random rectangle
+            and mirror).
         held_out: Images of test_split that are measured on. None: all.
         workers: Processes that decode. 0: the training process itself.
         on_broken: error, or skip: images that cannot be decoded are left out, with a warning.
@@ -63,7 +65,9 @@ SOURCES: dict[str, Callable[[DataSettings, str], Images]] = {
 
 
 def open_images(data: DataSettings, split: str, model: ModelSettings) -> Images:
-    """The images of a split, normalised as the data set's are, or as a pretrained model expects them."""
+    """The images of a split, normalised as the data set's are, or as a pretrained model expects
+    them.
+    """
     return as_expected(SOURCES[data.source](data, split), model)
 
 

@@ -1,7 +1,8 @@
-"""Trains a vision model: ``python -m vision_models.train --config vision_models/configs/digits_vit.yaml``.
+"""Trains a vision model: ``python -m vision_models.train --config
+vision_models/configs/digits_vit.yaml``.
 
-On several GPUs or processes: ``accelerate launch -m vision_models.train --config ...``. The same command goes on where
-it was stopped.
+On several GPUs or processes: ``accelerate launch -m vision_models.train --config ...``. The same
+command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def train(
     training: TrainingSettings = TrainingSettings(),
     progress: bool = True,
 ) -> Path:
-    """Trains a vision model and writes checkpoints that ``vision_models.factories:checkpoint`` loads.
+    """Trains a vision model and writes checkpoints that ``vision_models.factories:checkpoint``
+    loads.
 
     Args:
         out: Folder of the run.

@@ -1,10 +1,13 @@
-"""VGG networks (Simonyan and Zisserman 2014, arXiv 1409.1556), with or without batch norm; torchvision's names."""
+"""VGG networks (Simonyan and Zisserman 2014, arXiv 1409.1556), with or without batch norm;
+torchvision's names.
+"""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-# Channels of the convolutions of each stage; a stage ends in 2x2 max-pooling. Configurations A and D of the paper.
+# Channels of the convolutions of each stage; a stage ends in 2x2 max-pooling. Configurations A and
+# D of the paper.
 VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -17,7 +20,8 @@ class VGG(nn.Module):
         classes: Number of classes.
         channels: Channels of the images.
         batch_norm: Whether each convolution is followed by batch norm.
-        hidden: Widths of the hidden layers of the classifier; 4096, 4096 in the paper, none in the usual CIFAR variant.
+        hidden: Widths of the hidden layers of the classifier; 4096, 4096 in the paper, none in the
+            usual CIFAR variant.
         pool: Side in pixels of the image that the classifier sees.
         dropout: Probability of dropout after each hidden layer of the classifier, in train mode.
     """

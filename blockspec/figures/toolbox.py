@@ -32,8 +32,10 @@ FAINTEST = 1e-2  # relative norm from which on there is colour
 def coupling_heatmap(found: Coupling, *, relative: bool = True) -> Figure:
     """Norms of all blocks of the matrix, on and off the diagonal.
 
-    relative: ``||H_bc|| / sqrt(||H_bb|| ||H_cc||)``, from 0.01 on; False: the norms themselves. Both on a logarithmic scale: in
-        an indefinite matrix, blocks off the diagonal may be far larger than those on it (query and key).
+    Args:
+        relative: ``||H_bc|| / sqrt(||H_bb|| ||H_cc||)``, from 0.01 on; False: the norms themselves.
+            Both on a logarithmic scale: in an indefinite matrix, blocks off the diagonal may be far
+            larger than those on it (query and key).
     """
     table = found.relative if relative else found.norms
     size = len(table)
@@ -108,10 +110,11 @@ def _labels(table: pd.DataFrame, side: float) -> tuple[np.ndarray, list[str]]:
 def hessian_blocks(
     matrices: Mapping[str, np.ndarray], *, columns: int = 4, title: str = ""
 ) -> Figure:
-    """Pictures of dense blocks side by side, as in figure 3 of Adam-mini (arXiv 2406.16793): magnitudes of the entries, each
-    block on its own scale, whose end is written below it.
+    """Pictures of dense blocks side by side, as in figure 3 of Adam-mini (arXiv 2406.16793):
+    magnitudes of the entries, each block on its own scale, whose end is written below it.
 
-    matrices: title -> (P, Q), as of :func:`blockspec.dense`.
+    Args:
+        matrices: title -> (P, Q), as of :func:`blockspec.dense`.
     """
     if not matrices:
         raise ValueError("no matrices to draw: the mapping is empty")
@@ -146,7 +149,9 @@ def hessian_blocks(
 
 
 def coarse(matrix: np.ndarray, most: int = LARGEST_PICTURE) -> np.ndarray:
-    """At most ``most`` x ``most``: the largest entry of each cell, so that thin structures stay visible."""
+    """At most ``most`` x ``most``: the largest entry of each cell, so that thin structures stay
+    visible.
+    """
     for axis in (0, 1):
         size = matrix.shape[axis]
         if size > most:
@@ -161,7 +166,8 @@ def landscape_line(found: Landscape) -> Figure:
     """The loss along one direction."""
     if len(found.steps) != 1:
         raise ValueError(
-            f"a line needs a landscape of 1 direction, got {len(found.steps)}: draw it with landscape_surface"
+            f"a line needs a landscape of 1 direction, got {len(found.steps)}: draw it with "
+            "landscape_surface"
         )
     figure = Figure(figsize=(4.2, 2.6), layout="constrained")
     axes = figure.subplots()
@@ -176,11 +182,13 @@ def landscape_line(found: Landscape) -> Figure:
 def landscape_surface(found: Landscape, *, logarithmic: bool = False) -> Figure:
     """The loss in a plane: a surface, and beside it its contours; a cross marks the parameters.
 
-    logarithmic: of the loss, for surfaces with steep walls.
+    Args:
+        logarithmic: Of the loss, for surfaces with steep walls.
     """
     if len(found.steps) != 2:
         raise ValueError(
-            f"a surface needs a landscape of 2 directions, got {len(found.steps)}: draw it with landscape_line"
+            f"a surface needs a landscape of 2 directions, got {len(found.steps)}: draw it with "
+            "landscape_line"
         )
     losses = np.where(np.isfinite(found.losses), found.losses, np.nan)
     if logarithmic and np.nanmin(losses) <= 0:
@@ -214,10 +222,12 @@ def landscape_surface(found: Landscape, *, logarithmic: bool = False) -> Figure:
 
 @styled
 def directional_waterfall(found: Directional) -> Figure:
-    """What each block adds to the predicted change of the loss, and the couplings ``d_b'H_bc d_c`` beside.
+    """What each block adds to the predicted change of the loss, and the couplings ``d_b'H_bc d_c``
+    beside.
 
-    The bars run from block to block, so that the last one ends at the prediction; the measured change is a line. A bar is a
-    block's slope ``g_b'd_b`` with half of its row of the matrix: its own curvature and half of every coupling.
+    The bars run from block to block, so that the last one ends at the prediction; the measured
+    change is a line. A bar is a block's slope ``g_b'd_b`` with half of its row of the matrix: its
+    own curvature and half of every coupling.
     """
     table = found.frame()
     labels = list(short_names(table.index).values())

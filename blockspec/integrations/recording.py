@@ -1,16 +1,18 @@
-"""Spectra from a training loop of one's own, nanoGPT's or one under ``accelerate``: three lines, and training goes on as without.
+"""Spectra from a training loop of one's own, nanoGPT's or one under ``accelerate``: three lines,
+and training goes on as without.
 
     objective = blockspec.Objective(model, held_out_batches, blockspec.losses.next_token)
     blocks = blockspec.partition(model, include="*c_attn.weight*")
     for step in range(num_steps):
         if step in (0, 100, 1000): record("runs/mine", step, objective, blocks)
 
-The model is the plain one: before ``torch.compile`` and ``DistributedDataParallel``, which share its parameters
-(``accelerator.unwrap_model(model, keep_torch_compile=False)`` after). The folder is one of ``blockspec run``: ``blockspec plot``
-and ``blockspec show`` work on it.
+The model is the plain one: before ``torch.compile`` and ``DistributedDataParallel``, which share
+its parameters (``accelerator.unwrap_model(model, keep_torch_compile=False)`` after). The folder is
+one of ``blockspec run``: ``blockspec plot`` and ``blockspec show`` work on it.
 
-Mean curvature by kind of block over training, the sharpness ranking of arXiv 2502.19002, is ``blockspec plot runs/mine`` (the
-figure ``trace_by_kind``) and the column ``mean`` of ``blockspec show runs/mine``.
+Mean curvature by kind of block over training, the sharpness ranking of arXiv 2502.19002, is
+``blockspec plot runs/mine`` (the figure ``trace_by_kind``) and the column ``mean`` of ``blockspec
+show runs/mine``.
 """
 
 from __future__ import annotations
@@ -63,26 +65,33 @@ def record(
     training: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, float]:
-    """Measures the spectra of a model in training and adds them to a run's folder; a step that is there already, of the same
-    weights, data and blocks, is not measured again.
+    """Measures the spectra of a model in training and adds them to a run's folder; a step that is
+    there already, of the same weights, data and blocks, is not measured again.
 
-    Weights, gradients, optimizer, training flags and the states of all random number generators are left as they were:
-    training goes on bit by bit as without. Mixed precision is off meanwhile: what is measured is the model in its parameters'
-    own dtype. With several processes every one of them calls this with the same batches; they share the work, and the first
-    writes.
+    Weights, gradients, optimizer, training flags and the states of all random number generators are
+    left as they were: training goes on bit by bit as without. Mixed precision is off meanwhile:
+    what is measured is the model in its parameters' own dtype. With several processes every one of
+    them calls this with the same batches; they share the work, and the first writes.
 
-    out: the folder: ``run.json``, ``spectra.parquet``, ``heterogeneity.parquet``.
-    step: the number of updates that were made.
-    memory, columns: see :func:`blockspec.estimate_spectra`.
-    replace: measure anew, with a warning, a step that the folder has of other weights; else it is refused.
-    training: what the training is made of, for the record.
-    settings: the fields of :class:`blockspec.engine.settings.EstimateSettings`: ``num_probes=4, num_steps=40, seed=0, ...``
+    Args:
+        out: The folder: ``run.json``, ``spectra.parquet``, ``heterogeneity.parquet``.
+        step: The number of updates that were made.
+        memory, columns: See :func:`blockspec.estimate_spectra`.
+        replace: Measure anew, with a warning, a step that the folder has of other weights; else it
+            is refused.
+        training: What the training is made of, for the record.
+        settings: The fields of :class:`blockspec.engine.settings.EstimateSettings`: ``num_probes=4,
+            num_steps=40, seed=0, ...``.
 
-    Returns the step's scalars by name, for one's own tracker: the loss, ``spectrum/js0`` (mean Jensen-Shannon divergence over
-    all pairs of blocks, nats), ``spectrum/largest/<kind>`` and ``spectrum/trace/<kind>``; kind ``full`` is the block ``model``.
+    Returns:
+        The step's scalars by name, for one's own tracker: the loss, ``spectrum/js0`` (mean
+        Jensen-Shannon divergence over all pairs of blocks, nats), ``spectrum/largest/<kind>`` and
+        ``spectrum/trace/<kind>``; kind ``full`` is the block ``model``.
 
-    Raises what :func:`blockspec.estimate_spectra` raises; ValueError for a wrapped model, a folder of other settings, and a step
-    that the folder has of other weights or data: each training needs a folder of its own.
+    Raises:
+        what: :func:`blockspec.estimate_spectra` raises; ValueError for a wrapped model, a folder of
+            other settings, and a step that the folder has of other weights or data: each training
+            needs a folder of its own.
     """
     out, estimate = Path(out), EstimateSettings(**settings)
     resources = Resources(memory=memory, columns=columns)
@@ -104,7 +113,9 @@ def record(
 def _known(
     out: Path, content: Record, step: int, identity: Identity, *, replace: bool
 ) -> dict[str, float] | None:
-    """The scalars of a step that was measured before, of the same content; None where it was not."""
+    """The scalars of a step that was measured before, of the same content; None where it was
+    not.
+    """
     check_data(out, identity, content)
     done = {stage["step"]: stage for stage in content["stages"]}.get(step)
     if done is None:
@@ -136,9 +147,12 @@ def check(
     *,
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises before training what :func:`record` would raise in the middle of it; costs a few gradients of one batch.
+    """Raises before training what :func:`record` would raise in the middle of it; costs a few
+    gradients of one batch.
 
-    training: what a training that begins is made of; a folder that holds the record of another one is refused.
+    Args:
+        training: What a training that begins is made of; a folder that holds the record of another
+            one is refused.
     """
     out = Path(out)
     refuse_wrapped(objective.model)
@@ -153,7 +167,8 @@ def _check_training(out: Path, content: Record, training: Mapping[str, Any]) -> 
     steps = [stage["step"] for stage in content["stages"]]
     if different := differences(content.get("training") or {}, training):
         raise ValueError(
-            f"a training begins at step 0, and {out} holds the record of another one (steps {steps[:5]}; "
+            f"a training begins at step 0, and {out} holds the record of another one (steps "
+            f"{steps[:5]}; "
             f"{'; '.join(different)}): give each training a folder of its own"
         )
 
@@ -176,7 +191,9 @@ def scalars(spectra: Spectra, heterogeneity: pd.DataFrame | None) -> dict[str, f
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Training does not notice what is done while this is open: random numbers are given back, mixed precision is off."""
+    """Training does not notice what is done while this is open: random numbers are given back,
+    mixed precision is off.
+    """
     own, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - what others use
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with ExitStack() as stack:
@@ -189,7 +206,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_autocast(model: nn.Module) -> Iterator[None]:
-    """Neither the autocast of a surrounding block nor the one that accelerate puts around a model's forward."""
+    """Neither the autocast of a surrounding block nor the one that accelerate puts around a model's
+    forward.
+    """
     wrapped, plain = (vars(model).get(name) for name in ("forward", "_original_forward"))
     try:
         if wrapped is not None and plain is not None:

@@ -45,12 +45,15 @@ TRAINING = (  # arguments of a training on which its weights depend
 
 
 class SpectrumCallback(TrainerCallback):
-    """Measures spectra of blocks at chosen steps of training, and changes nothing else: losses are bit-equal without it.
+    """Measures spectra of blocks at chosen steps of training, and changes nothing else: losses are
+    bit-equal without it.
 
         trainer = Trainer(model, arguments, train_dataset=...)
-        trainer.add_callback(SpectrumCallback(trainer, "runs/mine", held_out_batches, fractions=(0, 0.1, 1)))
+        trainer.add_callback(SpectrumCallback(trainer, "runs/mine", held_out_batches, fractions=(0,
+        0.1, 1)))
 
-    trainer: whose trackers (``report_to``) and ``log_history`` get the scalars of :func:`blockspec.integrations.record`.
+    trainer: whose trackers (``report_to``) and ``log_history`` get the scalars of
+        :func:`blockspec.integrations.record`.
     out: a folder as ``blockspec run`` leaves it; ``blockspec plot`` and ``blockspec show`` read it.
     batches: fixed batches, held out from training: a list of what the loss understands.
     loss: see :mod:`blockspec.losses`.
@@ -60,10 +63,12 @@ class SpectrumCallback(TrainerCallback):
     estimate: how well.
     memory, columns: see :func:`blockspec.estimate_spectra`.
 
-    What would fail in the middle of training (another model's batches, a folder of other settings) is raised at its beginning.
-    A training that begins at step 0 is refused where the folder holds the record of another one. Steps that the folder has
-    already, of the same weights, are not measured again; a resumed training measures them anew where its weights differ.
-    With several processes all of them share the work and the first writes; sharded parameters (FSDP, ZeRO-3) are not supported.
+    What would fail in the middle of training (another model's batches, a folder of other settings)
+    is raised at its beginning. A training that begins at step 0 is refused where the folder holds
+    the record of another one. Steps that the folder has already, of the same weights, are not
+    measured again; a resumed training measures them anew where its weights differ. With several
+    processes all of them share the work and the first writes; sharded parameters (FSDP, ZeRO-3) are
+    not supported.
     """
 
     def __init__(
@@ -82,7 +87,8 @@ class SpectrumCallback(TrainerCallback):
     ) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(
-                f"trainer is the transformers.Trainer that this is added to, got a {type(trainer).__name__}"
+                "trainer is the transformers.Trainer that this is added to, got a "
+                f"{type(trainer).__name__}"
             )
         self.due = (tuple(steps), tuple(fractions))
         due_steps(*self.due, total=1)
@@ -133,7 +139,8 @@ def due_steps(steps: Sequence[int], fractions: Sequence[float], *, total: int) -
         raise ValueError(f"steps are numbers of updates, at least 0; got {wrong[0]}")
     if outside := [fraction for fraction in fractions if not 0 <= fraction <= 1]:
         raise ValueError(
-            f"fractions of training lie between 0 and 1; got {outside[0]}: give numbers of updates as steps"
+            f"fractions of training lie between 0 and 1; got {outside[0]}: give numbers of updates "
+            "as steps"
         )
     return frozenset(steps) | {
         max(round(fraction * total), int(fraction > 0)) for fraction in fractions

@@ -1,10 +1,12 @@
-"""What the parts of known architectures are called: names to kinds, to units that are cut, to layers.
+"""What the parts of known architectures are called: names to kinds, to units that are cut, to
+layers.
 
-A name is the first guess of what a parameter does; :mod:`blockspec.model.roles` corrects the guess by watching a
-forward pass. A name is matched by its ending, component by component, the longest ending first, so that wrappers
-(``module.``, ``_orig_mod.``) and a model inside a model change nothing. Most endings say what stands around them by
-``@attention`` and the like, because the last component alone says little: ``dense`` is an attention's output in one
-place and a pooler in another.
+A name is the first guess of what a parameter does; :mod:`blockspec.model.roles` corrects the guess
+by watching a forward pass. A name is matched by its ending, component by component, the longest
+ending first, so that wrappers (``module.``, ``_orig_mod.``) and a model inside a model change
+nothing. Most endings say what stands around them by ``@attention`` and the like, because the last
+component alone says little: ``dense`` is an attention's output in one place and a pooler in
+another.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     ),
     "@projector": ("projector", "connector", "projection"),
 }  # fmt: skip
-"""Context -> words that a component of the path around a parameter holds, in lower case; with ``=`` all of it."""
+"""Context -> words that a component of the path around a parameter holds, in lower case; with ``=``
+all of it.
+"""
 
 ENDINGS: dict[str, tuple[str, ...]] = {
     "query": (
@@ -143,8 +147,10 @@ ENDINGS: dict[str, tuple[str, ...]] = {
         "lm_head_w", "reg_head",
     ),
 }  # fmt: skip
-"""Kind -> endings. ``#`` stands for a number in any component but the last, ``@attention`` for a component with one of
-the words of CONTEXTS (first component only), ``^`` for the beginning of the name."""
+"""Kind -> endings. ``#`` stands for a number in any component but the last, ``@attention`` for a
+component with one of the words of CONTEXTS (first component only), ``^`` for the beginning of the
+name.
+"""
 
 TOKENS = frozenset(
     {
@@ -159,9 +165,12 @@ TOKENS = frozenset(
 """Endings of the matrices that hold one row per token of the vocabulary."""
 
 ADAPTERS = re.compile(
-    r"\.(lora_[A-Za-z_]+|hada_w\w+|lokr_w\w+|ia3_l|vera_lambda_[bd]|oft_[rs]|boft_[RS]|adapter_modules|adapters?)(\.|$)"
+    r"\.(lora_[A-Za-z_]+|hada_w\w+|lokr_w\w+|ia3_l|vera_lambda_[bd]|oft_[rs]|boft_[RS]|"
+    r"adapter_modules|adapters?)(\.|$)"
 )
-"""What stands between the name of a matrix and the names of the parameters that adapt it (PEFT, X-MOD)."""
+"""What stands between the name of a matrix and the names of the parameters that adapt it (PEFT,
+X-MOD).
+"""
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 INNER = frozenset({"linear", "base_layer", "original_module", "modules_to_save"})
@@ -169,7 +178,8 @@ INNER = frozenset({"linear", "base_layer", "original_module", "modules_to_save"}
 
 CUTS: dict[str, dict[str, str]] = {
     "head": {"query": "head", "key": "head", "attention_gate": "head"},
-    # Zhang et al., Adam-mini (arXiv 2406.16793), section 2: the smallest dense sub-blocks of the Hessian.
+    # Zhang et al., Adam-mini (arXiv 2406.16793), section 2: the smallest dense sub-blocks of the
+    # Hessian.
     "neuron": {
         "query": "head",
         "key": "head",
@@ -182,7 +192,10 @@ CUTS: dict[str, dict[str, str]] = {
         "token": "token",
     },
 }
-"""``by`` -> kind -> the unit that matrices of the kind are cut into; ``token`` are those of TOKENS. Absent: whole."""
+"""``by`` -> kind -> the unit that matrices of the kind are cut into; ``token`` are those of TOKENS.
+
+Absent: whole.
+"""
 
 LAYERS = (
     "layers.#.blocks.#",  # Swin: stages of blocks
@@ -207,13 +220,16 @@ LAYERS = (
     "albert_layers.#",
     "features.#",
 )
-"""Containers of layers: the first on a parameter's path is its layer; of several there, the first in this table."""
+"""Containers of layers: the first on a parameter's path is its layer; of several there, the first
+in this table.
+"""
 
 BESIDE = ("attentions", "encoder_attn", "layer_norm1", "ffns", "layer_norm15", "layer_norm2")
 """XLM keeps the parts of its layers in lists side by side: the first stands for the layer."""
 
 NO_LAYERS = re.compile(
-    r"(^|\.)(embeddings|embedder|patch_embed\w*|downsampl\w*|subsampl\w*|feature_extractor|to_patch_embedding|"
+    r"(^|\.)(embeddings|embedder|patch_embed\w*|downsampl\w*|subsampl\w*|feature_extractor|"
+    r"to_patch_embedding|"
     r"patch_embedding|conv_layers|projector|projection_head|head|classifier|connector|neck)\."
 )
 """Numbered parts within these are not layers (patch embeddings and downsampling between stages)."""
@@ -235,10 +251,13 @@ Names = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Role:
-    """What a parameter does: its kind, the kind of the matrix beside it if it is a bias, and what its rows are."""
+    """What a parameter does: its kind, the kind of the matrix beside it if it is a bias, and what
+    its rows are.
+    """
 
     kind: str
-    matrix: str  # for a bias the kind of its weight, for an adapter that of the matrix it adapts, else the kind
+    # for a bias the kind of its weight, for an adapter that of the matrix it adapts, else the kind
+    matrix: str
     ending: str  # of ENDINGS; "" if none matched
     axis: int  # that counts the outputs
 
@@ -249,7 +268,8 @@ def role(name: str, owner: nn.Module, names: Names | None = None) -> Role:
     Args:
         name: As ``named_parameters()`` gives it.
         owner: The module that holds it; its class tells norms, convolutions and embeddings.
-        names: Endings of one's own, kind -> endings as in ENDINGS; they come before those of ENDINGS.
+        names: Endings of one's own, kind -> endings as in ENDINGS; they come before those of
+            ENDINGS.
     """
     adapter = ADAPTERS.search(name)
     path, last = _path(name[: adapter.start()] if adapter else name)
@@ -263,7 +283,9 @@ def role(name: str, owner: nn.Module, names: Names | None = None) -> Role:
 
 
 def _path(name: str) -> tuple[str, str]:
-    """The module's path without wrappers, or the parameter's where it is no weight or bias, and what comes last."""
+    """The module's path without wrappers, or the parameter's where it is no weight or bias, and
+    what comes last.
+    """
     name = re.sub(r"\.parametrizations\.(\w+)\.original\d?", r".\1", "." + name)[1:]
     name = re.sub(r"\.(weight|bias)_(g|v|orig)$", r".\1", name)
     parts = [part for part in name.split(".") if part not in WRAPPERS]
@@ -301,7 +323,9 @@ def _frozen(names: Names | None) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 @lru_cache(maxsize=100_000)
 def _matched(path: str, names: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[str | None, str]:
-    """Kind and the longest ending of ``path`` in the user's table, else in ENDINGS; None and "" if there is none."""
+    """Kind and the longest ending of ``path`` in the user's table, else in ENDINGS; None and "" if
+    there is none.
+    """
     *front, last = path.split(".")
     parts = [*(re.sub(r"\d+", "#", part) for part in front), last]
     own = {ending: kind for kind, endings in names for ending in endings}
@@ -317,7 +341,9 @@ def _matched(path: str, names: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple
 
 
 def _spellings(parts: Sequence[str], start: int) -> list[str]:
-    """The ending from ``start`` on as it stands, and with the context of its first component that has no number."""
+    """The ending from ``start`` on as it stands, and with the context of its first component that
+    has no number.
+    """
     rest = parts[start + 1 :]
     named = next((part for part in reversed(parts[: start + 1]) if part != "#"), "")
     contexts = _contexts(named) if rest else []
@@ -341,7 +367,9 @@ _KIND_OF = {ending: kind for kind, endings in ENDINGS.items() for ending in endi
 
 
 def layer_prefix(name: str) -> str | None:
-    """The path of the layer that parameter ``name`` lies in (``transformer.h.0``); None outside the layers."""
+    """The path of the layer that parameter ``name`` lies in (``transformer.h.0``); None outside the
+    layers.
+    """
     beside = _BESIDE.search(name)
     found = _LAYER.search(name)
     if beside and not (found and found.start() < beside.start()):

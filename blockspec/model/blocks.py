@@ -25,17 +25,19 @@ Rows = Sequence[int]
 
 
 def gather(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The block's vector (P,), a copy, out of tensors that have the shapes of the parameters; on the device of the first, where
-    a model is spread over several."""
+    """The block's vector (P,), a copy, out of tensors that have the shapes of the parameters; on
+    the device of the first, where a model is spread over several.
+    """
     parts = [piece.select(tensors[piece.parameter]).reshape(-1) for piece in block.pieces]
     return torch.cat([part.to(parts[0].device) for part in parts])
 
 
 def scatter(block: Block, vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The block's vector (P,) as tensors of the shapes, dtypes and devices of ``like``; zero outside of the block.
+    """The block's vector (P,) as tensors of the shapes, dtypes and devices of ``like``; zero
+    outside of the block.
 
-    Only the block's own parameters are keys. A tensor that is whole in the block is a view of ``vector`` where dtype
-    and device allow.
+    Only the block's own parameters are keys. A tensor that is whole in the block is a view of
+    ``vector`` where dtype and device allow.
     """
     assert vector.shape == (block.numel,), (
         f"{block.name}: vector {tuple(vector.shape)}, block ({block.numel},)"
@@ -67,40 +69,46 @@ def partition(
     """Cut the parameters that require gradients into blocks.
 
     Args:
-        model: Any module. What GPT-2, nanoGPT, ViT, BERT, Llama and their like, ResNet and VGG call their parts is
-            known; what is not known is a block per tensor, of kind ``other``.
-        by: ``"tensor"``: each parameter. ``"matrix"``: fused query-key-value tensors are cut into the three.
-            ``"head"``: query and key also by attention head (grouped queries: key by key head). ``"neuron"``: the rule
-            of Adam-mini (Zhang et al., arXiv 2406.16793): query and key by head; value, attention output and MLP by
-            output neuron; token embedding and LM head by token; all else whole. ``"layer"``: one block per layer, the
-            parameters outside of the layers one by one. ``"model"``: one block, ``model``: the full matrix.
-            Or blocks of one's own, ``{name: patterns}``, with globs on the names of parameters or of ``"matrix"``
-            blocks; they must cover everything, once.
+        model: Any module. What GPT-2, nanoGPT, ViT, BERT, Llama and their like, ResNet and VGG call
+            their parts is known; what is not known is a block per tensor, of kind ``other``.
+        by: ``"tensor"``: each parameter. ``"matrix"``: fused query-key-value tensors are cut into
+            the three. ``"head"``: query and key also by attention head (grouped queries: key by key
+            head). ``"neuron"``: the rule of Adam-mini (Zhang et al., arXiv 2406.16793): query and
+            key by head; value, attention output and MLP by output neuron; token embedding and LM
+            head by token; all else whole. ``"layer"``: one block per layer, the parameters outside
+            of the layers one by one. ``"model"``: one block, ``model``: the full matrix. Or blocks
+            of one's own, ``{name: patterns}``, with globs on the names of parameters or of
+            ``"matrix"`` blocks; they must cover everything, once.
         include: Glob, or several, on block names: blocks that match none are left out.
         exclude: Glob, or several, on block names: blocks that match one are left out.
-        example: A batch that the model takes (a mapping, a pair whose first is the input, a tensor), or a function
-            that runs the model and gives its outputs. With it, roles are found by watching one forward pass on the
-            first example of the batch and at most ten small gradients, see :mod:`blockspec.model.watching`; where that
-            disagrees with the names, it wins, and ``Block.note`` says so. Without it, names alone decide.
-        names: What the parts of your model are called, kind -> endings of names: ``{"query": ["attn.my_q"],
-            "mlp_in": ["@mlp.first"]}``; see ``blockspec.model.architectures.ENDINGS``. They come before the known ones.
-            A kind may be one of your own.
+        example: A batch that the model takes (a mapping, a pair whose first is the input, a
+            tensor), or a function that runs the model and gives its outputs. With it, roles are
+            found by watching one forward pass on the first example of the batch and at most ten
+            small gradients, see :mod:`blockspec.model.watching`; where that disagrees with the
+            names, it wins, and ``Block.note`` says so. Without it, names alone decide.
+        names: What the parts of your model are called, kind -> endings of names: ``{"query":
+            ["attn.my_q"], "mlp_in": ["@mlp.first"]}``; see
+            ``blockspec.model.architectures.ENDINGS``. They come before the known ones. A kind may
+            be one of your own.
 
     Returns:
-        Blocks in the order of ``named_parameters()``; without ``include`` and ``exclude`` disjoint and complete. A tied
-        tensor is in one block, under its first name. Where a number of heads is not found, a matrix stays whole.
+        Blocks in the order of ``named_parameters()``; without ``include`` and ``exclude`` disjoint
+        and complete. A tied tensor is in one block, under its first name. Where a number of heads
+        is not found, a matrix stays whole.
 
     Raises:
-        ValueError: Unknown ``by``, a pattern that matches nothing, blocks of one's own that overlap or leave a gap, an
-            empty partition, a model without parameters that require gradients.
+        ValueError: Unknown ``by``, a pattern that matches nothing, blocks of one's own that overlap
+            or leave a gap, an empty partition, a model without parameters that require gradients.
     """
     if isinstance(by, str) and by not in GRANULARITIES:
         raise ValueError(
-            f"by={by!r} is not one of {', '.join(GRANULARITIES)}, nor a mapping {{name: [patterns]}}"
+            f"by={by!r} is not one of {', '.join(GRANULARITIES)}, nor a mapping "
+            f"{{name: [patterns]}}"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            f"no parameter of {type(model).__name__} requires gradients, so there is nothing to differentiate by: "
+            f"no parameter of {type(model).__name__} requires gradients, so there is nothing to "
+            "differentiate by: "
             "model.requires_grad_(True)"
         )
     seen = {} if example is None or by == "model" else watch_example(model, example)
@@ -136,7 +144,9 @@ def _blocks(
 
 
 def _layers(model: nn.Module) -> tuple[dict[str, str], dict[str, int]]:
-    """Parameter -> prefix of its layer, and prefix -> number of the layer, counted over the frozen ones too."""
+    """Parameter -> prefix of its layer, and prefix -> number of the layer, counted over the frozen
+    ones too.
+    """
     found = {name: layer_prefix(name) for name, _ in model.named_parameters()}
     prefixes = [prefix for prefix in dict.fromkeys(found.values()) if prefix is not None]
     above = {".".join(p.split(".")[:n]) for p in prefixes for n in range(1, p.count(".") + 1)}
@@ -217,7 +227,8 @@ def _own_blocks(blocks: Sequence[Block], own: Mapping[str, Patterns]) -> list[Bl
     left = [block.name for block in blocks if block.name not in owners]
     if left:
         raise ValueError(
-            f"no block holds {_some(left)}: add a block for the rest; exclude= leaves it out if it is not wanted"
+            f"no block holds {_some(left)}: add a block for the rest; exclude= leaves it out if it "
+            "is not wanted"
         )
     sizes = Counter(block.parameters[0] for block in blocks)
     return [
@@ -251,7 +262,8 @@ def _selected(
     chosen = tuple(block for block in wanted if block.name not in unwanted)
     if not chosen:
         raise ValueError(
-            f"the partition is empty: include={include!r} without exclude={exclude!r} leaves none of {len(blocks)} "
+            f"the partition is empty: include={include!r} without exclude={exclude!r} leaves none "
+            f"of {len(blocks)} "
             "blocks; widen include or narrow exclude"
         )
     return chosen
@@ -260,7 +272,9 @@ def _selected(
 def _matches(
     blocks: Sequence[Block], patterns: Patterns, where: str, also_parameters: bool = False
 ) -> list[Block]:
-    """The blocks whose name (or parameter's name) matches one of the globs; each glob must match something."""
+    """The blocks whose name (or parameter's name) matches one of the globs; each glob must match
+    something.
+    """
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         match = re.compile(fnmatch.translate(pattern)).match

@@ -1,8 +1,10 @@
 """Models that keep a memory of their own between forward passes, without it.
 
-In eval mode Hugging Face models make a cache of keys and values, or of a recurrent state, that a training step does not
-make: some write into it in place, which autograd refuses (RWKV), some keep graphs alive in it (RecurrentGemma), and some
-keep what they computed from parameters that have changed since (LeViT's attention biases).
+In eval mode Hugging Face models make a cache of keys and values, or of a recurrent state, that a
+training step does not
+make: some write into it in place, which autograd refuses (RWKV), some keep graphs alive in it
+(RecurrentGemma), and some keep what they computed from parameters that have changed since (LeViT's
+attention biases).
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ STORES = ("attention_bias_cache",)
 
 @contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
-    """While this is open no caches are made, and what modules keep is made anew; afterwards all is as it was."""
+    """While this is open no caches are made, and what modules keep is made anew; afterwards all is
+    as it was.
+    """
     switched = [(c, c.use_cache) for c in _configs(model) if getattr(c, "use_cache", None)]
     stores = [
         (module, name, vars(module)[name])

@@ -1,11 +1,12 @@
 """Activation checkpointing, switched off.
 
-``torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`` runs its part of the model inside a function of its own that
-autograd cannot look into: ``torch.autograd.grad`` finds no way to the parameters in there and takes them for unused, without a
-word, and whatever was computed from inputs without a gradient (token embeddings) is cut off altogether. Models switch it off in
-eval mode only if they ask for it themselves. The other kind computes its part again in the backward pass, where what replaces
-kernels for the forward pass may not be at work. A double backward keeps all activations anyway, so nothing is lost by calling
-that part directly.
+``torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`` runs its part of the model inside a
+function of its own that autograd cannot look into: ``torch.autograd.grad`` finds no way to the
+parameters in there and takes them for unused, without a word, and whatever was computed from inputs
+without a gradient (token embeddings) is cut off altogether. Models switch it off in eval mode only
+if they ask for it themselves. The other kind computes its part again in the backward pass, where
+what replaces kernels for the forward pass may not be at work. A double backward keeps all
+activations anyway, so nothing is lost by calling that part directly.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def hiding(node: Node) -> str:
     if REENTRANT not in node.name():
         return ""
     return (
-        f"the model checkpoints activations in the reentrant way ({node.name()}), which hides the parameters in there from "
+        f"the model checkpoints activations in the reentrant way ({node.name()}), which hides the "
+        "parameters in there from "
         "second derivatives; use checkpoint(..., use_reentrant=False) or switch checkpointing off"
     )
 

@@ -1,6 +1,8 @@
-"""Which rows of a matrix are one head, and of a fused tensor query, key and value, as far as names and attributes tell.
+"""Which rows of a matrix are one head, and of a fused tensor query, key and value, as far as names
+and attributes tell.
 
-A row means an output of the matrix. What attributes do not tell stays whole: a wrong cut gives numbers that look right.
+A row means an output of the matrix. What attributes do not tell stays whole: a wrong cut gives
+    numbers that look right.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ UNCUT = frozenset({"kv_b_proj", "kv_a_proj_with_mqa", "kv_a_proj", "wkv_a", "wkv
 """Fused tensors whose order no attribute tells (latent attention)."""
 
 GROUPED = frozenset({"query_key_value", "linear_qkv"})
-"""Fused tensors ordered by key head: its queries, its key, its value, then the next. Others: queries, keys, values."""
+"""Fused tensors ordered by key head: its queries, its key, its value, then the next.
+
+Others: queries, keys, values.
+"""
 
 GROUPED_CLASSES = frozenset({"GPTBigCodeAttention"})
 BY_HEAD_CLASSES = frozenset({"MiniMaxLightningAttention", "DisentangledSelfAttention"})
@@ -35,13 +40,17 @@ BY_HEAD_CLASSES = frozenset({"MiniMaxLightningAttention", "DisentangledSelfAtten
 GATED_CLASSES = frozenset(
     {"Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen4ExpAttention"}
 )
-"""Attention whose query matrix holds, head by head, the query and then an output gate of the same size."""
+"""Attention whose query matrix holds, head by head, the query and then an output gate of the same
+size.
+"""
 
 OPAQUE_CLASSES = frozenset(
     {"CodeGenAttention"}
 )  # four interleaved shards, each ordered query, value, key
 OPAQUE_ATTRIBUTES = ("head_first", "key_dim", "val_dim", "attn_ratio", "multi_query_group_num")
-"""Attributes of attention that orders its rows by head, or in another way that its names do not tell (timm, GLM)."""
+"""Attributes of attention that orders its rows by head, or in another way that its names do not
+tell (timm, GLM).
+"""
 
 QUERY_HEADS = (
     "num_heads",
@@ -70,7 +79,8 @@ class Heads:
     def counts(self, matrix: str, rows: int, inputs: int | None) -> int | None:
         """Heads of a query or key matrix of so many rows and inputs; None where they are not known.
 
-        Key heads that nothing counts are as many as query heads where the matrix is square, as it is without groups.
+        Key heads that nothing counts are as many as query heads where the matrix is square, as it
+        is without groups.
         """
         count = self.keys if matrix == "key" else self.queries
         if self.size and rows % self.size == 0 and (matrix == "key" or count is None):
@@ -83,9 +93,11 @@ class Heads:
 
 
 def heads_around(modules: Mapping[str, nn.Module], path: str) -> Heads:
-    """The nearest of the attributes of the module at ``path``, its config, and those of the modules around it.
+    """The nearest of the attributes of the module at ``path``, its config, and those of the modules
+    around it.
 
-    An attribute that stands farther out than the number of query heads says nothing about this attention.
+    An attribute that stands farther out than the number of query heads says nothing about this
+    attention.
     """
     found: dict[str, int | None] = {"keys": None, "size": None}
     for level in _levels(modules, path):
@@ -123,7 +135,8 @@ def _count(holder: Any, names: Sequence[str]) -> int | None:
 def fused_rows(
     role: Role, size: int, owner: nn.Module, heads: Heads, inputs: int | None
 ) -> dict[str, Sequence[int]]:
-    """Which of the ``size`` rows of a fused tensor are query, key, value and gate; empty where that is not known.
+    """Which of the ``size`` rows of a fused tensor are query, key, value and gate; empty where that
+    is not known.
 
     Args:
         role: The tensor's, from its name.
@@ -182,5 +195,7 @@ def _shares(
 
 
 def _equal(size: int, parts: Sequence[str], inputs: int | None) -> bool:
-    """Whether the parts are surely of one size: each as wide as the input, or key and value alone."""
+    """Whether the parts are surely of one size: each as wide as the input, or key and value
+    alone.
+    """
     return size == len(parts) * (inputs or 0) or "query" not in parts

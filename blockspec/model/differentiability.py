@@ -1,4 +1,6 @@
-"""Finds functions without a second derivative: some raise, and some leave out terms without a word."""
+"""Finds functions without a second derivative: some raise, and some leave out terms without a
+word.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,17 @@ from blockspec.model.checkpointing import hiding
 from blockspec.model.objective import Objective
 from blockspec.model.suitability import explained, remedy
 
-FORBIDDEN = "torch::autograd::Error"  # the node that `once_differentiable` leaves; it is never run where it leads to no parameter
+# the node that `once_differentiable` leaves; it is never run where it leads to no parameter
+FORBIDDEN = "torch::autograd::Error"
 
 
 def check_twice_differentiable(objective: Objective, names: Iterable[str]) -> None:
     """Takes one gradient of the first batch by the parameters named, and looks at its graph.
 
-    Raises ValueError where a custom function of the model forbids a second derivative, or has a backward pass that autograd
-    cannot follow (a fused kernel called directly): products would silently lack its terms.
+    Raises:
+        ValueError: A custom function of the model forbids a second derivative, or has a backward
+            pass that autograd cannot follow (a fused kernel called directly): products would
+            silently lack its terms.
     """
     everything = objective.parameters()
     parameters = [everything[name] for name in dict.fromkeys(names)]
@@ -36,7 +41,8 @@ def watched_gradients(total: Tensor, parameters: Sequence[Tensor]) -> tuple[Tens
     """Gradients of a loss with their graph; None where it does not depend on a parameter.
 
     Raises:
-        ValueError: A custom function forbids a second derivative, or its backward pass loses the graph.
+        ValueError: A custom function forbids a second derivative, or its backward pass loses the
+            graph.
     """
     lost: set[str] = set()
     handles = [

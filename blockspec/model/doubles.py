@@ -14,9 +14,11 @@ CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
 
 
 def twin_of(model: nn.Module, dtype: torch.dtype | None = torch.float64) -> nn.Module:
-    """A copy of the model in eval mode, its floating point numbers in ``dtype`` (None: as they are).
+    """A copy of the model in eval mode, its floating point numbers in ``dtype`` (None: as they
+    are).
 
-    Hooks are copied too, also those of parameters, which ``copy.deepcopy`` leaves out: they may change gradients.
+    Hooks are copied too, also those of parameters, which ``copy.deepcopy`` leaves out: they may
+        change gradients.
     """
     memo: dict[int, Any] = {
         id(value): value.detach()
@@ -34,10 +36,11 @@ def twin_of(model: nn.Module, dtype: torch.dtype | None = torch.float64) -> nn.M
 
 
 class Doubles(TorchFunctionMode):
-    """While this is open, everything that torch computes is in float64, whatever dtype a model casts to on the way.
+    """While this is open, everything that torch computes is in float64, whatever dtype a model
+    casts to on the way.
 
-    Llama's norms cast to float32, masks and rotary tables are made in float32: with these digits alone, differences of
-    gradients are too coarse to see anything.
+    Llama's norms cast to float32, masks and rotary tables are made in float32: with these digits
+    alone, differences of gradients are too coarse to see anything.
     """
 
     def __torch_function__(
@@ -52,7 +55,9 @@ class Doubles(TorchFunctionMode):
 
 
 def _wide(value: Any) -> Any:
-    """The same nest of tuples, lists and dictionaries with float64 in the place of less; itself where nothing changes."""
+    """The same nest of tuples, lists and dictionaries with float64 in the place of less; itself
+    where nothing changes.
+    """
     if isinstance(value, Tensor):
         return value.double() if value.dtype in NARROW else value
     if isinstance(value, torch.dtype):

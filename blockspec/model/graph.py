@@ -1,9 +1,10 @@
 """What autograd recorded of one forward pass, read as a graph of products, streams and softmaxes.
 
-The idea: every model, whatever its modules are called, leaves the same record once it has run. Each tensor points to
-the operation that made it (a :class:`torch.autograd.graph.Node`), and each operation to those that made its inputs. A
-*linear* is a product of which one factor comes from parameters alone; a *product* has activations on both sides, as
-attention has; a *stream* is a sum ``x + f(x)``, where a layer ends. All else (views, norms, activations) lies between.
+The idea: every model, whatever its modules are called, leaves the same record once it has run. Each
+tensor points to the operation that made it (a :class:`torch.autograd.graph.Node`), and each
+operation to those that made its inputs. A *linear* is a product of which one factor comes from
+parameters alone; a *product* has activations on both sides, as attention has; a *stream* is a sum
+``x + f(x)``, where a layer ends. All else (views, norms, activations) lies between.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ OF_WEIGHTS = frozenset(
         *("Rsqrt", "Sqrt", "Pow", "NativeBatchNorm"),
     }
 )
-"""Operations between a parameter and the factor that it is in: views, and what reparametrisations do."""
+"""Operations between a parameter and the factor that it is in: views, and what reparametrisations
+do.
+"""
 
 RESHAPES = frozenset(["View", "UnsafeView", "ReshapeAlias", "Clone", "Expand", "Alias", "ToCopy"])
 NONLINEAR = frozenset(
@@ -85,7 +88,9 @@ def shape(edge: Edge) -> tuple[int, ...]:
 
 @dataclass(eq=False)
 class Linear:
-    """A product with parameters; ``weights``: parameter -> axis that counts its outputs (None: not known)."""
+    """A product with parameters; ``weights``: parameter -> axis that counts its outputs (None: not
+    known).
+    """
 
     node: Node
     input: Edge | None
@@ -156,7 +161,9 @@ class Graph:
         return -1 if flips % 2 != side % 2 else -2
 
     def leaves(self, edge: Edge | None) -> dict[str, int | None]:
-        """Parameters that a factor consists of -> how often its last two axes were swapped; {} if it is an activation."""
+        """Parameters that a factor consists of -> how often its last two axes were swapped; {} if
+        it is an activation.
+        """
         found: dict[str, int | None] = {}
         todo: list[tuple[Node, int | None]] = [(edge[0], 0)] if edge else []
         seen: set[Node] = set()
@@ -195,7 +202,9 @@ class Graph:
         return self._streams[node]
 
     def _unscaled(self, node: Node) -> Iterator[Node]:
-        """The node, and what it is before views and scales: a residual may be scaled before it is added to."""
+        """The node, and what it is before views and scales: a residual may be scaled before it is
+        added to.
+        """
         for _ in range(6):
             yield node
             if node in self.linears or operation(node) not in (*RESHAPES, "Mul", "Div"):
@@ -206,7 +215,9 @@ class Graph:
             node = inner[0][0]
 
     def _made_from(self, early: Node, late: Node) -> bool:
-        """Whether ``late`` is made from ``early`` by way of a linear; numbers grow in the order of the forward pass."""
+        """Whether ``late`` is made from ``early`` by way of a linear; numbers grow in the order of
+        the forward pass.
+        """
         number = early._sequence_nr()
         todo = [(late, late in self.linears)]
         seen = set(todo)
@@ -249,7 +260,9 @@ class Graph:
         return found
 
     def ahead(self, node: Node) -> Iterator[tuple[Node, int]]:
-        """Walk forward to linears, products, streams and choices (each yielded with the place where it is entered)."""
+        """Walk forward to linears, products, streams and choices (each yielded with the place where
+        it is entered).
+        """
         todo, seen = [node], {node}
         for current in todo:
             for consumer, place in self.consumers[current]:
@@ -306,7 +319,9 @@ def _flipped(node: Node, flips: int | None) -> int | None:
 
 
 def swapped(path: Iterable[Node], dim: int) -> int:
-    """Where dimension ``dim`` (counted from the end, negative) of the end of a path was at its start."""
+    """Where dimension ``dim`` (counted from the end, negative) of the end of a path was at its
+    start.
+    """
     for node in path:
         name = operation(node)
         if name == "Transpose":
@@ -328,7 +343,9 @@ def edge_tensor_like(edge: Edge, generator: torch.Generator) -> Tensor:
 
 
 def mixes_tokens(node: Node) -> bool:
-    """Whether an operation that is no product joins positions: a running sum, a sum over another axis than the last."""
+    """Whether an operation that is no product joins positions: a running sum, a sum over another
+    axis than the last.
+    """
     name = operation(node)
     if name in ("Cumsum", "Cumprod", "Stack", "FftC2C", "Roll", CONVOLUTION):
         return True

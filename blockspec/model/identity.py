@@ -1,9 +1,10 @@
-"""What numbers depend on, as digests: the same content under another name is the same, and other content under the same name
-is noticed.
+"""What numbers depend on, as digests: the same content under another name is the same, and other
+content under the same name is noticed.
 
-Weights, data and blocks are hashed whole. Code cannot be: a loss, an activation or the way that a model uses its weights is known
-by what it gives. So the identity holds the loss, and from one example the length of the gradient and of a product with the
-Hessian. A mended loss, another activation, another number of heads show there, at the cost of two forward passes over the data.
+Weights, data and blocks are hashed whole. Code cannot be: a loss, an activation or the way that a
+model uses its weights is known by what it gives. So the identity holds the loss, and from one
+example the length of the gradient and of a product with the Hessian. A mended loss, another
+activation, another number of heads show there, at the cost of two forward passes over the data.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def identity_of(
         settings: Everything else, by name.
 
     Returns:
-        The settings, digests ``weights``, ``data``, ``blocks``, and the numbers of ``objective``; fit for JSON.
+        The settings, digests ``weights``, ``data``, ``blocks``, and the numbers of ``objective``;
+        fit for JSON.
     """
     return dict(settings) | {
         "weights": weights_digest(objective.model),
@@ -57,13 +59,17 @@ def same_everywhere(identity: Identity) -> None:
             told = "; ".join(different).replace(" there", " on process 0")
             raise ValueError(
                 f"processes 0 and {number} do not work on the same thing: "
-                f"{told.replace(' here', f' on process {number}')}. Every process has to make the same model (random weights "
-                "need a seed), blocks, settings and batches; Objective(..., sharded=True) says that each holds batches of its own"
+                f"{told.replace(' here', f' on process {number}')}. Every process has to make the "
+                "same model (random weights "
+                "need a seed), blocks, settings and batches; Objective(..., sharded=True) says "
+                "that each holds batches of its own"
             )
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Of all parameters and buffers, under their names; those that ``state_dict`` leaves out too."""
+    """Of all parameters and buffers, under their names; those that ``state_dict`` leaves out
+    too.
+    """
     return fingerprint_of_all(
         item for named in (model.named_parameters(), model.named_buffers()) for item in named
     )
@@ -85,7 +91,10 @@ def blocks_digest(blocks: Sequence[Block]) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """In words, where two identities or settings differ; nested ones by their path. Measured numbers may differ by rounding."""
+    """In words, where two identities or settings differ; nested ones by their path.
+
+    Measured numbers may differ by rounding.
+    """
     lines = []
     for key in sorted(old.keys() | new.keys()):
         there, here = old.get(key), new.get(key)
@@ -116,7 +125,9 @@ def _measured(objective: Objective) -> dict[str, float]:
 
 
 def _slopes(objective: Objective) -> tuple[float, float]:
-    """Lengths of the gradient of the first example that has a loss term, and of the derivative of its sum of entries."""
+    """Lengths of the gradient of the first example that has a loss term, and of the derivative of
+    its sum of entries.
+    """
     parameters = list(objective.parameters().values())
     with objective.prepared():
         for example in objective.batches(micro_batch=1):

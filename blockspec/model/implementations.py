@@ -1,9 +1,12 @@
-"""Hugging Face models: names of attention implementations that can be differentiated twice, for the time being.
+"""Hugging Face models: names of attention implementations that can be differentiated twice, for the
+time being.
 
-``sdpa`` ends in ``scaled_dot_product_attention``, which :mod:`blockspec.model.kernels` answers. Models that cannot go
-through it (the sinks of GPT-OSS, the soft caps of Gemma 2) get an implementation of our own, by the way that Hugging Face
-has for that: its ``AttentionInterface``. It is the model's own eager function where sequences are short. Where they
-are long it is :func:`blockspec.model.attention.attention`, if that agrees with the eager function on the first tokens.
+``sdpa`` ends in ``scaled_dot_product_attention``, which :mod:`blockspec.model.kernels` answers.
+Models that cannot go through it (the sinks of GPT-OSS, the soft caps of Gemma 2) get an
+implementation of our own, by the way that Hugging Face has for that: its ``AttentionInterface``. It
+is the model's own eager function where sequences are short. Where they are long it is
+:func:`blockspec.model.attention.attention`, if that agrees with the eager function on the first
+tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from blockspec.model.lengths import is_long, say_once
 from blockspec.model.patching import shared
 
 OWN = "blockspec"
-"""The name that is registered with Hugging Face, for as long as the process lives: it harms nobody."""
+"""The name that is registered with Hugging Face, for as long as the process lives: it harms
+nobody.
+"""
 FIRST = 16  # tokens on which the eager function and ours are compared
 AGREEMENT = {
     torch.float64: 1e-5,
@@ -33,7 +38,8 @@ AGREEMENT_OF_HALF = 3e-2  # bfloat16 keeps 8 bits
 
 @contextmanager
 def switched(model: nn.Module) -> Iterator[None]:
-    """While this is open, no config of the model's modules names an implementation without a second derivative.
+    """While this is open, no config of the model's modules names an implementation without a second
+    derivative.
 
     Models may share a config, in other threads too: the last one that leaves restores it.
     """
@@ -69,7 +75,9 @@ def _set_all(target: Any, values: Mapping[str, Any]) -> None:
 
 
 def _replacement(model: nn.Module, config: Any) -> str | None:
-    """The name of an implementation that can be differentiated twice; the config's own, if that can."""
+    """The name of an implementation that can be differentiated twice; the config's own, if that
+    can.
+    """
     name = config._attn_implementation
     owners = [m for m in model.modules() if getattr(m, "config", None) is config]
     through_sdpa = all(getattr(m, "_supports_sdpa", True) for m in owners)
@@ -95,7 +103,9 @@ def _register() -> None:
 
 
 def _own_mask(*given: Any, **settings: Any) -> Tensor | None:
-    """Boolean, or None for a causal one, where sequences are long; else as eager functions want it."""
+    """Boolean, or None for a causal one, where sequences are long; else as eager functions want
+    it.
+    """
     from transformers.masking_utils import eager_mask, sdpa_mask
 
     sizes = (settings["q_length"], settings["kv_length"])
@@ -149,7 +159,9 @@ def _agree(
     theirs: Callable[..., Any],
     given: tuple[Tensor, Tensor, Tensor, Tensor | None],
 ) -> bool:
-    """On the first tokens: what a model's eager function does beyond the settings that it is given cannot be known."""
+    """On the first tokens: what a model's eager function does beyond the settings that it is given
+    cannot be known.
+    """
     *tensors, mask = given
     start = [t[:, :, :FIRST] for t in tensors]
     first = None if mask is None else mask[..., :FIRST, :FIRST]
@@ -176,6 +188,8 @@ def _additive(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> 
 
 
 def _eager(module: nn.Module) -> Any:
-    """The function of that name beside the class of the module, or beside one that it is made of."""
+    """The function of that name beside the class of the module, or beside one that it is made
+    of.
+    """
     files = (sys.modules[c.__module__] for c in type(module).__mro__)
     return next(f for file in files if (f := getattr(file, "eager_attention_forward", None)))

@@ -9,8 +9,10 @@ from functools import cache
 import torch
 
 LONG: Mapping[str, tuple[int, int]] = {"cpu": (512, 1024)}
-"""Device -> tokens from which on :func:`blockspec.model.attention.attention` is chosen: if causal (it skips what is
-hidden) and if not. Measured by ``benchmarks.attention``: shorter products are faster with matrices, which are small."""
+"""Device -> tokens from which on :func:`blockspec.model.attention.attention` is chosen: if causal
+(it skips what is hidden) and if not. Measured by ``benchmarks.attention``: shorter products are
+faster with matrices, which are small.
+"""
 LONG_ELSEWHERE = (2048, 2048)  # not measured: memory decides, 200 MB a matrix for 12 heads
 
 

@@ -1,4 +1,6 @@
-"""The two ways in which this package changes other people's objects for a while: its own, and those that threads share."""
+"""The two ways in which this package changes other people's objects for a while: its own, and those
+that threads share.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +46,11 @@ _HELD: dict[Hashable, tuple[int, Callable[[], None]]] = {}
 
 @contextmanager
 def shared(key: Hashable, change: Callable[[], Callable[[], None]]) -> Iterator[None]:
-    """A change of what threads share: made for the first that asks, undone when the last one leaves.
+    """A change of what threads share: made for the first that asks, undone when the last one
+    leaves.
 
-    Each of two threads that noted for itself what it found would note what the other one had set, and the last to
-    leave would put that back for good.
+    Each of two threads that noted for itself what it found would note what the other one had set,
+    and the last to leave would put that back for good.
 
     Args:
         key: Names the change.

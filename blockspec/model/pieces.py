@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Piece:
     """A parameter, or the rows ``index`` of it along ``axis``.
 
-    With ``first``, of the slice at that place of the parameter's first axis (one expert of fused experts), whose own
-    axes are then counted from 0.
+    With ``first``, of the slice at that place of the parameter's first axis (one expert of fused
+    experts), whose own axes are then counted from 0.
     """
 
     parameter: str
@@ -43,7 +43,9 @@ class Piece:
         return math.prod(shape) // shape[self.axis] * rows
 
     def select(self, tensor: Tensor) -> Tensor:
-        """The piece of ``tensor``, which has the parameter's shape: a view, but for an index that is a tuple."""
+        """The piece of ``tensor``, which has the parameter's shape: a view, but for an index that
+        is a tuple.
+        """
         tensor = tensor if self.first is None else tensor[self.first]
         if self.axis is None:
             return tensor
@@ -69,7 +71,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """A named subset of the parameters; its vectors are its pieces, flattened and put one after the other."""
+    """A named subset of the parameters; its vectors are its pieces, flattened and put one after the
+    other.
+    """
 
     name: str
     kind: str
@@ -79,8 +83,9 @@ class Block:
         default=(), repr=False, compare=False
     )  # () for a block loaded from a file
     note: str = field(default="", repr=False, compare=False)
-    """What is to be said of the block's kind or cut: where its name and the forward pass disagree, and why a fused
-    tensor stayed whole."""
+    """What is to be said of the block's kind or cut: where its name and the forward pass disagree,
+    and why a fused tensor stayed whole.
+    """
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
-"""How every parameter is laid out: its kind, its parts, its heads; by names first, and by watching where there is a batch.
+"""How every parameter is laid out: its kind, its parts, its heads; by names first, and by watching
+where there is a batch.
 
-Names are a guess. Where a forward pass was watched and says something else, that stands, and the layout says so.
+Names are a guess. Where a forward pass was watched and says something else, that stands, and the
+layout says so.
 """
 
 from __future__ import annotations
@@ -45,14 +47,15 @@ KEPT: dict[str, tuple[str, ...]] = {
 class Layout:
     """What a parameter holds.
 
-    kind: Of the whole parameter.
-    matrix: For a bias the kind of the matrix beside it, else the kind.
-    axis: That counts the outputs; None where that is not known.
-    parts: Kind -> rows, where the parameter holds several.
-    heads: Kind -> rows of each head.
-    tokens: Whether it has one row for each token.
-    experts: Whether its first axis counts experts.
-    note: What is to be said of it.
+    Args:
+        kind: Of the whole parameter.
+        matrix: For a bias the kind of the matrix beside it, else the kind.
+        axis: That counts the outputs; None where that is not known.
+        parts: Kind -> rows, where the parameter holds several.
+        heads: Kind -> rows of each head.
+        tokens: Whether it has one row for each token.
+        experts: Whether its first axis counts experts.
+        note: What is to be said of it.
     """
 
     kind: str
@@ -121,7 +124,9 @@ def _heads(rows: Rows, matrix: str, heads: Heads, inputs: int | None) -> list[Ro
 
 
 def _experts(name: str, tensor: Tensor, part: Role, owner: nn.Module) -> Layout:
-    """Fused experts: (experts, out, in), or (experts, in, out) where the module says so. Beyond that nothing is known."""
+    """Fused experts: (experts, out, in), or (experts, in, out) where the module says so. Beyond
+    that nothing is known.
+    """
     words = CONTEXTS["@experts"]
     fused = tensor.ndim == 3 and any(word in name.lower() for word in words)
     if not fused or not part.matrix.startswith("mlp"):
@@ -144,7 +149,9 @@ def _halves(part: Role, size: int, owner: nn.Module, name: str) -> dict[str, Row
 
 
 def _attention(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """The module whose projection the parameter belongs to; MultiheadAttention holds it directly."""
+    """The module whose projection the parameter belongs to; MultiheadAttention holds it
+    directly.
+    """
     path, _, last = name.rpartition(".")
     return modules[path.rpartition(".")[0] if last in ("weight", "bias") else path]
 
@@ -214,9 +221,11 @@ Run = Callable[[], Any]
 
 
 def watch_example(model: nn.Module, example: Any) -> dict[str, Seen]:
-    """What the parameters are seen to do on the first example of a batch, on a function's pass, or on an objective.
+    """What the parameters are seen to do on the first example of a batch, on a function's pass, or
+    on an objective.
 
-    Raises ValueError where the model cannot be run; with an objective it warns, and nothing is seen.
+    Raises:
+        ValueError: The model cannot be run; with an objective it warns, and nothing is seen.
     """
     objective = hasattr(example, "whole_batches")
     error: Exception | None = None
@@ -242,7 +251,9 @@ def watch_example(model: nn.Module, example: Any) -> dict[str, Seen]:
 
 
 def _runs(model: nn.Module, batch: Any, loss: Any) -> Iterator[tuple[Run, Any]]:
-    """Ways of running the model, the cheapest first: one short example, one example, the batch, the loss."""
+    """Ways of running the model, the cheapest first: one short example, one example, the batch, the
+    loss.
+    """
     if callable(batch):
         yield batch, None
         return

@@ -1,7 +1,7 @@
 """Models and batches whose curvature cannot be taken, each with what to do instead.
 
-What can be seen from the outside is refused when the objective is made; what shows only when the loss is computed or
-differentiated is explained where it happens.
+What can be seen from the outside is refused when the objective is made; what shows only when the
+loss is computed or differentiated is explained where it happens.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ import torch
 from torch import Tensor, nn
 
 REMEDIES = {
-    "ctc_loss": "torch's CTC loss has none; write its forward recursion in logarithms (torch.logsumexp), which has",
-    "embedding_bag": "use nn.Embedding and reduce its rows yourself: embedding(x).sum(1) or .mean(1)",
-    "cdist": "write the distances out: (a[:, None] - b[None]).square().sum(-1), with a root where it is not 0",
+    "ctc_loss": "torch's CTC loss has none; write its forward recursion in logarithms "
+    "(torch.logsumexp), which has",
+    "embedding_bag": "use nn.Embedding and reduce its rows yourself: embedding(x).sum(1) or "
+    ".mean(1)",
+    "cdist": "write the distances out: (a[:, None] - b[None]).square().sum(-1), with a root where "
+    "it is not 0",
     "grid_sampler": "interpolate with differentiable indexing, or freeze what the grid depends on",
-    "rnn": "within torch.backends.cudnn.flags(enabled=False) recurrent layers are made of differentiable parts",
+    "rnn": "within torch.backends.cudnn.flags(enabled=False) recurrent layers are made of "
+    "differentiable parts",
     "ttention": "switch it off in the model, e.g. attn_implementation='eager'",
 }
 """What stands in the name of a function without a second derivative -> what to do."""
 
 OTHERWISE = (
-    "switch it off in the model (fused norms, fused losses), or write it with functions of torch that can be "
+    "switch it off in the model (fused norms, fused losses), or write it with functions of torch "
+    "that can be "
     "differentiated twice"
 )
 
@@ -35,34 +40,42 @@ def check_model(model: nn.Module) -> None:
     """Raises ValueError for what cannot be measured at all, with the remedy."""
     if hasattr(model, "_orig_mod"):
         raise ValueError(
-            "the model is compiled (torch.compile), and a compiled model cannot be differentiated twice: pass the "
+            "the model is compiled (torch.compile), and a compiled model cannot be differentiated "
+            "twice: pass the "
             "model that was compiled, model._orig_mod"
         )
     exported = isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)
     if exported or isinstance(model, torch.jit.ScriptModule):
         how = "exported (torch.export)" if exported else "scripted or traced (torch.jit)"
         raise ValueError(
-            f"the model is {how}: its mode and its functions cannot be changed, as measuring needs. Pass the Python "
+            f"the model is {how}: its mode and its functions cannot be changed, as measuring "
+            "needs. Pass the Python "
             "module that it was made from"
         )
     if next(model.parameters(), None) is None:
         raise ValueError(
-            f"the model ({type(model).__name__}) has no parameters: there is nothing to take the curvature by. "
-            "Register what is trained as nn.Parameter, and modules as attributes or in an nn.ModuleList"
+            f"the model ({type(model).__name__}) has no parameters: there is nothing to take the "
+            "curvature by. "
+            "Register what is trained as nn.Parameter, and modules as attributes or in an "
+            "nn.ModuleList"
         )
     for name, parameter in model.named_parameters():
         if parameter.is_complex() and parameter.requires_grad:
             raise ValueError(
-                f"parameter {name!r} is {parameter.dtype}; curvature is taken by real parameters. Hold real and "
-                "imaginary part in one real parameter and use torch.view_as_complex on it, or freeze it"
+                f"parameter {name!r} is {parameter.dtype}; curvature is taken by real parameters. "
+                "Hold real and "
+                "imaginary part in one real parameter and use torch.view_as_complex on it, or "
+                "freeze it"
             )
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) is True and isinstance(
             module, (nn.Embedding, nn.EmbeddingBag)
         ):
             raise ValueError(
-                f"module {name!r} ({type(module).__name__}) makes sparse gradients, which have no second derivative: "
-                f"set its sparse to False (model.get_submodule({name!r}).sparse = False); the numbers are the same"
+                f"module {name!r} ({type(module).__name__}) makes sparse gradients, which have no "
+                "second derivative: "
+                f"set its sparse to False (model.get_submodule({name!r}).sparse = False); the "
+                "numbers are the same"
             )
 
 
@@ -71,9 +84,11 @@ def check_unsharded(parameters: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         if hasattr(parameter, "device_mesh"):
             raise ValueError(
-                f"parameter {name!r} is sharded over processes (DTensor, as FSDP2 makes it); products of whole graphs "
+                f"parameter {name!r} is sharded over processes (DTensor, as FSDP2 makes it); "
+                "products of whole graphs "
                 "need whole parameters. Load the model without fully_shard, or gather it first: "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "full_state_dict=True"
             )
 
 
@@ -84,7 +99,8 @@ def check_batch(batch: Any) -> None:
     for name, value in batch.items():
         if value is not None and (name in CACHES or hasattr(value, "get_seq_length")):
             raise ValueError(
-                f"the batch holds a cache ({name!r}), to which every forward pass adds its tokens, so that the second "
+                f"the batch holds a cache ({name!r}), to which every forward pass adds its tokens, "
+                "so that the second "
                 "one is of another function: leave it out and pass the whole sequence as input_ids"
             )
 
@@ -92,7 +108,8 @@ def check_batch(batch: Any) -> None:
 def length_of(batches: Iterable[Any]) -> int | None:
     """Number of batches; None where it is not known before they are read.
 
-    Raises ValueError for a DataLoader over a stream, which may never end.
+    Raises:
+        ValueError: A DataLoader over a stream, which may never end.
     """
     if not isinstance(batches, Sized):
         return None
@@ -100,7 +117,8 @@ def length_of(batches: Iterable[Any]) -> int | None:
         return len(batches)
     except TypeError as error:
         raise ValueError(
-            f"the number of batches is not known ({error}): the {type(batches).__name__} reads a stream "
+            f"the number of batches is not known ({error}): the {type(batches).__name__} reads a "
+            "stream "
             "(IterableDataset), which may not end or not repeat. Take a list of some: "
             "list(itertools.islice(loader, 8))"
         ) from error
@@ -125,12 +143,14 @@ def explanation(text: str) -> str | None:
         return f"fused experts ({text}): call model.set_experts_implementation('eager') first"
     if "does not currently support double backward" in text:
         return (
-            f"a part of the model or of the loss is compiled ({text}): use it as it was before torch.compile, or measure "
+            f"a part of the model or of the loss is compiled ({text}): use it as it was before "
+            "torch.compile, or measure "
             "within torch.compiler.set_stance('force_eager')"
         )
     if "not implemented for sparse" in text or "sparse tensors" in text:
         return (
-            f"a gradient or tensor is sparse ({text}): make embeddings without sparse=True, and tensors of the batch "
+            f"a gradient or tensor is sparse ({text}): make embeddings without sparse=True, and "
+            "tensors of the batch "
             "dense with .to_dense()"
         )
     return None
@@ -140,6 +160,7 @@ def remedy(what: str) -> str:
     """The message for a function without a second derivative."""
     found = [todo for name, todo in REMEDIES.items() if name in what]
     return (
-        f"the model uses a kernel that cannot be differentiated twice and could not be replaced ({what}); "
+        "the model uses a kernel that cannot be differentiated twice and could not be replaced "
+        f"({what}); "
         f"{found[0] if found else OTHERWISE}"
     )

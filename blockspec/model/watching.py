@@ -1,11 +1,13 @@
 """What each parameter does, found by watching one forward pass.
 
-The idea: where attention is computed, two activations are multiplied, go through a softmax, and multiply a third one.
-Those three are query, key and value, whatever the model calls them, and the linears that they come from are their
-matrices. Which rows of a matrix belong to which head is told by gradients: number the heads at the attention kernel,
-send a random vector back from every head, once as it is and once times the head's number, and stop at the matrices.
-A row's second gradient is its first one times the number of its head, and zero if it belongs to none. One gradient
-does this for all layers at once, because nothing passes a matrix; query, key and value take two to three each.
+The idea: where attention is computed, two activations are multiplied, go through a softmax, and
+multiply a third one. Those three are query, key and value, whatever the model calls them, and the
+linears that they come from are their matrices. Which rows of a matrix belong to which head is told
+by gradients: number the heads at the attention kernel, send a random vector back from every head,
+once as it is and once times the head's number, and stop at the matrices. A row's second gradient is
+its first one times the number of its head, and zero if it belongs to none. One gradient does this
+for all layers at once, because nothing passes a matrix; query, key and value take two to three
+each.
 """
 
 from __future__ import annotations
@@ -55,11 +57,12 @@ Rows = tuple[int, ...]
 class Seen:
     """What a parameter was seen to do.
 
-    kind: Of the whole of it, or ``qkv`` and the like where it holds several.
-    axis: That counts its outputs; None where that is not known.
-    parts: Kind -> rows, for a parameter that holds several kinds.
-    heads: Kind -> rows of each of its heads, where rows belong to heads.
-    tokens: Whether it has a row for each token of the vocabulary.
+    Args:
+        kind: Of the whole of it, or ``qkv`` and the like where it holds several.
+        axis: That counts its outputs; None where that is not known.
+        parts: Kind -> rows, for a parameter that holds several kinds.
+        heads: Kind -> rows of each of its heads, where rows belong to heads.
+        tokens: Whether it has a row for each token of the vocabulary.
     """
 
     kind: str
@@ -71,7 +74,9 @@ class Seen:
 
 @dataclass(eq=False)
 class Factor:
-    """Query, key or value at the kernel: the edge, and its leading axes with the number of the head at each place."""
+    """Query, key or value at the kernel: the edge, and its leading axes with the number of the head
+    at each place.
+    """
 
     edge: Edge
     axes: list[tuple[int, list[int]]]
@@ -87,7 +92,9 @@ class Attention:
 
 @dataclass(eq=False)
 class Mlp:
-    """Linears that widen, and the one that narrows; ``edges``: what the gate and the rest are seen at."""
+    """Linears that widen, and the one that narrows; ``edges``: what the gate and the rest are seen
+    at.
+    """
 
     inputs: list[Linear]
     output: Linear
@@ -199,7 +206,9 @@ class _Watch:
                     self.kinds[gate] = "attention_gate"
 
     def _low_rank(self) -> None:
-        """A matrix before query, key and value that leads nowhere else; one right after the attention output."""
+        """A matrix before query, key and value that leads nowhere else; one right after the
+        attention output.
+        """
         kernels = {n for found in self.attentions for n in (found.scores, found.output)}
         for linear in self.graph.linears.values():
             behind = self.graph.behind(linear.input)
@@ -449,7 +458,9 @@ def _scores(graph: Graph, softmax: Node, value: Edge | None) -> tuple[Node, bool
     inputs = {l.input[0] for l in graph.behind(value).linears if l.input}
 
     def fits(product: Node) -> tuple[bool, bool]:
-        """Two matrices behind it, the key's reading what the value's reads: not a product with positions."""
+        """Two matrices behind it, the key's reading what the value's reads: not a product with
+        positions.
+        """
         sides = [graph.behind(edge).linears for edge in graph.factors(product) or ()]
         keys = {l.input[0] for side in sides[1:] for l in side if l.input}
         return (not all(sides), not (keys & inputs))
@@ -500,7 +511,9 @@ def _unfolded(edge: Edge, folded: tuple[int, ...]) -> tuple[Edge, int]:
 
 
 def _beside(sizes: tuple[int, ...], lead: int, side: int, folded: tuple[int, ...]) -> range:
-    """The axes that are neither leading nor summed over: the summed one is last on the left, first on the right."""
+    """The axes that are neither leading nor summed over: the summed one is last on the left, first
+    on the right.
+    """
     rest = range(lead, len(sizes))
     if side == 0:
         return range(lead, next((m for m in rest if math.prod(sizes[m:]) == folded[-1]), lead))
@@ -509,7 +522,9 @@ def _beside(sizes: tuple[int, ...], lead: int, side: int, folded: tuple[int, ...
 
 
 def _numbers(values: Tensor | None, axis: int, size: int) -> list[int]:
-    """The head at each place along an axis: equal ones are one head, repeated for a group of queries."""
+    """The head at each place along an axis: equal ones are one head, repeated for a group of
+    queries.
+    """
     if values is None or not values.any():
         return list(range(size))
     heads: list[Tensor] = []
@@ -636,7 +651,9 @@ def measure(
     gated: Mapping[Linear, Sequence[Linear]],
     parameters: Mapping[str, Tensor],
 ) -> _Rows:
-    """The gradients that tell which rows belong to which part and head: at most ten, all layers at once."""
+    """The gradients that tell which rows belong to which part and head: at most ten, all layers at
+    once.
+    """
     owners: dict[str, set[str]] = defaultdict(set)
     for found in attentions:
         for part in PARTS:

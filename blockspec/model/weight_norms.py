@@ -1,8 +1,9 @@
 """Weight norm, w = g v / |v|, with a right second derivative.
 
-PyTorch computes it in a fused function whose double backward is wrong where the norm is taken over all but the first or
-the last axis: it is not symmetric, and ``torch.autograd.gradgradcheck`` fails (torch 2.13; Wav2Vec2's positional
-convolution is off by 12.5 %). The same function made of elementary operations is right, so these take its place.
+PyTorch computes it in a fused function whose double backward is wrong where the norm is taken over
+all but the first or the last axis: it is not symmetric, and ``torch.autograd.gradgradcheck`` fails
+(torch 2.13; Wav2Vec2's positional convolution is off by 12.5 %). The same function made of
+elementary operations is right, so these take its place.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ PARAMETRIZATION = parametrizations._WeightNorm
 def elementary_weight_norms(model: nn.Module) -> Iterator[None]:
     """While this is open, weight norms in ``model`` are made of elementary operations.
 
-    Both kinds are known: ``torch.nn.utils.parametrizations.weight_norm``, and ``torch.nn.utils.weight_norm``, which sets
-    the weight in a hook before each forward pass. Nothing is left behind, also when something raises.
+    Both kinds are known: ``torch.nn.utils.parametrizations.weight_norm``, and
+    ``torch.nn.utils.weight_norm``, which sets the weight in a hook before each forward pass.
+    Nothing is left behind, also when something raises.
     """
     parametrized = [
         (module, "forward", _forward(module))
@@ -49,7 +51,9 @@ def weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """The hooks of the old kind; ``torch.nn.utils.weight_norm`` is a function that hides their module."""
+    """The hooks of the old kind; ``torch.nn.utils.weight_norm`` is a function that hides their
+    module.
+    """
     return [
         hook
         for hook in module._forward_pre_hooks.values()

@@ -1,7 +1,8 @@
 """Many processes: which of them hold which blocks and which batches.
 
-Processes form a grid. Those of one column share the same blocks and split the batches: their products are summed once per sweep,
-and each keeps a part of the Krylov vectors. Columns hold different blocks and do not talk until the end.
+Processes form groups. Those of one group share the same blocks and split the batches: their
+products are summed once per sweep, and each keeps a part of the Krylov vectors. Groups hold
+different blocks and do not talk until the end.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ class Ranks:
     columns: int = 1
     row: int = 0
     rows: int = 1
-    group: Any = None  # of the processes of this column
+    group: Any = None  # of the processes of this group
 
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor summed over the processes of the column; one message for all of a dtype."""
+        """Each tensor summed over the processes of the group; one message for all of a dtype."""
         if self.rows == 1:
             return list(tensors)
         results = list(tensors)
@@ -53,7 +54,9 @@ class Ranks:
         return torch.device("cuda") if dist.get_backend(self.group) == "nccl" else tensor.device
 
     def together(self, computations: Sequence[Shared[T]]) -> list[T]:
-        """The results of computations that sum over the processes; their messages are sent together, round by round."""
+        """The results of computations that sum over the processes; their messages are sent
+        together, round by round.
+        """
         results: dict[int, T] = {}
         received: dict[int, Tensor | None] = dict.fromkeys(range(len(computations)))
         while received:
@@ -75,7 +78,7 @@ class Ranks:
         return [item] if self.columns * self.rows == 1 else gathered(item)
 
     def of_column(self, item: T) -> list[T]:
-        """The items of the processes of this column."""
+        """The items of the processes of this group."""
         if self.rows == 1:
             return [item]
         items: list[Any] = [None] * self.rows
@@ -84,29 +87,36 @@ class Ranks:
         return items
 
     def first_of_column(self, flag: bool) -> bool:
-        """The flag of the column's first process, known to all of the column: a decision by the clock."""
+        """The flag of the group's first process, known to all of the group: a decision by the
+        clock.
+        """
         if self.rows == 1:
             return flag
         return bool(self.sums([torch.tensor([float(flag and self.row == 0)])])[0].item())
 
 
 def arrange(num_blocks: int, *, columns: int | None = None) -> Ranks:
-    """The grid of the processes that ``torch.distributed`` knows; a single one where it was not started.
+    """The grid of the processes that ``torch.distributed`` knows; a single one where it was not
+    started.
 
-    columns: how many ways to split the blocks; None: all ways where there are many blocks, else none.
+    Args:
+        columns: How many ways to split the blocks; None: all ways where there are many blocks, else
+            none.
     """
     if not _several():
         return Ranks()
     world = dist.get_world_size()
     if len(different := set(gathered((num_blocks, columns)))) > 1:
         raise ValueError(
-            f"processes ask for different numbers of (blocks, columns): {sorted(different, key=str)}; every process has to "
+            "processes ask for different numbers of (blocks, columns): "
+            f"{sorted(different, key=str)}; every process has to "
             "make the same call"
         )
     columns = columns or (world if num_blocks >= MANY * world else 1)
     if world % columns or columns > num_blocks:
         raise ValueError(
-            f"{world} processes cannot split {num_blocks} blocks {columns} ways: give a divisor of {world}"
+            f"{world} processes cannot split {num_blocks} blocks {columns} ways: give a divisor of "
+            f"{world}"
         )
     rows = world // columns
     column, row = divmod(dist.get_rank(), rows)
@@ -118,7 +128,9 @@ _OF_WORLD: Any = None  # the groups are made anew where torch.distributed has be
 
 
 def _groups(columns: int, rows: int) -> list[Any]:
-    """The group of each column; made once, because each one holds sockets and threads until the program ends."""
+    """The communication group of each group; made once, because each one holds sockets and threads
+    until the program ends.
+    """
     global _OF_WORLD
     if columns == 1:
         return [None]  # all processes
@@ -137,7 +149,9 @@ def is_first() -> bool:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What ``make`` gives on the first process, on all of them; an error there is an error everywhere."""
+    """What ``make`` gives on the first process, on all of them; an error there is an error
+    everywhere.
+    """
     if not _several():
         return make()
     item: list[Any] = [None, None]
@@ -157,7 +171,9 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def everywhere(make: Callable[[], T]) -> T:
-    """What ``make`` gives on this process; an error on one of them is an error on all, and none waits for it."""
+    """What ``make`` gives on this process; an error on one of them is an error on all, and none
+    waits for it.
+    """
     try:
         result, error = make(), None
     except Exception as raised:  # the others must hear of it, whatever went wrong
@@ -192,6 +208,7 @@ def _explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"another process of this run has died or does not answer ({error}); its own message says why; "
+            f"another process of this run has died or does not answer ({error}); its own message "
+            "says why; "
             "the same command goes on from the last saved state"
         ) from error

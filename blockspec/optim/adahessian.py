@@ -40,9 +40,10 @@ OF_ALL = ("update_each", "num_probes", "spatial_averaging", "average_vectors")
 class AdaHessian(torch.optim.Optimizer):
     """Adam with the diagonal of the Hessian in the place of the squared gradient.
 
-    With the gradient g and a probe z of random signs, drawn anew for each measurement, step t does::
+    With the gradient g and a probe z of random signs, drawn anew for each measurement, step t
+    does::
 
-        D = |z * (H z)|, averaged over blocks of entries      (every ``update_each`` steps; the last D in between)
+        D = |z * (H z)|, averaged over blocks of entries   (every ``update_each`` steps)
         m = b1 m + (1 - b1) g,    v = b2 v + (1 - b2) D^2
         theta -= lr * ( m / (1 - b1^t) / ( (v / (1 - b2^t))^(k/2) + eps ) + weight_decay * theta )
 
@@ -50,82 +51,99 @@ class AdaHessian(torch.optim.Optimizer):
 
         optimizer = AdaHessian(model.named_parameters(), lr=0.15)
         for batch in batches:
-            with optimizer.second_order(model):      # attention that has a second derivative, where it is needed
+            with optimizer.second_order(model):    # attention that has a second derivative
                 loss = model(**batch).loss
                 optimizer.backward(loss)             # instead of loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    The way of other packages, ``loss.backward(create_graph=True)`` and ``step()``, works too: ``step`` measures
-    through the graphs of the gradients, and frees them. ``create_graph=optimizer.due`` makes none on the other steps.
+    The way of other packages, ``loss.backward(create_graph=True)`` and ``step()``, works too:
+    ``step`` measures through the graphs of the gradients, and frees them.
+    ``create_graph=optimizer.due`` makes none on the other steps.
 
-    What calls ``backward`` for you takes a loss that measures: ``accelerator.backward(optimizer.probe(loss))``, where
-    ``optimizer`` is this one (accelerate's wrapper, which is for ``step``, has it as ``.optimizer``). Hugging Face's
-    ``Trainer`` gets it by its arguments, without a subclass, if the model was loaded with
-    ``attn_implementation="eager"`` (or trains within :func:`blockspec.model.kernels.twice_differentiable`)::
+    What calls ``backward`` for you takes a loss that measures:
+    ``accelerator.backward(optimizer.probe(loss))``, where ``optimizer`` is this one (accelerate's
+    wrapper, which is for ``step``, has it as ``.optimizer``). Hugging Face's ``Trainer`` gets it by
+    its arguments, without a subclass, if the model was loaded with ``attn_implementation="eager"``
+    (or trains within :func:`blockspec.model.kernels.twice_differentiable`)::
 
         def measured_loss(outputs, labels, num_items_in_batch=None):
             loss = model.loss_function(
-                outputs.logits, labels, model.config.vocab_size, num_items_in_batch=num_items_in_batch
+                outputs.logits, labels, model.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
             )
             return optimizer.probe(loss)
 
-        Trainer(model, arguments, optimizers=(optimizer, None), compute_loss_func=measured_loss, ...)
+        Trainer(
+            model, arguments, optimizers=(optimizer, None), compute_loss_func=measured_loss, ...
+        )
 
-    Gradients and measurements of micro-batches add up (each loss divided by their number, as usual). All of them see
-    the same probe, so the sum is what one large batch would give. Clipping, and whatever else changes ``.grad``, acts
-    on g alone. In a process group the measurement is averaged over the processes, as ``DistributedDataParallel``
-    averages g; they see the same probe too. A parameter without a gradient is left as it is, and so is one that got
-    its first gradient after the last measurement, until the next one.
+    Gradients and measurements of micro-batches add up (each loss divided by their number, as
+    usual). All of them see the same probe, so the sum is what one large batch would give. Clipping,
+    and whatever else changes ``.grad``, acts on g alone. In a process group the measurement is
+    averaged over the processes, as ``DistributedDataParallel`` averages g; they see the same probe
+    too. A parameter without a gradient is left as it is, and so is one that got its first gradient
+    after the last measurement, until the next one.
 
-    Where the gradient is finite and the curvature is not (F.normalize or cosine similarity of rows of zeros), an entry
-    of D keeps its last finite value, or takes the mean of its tensor's finite ones at first; a tensor without any is
-    left as it is until it has some. A warning says so once, and ``nonfinite_entries`` counts the entries.
+    Where the gradient is finite and the curvature is not (F.normalize or cosine similarity of rows
+    of zeros), an entry of D keeps its last finite value, or takes the mean of its tensor's finite
+    ones at first; a tensor without any is left as it is until it has some. A warning says so once,
+    and ``nonfinite_entries`` counts the entries.
 
     Args:
-        params: Parameters, ``model.named_parameters()``, a mapping of names to parameters, or groups of these.
+        params: Parameters, ``model.named_parameters()``, a mapping of names to parameters, or
+            groups of these.
         lr: Learning rate.
         betas: b1 and b2, the decay of m and v per step.
-        eps: Added to the denominator. With 0, an entry that has neither gradient nor curvature becomes NaN.
-        weight_decay: Decoupled: a step shrinks theta by ``lr * weight_decay`` of itself, whatever the curvature.
+        eps: Added to the denominator. With 0, an entry that has neither gradient nor curvature
+            becomes NaN.
+        weight_decay: Decoupled: a step shrinks theta by ``lr * weight_decay`` of itself, whatever
+            the curvature.
         hessian_power: k, from 0 (curvature is ignored) to 1.
-        update_each: Steps from one measurement to the next. A step that measures costs about 3 gradients, others 1.
-        num_probes: Probes per measurement, about 2 gradients each; ``z * (H z)`` is averaged over them before the
-            absolute value is taken.
-        spatial_averaging: What D is averaged over. None: nothing. ``"conv"``: kernels of convolutions (all axes from
-            the third on, of tensors that have one), as in the authors' code for images. ``"rows"``: these, and the rows
-            of matrices; without it a single entry's D, measured by one probe, may be near 0 by chance, and steps are
-            too long. A number: so many consecutive entries of a tensor, 32 in the authors' code for transformers;
-            what is left over at its end is a run too. Blocks from :func:`blockspec.partition`: each block (with
-            ``by="neuron"``: heads, output neurons, tokens); what lies in no block is not averaged. Blocks go by the
-            parameters' names, so ``params`` must have them.
-        average_vectors: Whether a number averages over tensors of one axis (biases, norms) too. The authors' code for
-            transformers leaves them alone: ``spatial_averaging=32, average_vectors=False``.
-        seed: Of the probes, which are drawn on the CPU and are the same on every device. It stands in
-            ``param_groups`` together with the number of steps: a run resumed from its ``state_dict`` goes on with the
-            same probes.
+        update_each: Steps from one measurement to the next. A step that measures costs about 3
+            gradients, others 1.
+        num_probes: Probes per measurement, about 2 gradients each; ``z * (H z)`` is averaged over
+            them before the absolute value is taken.
+        spatial_averaging: What D is averaged over. None: nothing. ``"conv"``: kernels of
+            convolutions (all axes from the third on, of tensors that have one), as in the authors'
+            code for images. ``"rows"``: these, and the rows of matrices; without it a single
+            entry's D, measured by one probe, may be near 0 by chance, and steps are too long. A
+            number: so many consecutive entries of a tensor, 32 in the authors' code for
+            transformers; what is left over at its end is a run too. Blocks from
+            :func:`blockspec.partition`: each block (with ``by="neuron"``: heads, output neurons,
+            tokens); what lies in no block is not averaged. Blocks go by the parameters' names, so
+            ``params`` must have them.
+        average_vectors: Whether a number averages over tensors of one axis (biases, norms) too. The
+            authors' code for transformers leaves them alone: ``spatial_averaging=32,
+            average_vectors=False``.
+        seed: Of the probes, which are drawn on the CPU and are the same on every device. It stands
+            in ``param_groups`` together with the number of steps: a run resumed from its
+            ``state_dict`` goes on with the same probes.
 
     The last D^2 of a parameter is ``optimizer.state[parameter]["hessian_diag_sq"]``.
 
-    ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``hessian_power`` may differ between groups; their defaults are
-    those of the authors' code. ``update_each``, ``num_probes``, ``spatial_averaging`` and ``average_vectors`` are not
-    in the ``state_dict``.
+    ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``hessian_power`` may differ between groups;
+    their defaults are those of the authors' code. ``update_each``, ``num_probes``,
+    ``spatial_averaging`` and ``average_vectors`` are not in the ``state_dict``.
 
     Raises:
-        ValueError: A setting out of its range; blocks without names, or that hold none of the parameters.
-        RuntimeError: In ``step``, if a measurement is due and nothing was measured; in ``backward``, if the loss has no
-            second derivative.
+        ValueError: A setting out of its range; blocks without names, or that hold none of the
+            parameters.
+        RuntimeError: In ``step``, if a measurement is due and nothing was measured; in
+            ``backward``, if the loss has no second derivative.
 
-    Mixed precision is autocast to bfloat16: a ``GradScaler`` would unscale g alone, and a v in bfloat16 is too coarse
-    to decay. Activation checkpointing is switched off within :meth:`second_order` on the steps that measure, which keep
-    all activations anyway; of the reentrant kind it must not be used without. Under
-    ``DistributedDataParallel`` only :meth:`backward` and :meth:`probe` work, not ``create_graph=True``. Hooks on
-    parameters see g twice where it is measured. Parameters that are sharded over processes, complex or sparse ones, and
-    compiled models, which PyTorch cannot differentiate twice, are refused. Small models on a CPU take a fifth less time
-    after :func:`blockspec.optim.keep_freed_memory`, which changes the allocator of the whole process.
+    Mixed precision is autocast to bfloat16: a ``GradScaler`` would unscale g alone, and a v in
+    bfloat16 is too coarse to decay. Activation checkpointing is switched off within
+    :meth:`second_order` on the steps that measure, which keep all activations anyway; of the
+    reentrant kind it must not be used without. Under ``DistributedDataParallel`` only
+    :meth:`backward` and :meth:`probe` work, not ``create_graph=True``. Hooks on parameters see g
+    twice where it is measured. Parameters that are sharded over processes, complex or sparse ones,
+    and compiled models, which PyTorch cannot differentiate twice, are refused. Small models on a
+    CPU take a fifth less time after :func:`blockspec.optim.keep_freed_memory`, which changes the
+    allocator of the whole process.
 
-    Source: arXiv 2006.00719, algorithm 1, and the authors' code, which takes the absolute value before it averages.
-    That the last D serves in between measurements is from davda54/ada-hessian.
+    Source: arXiv 2006.00719, algorithm 1, and the authors' code, which takes the absolute value
+    before it averages. That the last D serves in between measurements is from davda54/ada-hessian.
     """
 
     def __init__(
@@ -190,7 +208,8 @@ class AdaHessian(torch.optim.Optimizer):
         own = set(OF_ALL) & set(param_group)
         if own:
             raise ValueError(
-                f"{min(own)} is one setting for all parameters; give it to AdaHessian, not to a group"
+                f"{min(own)} is one setting for all parameters; give it to AdaHessian, not to a "
+                "group"
             )
         checks.check_group(self.defaults | param_group)
         super().add_param_group(param_group)
@@ -204,16 +223,20 @@ class AdaHessian(torch.optim.Optimizer):
 
     @property
     def due(self) -> bool:
-        """Whether the next step measures the diagonal, so that its backward pass must go through this optimizer."""
+        """Whether the next step measures the diagonal, so that its backward pass must go through
+        this optimizer.
+        """
         return self.param_groups[0]["num_steps"] % self.update_each == 0
 
     @contextmanager
     def second_order(self, model: nn.Module) -> Iterator[None]:
-        """Within it attention can be differentiated twice, and activations cheaply, if the next step is due; otherwise
-        nothing is changed."""
+        """Within it attention can be differentiated twice, and activations cheaply, if the next
+        step is due; otherwise nothing is changed.
+        """
         if hasattr(model, "_orig_mod"):
             raise ValueError(
-                "the model is compiled, and a compiled model cannot be differentiated twice; use the "
+                "the model is compiled, and a compiled model cannot be differentiated twice; use "
+                "the "
                 "model itself here and for the loss: model._orig_mod"
             )
         if not self.due:
@@ -238,11 +261,12 @@ class AdaHessian(torch.optim.Optimizer):
             measured.backward(retain_graph=retain_graph)
 
     def probe(self, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
-        """The same loss, whose ``backward()`` also adds z * (H z) to the measurement if the next step is due.
+        """The same loss, whose ``backward()`` also adds z * (H z) to the measurement if the next
+        step is due.
 
-        Both derivatives are computed here, and the graph of ``loss`` is freed unless it is to be retained.
-        ``backward`` hands them out times the gradient that it gets: a factor in between (1 / number of micro-batches)
-        acts on both.
+        Both derivatives are computed here, and the graph of ``loss`` is freed unless it is to be
+        retained. ``backward`` hands them out times the gradient that it gets: a factor in between
+        (1 / number of micro-batches) acts on both.
         """
         if not (self.due and loss.requires_grad):
             return loss
@@ -261,16 +285,19 @@ class AdaHessian(torch.optim.Optimizer):
         )
 
     def check(self, objective: Objective) -> Check:
-        """Compares a product with central differences of the gradient, before a training relies on it.
+        """Compares a product with central differences of the gradient, before a training relies on
+        it.
 
-        Most functions without a second derivative say so when they are measured; what hands out a wrong one (a fused loss,
-        compiled code, a gradient hook) is found only here. It costs about three gradients of the objective's first batch.
+        Most functions without a second derivative say so when they are measured; what hands out a
+        wrong one (a fused loss, compiled code, a gradient hook) is found only here. It costs about
+        three gradients of the objective's first batch.
 
         Args:
             objective: The model whose parameters are stepped, one batch or more, and the loss.
 
         Raises:
-            RuntimeError: The measurements would be wrong; the message says what is to blame, and the remedy.
+            RuntimeError: The measurements would be wrong; the message says what is to blame, and
+                the remedy.
         """
         held = {id(p) for group in self.param_groups for p in group["params"]}
         blocks = [
@@ -284,8 +311,9 @@ class AdaHessian(torch.optim.Optimizer):
             raise RuntimeError(str(error)) from None
 
     def rescale(self, factor: float | Tensor) -> None:
-        """Multiplies what was measured since the last step, as the caller does with the gradients: for losses that are sums,
-        whose number of terms is known after the last micro-batch."""
+        """Multiplies what was measured since the last step, as the caller does with the gradients:
+        for losses that are sums, whose number of terms is known after the last micro-batch.
+        """
         for values in self._gathered.values():
             values.mul_(factor)
 
@@ -296,7 +324,9 @@ class AdaHessian(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; the closure, if there is one, computes the loss, calls :meth:`backward` and returns the loss."""
+        """One step; the closure, if there is one, computes the loss, calls :meth:`backward` and
+        returns the loss.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -328,8 +358,10 @@ class AdaHessian(torch.optim.Optimizer):
             )
         if not self._gathered:
             raise RuntimeError(
-                f"after {self.param_groups[0]['num_steps']} steps with update_each={self.update_each} the Hessian's "
-                "diagonal is due, but nothing was measured: call optimizer.backward(loss) instead of loss.backward(), "
+                f"after {self.param_groups[0]['num_steps']} steps with "
+                f"update_each={self.update_each} the Hessian's "
+                "diagonal is due, but nothing was measured: call optimizer.backward(loss) instead "
+                "of loss.backward(), "
                 "or loss.backward(create_graph=True)"
             )
         unmeasured = [p for p in used if p not in self._gathered]
@@ -370,7 +402,9 @@ class AdaHessian(torch.optim.Optimizer):
     def _measure(
         self, gradients: Mapping[Tensor, Tensor], *, retain_graph: bool = False
     ) -> dict[Tensor, Tensor]:
-        """z * (H z) of our parameters among those given, averaged over the probes; frees the gradients' graphs."""
+        """z * (H z) of our parameters among those given, averaged over the probes; frees the
+        gradients' graphs.
+        """
         checks.check_dense(gradients, self._names())
         parameters = [p for group in self.param_groups for p in group["params"]]
         given = [p for p in parameters if p in gradients]

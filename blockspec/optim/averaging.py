@@ -20,20 +20,23 @@ Average = Callable[[Mapping[Tensor, Tensor]], list[Tensor]]
 def averaging(
     spatial: SpatialAveraging, named: Mapping[str, Tensor], *, vectors: bool = False
 ) -> Average:
-    """The function from ``{parameter: diagonal}`` to the list of what they are averaged to, in the same shapes.
+    """The function from ``{parameter: diagonal}`` to the list of what they are averaged to, in the
+    same shapes.
 
     Absolute values are taken first, as in the authors' code; without an average the signs stay.
 
-    spatial: As in :class:`blockspec.optim.AdaHessian`.
-    named: The parameters by name; only blocks need it.
-    vectors: Whether a number is about tensors of one axis too.
+    Args:
+        spatial: As in :class:`blockspec.optim.AdaHessian`.
+        named: The parameters by name; only blocks need it.
+        vectors: Whether a number is about tensors of one axis too.
     """
     if spatial is None:
         return lambda diagonals: list(diagonals.values())
     if isinstance(spatial, str):
         if spatial not in FEWEST_AXES:
             raise ValueError(
-                f"spatial_averaging is {spatial!r}; by name there are {' and '.join(map(repr, FEWEST_AXES))}"
+                f"spatial_averaging is {spatial!r}; by name there are "
+                f"{' and '.join(map(repr, FEWEST_AXES))}"
             )
         return lambda diagonals: [
             _over_kernels(d.abs(), FEWEST_AXES[spatial]) for d in diagonals.values()
@@ -71,7 +74,9 @@ def _over_runs(diagonal: Tensor, length: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Which block each place of a parameter along ``axes`` belongs to; without axes, the parameter as one place."""
+    """Which block each place of a parameter along ``axes`` belongs to; without axes, the parameter
+    as one place.
+    """
 
     axes: tuple[int, ...]
     block: Tensor  # of the axes' sizes, int64 on the CPU; the number of blocks where there is none
@@ -80,7 +85,8 @@ class _Rows:
 def _rows_of_blocks(blocks: Sequence[Block], named: Mapping[str, Tensor]) -> dict[Tensor, _Rows]:
     if not named:
         raise ValueError(
-            "spatial_averaging over blocks needs the parameters' names: AdaHessian(model.named_parameters(), ...)"
+            "spatial_averaging over blocks needs the parameters' names: "
+            "AdaHessian(model.named_parameters(), ...)"
         )
     rows: dict[Tensor, _Rows] = {}
     for number, block in enumerate(blocks):
@@ -99,14 +105,17 @@ def _rows_of_blocks(blocks: Sequence[Block], named: Mapping[str, Tensor]) -> dic
             known.block[_positions(piece)] = number
     if not rows:
         raise ValueError(
-            f"the blocks of spatial_averaging hold none of the parameters (the first is {next(iter(named))!r}): "
+            "the blocks of spatial_averaging hold none of the parameters (the first is "
+            f"{next(iter(named))!r}): "
             "partition the model whose named_parameters() the optimizer got"
         )
     return rows
 
 
 def _axes(piece: Piece) -> tuple[int, ...]:
-    """The axes of the parameter along which the piece is cut out; an expert's own come after the first."""
+    """The axes of the parameter along which the piece is cut out; an expert's own come after the
+    first.
+    """
     outer = () if piece.first is None else (0,)
     return outer if piece.axis is None else (*outer, piece.axis + len(outer))
 

@@ -18,12 +18,14 @@ def check_parameters(group: Mapping[str, Any]) -> None:
     for name, parameter in zip(names, group["params"], strict=True):
         if parameter.is_complex():
             raise ValueError(
-                f"parameter {name} is {parameter.dtype}: AdaHessian's probes are real; hold real and imaginary part in one real "
+                f"parameter {name} is {parameter.dtype}: AdaHessian's probes are real; hold real "
+                "and imaginary part in one real "
                 "parameter and use torch.view_as_complex on it"
             )
         if type(parameter).__name__ == "DTensor" or hasattr(parameter, "device_mesh"):
             raise ValueError(
-                f"parameter {name} is sharded over processes (DTensor, FSDP2), which AdaHessian cannot measure; use "
+                f"parameter {name} is sharded over processes (DTensor, FSDP2), which AdaHessian "
+                "cannot measure; use "
                 "DistributedDataParallel, or another optimizer"
             )
 
@@ -45,7 +47,8 @@ def check_state(state: Mapping[str, Any]) -> None:
         if missing := {"hessian_power", "seed", "num_steps"} - set(group):
             raise ValueError(
                 f"the state is not AdaHessian's: its groups lack {sorted(missing)} and have "
-                f"{sorted(set(group) - {'params'})}. Averages of squared gradients (Adam, AdamW) are "
+                f"{sorted(set(group) - {'params'})}. Averages of squared gradients (Adam, AdamW) "
+                "are "
                 "not curvature: begin without a state"
             )
 
@@ -55,7 +58,8 @@ def check_dense(gradients: Mapping[Tensor, Tensor], names: Mapping[Tensor, str])
     for parameter, gradient in gradients.items():
         if gradient.is_sparse or gradient.is_sparse_csr:
             raise RuntimeError(
-                f"the gradient of {described(parameter, names)} is sparse, and a sparse gradient has no "
+                f"the gradient of {described(parameter, names)} is sparse, and a sparse gradient "
+                "has no "
                 "second derivative: make its module without sparse=True"
             )
 
@@ -63,10 +67,14 @@ def check_dense(gradients: Mapping[Tensor, Tensor], names: Mapping[Tensor, str])
 def warn_of_nonfinite(what: str, lost: int, numel: int, step: int) -> None:
     """Says what becomes of entries whose curvature is not finite."""
     warnings.warn(
-        f"the curvature of {lost} of the {numel} entries of {what} is NaN or infinite at step {step}: "
-        "entries keep their last finite curvature, and a tensor that has none yet stays as it is. The "
-        "loss has no second derivative there, as the norm of a zero vector has none (F.normalize or "
-        "cosine_similarity of padding): leave such rows out, or add an eps under the root. This is said "
+        f"the curvature of {lost} of the {numel} entries of {what} is NaN or infinite at step "
+        f"{step}: "
+        "entries keep their last finite curvature, and a tensor that has none yet stays as it is. "
+        "The "
+        "loss has no second derivative there, as the norm of a zero vector has none (F.normalize "
+        "or "
+        "cosine_similarity of padding): leave such rows out, or add an eps under the root. This is "
+        "said "
         "once; optimizer.nonfinite_entries counts on",
         RuntimeWarning,
         stacklevel=2,
@@ -76,7 +84,8 @@ def warn_of_nonfinite(what: str, lost: int, numel: int, step: int) -> None:
 def warn_of_unmeasured(what: str, number: int) -> None:
     """Says what becomes of parameters that have a gradient and no curvature."""
     warnings.warn(
-        f"{what} has a gradient whose curvature was not measured ({number} such tensors): they keep "
+        f"{what} has a gradient whose curvature was not measured ({number} such tensors): they "
+        "keep "
         "their last curvature, or stay as they are. Either a part of the loss went through "
         "loss.backward() alone, or reentrant checkpointing hides them: compute the loss within "
         "optimizer.second_order(model) and call optimizer.backward(loss). This is said once",

@@ -1,5 +1,6 @@
-"""What AdaHessian measures with: signs that are the same everywhere, the leaves of a loss, a loss that hands out what is
-known, and a rule for curvature that is not finite."""
+"""What AdaHessian measures with: signs that are the same everywhere, the leaves of a loss, a loss
+that hands out what is known, and a rule for curvature that is not finite.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from blockspec.model.checkpointing import hiding
 
 
 def signs(parameters: Sequence[Tensor], key: str) -> list[Tensor]:
-    """Random signs in the shapes of the parameters: a function of the key alone, the same on every device."""
+    """Random signs in the shapes of the parameters: a function of the key alone, the same on every
+    device.
+    """
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
     sizes = [p.numel() for p in parameters]
@@ -32,10 +35,11 @@ def signs(parameters: Sequence[Tensor], key: str) -> list[Tensor]:
 
 
 def finite(diagonal: Tensor, last: Tensor | None) -> Tensor | None:
-    """The diagonal with something finite in each place that is NaN, infinite, or infinite when squared: what stood there last,
-    else the mean of what is finite. None where there is neither.
+    """The diagonal with something finite in each place that is NaN, infinite, or infinite when
+    squared: what stood there last, else the mean of what is finite. None where there is neither.
 
-    last: the square of the last diagonal, averaged, as the optimizer keeps it.
+    Args:
+        last: The square of the last diagonal, averaged, as the optimizer keeps it.
     """
     known = is_finite(diagonal)
     if last is not None:
@@ -65,17 +69,21 @@ def suspects(diagonals: Sequence[Tensor]) -> list[int]:
 
 
 def keep_freed_memory() -> None:
-    """Lets the allocator of the whole process keep 64 MB of freed memory, from here to its end; for small models on a CPU.
+    """Lets the allocator of the whole process keep 64 MB of freed memory, from here to its end; for
+    small models on a CPU.
 
-    glibc gives freed memory back to the system when it is large: the graph of a small model is given back and faulted in anew on
-    every step of an optimizer that measures, a fifth of its time. It keeps twice the largest mapping that was freed so far, of
-    which 32 MB count: so one of that size is made and freed here. Other allocators (jemalloc, a GPU's) are not affected.
+    glibc gives freed memory back to the system when it is large: the graph of a small model is
+    given back and faulted in anew on every step of an optimizer that measures, a fifth of its time.
+    It keeps twice the largest mapping that was freed so far, of which 32 MB count: so one of that
+    size is made and freed here. Other allocators (jemalloc, a GPU's) are not affected.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 class Measured(torch.autograd.Function):
-    """A loss whose gradients are known already; its backward pass tells by what factor they are wanted."""
+    """A loss whose gradients are known already; its backward pass tells by what factor they are
+    wanted.
+    """
 
     @staticmethod
     def forward(
@@ -105,7 +113,9 @@ def unpacked(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def leaves(loss: Tensor) -> list[Tensor]:
-    """Every tensor whose ``.grad`` ``loss.backward()`` would fill, those of other optimizers too."""
+    """Every tensor whose ``.grad`` ``loss.backward()`` would fill, those of other optimizers
+    too.
+    """
     leaves: dict[Tensor, None] = {}
     nodes = [loss.grad_fn]
     seen = set(nodes)
@@ -137,14 +147,17 @@ def explained() -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         if "backward through the graph a second time" in str(error):
             raise RuntimeError(
-                "the graph of this loss is gone: an earlier backward pass has freed it. Two losses that share a part of their "
-                "graph are added and differentiated once, optimizer.backward(first + second); or the first one keeps "
+                "the graph of this loss is gone: an earlier backward pass has freed it. Two losses "
+                "that share a part of their "
+                "graph are added and differentiated once, optimizer.backward(first + second); or "
+                "the first one keeps "
                 "the graph, optimizer.backward(first, retain_graph=True)"
             ) from error
         if "not implemented" in str(error) or "double backward" in str(error):
             raise RuntimeError(
                 f"the loss cannot be differentiated twice ({error}); compute it within "
-                "`with optimizer.second_order(model):`, which replaces fused attention; a compiled model never can be"
+                "`with optimizer.second_order(model):`, which replaces fused attention; a compiled "
+                "model never can be"
             ) from error
         raise
 

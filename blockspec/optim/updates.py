@@ -12,13 +12,14 @@ from torch import Tensor
 def update(
     group: Mapping[str, Any], step: int, parameters: list[Tensor], states: list[dict[str, Any]]
 ) -> None:
-    """The step of :class:`blockspec.optim.AdaHessian`, for all parameters of a group that have the same
-    number of steps behind them.
+    """The step of :class:`blockspec.optim.AdaHessian`, for all parameters of a group that have the
+    same number of steps behind them.
 
     Args:
         group: The settings.
         step: Steps behind.
-        parameters, states: Each parameter with its state, which holds the square of the last diagonal.
+        parameters, states: Each parameter with its state, which holds the square of the last
+            diagonal.
     """
     for parameter, state in zip(parameters, states, strict=True):
         if not step:

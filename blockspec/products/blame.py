@@ -25,7 +25,8 @@ WRONG = 0.02  # relative error from which a module is to blame: right ones have 
 REMEDIES = (
     (
         r"^CompiledFunction",
-        "compiled code has no second derivative: measure the model before torch.compile (a compiled one has it as "
+        "compiled code has no second derivative: measure the model before torch.compile (a "
+        "compiled one has it as "
         "_orig_mod), or set torch.compiler.set_stance('force_eager') meanwhile",
     ),
     (
@@ -36,19 +37,23 @@ REMEDIES = (
     ),
     (
         r"^WeightNormInterface",
-        "PyTorch's fused weight norm has a wrong second derivative: use torch.nn.utils.parametrizations.weight_norm, "
+        "PyTorch's fused weight norm has a wrong second derivative: use "
+        "torch.nn.utils.parametrizations.weight_norm, "
         "which is replaced here, or compute g * v / v.norm() itself",
     ),
     (
         r"(?i)quantiz|CppFunction|MatMul(4|8)|Int(4|8)|Bnb",
-        "quantised layers hand back no gradient to what lies before them: measure the model in floating point "
+        "quantised layers hand back no gradient to what lies before them: measure the model in "
+        "floating point "
         "(dequantize it), or only blocks behind them",
     ),
 )
 """Pattern of a node of the graph, or of a module's type -> remedy."""
 OWN = (
-    "the backward pass of {names} takes for a constant what it kept of its forward pass: save the inputs "
-    "(ctx.save_for_backward) and compute everything from them in differentiable operations, or switch the function off in "
+    "the backward pass of {names} takes for a constant what it kept of its forward pass: save the "
+    "inputs "
+    "(ctx.save_for_backward) and compute everything from them in differentiable operations, or "
+    "switch the function off in "
     "the model"
 )
 HOOKS = "a hook changes gradients on their way ({where}): remove it while the curvature is measured"
@@ -57,7 +62,9 @@ ELSE = "switch off fused, compiled or approximated functions in it, or write it 
 
 @dataclass(frozen=True)
 class Call:
-    """A module's first call in a forward pass: what it got, detached, and whether gradients were on."""
+    """A module's first call in a forward pass: what it got, detached, and whether gradients were
+    on.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -125,7 +132,9 @@ def watched(objective: Objective, unmodified: Context) -> tuple[dict[nn.Module, 
 
 
 def untracked(calls: Mapping[nn.Module, Call], model: nn.Module) -> str | None:
-    """The first module that runs with gradients switched off, though the loss was asked for with gradients."""
+    """The first module that runs with gradients switched off, though the loss was asked for with
+    gradients.
+    """
     return next(
         (
             f"{name or 'the model'} ({type(module).__name__})"
@@ -154,7 +163,9 @@ def _called_children(module: nn.Module, calls: Mapping[nn.Module, Call]) -> Iter
 
 
 def _is_wrong(objective: Objective, unmodified: Context, module: nn.Module, call: Call) -> bool:
-    """Whether the module's product, as the operator makes it, is not that of differences of its gradient."""
+    """Whether the module's product, as the operator makes it, is not that of differences of its
+    gradient.
+    """
     flat, shape = tree_flatten((call.args, call.kwargs))
     places = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.is_floating_point()]
     for i in places:

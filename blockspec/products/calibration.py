@@ -22,16 +22,19 @@ def _of_added_product(_: object, a: torch.Size, b: torch.Size, **__: object) -> 
 
 
 IN_PLACE = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), _of_added_product)
-"""Products that PyTorch's counter does not know: heads in chunks and attention in strips are made of them."""
+"""Products that PyTorch's counter does not know: heads in chunks and attention in strips are made
+of them.
+"""
 
 
 @dataclass(frozen=True)
 class Costs:
     """Of one micro-batch.
 
-    gradient: seconds of one gradient of the whole objective.
-    shared: seconds of the pass that all products of a sweep share.
-    blocks: block name -> (seconds, floating-point operations) of one product.
+    Args:
+        gradient: Seconds of one gradient of the whole objective.
+        shared: Seconds of the pass that all products of a sweep share.
+        blocks: Block name -> (seconds, floating-point operations) of one product.
     """
 
     gradient: float
@@ -45,7 +48,8 @@ class Calibrated(Operator, Protocol):
 
     Attributes:
         micro_batch: Examples that go through the model at once; None: batches as they come.
-        graphs: Where there are at most so many micro-batches, their graphs are kept from sweep to sweep.
+        graphs: Where there are at most so many micro-batches, their graphs are kept from sweep to
+            sweep.
     """
 
     micro_batch: int | None
@@ -60,7 +64,9 @@ class Calibrated(Operator, Protocol):
         ...
 
     def rehearse(self, blocks: Sequence[Block], size: int | None) -> None:
-        """One shared pass and one product of the deepest block on ``size`` examples; None: on a micro-batch."""
+        """One shared pass and one product of the deepest block on ``size`` examples; None: on a
+        micro-batch.
+        """
         ...
 
     def calibrate(self, blocks: Sequence[Block]) -> Costs:
@@ -71,7 +77,9 @@ class Calibrated(Operator, Protocol):
 def time_products(
     products: Mapping[tuple[str, ...], Callable[[], object]], device: torch.device
 ) -> dict[tuple[str, ...], tuple[float, float]]:
-    """Seconds and floating-point operations of products; of many, every n-th is measured and speaks for those behind it."""
+    """Seconds and floating-point operations of products; of many, every n-th is measured and speaks
+    for those behind it.
+    """
     stride = -(-len(products) // MEASURED)
     measured = {}
     nearest = (0.0, 0.0)

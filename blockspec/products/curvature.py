@@ -1,8 +1,9 @@
 """Products with blocks of a curvature matrix.
 
-All blocks of a micro-batch share one forward and one first backward pass (:func:`linearise`); each product then runs only
-through the part of the graph between the block's gradient and the block itself (``autograd.grad(g_b, p_b, v_b)``).
-The full matrix is the same code with one block that holds every parameter.
+All blocks of a micro-batch share one forward and one first backward pass (:func:`linearise`); each
+product then runs only through the part of the graph between the block's gradient and the block
+itself (``autograd.grad(g_b, p_b, v_b)``). The full matrix is the same code with one block that
+holds every parameter.
 """
 
 from __future__ import annotations
@@ -30,16 +31,22 @@ from blockspec.products.precision import check, reduced_model, reduced_multiplic
 Tensors = Mapping[str, Tensor]
 Request = tuple[Block, Tensor, Sequence[Block]]
 Apply = Callable[[Tensors, Sequence[str]], dict[str, Tensor]]
-"""``apply(direction, targets)``: product with a direction (parameter name -> tensor; zero elsewhere), restricted to the
-parameters named in ``targets``; summed over the loss terms of the batch it was made from. Absent names are zeros."""
+"""``apply(direction, targets)``: product with a direction (parameter name -> tensor; zero
+elsewhere), restricted to the parameters named in ``targets``; summed over the loss terms of the
+batch it was made from. Absent names are zeros.
+"""
 
 
 Reduce = Callable[[int, list[Tensor]], Any]
-"""``each(number, parts)``: what to keep of the products of one unit with the request of that number."""
+"""``each(number, parts)``: what to keep of the products of one unit with the request of that
+number.
+"""
 
 
 class Unit(NamedTuple):
-    """One micro-batch: its number of loss terms, and what was kept of its products, request by request."""
+    """One micro-batch: its number of loss terms, and what was kept of its products, request by
+    request.
+    """
 
     terms: float
     values: list[Any]
@@ -48,22 +55,25 @@ class Unit(NamedTuple):
 class Products:
     """Products of the blocks of one objective; counts what they cost.
 
-    curvature: ``"hessian"``; ``"ggn"``, the generalised Gauss-Newton matrix J' H_L J with J the Jacobian of the loss's
-        ``outputs`` (Schraudolph 2002); ``"fisher"``, the empirical Fisher matrix: mean over loss terms of g g' with g the
-        gradient of the term; ``"residual"``, what the Hessian has beyond the ``ggn``: sum over outputs of the loss's slope
-        times the output's own Hessian.
+    curvature: ``"hessian"``; ``"ggn"``, the generalised Gauss-Newton matrix J' H_L J with J the
+        Jacobian of the loss's ``outputs`` (Schraudolph 2002); ``"fisher"``, the empirical Fisher
+        matrix: mean over loss terms of g g' with g the gradient of the term; ``"residual"``, what
+        the Hessian has beyond the ``ggn``: sum over outputs of the loss's slope times the output's
+        own Hessian.
 
     ranks: processes that split the batches; every one of them must ask for the same products.
-    graphs: where there are at most so many batches, their graphs are kept from one call to the next, and the shared passes are
-        made once. One takes no more memory at the peak than none.
+    graphs: where there are at most so many batches, their graphs are kept from one call to the
+        next, and the shared passes are made once. One takes no more memory at the peak than none.
     guarded: compare a product with the gradient in :meth:`check`.
-    precision: ``"tf32"`` or ``"bfloat16"``, see :mod:`blockspec.products.precision`; None: that of the parameters.
+    precision: ``"tf32"`` or ``"bfloat16"``, see :mod:`blockspec.products.precision`; None: that of
+        the parameters.
 
-    micro_batch: examples that go through the model at once; the objective's at first. When memory runs out on the way, it is
-        halved, a warning says so, and the sweep begins anew. The objective itself is left alone.
+    micro_batch: examples that go through the model at once; the objective's at first. When memory
+        runs out on the way, it is halved, a warning says so, and the sweep begins anew. The
+        objective itself is left alone.
 
-    ``gradients`` counts shared forward-and-backward passes over one batch, ``products`` products of one vector with
-    one batch.
+    ``gradients`` counts shared forward-and-backward passes over one batch, ``products`` products of
+    one vector with one batch.
     """
 
     def __init__(
@@ -110,9 +120,11 @@ class Products:
         return self.objective.device
 
     def check(self, blocks: Sequence[Block]) -> None:
-        """Raises ValueError where the objective is not deterministic, not finite, or products would not be right.
+        """Raises ValueError where the objective is not deterministic, not finite, or products would
+        not be right.
 
-        What was found of the products is ``checked`` from then on, see :mod:`blockspec.products.guard`.
+        What was found of the products is ``checked`` from then on, see
+        :mod:`blockspec.products.guard`.
         """
         check_unsharded(self._parameters)
         self.objective.check()
@@ -123,11 +135,15 @@ class Products:
         return Products(objective, self.curvature)
 
     def batches(self) -> Iterator[Any]:
-        """The objective's batches in parts of ``micro_batch`` examples, each placed when its turn comes."""
+        """The objective's batches in parts of ``micro_batch`` examples, each placed when its turn
+        comes.
+        """
         return self.objective.batches(self.micro_batch)
 
     def sweep(self, requests: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
-        """For each (block b, v (P_b,)): H_bb v (P_b,); all of them from one pass over the batches."""
+        """For each (block b, v (P_b,)): H_bb v (P_b,); all of them from one pass over the
+        batches.
+        """
         return [
             parts[0]
             for parts in self._pass([(block, vector, (block,)) for block, vector in requests])
@@ -136,16 +152,19 @@ class Products:
     def columns(
         self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block]
     ) -> list[list[Tensor]]:
-        """For each (block b, v (P_b,)): H_cb v (P_c,) of every block c in ``targets``; one pass over the batches."""
+        """For each (block b, v (P_b,)): H_cb v (P_c,) of every block c in ``targets``; one pass
+        over the batches.
+        """
         return self._pass([(block, vector, targets) for block, vector in requests])
 
     def columns_by_unit(
         self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Reduce
     ) -> tuple[list[list[Tensor]], list[Unit]]:
-        """:meth:`columns`, and what ``each`` makes of every unit's own products before they are summed.
+        """:meth:`columns`, and what ``each`` makes of every unit's own products before they are
+        summed.
 
-        A unit is a micro-batch. The products that ``each`` is given are sums over the unit's loss terms. The units of all
-        processes are returned, in the order of the batches.
+        A unit is a micro-batch. The products that ``each`` is given are sums over the unit's loss
+        terms. The units of all processes are returned, in the order of the batches.
         """
         units: list[tuple[int, Unit]] = []
         found = self._pass([(block, vector, targets) for block, vector in requests], each, units)
@@ -174,7 +193,8 @@ class Products:
                 if not memory.is_exhausted(raised):
                     raise
                 error = raised.with_traceback(None)  # its frames hold the graph
-            # One message: a process without memory takes part in it, so that the others need not wait, and all begin anew
+            # One message: a process without memory takes part in it, so that the others need not
+            # wait, and all begin anew
             words = torch.tensor([terms, float(error is not None)], dtype=torch.float64)
             *parts, words = self.ranks.sums([*(p for total in totals for p in total), words])
             terms, exhausted = words.tolist()
@@ -186,14 +206,17 @@ class Products:
                 units.clear()
 
     def _compare(self, requests: Sequence[Request]) -> None:
-        """The first pass is the same on all processes that share it: a sum of products of other vectors has no meaning."""
+        """The first pass is the same on all processes that share it: a sum of products of other
+        vectors has no meaning.
+        """
         if self._compared or self.ranks.rows == 1:
             return
         self._compared = True
         own = [(source.name, len(targets), _trace_of(v)) for source, v, targets in requests]
         if len({str(told) for told in self.ranks.of_column(own)}) > 1:
             raise ValueError(
-                "the processes ask for products with different vectors or blocks: every process has to make the same call, "
+                "the processes ask for products with different vectors or blocks: every process "
+                "has to make the same call, "
                 "with the same seed and the same numbers of probes and steps"
             )
 
@@ -228,13 +251,16 @@ class Products:
         for (block, _, _), found in zip(requests, products, strict=True):
             if not all(_is_finite(part) for part in found):
                 raise ValueError(
-                    f"a product with block {block.name!r} holds NaN or infinite values; check the checkpoint and the "
+                    f"a product with block {block.name!r} holds NaN or infinite values; check the "
+                    "checkpoint and the "
                     "data, or use a wider dtype (model.double())"
                 )
         return products
 
     def _linearised(self, parameters: Tensors) -> Iterator[tuple[int, Apply, float]]:
-        """Of each micro-batch that is this process's: the number of its batch, its products, its number of loss terms."""
+        """Of each micro-batch that is this process's: the number of its batch, its products, its
+        number of loss terms.
+        """
         if parameters.keys() <= self._kept_parameters:
             yield from self._kept
             return
@@ -249,7 +275,8 @@ class Products:
                 apply, count = self.linearise(batch, parameters)
             except ArithmeticError as error:
                 raise ValueError(
-                    f"{error} on batch {number} (counted from 0); curvature needs a finite one: leave the batch out, or check "
+                    f"{error} on batch {number} (counted from 0); curvature needs a finite one: "
+                    "leave the batch out, or check "
                     "the checkpoint and the data"
                 ) from None
             self.gradients += 1
@@ -261,7 +288,9 @@ class Products:
             self._kept, self._kept_parameters = kept, frozenset(parameters)
 
     def linearise(self, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
-        """The shared pass of one batch, and its number of loss terms; the objective must be prepared."""
+        """The shared pass of one batch, and its number of loss terms; the objective must be
+        prepared.
+        """
         with reduced_model(self.precision, self.objective.device):
             return LINEARISATIONS[self.curvature](self.objective, batch, parameters)
 
@@ -285,7 +314,9 @@ class Products:
                 apply(direction, deepest.parameters)
 
     def calibrate(self, blocks: Sequence[Block]) -> Costs:
-        """Seconds of a gradient, of the shared pass and of each block's product, on one micro-batch."""
+        """Seconds of a gradient, of the shared pass and of each block's product, on one
+        micro-batch.
+        """
         with self.objective.prepared(), reduced_multiplication(self.precision):
             batch = next(iter(self.batches()))
             everything = list(self._parameters.values())
@@ -406,7 +437,9 @@ def _fisher(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Appl
 def _gauss_newton(
     outputs: Tensor, parameters: Tensors, middle: Callable[[Tensor], Tensor]
 ) -> Apply:
-    """J' M J with J the Jacobian of ``outputs``; J v is the derivative of J' u with respect to u, so it shares a pass too."""
+    """J' M J with J the Jacobian of ``outputs``; J v is the derivative of J' u with respect to u,
+    so it shares a pass too.
+    """
     dual = torch.zeros_like(outputs, requires_grad=True)
     transposed = _grad([outputs], parameters, grad_outputs=[dual], create_graph=True)
 

@@ -1,16 +1,18 @@
 """No product is believed before it was compared with the gradient.
 
-Autograd differentiates a backward pass twice without a word even where the first one was written to be used once: a fused
-loss hands out gradients that it made in its forward pass, a compiled function or a norm keeps a number that it takes for a
-constant, a fused weight norm is simply wrong. The product then lacks terms and nothing says so. But the gradient itself is
-right, and its central differences are the same product, made another way.
+Autograd differentiates a backward pass twice without a word even where the first one was written to
+be used once: a fused loss hands out gradients that it made in its forward pass, a compiled function
+or a norm keeps a number that it takes for a constant, a fused weight norm is simply wrong. The
+product then lacks terms and nothing says so. But the gradient itself is right, and its central
+differences are the same product, made another way.
 
-So before the expensive part one product H d with a random direction d is compared with
-(g(theta + h d) - g(theta - h d)) / 2h, and d'Hu with u'Hd, on a part of the first batch, three gradients in all. The
-comparison is made on a copy of the model in float64, where a step h can be so small that hardly any activation passes a
-kink (ReLU, pooling, routing) on its way; and the copy stands a hair beside the parameters, so that none lies exactly on one.
-A copy that still disagrees is asked again with other steps: the difference quotients of a smooth gradient agree with each
-other, whereas those over a kink, or of rounding, do not. Only a product that disagrees with quotients that agree is wrong.
+So before the expensive part one product H d with a random direction d is compared with (g(theta + h
+d) - g(theta - h d)) / 2h, and d'Hu with u'Hd, on a part of the first batch, three gradients in all.
+The comparison is made on a copy of the model in float64, where a step h can be so small that hardly
+any activation passes a kink (ReLU, pooling, routing) on its way; and the copy stands a hair beside
+the parameters, so that none lies exactly on one. A copy that still disagrees is asked again with
+other steps: the difference quotients of a smooth gradient agree with each other, whereas those over
+a kink, or of rounding, do not. Only a product that disagrees with quotients that agree is wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ from blockspec.products.trials import WAYS, Make, Tensors, Trial, part_of, trial
 SMALLEST = 1e-9  # a step relative to the parameters, within which hardly any kink lies
 STEPS = {torch.float64: (1e-7, SMALLEST, 1e-5, 1e-3), torch.float32: (1e-2, 3e-3, 3e-2)}
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 5e-2}
-"""Of the relative error of a parameter's part of the product; see ``benchmarks/guard.py`` for right and wrong ones."""
+"""Of the relative error of a parameter's part of the product; see ``benchmarks/guard.py`` for right
+and wrong ones.
+"""
 AGREEMENT = (
     0.1  # two quotients agree if they differ by less, relative to their distance from the product
 )
@@ -45,10 +49,12 @@ AGREEMENT = (
 class Check:
     """What is known of an operator's products.
 
-    state: ``"passed"``, ``"unchecked"`` (it was not possible) or ``"off"`` (it was not wanted).
-    reason: Why it was not possible, or what to bear in mind.
-    error: Largest relative difference between product and central difference over the parameters.
-    asymmetry: |u'Hd - d'Hu|, relative to the products' size.
+    Args:
+        state: ``"passed"``, ``"unchecked"`` (it was not possible) or ``"off"`` (it was not wanted).
+        reason: Why it was not possible, or what to bear in mind.
+        error: Largest relative difference between product and central difference over the
+            parameters.
+        asymmetry: |u'Hd - d'Hu|, relative to the products' size.
     """
 
     state: str
@@ -82,7 +88,9 @@ def checked(objective: Objective, blocks: Sequence[Block], curvature: str, make:
 
 
 def _state(objective: Objective) -> tuple[object, ...]:
-    """What a check depends on, as far as it is known without reading numbers: tensors count their changes."""
+    """What a check depends on, as far as it is known without reading numbers: tensors count their
+    changes.
+    """
     model = objective.model
     tensors = [*model.parameters(), *model.buffers()]
     versions = [(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
@@ -97,19 +105,23 @@ def _state(objective: Objective) -> tuple[object, ...]:
 def check_products(
     objective: Objective, blocks: Sequence[Block], curvature: str, make: Make
 ) -> Check:
-    """Compares one product with central differences of the gradient, and looks whether the products are symmetric.
+    """Compares one product with central differences of the gradient, and looks whether the products
+    are symmetric.
 
     Args:
-        objective: Its model is left alone: everything is tried on a copy, on a part of the first batch.
+        objective: Its model is left alone: everything is tried on a copy, on a part of the first
+            batch.
         blocks: The direction is random in their parameters.
         curvature: Which matrix, see :class:`blockspec.products.curvature.Products`.
         make: Operator of that matrix for another objective.
 
     Returns:
-        What was found; ``unchecked`` where the model cannot be copied, or its gradient is not smooth enough.
+        What was found; ``unchecked`` where the model cannot be copied, or its gradient is not
+        smooth enough.
 
     Raises:
-        ValueError: The products are wrong; the message names the part of the model that is to blame, and the remedy.
+        ValueError: The products are wrong; the message names the part of the model that is to
+            blame, and the remedy.
     """
     _refuse_autocast(objective.device)
     found = _tried(objective, part_of(objective), blocks, curvature, make)
@@ -172,8 +184,10 @@ def _refuse_autocast(device: torch.device) -> None:
     if torch.is_autocast_enabled(device.type):
         dtype = str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
         raise ValueError(
-            f"an autocast to {dtype} is open around the call, which would round the products without a word: leave it "
-            f"(torch.autocast({device.type!r}, enabled=False)), or ask for precision='bfloat16', whose error is measured"
+            f"an autocast to {dtype} is open around the call, which would round the products "
+            "without a word: leave it "
+            f"(torch.autocast({device.type!r}, enabled=False)), or ask for precision='bfloat16', "
+            "whose error is measured"
         )
 
 
@@ -217,7 +231,9 @@ def _settled(trial: Trial, direction: Tensors, product: Tensors) -> tuple[Refere
 
 
 def _errors(trial: Trial, product: Tensors, reference: Reference, step: float) -> dict[str, float]:
-    """By parameter: the difference relative to the reference, or to what can be told from rounding."""
+    """By parameter: the difference relative to the reference, or to what can be told from
+    rounding.
+    """
     sizes = {name: trial.size(name, t) for name, t in reference.product.items()}
     gradient = math.hypot(
         *(trial.size(n, g) for n, g in reference.gradient.items() if g is not None)
@@ -233,7 +249,9 @@ def _errors(trial: Trial, product: Tensors, reference: Reference, step: float) -
 def _worst(
     trial: Trial, product: Tensors, one: Reference, other: Reference, names: Iterable[str]
 ) -> str | None:
-    """The first parameter where two quotients agree with each other and the product with neither."""
+    """The first parameter where two quotients agree with each other and the product with
+    neither.
+    """
     for name in names:
         spread = trial.size(name, one.product[name] - other.product[name])
         away = min(trial.size(name, product[name] - r.product[name]) for r in (one, other))
@@ -268,7 +286,8 @@ def _explained(trial: Trial, what: str, make: Make) -> str:
             else culprit(trial.objective, trial.unmodified)
         )
     return (
-        f"products with the {trial.curvature} would be wrong without a word: {what} the central difference of the gradient. "
+        f"products with the {trial.curvature} would be wrong without a word: {what} the central "
+        "difference of the gradient. "
         f"To blame is {where}: {remedy}. {SWITCH}"
     )
 

@@ -1,11 +1,12 @@
 """The operator: a symmetric matrix that is known through its products with vectors.
 
-Everything that estimates (the engine, the toolbox) takes an operator and asks nothing else. An operator has named parameters,
-from which blocks are cut, and gives ``H_bb v`` for (block b, vector v). The Hessian of a model, products made a layer at a
-time, sharded products, a preconditioned operator around another one and a matrix of a user's own are all operators.
+Everything that estimates (the engine, the toolbox) takes an operator and asks nothing else. An
+operator has named parameters, from which blocks are cut, and gives ``H_bb v`` for (block b, vector
+v). The Hessian of a model, products made a layer at a time, sharded products, a preconditioned
+operator around another one and a matrix of a user's own are all operators.
 
-An operator of your own is a class with the members of :class:`Operator`; for a matrix or a plain function,
-:class:`FunctionOperator` is one already::
+An operator of your own is a class with the members of :class:`Operator`; for a matrix or a plain
+function, :class:`FunctionOperator` is one already::
 
     operator = FunctionOperator(lambda v: matrix @ v, len(matrix))
     estimate_spectra(None, operator.block(), curvature=operator)
@@ -31,7 +32,8 @@ class Operator(Protocol):
     Attributes:
         curvature: The matrix's name, which results carry: ``"hessian"``, ``"ggn"``, ...
         objective: The function that the matrix belongs to; None for a matrix without a model.
-        parameters: Name -> tensor of all that blocks may be cut from. Shapes, dtypes and order count.
+        parameters: Name -> tensor of all that blocks may be cut from. Shapes, dtypes and order
+            count.
         device: Where vectors live.
         ranks: The processes that share the work of one product.
         gradients: Shared forward-and-backward passes over one batch that were made so far.
@@ -63,8 +65,8 @@ class Operator(Protocol):
         """Guards, before the expensive part.
 
         Raises:
-            ValueError: The products with these blocks would be wrong: the objective is not deterministic, not finite, or
-                cannot be differentiated twice.
+            ValueError: The products with these blocks would be wrong: the objective is not
+                deterministic, not finite, or cannot be differentiated twice.
         """
         ...
 
@@ -75,7 +77,9 @@ class Operator(Protocol):
     def columns(
         self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block]
     ) -> list[list[Tensor]]:
-        """For each (block b, v (P_b,)): H_cb v (P_c,) of every block c in ``targets``; one pass over the data."""
+        """For each (block b, v (P_b,)): H_cb v (P_c,) of every block c in ``targets``; one pass
+        over the data.
+        """
         ...
 
 
@@ -115,7 +119,9 @@ class FunctionOperator:
         self._function = function
 
     def block(self, start: int = 0, stop: int | None = None, *, name: str | None = None) -> Block:
-        """The diagonal block of rows ``start`` to ``stop``; the whole matrix where both are left out."""
+        """The diagonal block of rows ``start`` to ``stop``; the whole matrix where both are left
+        out.
+        """
         ((parameter, tensor),) = self.parameters.items()
         stop = len(tensor) if stop is None else stop
         if not 0 <= start < stop <= len(tensor):
@@ -130,7 +136,9 @@ class FunctionOperator:
         )
 
     def check(self, blocks: Sequence[Block]) -> None:
-        """One product with the first block, compared with itself and with the shape that it must have."""
+        """One product with the first block, compared with itself and with the shape that it must
+        have.
+        """
         block = blocks[0]
         vector = torch.ones(block.numel, device=self.device).to(
             next(iter(self.parameters.values()))
@@ -138,7 +146,8 @@ class FunctionOperator:
         first, again = self.sweep([(block, vector), (block, vector)])
         if not torch.equal(first, again):
             raise ValueError(
-                f"the operator {self.curvature!r} is not deterministic: the same vector gave two products"
+                f"the operator {self.curvature!r} is not deterministic: the same vector gave two "
+                "products"
             )
 
     def sweep(self, requests: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
@@ -158,7 +167,9 @@ class FunctionOperator:
         self.products += 1
         if not isinstance(product, Tensor) or product.shape != tensor.shape:
             raise ValueError(
-                f"the operator's function must give a tensor of shape {tuple(tensor.shape)}, the shape of its "
-                f"argument; it gave {tuple(product.shape) if isinstance(product, Tensor) else product!r}"
+                f"the operator's function must give a tensor of shape {tuple(tensor.shape)}, the "
+                "shape of its "
+                "argument; it gave "
+                f"{tuple(product.shape) if isinstance(product, Tensor) else product!r}"
             )
         return [gather(target, {name: product}) for target in targets]

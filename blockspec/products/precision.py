@@ -17,13 +17,16 @@ def check(precision: str | None) -> None:
     """Raises ValueError for a precision that there is not."""
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(
-            f"precision is one of {PRECISIONS}, or None for that of the parameters; got {precision!r}"
+            f"precision is one of {PRECISIONS}, or None for that of the parameters; got "
+            f"{precision!r}"
         )
 
 
 @contextmanager
 def reduced_multiplication(precision: str | None) -> Iterator[None]:
-    """``tf32``: matrix products and convolutions of a GPU round their factors to 10 bits; nothing changes elsewhere."""
+    """``tf32``: matrix products and convolutions of a GPU round their factors to 10 bits; nothing
+    changes elsewhere.
+    """
     if precision != "tf32":
         yield
         return
@@ -45,5 +48,7 @@ def _allow_tf32() -> Callable[[], None]:
 
 
 def reduced_model(precision: str | None, device: torch.device) -> AbstractContextManager[Any]:
-    """``bfloat16``: the model is linearised under autocast; the products follow the types that it has chosen."""
+    """``bfloat16``: the model is linearised under autocast; the products follow the types that it
+    has chosen.
+    """
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()

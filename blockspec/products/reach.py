@@ -1,7 +1,8 @@
 """Whether gradients reach every parameter that the loss depends on.
 
-A forward pass under ``torch.no_grad``, or a layer that hands back no gradient, leaves parameters with neither gradient nor
-curvature, in agreement with each other. The values of the loss tell: they change with the parameter all the same.
+A forward pass under ``torch.no_grad``, or a layer that hands back no gradient, leaves parameters
+with neither gradient nor curvature, in agreement with each other. The values of the loss tell: they
+change with the parameter all the same.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from blockspec.products.trials import Trial
 
 STEPS = {torch.float64: (1e-7, 1e-6), torch.float32: (1e-2, 3e-2)}
 MATTERS = {torch.float64: 1e-4, torch.float32: 1e-1}
-"""Of the gradient's size: by how much the loss's rise and the gradient may differ. Right models: 1e-8 and 1e-2 at most."""
+"""Of the gradient's size: by how much the loss's rise and the gradient may differ.
+
+Right models: 1e-8 and 1e-2 at most.
+"""
 DETACHED = (
-    "a part of the loss is detached: it changes by other than its gradient says, and so the curvature is that of the "
+    "a part of the loss is detached: it changes by other than its gradient says, and so the "
+    "curvature is that of the "
     "gradient, not that of the loss"
 )
 
@@ -64,7 +69,9 @@ def _allowed(trial: Trial, reference: Reference) -> float:
 
 
 def _moves(trial: Trial, names: Sequence[str]) -> bool:
-    """Whether the loss changes with these parameters, in proportion to the step: not by rounding, nor by a jump."""
+    """Whether the loss changes with these parameters, in proportion to the step: not by rounding,
+    nor by a jump.
+    """
     direction = {n: t for n, t in trial.direction(2000).items() if n in names}
     slopes = []
     for step in STEPS[trial.dtype]:
@@ -83,7 +90,8 @@ def _message(trial: Trial, name: str, runs: str | None) -> str:
     path = name.rpartition(".")[0]
     if runs:
         return (
-            f"parameter {name!r} gets no gradient though the loss depends on it: {runs} runs with gradients switched "
+            f"parameter {name!r} gets no gradient though the loss depends on it: {runs} runs with "
+            "gradients switched "
             f"off; {NO_GRAD}"
         )
     quantised = [

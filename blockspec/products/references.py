@@ -1,8 +1,9 @@
-"""Products by central differences of the gradients of the model as it is: what exact products are checked against.
+"""Products by central differences of the gradients of the model as it is: what exact products are
+checked against.
 
-Each function takes an objective (of one batch, in eval mode, with nothing replaced), a direction d (parameter name ->
-tensor) and a step h, and gives the product with d, of the mean over the batch's loss terms, by parameter name. No second
-derivative is taken. Each costs at most two gradients.
+Each function takes an objective (of one batch, in eval mode, with nothing replaced), a direction d
+(parameter name -> tensor) and a step h, and gives the product with d, of the mean over the batch's
+loss terms, by parameter name. No second derivative is taken. Each costs at most two gradients.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ Tensors = Mapping[str, Tensor]
 class Reference:
     """What central differences say.
 
-    product: By name; zeros where nothing depends on a parameter.
-    gradient: By name, at a point nearby or with other weights; None where the parameter has no path to the loss.
-    rise: (L(theta + h d) - L(theta - h d)) / 2h less what the gradient says of it; None where it was not computed.
+    Args:
+        product: By name; zeros where nothing depends on a parameter.
+        gradient: By name, at a point nearby or with other weights; None where the parameter has no
+            path to the loss.
+        rise: (L(theta + h d) - L(theta - h d)) / 2h less what the gradient says of it; None where
+            it was not computed.
     """
 
     product: dict[str, Tensor]
@@ -51,7 +55,9 @@ def of_hessian(objective: Objective, direction: Tensors, step: float) -> Referen
 
 
 def of_ggn(objective: Objective, direction: Tensors, step: float) -> Reference:
-    """J' times the difference of the loss's slopes at the outputs f(theta + h d) and f(theta - h d)."""
+    """J' times the difference of the loss's slopes at the outputs f(theta + h d) and f(theta - h
+    d).
+    """
     loss, batch = _split(objective)
     slopes = []
     for sign in (1, -1):

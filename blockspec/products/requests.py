@@ -1,4 +1,6 @@
-"""What is asked of an operator: blocks of its own parameters, and vectors in the dtype that they have."""
+"""What is asked of an operator: blocks of its own parameters, and vectors in the dtype that they
+have.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,13 @@ def checked_blocks(
     for block in blocks:
         if unknown := [name for name in block.parameters if name not in parameters]:
             raise ValueError(
-                f"block {block.name!r} holds {unknown[0]!r}, which is no parameter of the model that requires gradients; "
+                f"block {block.name!r} holds {unknown[0]!r}, which is no parameter of the model "
+                "that requires gradients; "
                 "make the partition from the same model, after freezing"
             )
         if not block.pieces:
             raise ValueError(
-                f"block {block.name!r} has no parameters (from a file?): make it with blockspec.partition"
+                f"block {block.name!r} has no parameters (from a file?): make it with "
+                "blockspec.partition"
             )
     return blocks

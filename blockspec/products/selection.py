@@ -1,4 +1,6 @@
-"""Which operator: from the settings that every estimator takes to the operator and the blocks that it works with."""
+"""Which operator: from the settings that every estimator takes to the operator and the blocks that
+it works with.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ class OperatorSettings:
     """Which matrix is measured.
 
     Args:
-        curvature: hessian, ggn (generalised Gauss-Newton), fisher (empirical Fisher), or residual (hessian less ggn). In
-            Python it may also be an operator of your own, see :class:`blockspec.Operator`.
-        check: Compare a product with central differences of the gradient first, which costs three gradients of one batch and
-            finds functions whose second derivative is silently wrong; see :mod:`blockspec.products.guard`. What came out is
-            ``cost.check`` of the result, also where it was left out.
+        curvature: Which matrix: hessian, ggn (generalised Gauss-Newton), fisher (empirical Fisher),
+            or residual (hessian less ggn). In Python it may also be an operator of your own, see
+            blockspec.products.operators.
+        check: Compare a product with central differences of the gradient first, which costs three
+            gradients of one batch and finds functions whose second derivative is silently wrong;
+            see :mod:`blockspec.products.guard`. What came out is ``cost.check`` of the result, also
+            where it was left out.
     """
 
     curvature: str | Operator = "hessian"
@@ -38,13 +42,15 @@ def open_operator(
     ranks: Ranks | None = None,
     precision: str | None = None,
 ) -> tuple[Operator, tuple[Block, ...]]:
-    """The operator that the settings name, and the blocks as a tuple; both are checked here, before the expensive part.
+    """The operator that the settings name, and the blocks as a tuple; both are checked here, before
+    the expensive part.
 
     Args:
         objective: What is differentiated; may be None where ``settings.curvature`` is an operator.
         blocks: One block or several.
         settings: Which matrix.
-        ranks: Processes that share the work; None: all processes split the batches. An operator of the user's has its own.
+        ranks: Processes that share the work; None: all processes split the batches. An operator of
+            the user's has its own.
         precision: Of the products, see :mod:`blockspec.products.precision`.
 
     Raises:
@@ -55,7 +61,8 @@ def open_operator(
     if isinstance(operator, str):
         if objective is None:
             raise TypeError(
-                f"curvature {operator!r} needs an objective; only an operator of your own goes without"
+                f"curvature {operator!r} needs an objective; only an operator of your own goes "
+                "without"
             )
         operator = Products(
             objective,
@@ -66,7 +73,8 @@ def open_operator(
         )
     elif not isinstance(operator, Operator):
         raise TypeError(
-            "curvature is the name of a matrix or an operator (blockspec.Operator says what one has), got a "
+            "curvature is the name of a matrix or an operator (blockspec.Operator says what one "
+            "has), got a "
             f"{type(operator).__name__}"
         )
     elif precision is not None:

@@ -1,4 +1,6 @@
-"""Settings classes as keyword arguments: one definition serves a function, the command line and a run's record."""
+"""Settings classes as keyword arguments: one definition serves a function, the command line and a
+run's record.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,14 @@ def takes(
 ) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Lets a function take the fields of settings classes as arguments of its own.
 
-    ``@takes(settings=EstimateSettings)`` over ``def f(objective, *, settings)`` gives ``f(objective, num_probes=4, ...)``: the
-    fields stand in the signature with their types and defaults, and the line ``[settings]`` of the docstring becomes their
-    explanations. A new setting is one field and its use.
+    ``@takes(settings=EstimateSettings)`` over ``def f(objective, *, settings)`` gives
+    ``f(objective, num_probes=4, ...)``: the fields stand in the signature with their types and
+    defaults, and the line ``[settings]`` of the docstring becomes their explanations. A new setting
+    is one field and its use.
 
     Args:
-        positional: Fields that may also be given by place, after the function's own positional parameters.
+        positional: Fields that may also be given by place, after the function's own positional
+            parameters.
         kinds: Name of a parameter -> the dataclass that it is.
     """
     home = {field.name: name for name, kind in kinds.items() for field in fields(kind)}
@@ -83,7 +87,9 @@ def _documented(text: str, kinds: Any) -> str:
 
 
 def arguments_of(kind: type) -> list[str]:
-    """The lines under ``Args:`` in the docstring of a settings class and of the settings classes that it extends."""
+    """The lines under ``Args:`` in the docstring of a settings class and of the settings classes
+    that it extends.
+    """
     lines: list[str] = []
     for cls in reversed(kind.__mro__):
         text = inspect.cleandoc(vars(cls).get("__doc__") or "")

@@ -1,7 +1,8 @@
-"""Algorithms that ask for products, driven together: those of all blocks share the passes over the data.
+"""Algorithms that ask for products, driven together: those of all blocks share the passes over the
+data.
 
-An algorithm of one block is a generator: it yields probes (K, P), is sent their products (K, P), and returns its result.
-It knows nothing of models.
+An algorithm of one block is a generator: it yields probes (K, P), is sent their products (K, P),
+and returns its result. It knows nothing of models.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def run_together(
 ) -> dict[Block, R]:
     """The results of all algorithms; each round of products is one sweep.
 
-    progress: called with (products done, None) after each sweep.
+    Args:
+        progress: Called with (products done, None) after each sweep.
     """
     results: dict[Block, R] = {}
     asked: dict[Block, Tensor] = {}

@@ -1,4 +1,6 @@
-"""A copy of an objective to try things with: a part of one batch, in float64, a hair beside the parameters."""
+"""A copy of an objective to try things with: a part of one batch, in float64, a hair beside the
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,13 @@ Make = Callable[[Objective], Swept]
 class Way:
     """How a trial is made; where one way is not possible, the next one is tried.
 
-    doubled: In float64, whatever the parameters are in.
-    throughout: The product, and not the gradient alone, is computed in float64 where the model casts to less.
-    beside: How far from the parameters, relative to them.
-    experts: Experts of Hugging Face's models one after the other: their fused kernels know no float64.
+    Args:
+        doubled: In float64, whatever the parameters are in.
+        throughout: The product, and not the gradient alone, is computed in float64 where the model
+            casts to less.
+        beside: How far from the parameters, relative to them.
+        experts: Experts of Hugging Face's models one after the other: their fused kernels know no
+            float64.
     """
 
     doubled: bool = True
@@ -66,10 +71,11 @@ WAYS = (
 class Trial:
     """The copy and what is done with it.
 
-    objective: For gradients: with a loss without what is ours in it.
-    given: The same copy for products: with the loss as it was given.
-    scales: Parameter name -> size of its entries, for those in the direction.
-    block: All of these as one block.
+    Args:
+        objective: For gradients: with a loss without what is ours in it.
+        given: The same copy for products: with the loss as it was given.
+        scales: Parameter name -> size of its entries, for those in the direction.
+        block: All of these as one block.
     """
 
     objective: Objective

@@ -18,7 +18,8 @@ from rich.progress import (
 
 @contextmanager
 def progress_bar(label: str, *, unit: str = "products") -> Iterator[Callable[..., None]]:
-    """A bar for one call: ``with progress_bar("loss", unit="points") as bar: landscape(..., progress=bar)``.
+    """A bar for one call: ``with progress_bar("loss", unit="points") as bar: landscape(...,
+    progress=bar)``.
 
     Where the caller does not know its end (traces that stop at a tolerance), the bar has none.
     """

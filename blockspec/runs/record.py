@@ -1,8 +1,9 @@
 """run.json: what was run, and which stages are complete.
 
-A stage is announced before its rows are written to the tables, and entered when they are on the disk. What the record says, it
-says with digests: of the weights, data and blocks that were measured, and of the rows in the tables. So other content under the
-same name is noticed, and so are rows that are another run's.
+A stage is announced before its rows are written to the tables, and entered when they are on the
+disk. What the record says, it says with digests: of the weights, data and blocks that were
+measured, and of the rows in the tables. So other content under the same name is noticed, and so are
+rows that are another run's.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ Record = dict[str, Any]
 
 
 def open_record(settings: Mapping[str, Any], out: Path) -> Record:
-    """The content of run.json where the same run was begun before, if with fewer checkpoints; else a new one, not yet written.
+    """The content of run.json where the same run was begun before, if with fewer checkpoints; else
+    a new one, not yet written.
 
-    A record without any complete stage binds nobody: other settings take its place. Only for who alone writes to the folder.
+    A record without any complete stage binds nobody: other settings take its place. Only for who
+        alone writes to the folder.
 
     Raises:
         ValueError: The folder holds a run of other settings, or tables without a record.
@@ -48,13 +51,15 @@ def open_record(settings: Mapping[str, Any], out: Path) -> Record:
         ):
             if record["stages"]:
                 raise ValueError(
-                    f"{out} holds a run of other settings ({'; '.join(different)}): choose another --out"
+                    f"{out} holds a run of other settings ({'; '.join(different)}): choose another "
+                    "--out"
                 )
             return _new(wanted)
         return record
     if tables := [path.name for path in out.glob("*.parquet") if WRITTEN.fullmatch(path.name)]:
         raise ValueError(
-            f"{out} holds {tables[0]}, but no run.json that says of what: move it away, or choose another --out"
+            f"{out} holds {tables[0]}, but no run.json that says of what: move it away, or choose "
+            "another --out"
         )
     return _new(wanted)
 
@@ -81,7 +86,9 @@ def _made_by() -> dict[str, Any]:
 
 
 def announce_stage(out: Path, record: Record, entry: dict[str, Any]) -> None:
-    """Writes into run.json which stage the tables get next, so that its rows are known if the writing is cut short."""
+    """Writes into run.json which stage the tables get next, so that its rows are known if the
+    writing is cut short.
+    """
     record["writing"] = entry | _made_by()
     write_record(out, record)
 
@@ -102,8 +109,8 @@ def write_record(out: Path, record: Record) -> None:
 def git_commit() -> str | None:
     """The commit of the working folder.
 
-    Whether files differ from it is not said: git would run the programs that the folder's own configuration names to find out,
-    and the folder may be anybody's.
+    Whether files differ from it is not said: git would run the programs that the folder's own
+    configuration names to find out, and the folder may be anybody's.
     """
     try:
         run = subprocess.run(

@@ -1,8 +1,11 @@
-"""A run: the spectra of a model, or of its checkpoints along training, in a folder (run.json, spectra.parquet, ...).
+"""A run: the spectra of a model, or of its checkpoints along training, in a folder (run.json,
+spectra.parquet, ...).
 
-A stage is one model. It is done when run.json has an entry of the same step and the same content: weights, data, blocks, and
-what the loss gives. Names and dates of files count for nothing. The order of writing makes every moment a safe one to be killed
-in: the state after all sweeps, then the tables, then the record, and only then is the state removed.
+A stage is one model. It is done when run.json has an entry of the same step and the same content:
+weights, data, blocks, and what the loss gives. Names and dates of files count for nothing. The
+order of writing makes every moment a safe one to be killed
+in: the state after all sweeps, then the tables, then the record, and only then is the state
+    removed.
 """
 
 from __future__ import annotations
@@ -64,8 +67,8 @@ def measure(
 ) -> None:
     """Does what is not done yet of a run; a stage under way goes on where it was killed.
 
-    With several processes every one of them calls this. The first decides what is to be done, and writes; each plans as if it
-    were alone.
+    With several processes every one of them calls this. The first decides what is to be done, and
+    writes; each plans as if it were alone.
 
     Args:
         settings: What the numbers depend on.
@@ -73,12 +76,12 @@ def measure(
         out: The run's folder.
         resources: What the run may take.
         progress: Called with (label, products done, products in all) after each sweep.
-        announce: Is given the plan of the first stage that is measured, and the number of stages, before the work; run.json then
-            says how it came out. None makes no plan.
+        announce: Is given the plan of the first stage that is measured, and the number of stages,
+            before the work; run.json then says how it came out. None makes no plan.
 
     Raises:
-        ValueError: The folder holds a run of other settings, a step of other content, or tables that are not this run's; or
-            another program writes to it.
+        ValueError: The folder holds a run of other settings, a step of other content, or tables
+            that are not this run's; or another program writes to it.
     """
     out = Path(out)
     with held(out):
@@ -138,7 +141,9 @@ class _Run:
         complete(self.out, self.record, spectra, entry, rows)
 
     def _ready(self, stage: Stage) -> tuple[Objective, tuple[Block, ...], Identity]:
-        """The objective of a stage, its blocks and their identity, which is the same on all processes."""
+        """The objective of a stage, its blocks and their identity, which is the same on all
+        processes.
+        """
         objective, blocks = everywhere(
             lambda: prepare(self.settings, stage, self.factory, self.resources.device)
         )
@@ -155,7 +160,9 @@ class _Run:
         return {"products": plan.products, "seconds": round(plan.seconds, 2), "peak": plan.peak}
 
     def _first_writes_the_record(self, stage: Stage) -> Callable[[int, int], None]:
-        """After the first sweep all that can be refused has been: from here on the folder is this run's."""
+        """After the first sweep all that can be refused has been: from here on the folder is this
+        run's.
+        """
 
         def update(done: int, total: int) -> None:
             if is_first() and not self.record["stages"] and not (self.out / "run.json").exists():
@@ -198,8 +205,10 @@ def check_same(
     if different := differences(done["identity"], identity):
         there, here = (f" ({name})" if name else "" for name in (done["checkpoint"], path))
         raise ValueError(
-            f"step {done['step']} of {out}{there} was measured of other content than is there now{here}: "
-            f"{'; '.join(different)}. Name checkpoints by their training step, or choose another --out"
+            f"step {done['step']} of {out}{there} was measured of other content than is there "
+            f"now{here}: "
+            f"{'; '.join(different)}. Name checkpoints by their training step, or choose another "
+            "--out"
         )
 
 
@@ -212,8 +221,10 @@ def check_data(out: Path, identity: Identity, record: Record) -> None:
     for entry in record["stages"]:
         if entry["identity"]["data"] != identity["data"]:
             raise ValueError(
-                f"step {entry['step']} of {out} was measured on other data (digest {entry['identity']['data']}) than is "
-                f"asked for now ({identity['data']}): choose another --out; a factory that draws data needs a seed"
+                f"step {entry['step']} of {out} was measured on other data (digest "
+                f"{entry['identity']['data']}) than is "
+                f"asked for now ({identity['data']}): choose another --out; a factory that draws "
+                "data needs a seed"
             )
 
 

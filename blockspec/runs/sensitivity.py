@@ -1,4 +1,6 @@
-"""``blockspec sensitivity``: which matrices survive few bits, and how to deal bits out under a budget."""
+"""``blockspec sensitivity``: which matrices survive few bits, and how to deal bits out under a
+budget.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,17 @@ class SensitivitySettings:
     """What is quantised, and how.
 
     Args:
-        model: A factory module:function that returns (model, batches, loss), or a Hugging Face name or folder.
+        model: A factory module:function that returns (model, batches, loss), or a Hugging Face name
+            or folder.
         model_args: Keyword arguments of the factory.
-        by: The matrices: blocks by tensor or by matrix, in which fused query-key-value tensors are cut.
+        by: The matrices: blocks by tensor or by matrix, in which fused query-key-value tensors are
+            cut.
         bits: Bit widths of a weight, separated by commas.
         group: Weights of a row that share one scale; one scale an output if left out.
-        symmetric: Whether the levels lie around zero; if false, between the smallest and the largest weight.
-        budgets: Mean bits a weight for which bits are dealt out, separated by commas; all widths if left out.
+        symmetric: Whether the levels lie around zero; if false, between the smallest and the
+            largest weight.
+        budgets: Mean bits a weight for which bits are dealt out, separated by commas; all widths if
+            left out.
         num_probes: Random vectors for the traces that the rankings are compared with.
         seed: Of all random vectors.
         curvature: hessian, ggn, fisher or residual.
@@ -105,7 +111,9 @@ def run(settings: SensitivitySettings, out: Path | None) -> None:
 
 
 def _outcome(found: Any, budget: float, bits: pd.Series) -> dict[str, float]:
-    """Predicted and measured damage under a budget, beside the largest uniform width that fits into it."""
+    """Predicted and measured damage under a budget, beside the largest uniform width that fits into
+    it.
+    """
     predicted = found.table["predicted"]
     widths = [width for width in found.errors if width <= budget]
     uniform = bits.map(lambda _: max(widths))

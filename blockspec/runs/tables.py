@@ -1,4 +1,6 @@
-"""A run's tables: a step is added whole, and is recognised by the digest that run.json has of its rows."""
+"""A run's tables: a step is added whole, and is recognised by the digest that run.json has of its
+rows.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def digests_of(rows: Rows) -> dict[str, str]:
 
 
 def holds(out: Path, step: int, digests: Mapping[str, str]) -> bool:
-    """Whether the tables have a step as it was recorded; where they do not, what they have of it is removed."""
+    """Whether the tables have a step as it was recorded; where they do not, what they have of it is
+    removed.
+    """
     tables = {name: _read(out / name) for name in (SPECTRA, HETEROGENEITY)}
     kept = {name: table for name, table in tables.items() if table is not None}
     rows = {name: table[table["step"] == step] for name, table in kept.items()}
@@ -65,15 +69,16 @@ def holds(out: Path, step: int, digests: Mapping[str, str]) -> bool:
 
 
 def check_tables(out: Path, stages: Sequence[dict[str, Any]]) -> tuple[list[int], bool]:
-    """Compares the tables with the record of the complete stages, and mends what can be mended without a model.
+    """Compares the tables with the record of the complete stages, and mends what can be mended
+    without a model.
 
     Args:
         out: The run's folder.
         stages: Entries of run.json.
 
     Returns:
-        Steps that the record has and spectra.parquet lacks: they have to be measured again; and whether heterogeneity.parquet
-        was mended, and with it the digests in ``stages``.
+        Steps that the record has and spectra.parquet lacks: they have to be measured again; and
+        whether heterogeneity.parquet was mended, and with it the digests in ``stages``.
 
     Raises:
         ValueError: A table is damaged, or holds steps that are not this run's.
@@ -101,7 +106,8 @@ def _compare(
     there = [] if table is None else table["step"].unique().tolist()
     if foreign := sorted(set(there) - set(digests)):
         raise ValueError(
-            f"{path} holds steps that this run has not measured ({foreign[:5]}): it is another run's table; "
+            f"{path} holds steps that this run has not measured ({foreign[:5]}): it is another "
+            "run's table; "
             "move it away, and the steps that are missing then are measured again"
         )
     lost = []
@@ -112,7 +118,8 @@ def _compare(
             lost.append(step)
         elif rows_digest(table[table["step"] == step], path.name) != recorded[path.name]:
             raise ValueError(
-                f"the rows of step {step} in {path} are not those that run.json has recorded: the file was changed, or is "
+                f"the rows of step {step} in {path} are not those that run.json has recorded: the "
+                "file was changed, or is "
                 "another run's; move it away, and its steps are measured again"
             )
     if lost:
@@ -145,7 +152,9 @@ def heterogeneity_of(spectra: Spectra, *, step: int) -> pd.DataFrame | None:
 
 
 def heterogeneity_table(spectra: Spectra, definition: str, *, step: int) -> pd.DataFrame:
-    """Distances of all pairs of blocks as a tidy table, with their mean and its standard error in every row."""
+    """Distances of all pairs of blocks as a tidy table, with their mean and its standard error in
+    every row.
+    """
     distances = js_distances(spectra, definition)
     mean = js0(spectra, definition)
     pairs = (
@@ -162,7 +171,8 @@ def _join(rows: pd.DataFrame, path: Path, recorded: Collection[int] = ()) -> Non
     there = set() if before is None else set(before["step"].unique().tolist())
     if missing := sorted(set(recorded) - there - set(rows["step"])):
         raise ValueError(
-            f"{path} has lost the steps {missing} while the run was under way: was the folder deleted or moved? "
+            f"{path} has lost the steps {missing} while the run was under way: was the folder "
+            "deleted or moved? "
             "The same command measures them again"
         )
     table = rows

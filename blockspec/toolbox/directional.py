@@ -1,12 +1,13 @@
 """Curvature along a direction: what the loss does when the weights move this way, block by block.
 
-To second order, a move d changes the loss by ``g'd + d'Hd / 2``. Both terms split over blocks: ``g_b'd_b`` is what block b
-gains by itself, and the matrix ``d_b'H_bc d_c`` says how blocks help or hinder each other. Row sums of this matrix come from one
-product ``H d``; all of its entries take a product ``H_:c d_c`` for every block c, since one vector cannot tell the blocks apart.
-The loss's real change stands beside, from two forward passes.
+To second order, a move d changes the loss by ``g'd + d'Hd / 2``. Both terms split over blocks:
+``g_b'd_b`` is what block b gains by itself, and the matrix ``d_b'H_bc d_c`` says how blocks help or
+hinder each other. Row sums of this matrix come from one product ``H d``; all of its entries take a
+product ``H_:c d_c`` for every block c, since one vector cannot tell the blocks apart. The loss's
+real change stands beside, from two forward passes.
 
-Units of data (micro-batches) give every number a second error: each number is a ratio of sums over units, and a jackknife over
-the units says how far the value for the whole population may lie.
+Units of data (micro-batches) give every number a second error: each number is a ratio of sums over
+units, and a jackknife over the units says how far the value for the whole population may lie.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ class Directional:
 
     @property
     def within_share(self) -> float:
-        """Share of ``d'Hd`` that blocks have with themselves; above 1 where blocks hinder each other's curvature."""
+        """Share of ``d'Hd`` that blocks have with themselves; above 1 where blocks hinder each
+        other's curvature.
+        """
         if self.curvature is None:
             raise ValueError(
                 "the matrix of couplings was not measured: directional(..., couplings=True)"
@@ -98,13 +101,17 @@ class Directional:
 
     @property
     def best_step(self) -> float:
-        """The multiple of d at which the quadratic is lowest: ``-g'd / d'Hd``; infinite where it falls for ever."""
+        """The multiple of d at which the quadratic is lowest: ``-g'd / d'Hd``; infinite where it
+        falls for ever.
+        """
         if self.bend.value <= 0:
             return math.inf if self.slope.value < 0 else 0.0
         return max(-self.slope.value / self.bend.value, 0.0)
 
     def frame(self) -> pd.DataFrame:
-        """A row a block: kind, layer, numel, gradient, rows and within (each with its error over the data)."""
+        """A row a block: kind, layer, numel, gradient, rows and within (each with its error over
+        the data).
+        """
         table = pd.DataFrame(
             [(b.name, b.kind, b.layer, b.numel) for b in self.blocks],
             columns=["block", "kind", "layer", "numel"],
@@ -123,7 +130,8 @@ class Directional:
         measured = "" if self.measured is None else f", measured {_written(self.measured)}"
         share = "" if self.curvature is None else f", within blocks {100 * self.within_share:.0f} %"
         return (
-            f"Directional({len(self.blocks)} blocks, {self.matrix}: predicted {_written(self.predicted)}{measured}; "
+            f"Directional({len(self.blocks)} blocks, {self.matrix}: predicted "
+            f"{_written(self.predicted)}{measured}; "
             f"g'd {self.slope.value:.4g}, d'Hd {self.bend.value:.4g}{share})"
         )
 
@@ -138,15 +146,20 @@ def directional(
     measure: bool = True,
     settings: OperatorSettings,
 ) -> Directional:
-    """How the loss changes along a direction, to second order and in truth, by block and between blocks.
+    """How the loss changes along a direction, to second order and in truth, by block and between
+    blocks.
 
     Args:
-        objective: The loss and its data. Its micro-batches are the units of the data's errors: ``micro_batch=1`` makes every
-            sequence or image a unit. Units must have been drawn independently.
-        blocks: Disjoint, from :func:`blockspec.partition`. What the direction does outside of them is left out everywhere.
-        direction: Parameter name -> tensor, with the names of ``named_parameters()`` (a tied tensor counts once, under its
-            first name); see :mod:`blockspec.toolbox.directions` for where directions come from.
-        couplings: Also the matrix ``d_b'H_bc d_c``, for one product a block; else one product in all.
+        objective: The loss and its data. Its micro-batches are the units of the data's errors:
+            ``micro_batch=1`` makes every sequence or image a unit. Units must have been drawn
+            independently.
+        blocks: Disjoint, from :func:`blockspec.partition`. What the direction does outside of them
+            is left out everywhere.
+        direction: Parameter name -> tensor, with the names of ``named_parameters()`` (a tied tensor
+            counts once, under its first name); see :mod:`blockspec.toolbox.directions` for where
+            directions come from.
+        couplings: Also the matrix ``d_b'H_bc d_c``, for one product a block; else one product in
+            all.
         measure: Also the loss's real change, for one more forward pass.
         [settings]
 
@@ -216,13 +229,15 @@ def restricted(
     for name, tensor in direction.items():
         if name not in parameters:
             raise ValueError(
-                f"the direction moves {name!r}, which is no parameter that requires gradients; names are those of "
+                f"the direction moves {name!r}, which is no parameter that requires gradients; "
+                "names are those of "
                 "named_parameters(), where a tied tensor stands once, under its first name"
             )
         expected = parameters[name].shape
         if tensor.shape != expected:
             raise ValueError(
-                f"the direction of {name!r} has the shape {tuple(tensor.shape)}, the parameter {tuple(expected)}"
+                f"the direction of {name!r} has the shape {tuple(tensor.shape)}, the parameter "
+                f"{tuple(expected)}"
             )
         whole[name] = tensor.detach().to(parameters[name])
     held = {name for block in blocks for name in block.parameters}
@@ -233,7 +248,9 @@ def restricted(
 def _gradients(
     objective: Objective, blocks: Sequence[Block], directions: Directions
 ) -> dict[str, np.ndarray]:
-    """For each direction, (U, n) the sums ``g_b'd_b`` of every unit; one gradient a unit serves all directions."""
+    """For each direction, (U, n) the sums ``g_b'd_b`` of every unit; one gradient a unit serves all
+    directions.
+    """
     parameters = objective.parameters()
     rows: dict[str, list[np.ndarray]] = {name: [] for name in directions}
     with objective.prepared():
@@ -254,8 +271,9 @@ def _gradients(
 def _products(
     operator: Operator, union: Union, directions: Directions, couplings: bool
 ) -> tuple[dict[str, Samples], np.ndarray]:
-    """For each direction, ``"rows"`` (U, n) and, where wanted, ``"curvature"`` (U, n, n): sums over the loss terms of every
-    unit; and the units' (U,) numbers of terms."""
+    """For each direction, ``"rows"`` (U, n) and, where wanted, ``"curvature"`` (U, n, n): sums over
+    the loss terms of every unit; and the units' (U,) numbers of terms.
+    """
     blocks = union.blocks
     sources = []
     for name, d in directions.items():
@@ -300,7 +318,9 @@ def _units(
 
 
 def _measured(objective: Objective, direction: Mapping[Block, Tensor]) -> np.ndarray:
-    """(U,) the change of every unit's loss, from one forward pass before and one behind the move."""
+    """(U,) the change of every unit's loss, from one forward pass before and one behind the
+    move.
+    """
     parameters = objective.parameters()
     before, _ = losses_by_unit(objective)
     with shifted(parameters, joined(direction, parameters)):
@@ -363,7 +383,9 @@ def _written(estimate: Estimate) -> str:
 
 
 def pairs(table: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
-    """(row, column, value) of the couplings between different blocks, the largest in magnitude first."""
+    """(row, column, value) of the couplings between different blocks, the largest in magnitude
+    first.
+    """
     values = table.to_numpy()
     rows, columns = np.triu_indices(len(table), k=1)
     for place in np.argsort(-np.abs(values[rows, columns])):

@@ -1,6 +1,8 @@
-"""Where directions come from: each function gives parameter name -> tensor, how the parameter moves.
+"""Where directions come from: each function gives parameter name -> tensor, how the parameter
+moves.
 
-A direction is what :func:`blockspec.directional` takes: an update, a difference of two models, the error of a quantisation.
+A direction is what :func:`blockspec.directional` takes: an update, a difference of two models, the
+error of a quantisation.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ def difference(after: Weights, before: Weights) -> Direction:
         before: The same, of the model whose curvature is asked for.
 
     Returns:
-        ``after - before`` for every floating-point tensor of ``before`` that requires gradients (all of them, where it is
-        a mapping).
+        ``after - before`` for every floating-point tensor of ``before`` that requires gradients
+        (all of them, where it is a mapping).
 
     Raises:
         ValueError: A tensor is missing in ``after``, or has another shape.
@@ -43,14 +45,17 @@ def difference(after: Weights, before: Weights) -> Direction:
             )
         if there[name].shape != tensor.shape:
             raise ValueError(
-                f"{name!r} has the shape {tuple(there[name].shape)} there and {tuple(tensor.shape)} here"
+                f"{name!r} has the shape {tuple(there[name].shape)} there and "
+                f"{tuple(tensor.shape)} here"
             )
         direction[name] = there[name].to(tensor) - tensor
     return direction
 
 
 def from_file(path: str | os.PathLike[str], before: Weights | None = None) -> Direction:
-    """From a safetensors file: a direction itself, or weights, from which those of ``before`` are subtracted."""
+    """From a safetensors file: a direction itself, or weights, from which those of ``before`` are
+    subtracted.
+    """
     from safetensors.torch import load_file
 
     tensors = load_file(path)
@@ -58,10 +63,12 @@ def from_file(path: str | os.PathLike[str], before: Weights | None = None) -> Di
 
 
 def next_step(optimizer: torch.optim.Optimizer, objective: Objective) -> Direction:
-    """The step that the optimizer would take next, from its state and the objective's gradient; nothing is changed.
+    """The step that the optimizer would take next, from its state and the objective's gradient;
+    nothing is changed.
 
-    A copy of the optimizer takes the step, so this works for SGD, Adam, Muon, AdaHessian and any other. Weight decay is a
-    part of the step. An optimizer that measures curvature in its own backward pass takes the step with what it last measured.
+    A copy of the optimizer takes the step, so this works for SGD, Adam, Muon, AdaHessian and any
+    other. Weight decay is a part of the step. An optimizer that measures curvature in its own
+    backward pass takes the step with what it last measured.
 
     Args:
         optimizer: Holds parameters of the objective's model.
@@ -86,7 +93,9 @@ def next_step(optimizer: torch.optim.Optimizer, objective: Objective) -> Directi
 
 
 def _drop_new_state(optimizer: torch.optim.Optimizer, state: Mapping[str, object]) -> None:
-    """``load_state_dict`` keeps what it is not told of: parameters that had no state must have none again."""
+    """``load_state_dict`` keeps what it is not told of: parameters that had no state must have none
+    again.
+    """
     if not state["state"]:
         optimizer.state.clear()
 
@@ -105,10 +114,12 @@ def quantised(
     Args:
         model: Whose matrices (parameters of two dimensions and more) are rounded.
         bits: 1 to 16, of each weight.
-        group: Weights of a row that share one scale; the last group of a row may be shorter. None: as ``per`` says.
-        per: ``"channel"``: a scale an output (a row of a Linear weight, a column of a Conv1D of Hugging Face), or
-            ``"tensor"``.
-        symmetric: Levels around zero, one scale; False: between the smallest and the largest weight, scale and offset.
+        group: Weights of a row that share one scale; the last group of a row may be shorter. None:
+            as ``per`` says.
+        per: ``"channel"``: a scale an output (a row of a Linear weight, a column of a Conv1D of
+            Hugging Face), or ``"tensor"``.
+        symmetric: Levels around zero, one scale; False: between the smallest and the largest
+            weight, scale and offset.
         include: Globs of the parameters' names.
 
     Returns:
@@ -170,7 +181,9 @@ def _nearest(rows: Tensor, bits: int, symmetric: bool) -> Tensor:
 
 
 def _rows(weight: Tensor, group: int | None, per: str) -> Tensor:
-    """(n, m) the weights that share a scale, a row each; a last group that is short repeats its last weight."""
+    """(n, m) the weights that share a scale, a row each; a last group that is short repeats its
+    last weight.
+    """
     if per not in ("channel", "tensor"):
         raise ValueError(f"per is 'channel' or 'tensor', got {per!r}")
     flat = weight.detach().reshape(len(weight) if per == "channel" else 1, -1)
@@ -183,7 +196,9 @@ def _rows(weight: Tensor, group: int | None, per: str) -> Tensor:
 
 
 def pruned(model: nn.Module, share: float, *, include: str | Iterable[str] = "*") -> Direction:
-    """Minus the smallest weights: of every matrix, this share of its weights becomes zero (pruning by magnitude)."""
+    """Minus the smallest weights: of every matrix, this share of its weights becomes zero (pruning
+    by magnitude).
+    """
     if not 0 < share < 1:
         raise ValueError(f"share is between 0 and 1 (both excluded), got {share}")
     patterns = [include] if isinstance(include, str) else list(include)
@@ -199,7 +214,8 @@ def pruned(model: nn.Module, share: float, *, include: str | Iterable[str] = "*"
 
 
 def low_rank(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: float = 1.0) -> Direction:
-    """LoRA's product ``scale * B A`` by name of the adapted parameter, in the shape (out, in) of a Linear weight.
+    """LoRA's product ``scale * B A`` by name of the adapted parameter, in the shape (out, in) of a
+    Linear weight.
 
     Args:
         a: Name of the adapted parameter -> A (r, in).

@@ -32,13 +32,16 @@ ORDERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class Eigenpairs:
     """k eigenpairs of one block, the wanted ones first.
 
-    values: (k,) Ritz values. vectors: (k, P) orthonormal Ritz vectors, as the block's vectors are laid out.
-    residuals: (k,) ``||H u - value u||``: an eigenvalue lies within it of the value.
-    converged: (k,) residual at most the tolerance times the norm of what is left of the matrix without the pairs before this
-        one (for ``which="magnitude"``: times the value itself).
-    complete: a search from another random vector, orthogonal to these, has found nothing that belongs among them: no copy of
-        a repeated eigenvalue is missing. Or all of a small block was searched.
-    products: products of the block with a vector that were taken.
+    Args:
+        values: (k,) Ritz values.
+        vectors: (k, P) orthonormal Ritz vectors, as the block's vectors are laid out.
+        residuals: (k,) ``||H u - value u||``: an eigenvalue lies within it of the value.
+        converged: (k,) residual at most the tolerance times the norm of what is left of the matrix
+            without the pairs before this one (for ``which="magnitude"``: times the value itself).
+        complete: A search from another random vector, orthogonal to these, has found nothing that
+            belongs among them: no copy of a repeated eigenvalue is missing. Or all of a small block
+            was searched.
+        products: Products of the block with a vector that were taken.
     """
 
     block: Block
@@ -67,21 +70,27 @@ def top_eigenpairs(
     settings: OperatorSettings,
     progress: Progress | None = None,
 ) -> Eigenpairs:
-    """The k extreme eigenpairs of a block of a curvature matrix, or of the full one (``partition(model, "model")[0]``).
+    """The k extreme eigenpairs of a block of a curvature matrix, or of the full one
+    (``partition(model, "model")[0]``).
 
-    which: ``"magnitude"``, ``"largest"`` (algebraically) or ``"smallest"`` (the most negative).
-    tolerance: bound on each pair's residual, relative to the norm of the matrix without the pairs before it: for
-        ``"magnitude"`` to the value itself, so that a bulk under a large outlier is resolved too. The error of a well
-        separated eigenvalue is of the order of its square.
-    basis: vectors (P,) that are kept at once, at most; None: ``max(2 k + 1, 20)``, as ARPACK does. Lanczos is restarted with the
-        best of them (thick restarts: Wu, Simon 2000), fully reorthogonalised. After convergence the search goes on, orthogonal to
-        what was found, from a new random vector until nothing better can be there: a Krylov space holds one vector of each
-        eigenspace only.
-    [settings]
-    max_products: None: ``40 k + 400``. What has not converged then is marked, and a warning says so.
-    progress: called with (products done, None).
+    Args:
+        which: ``"magnitude"``, ``"largest"`` (algebraically) or ``"smallest"`` (the most negative).
+        tolerance: Bound on each pair's residual, relative to the norm of the matrix without the
+            pairs before it: for ``"magnitude"`` to the value itself, so that a bulk under a large
+            outlier is resolved too. The error of a well separated eigenvalue is of the order of its
+            square.
+        basis: Vectors (P,) that are kept at once, at most; None: ``max(2 k + 1, 20)``, as ARPACK
+            does. Lanczos is restarted with the best of them (thick restarts: Wu, Simon 2000), fully
+            reorthogonalised. After convergence the search goes on, orthogonal to what was found,
+            from a new random vector until nothing better can be there: a Krylov space holds one
+            vector of each eigenspace only.
+        [settings]
+        max_products: None: ``40 k + 400``. What has not converged then is marked, and a warning
+            says so.
+        progress: Called with (products done, None).
 
-    Raises ValueError for settings out of range, and as :func:`blockspec.estimate_spectra` does.
+    Raises:
+        ValueError: Settings out of range, and as :func:`blockspec.estimate_spectra` does.
     """
     if which not in ORDERS:
         raise ValueError(f"which is one of {tuple(ORDERS)}, got {which!r}")
@@ -91,7 +100,8 @@ def top_eigenpairs(
         )
     if not 0 < tolerance < 1:
         raise ValueError(
-            f"tolerance is relative to the norm of the matrix, between 0 and 1 (both excluded), got {tolerance}"
+            "tolerance is relative to the norm of the matrix, between 0 and 1 (both excluded), "
+            f"got {tolerance}"
         )
     if basis is not None and basis < k + 2:
         raise ValueError(f"basis is at least k + 2 = {k + 2} vectors, got {basis}")
@@ -137,6 +147,7 @@ def _warn(block: Block, found: Found, search: Search) -> None:
     relative = float((found.residuals / search.own_scale(found.values)).max())
     warnings.warn(
         f"{block.name!r}: {what} after {search.products} products (relative residual "
-        f"{relative:.1e}, tolerance {search.tolerance:.1e}); allow more max_products or a larger basis",
+        f"{relative:.1e}, tolerance {search.tolerance:.1e}); allow more max_products or a larger "
+        "basis",
         stacklevel=3,
     )

@@ -31,9 +31,11 @@ UNSCALED = (
 class Landscape:
     """Losses on a line or in a plane through the parameters.
 
-    steps: for each of the one or two directions, (n,) multiples of it.
-    losses: (n,) or (n, m) the objective at ``parameters + steps[0][i] d_0 (+ steps[1][j] d_1)``; inf or nan where it is that.
-    names: what the directions are.
+    Args:
+        steps: For each of the one or two directions, (n,) multiples of it.
+        losses: (n,) or (n, m) the objective at ``parameters + steps[0][i] d_0 (+ steps[1][j]
+            d_1)``; inf or nan where it is that.
+        names: What the directions are.
     """
 
     steps: tuple[np.ndarray, ...]
@@ -67,21 +69,26 @@ def landscape(
     settings: OperatorSettings,
     progress: Progress | None = None,
 ) -> Landscape:
-    """The loss around the parameters, along one or two directions within a block (``partition(model, "model")[0]``: all of them).
-
-    directions: ``"eigenvectors"``: of the largest eigenvalues in magnitude, of length 1, as in PyHessian (arXiv 1912.07145).
-        ``"random"``: filter-normalised Gaussian ones (Li et al., arXiv 1712.09913): each block of ``partition(model, "neuron")``
-        (a head, a neuron, a token) has the norm of its parameters, and so has each filter of a convolution and each row of a
-        matrix of unknown role; norms and biases stay. Or one or two vectors (P,) as the
-        block's vectors are laid out, taken as they are.
-    dimensions: 1 or 2, where directions are named.
-    radius: the largest multiple of each direction; None: 0.5 for eigenvectors, as PyHessian takes, else 1.
-    points: along each direction, from -radius to radius; an odd number has the parameters themselves in the middle.
-    seed: of the directions.
-    [settings]
-    progress: called with (points done, points in all).
+    """The loss around the parameters, along one or two directions within a block
+    (``partition(model, "model")[0]``: all of them).
 
     The parameters are put back bit by bit, also when something raises.
+
+    Args:
+        directions: ``"eigenvectors"``: of the largest eigenvalues in magnitude, of length 1, as in
+            PyHessian (arXiv 1912.07145). ``"random"``: filter-normalised Gaussian ones (Li et al.,
+            arXiv 1712.09913): each block of ``partition(model, "neuron")`` (a head, a neuron, a
+            token) has the norm of its parameters, and so has each filter of a convolution and each
+            row of a matrix of unknown role; norms and biases stay. Or one or two vectors (P,) as
+            the block's vectors are laid out, taken as they are.
+        dimensions: 1 or 2, where directions are named.
+        radius: The largest multiple of each direction; None: 0.5 for eigenvectors, as PyHessian
+            takes, else 1.
+        points: Along each direction, from -radius to radius; an odd number has the parameters
+            themselves in the middle.
+        seed: Of the directions.
+        [settings]
+        progress: Called with (points done, points in all).
     """
     (block,) = checked_blocks(objective.parameters(), block)
     if points < 2:
@@ -89,7 +96,8 @@ def landscape(
     if isinstance(directions, str):
         if directions not in DIRECTIONS:
             raise ValueError(
-                f"directions is one of {tuple(DIRECTIONS)} or one or two vectors, got {directions!r}"
+                f"directions is one of {tuple(DIRECTIONS)} or one or two vectors, got "
+                f"{directions!r}"
             )
         if dimensions not in (1, 2):
             raise ValueError(f"dimensions is 1 or 2, got {dimensions}")
@@ -107,7 +115,8 @@ def landscape(
     radii = [float(given)] * len(vectors) if isinstance(given, (int, float)) else list(given)
     if len(radii) != len(vectors) or min(radii) <= 0:
         raise ValueError(
-            f"radius is a positive number, or one for each of the {len(vectors)} directions, got {radius!r}"
+            f"radius is a positive number, or one for each of the {len(vectors)} directions, got "
+            f"{radius!r}"
         )
     steps = tuple(np.linspace(-r, r, points) for r in radii)
     losses = np.empty([points] * len(vectors))
@@ -129,7 +138,9 @@ def landscape(
 def moved(
     objective: Objective, block: Block
 ) -> Iterator[Callable[[Sequence[tuple[float, Tensor]]], None]]:
-    """A function that moves the block's parameters to their first values plus multiples of vectors (P,); puts them back."""
+    """A function that moves the block's parameters to their first values plus multiples of vectors
+    (P,); puts them back.
+    """
     parameters: dict[str, nn.Parameter] = {
         name: objective.parameters()[name] for name in block.parameters
     }
@@ -174,11 +185,12 @@ DIRECTIONS: Mapping[str, tuple[Callable[..., tuple[list[str], list[Tensor]]], fl
 def filter_normalised(
     objective: Objective, block: Block, *, seed: int = 0, number: int = 0
 ) -> Tensor:
-    """(P,) a Gaussian direction, each filter of which has the norm of the filter's parameters; 0 for norms and biases, and for
-    parameters outside of the block.
+    """(P,) a Gaussian direction, each filter of which has the norm of the filter's parameters; 0
+    for norms and biases, and for parameters outside of the block.
 
-    A filter is what makes one output: a block of ``partition(model, "neuron")``, and where that leaves a tensor of two or
-    more axes whole (convolutions, matrices of unknown roles), one row of it.
+    A filter is what makes one output: a block of ``partition(model, "neuron")``, and where that
+    leaves a tensor of two or more axes whole (convolutions, matrices of unknown roles), one row of
+    it.
     """
     parameters = {name: p.detach() for name, p in objective.parameters().items()}
     direction = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -225,6 +237,8 @@ def _check_vectors(block: Block, vectors: Sequence[Tensor]) -> None:
     for vector in vectors:
         if vector.shape != (block.numel,):
             raise ValueError(
-                f"a direction in block {block.name!r} is a vector of shape ({block.numel},), got {tuple(vector.shape)}: "
-                "blockspec.model.blocks.gather(block, tensors) makes one of tensors in the shapes of the parameters"
+                f"a direction in block {block.name!r} is a vector of shape ({block.numel},), got "
+                f"{tuple(vector.shape)}: "
+                "blockspec.model.blocks.gather(block, tensors) makes one of tensors in the shapes "
+                "of the parameters"
             )

@@ -31,16 +31,21 @@ def dense(
     limit: int | float | str = SHARE,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """(P, Q) float64 the block H_bc in rows b = ``block`` and columns c = ``other``; without ``other`` (P, P), exactly symmetric.
+    """(P, Q) float64 the block H_bc in rows b = ``block`` and columns c = ``other``; without
+    ``other`` (P, P), exactly symmetric.
 
-    Takes min(P, Q) products, with unit vectors. Entries are in the order of the block's vectors: its pieces flattened one after
-    the other, as in ``torch.cat([piece.select(parameter).reshape(-1) ...])``.
+    Takes min(P, Q) products, with unit vectors. Entries are in the order of the block's vectors:
+    its pieces flattened one after the other, as in ``torch.cat([piece.select(parameter).reshape(-1)
+    ...])``.
 
-    [settings]
-    limit: memory that the matrix may take: bytes, a share of the machine (0.25) or a size (``"20GiB"``).
-    progress: called with (products done, products in all).
+    Args:
+        [settings]
+        limit: Memory that the matrix may take: bytes, a share of the machine (0.25) or a size
+            (``"20GiB"``).
+        progress: Called with (products done, products in all).
 
-    Raises ValueError for a matrix that does not fit, before any work.
+    Raises:
+        ValueError: A matrix that does not fit, before any work.
     """
     other = block if other is None else other
     _check_size(block, other, memory.parse(limit, torch.device("cpu")))
@@ -54,7 +59,9 @@ def dense(
 def _columns(
     operator: Operator, source: Block, target: Block, progress: Progress | None
 ) -> np.ndarray:
-    """(Q, P) the columns of H that belong to ``source`` (Q parameters), in its rows ``target`` (P), transposed."""
+    """(Q, P) the columns of H that belong to ``source`` (Q parameters), in its rows ``target`` (P),
+    transposed.
+    """
     dtype = block_dtype(operator.parameters, source)
     matrix = np.empty((source.numel, target.numel))
     together = max(1, min(AT_ONCE, ENTRIES_AT_ONCE // target.numel))
@@ -76,7 +83,10 @@ def _check_size(block: Block, other: Block, limit: int) -> None:
     if needed <= limit:
         return
     raise ValueError(
-        f"the block {block.name!r} x {other.name!r} has {block.numel:,} x {other.numel:,} entries, {memory.readable(needed)} in "
-        f"float64; {memory.readable(limit)} are allowed, which hold a block of {math.isqrt(limit // 16):,} parameters. "
-        "Cut it finer (by='head' or by='neuron'), take blockspec.estimate_spectra, or allow more with limit="
+        f"the block {block.name!r} x {other.name!r} has {block.numel:,} x {other.numel:,} entries, "
+        f"{memory.readable(needed)} in "
+        f"float64; {memory.readable(limit)} are allowed, which hold a block of "
+        f"{math.isqrt(limit // 16):,} parameters. "
+        "Cut it finer (by='head' or by='neuron'), take blockspec.estimate_spectra, or allow more "
+        "with limit="
     )

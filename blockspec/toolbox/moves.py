@@ -15,7 +15,9 @@ from blockspec.model.blocks import Block, scatter
 def shifted(
     parameters: Mapping[str, Tensor], changes: Mapping[str, Tensor], scale: float = 1.0
 ) -> Iterator[None]:
-    """While this is open, every parameter named in ``changes`` has moved by ``scale`` times its change."""
+    """While this is open, every parameter named in ``changes`` has moved by ``scale`` times its
+    change.
+    """
     first = {name: parameters[name].detach().clone() for name in changes}
     try:
         with torch.no_grad():
@@ -29,7 +31,9 @@ def shifted(
 
 
 def joined(vectors: Mapping[Block, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Vectors (P_b,) of disjoint blocks as one set of tensors in the shapes of the parameters; zero outside of the blocks."""
+    """Vectors (P_b,) of disjoint blocks as one set of tensors in the shapes of the parameters; zero
+    outside of the blocks.
+    """
     tensors: dict[str, Tensor] = {}
     for block, vector in vectors.items():
         for name, part in scatter(block, vector, parameters).items():

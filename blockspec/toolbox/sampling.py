@@ -19,9 +19,10 @@ class Sampling:
     """How long random probes are drawn.
 
     Args:
-        num_probes: Products with random probes. Where there is a tolerance, this is the largest number of them.
-        tolerance: End as soon as every standard error is below it, relative to the size of what is estimated, but not before
-            8 samples; between 0 and 1. If left out, all probes are drawn.
+        num_probes: Products with random probes. Where there is a tolerance, this is the largest
+            number of them.
+        tolerance: End as soon as every standard error is below it, relative to the size of what is
+            estimated, but not before 8 samples; between 0 and 1. If left out, all probes are drawn.
         seed: Of the probes, which are drawn on the CPU.
     """
 
@@ -48,7 +49,9 @@ class Sampling:
         return self.num_probes if self.tolerance is None else None
 
     def met(self, samples: Sequence[float] | np.ndarray, norm: float) -> bool:
-        """Whether the mean of the samples is known well enough, relative to the larger of its magnitude and ``norm``."""
+        """Whether the mean of the samples is known well enough, relative to the larger of its
+        magnitude and ``norm``.
+        """
         if self.tolerance is None or len(samples) < FEWEST_SAMPLES:
             return False
         mean, stderr, _ = estimate(np.asarray(samples))

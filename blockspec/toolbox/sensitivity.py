@@ -1,8 +1,10 @@
-"""Which matrices survive few bits: predicted and measured damage of quantising each, and an allocation of bits.
+"""Which matrices survive few bits: predicted and measured damage of quantising each, and an
+allocation of bits.
 
-Rounding moves the weights by a known error q, so the damage to second order is ``g'q + q'Hq / 2``: one product for each
-matrix and bit width. Rankings by the trace or the largest eigenvalue look at the matrix H alone, as if q had no structure. They
-stand beside, and so does what really happens to the loss, from one forward pass each.
+Rounding moves the weights by a known error q, so the damage to second order is ``g'q + q'Hq / 2``:
+one product for each matrix and bit width. Rankings by the trace or the largest eigenvalue look at
+the matrix H alone, as if q had no structure. They stand beside, and so does what really happens to
+the loss, from one forward pass each.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from blockspec.toolbox.moves import joined, shifted
 from blockspec.toolbox.traces import trace
 
 RANKINGS = ("curvature", "trace", "largest", "mse")
-"""What matrices are ranked by: ``q'Hq``, or the trace or largest eigenvalue of H times the mean square of q, or that alone."""
+"""What matrices are ranked by: ``q'Hq``, or the trace or largest eigenvalue of H times the mean
+square of q, or that alone.
+"""
 LOOSE = 0.05  # relative residual of the largest eigenvalues: a ranking needs no more
 
 
@@ -39,10 +43,11 @@ class Sensitivity:
     """Damage by matrix and bit width.
 
     Attributes:
-        table: A row a (block, bits): kind, layer, numel; ``mse``, the mean square of the rounding error q; ``gradient``, g'q;
-            ``curvature``, q'Hq; ``predicted``, g'q + q'Hq / 2; ``measured``, the loss's real change, with
-            ``measured_data_stderr``; ``trace`` and ``largest``: those of H_bb times ``mse``, the predictions that know
-            nothing of q's structure.
+        table: A row a (block, bits): kind, layer, numel; ``mse``, the mean square of the rounding
+            error q; ``gradient``, g'q; ``curvature``, q'Hq; ``predicted``, g'q + q'Hq / 2;
+            ``measured``, the loss's real change, with ``measured_data_stderr``; ``trace`` and
+            ``largest``: those of H_bb times ``mse``, the predictions that know nothing of q's
+            structure.
         objective: Whose loss it is.
         errors: Bits -> block -> (P,) the rounding error.
     """
@@ -52,7 +57,9 @@ class Sensitivity:
     errors: Mapping[int, Mapping[Block, Tensor]] = field(repr=False)
 
     def correlations(self, bits: Sequence[int] | None = None) -> pd.Series:
-        """Spearman's correlation of each ranking with the measured damage, over all matrices and the bit widths given."""
+        """Spearman's correlation of each ranking with the measured damage, over all matrices and
+        the bit widths given.
+        """
         chosen = self.table.reset_index()
         if bits is not None:
             chosen = chosen[chosen["bits"].isin(bits)]
@@ -75,7 +82,8 @@ class Sensitivity:
         sizes = self.table["numel"].unstack("bits").iloc[:, 0].to_numpy(dtype=float)
         if mean_bits < widths.min():
             raise ValueError(
-                f"mean_bits is at least {widths.min():g}, the smallest width measured, got {mean_bits}"
+                f"mean_bits is at least {widths.min():g}, the smallest width measured, got "
+                f"{mean_bits}"
             )
         n, m = damage.shape
         one_each = LinearConstraint(np.kron(np.eye(n), np.ones(m)), 1, 1)
@@ -116,7 +124,8 @@ def sensitivity(
     progress: Callable[[int, int], None] | None = None,
     settings: OperatorSettings,
 ) -> Sensitivity:
-    """Damage of rounding each matrix alone, at each bit width: predicted by curvature, and measured.
+    """Damage of rounding each matrix alone, at each bit width: predicted by curvature, and
+    measured.
 
     Args:
         objective: The loss and its data.

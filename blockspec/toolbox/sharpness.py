@@ -1,11 +1,14 @@
-"""How far one may step: critical sharpness by forward passes, and the sharpest direction within a ball of a norm.
+"""How far one may step: critical sharpness by forward passes, and the sharpest direction within a
+ball of a norm.
 
-The step at which the loss stops falling is what learning rates run into. Along a direction d the quadratic says that the loss is
-back at its value for the multiple ``-2 g'd / d'Hd``; the loss itself says it by forward passes alone, on any scale.
+The step at which the loss stops falling is what learning rates run into. Along a direction d the
+quadratic says that the loss is back at its value for the multiple ``-2 g'd / d'Hd``; the loss
+itself says it by forward passes alone, on any scale.
 
-Optimizers move within balls of other norms than the Euclidean one: SignGD and Adam within that of the largest entry, Muon within
-that of the spectral norm. ``max d'Hd`` over such a ball is no eigenvalue and hard to find exactly; conditional gradients from
-several starts give lower bounds, each with the gap that is left (Frank, Wolfe 1956; Jaggi 2013).
+Optimizers move within balls of other norms than the Euclidean one: SignGD and Adam within that of
+the largest entry, Muon within that of the spectral norm. ``max d'Hd`` over such a ball is no
+eigenvalue and hard to find exactly; conditional gradients from several starts give lower bounds,
+each with the gap that is left (Frank, Wolfe 1956; Jaggi 2013).
 """
 
 from __future__ import annotations
@@ -38,18 +41,21 @@ def critical_steps(
     *,
     precision: float = 0.05,
 ) -> pd.DataFrame:
-    """The smallest multiple of a direction at which the loss is higher than at the start, by block and for all of them.
+    """The smallest multiple of a direction at which the loss is higher than at the start, by block
+    and for all of them.
 
     Args:
         objective: The loss.
         blocks: Disjoint, from :func:`blockspec.partition`.
-        direction: Parameter name -> tensor: an optimizer's step, see :mod:`blockspec.toolbox.directions`.
+        direction: Parameter name -> tensor: an optimizer's step, see
+            :mod:`blockspec.toolbox.directions`.
         precision: Relative, of the multiple.
 
     Returns:
-        A row a block, and the row ``all``: ``measured``, the multiple by forward passes (infinite where the loss is still
-        lower at 2^20 times the step; 0 where it rises at once); ``quadratic``, ``-2 g'd / d'Hd``; ``critical_sharpness``, 2 over
-        ``measured``, as arXiv 2601.16979 has it for a step of its own length; ``forward_passes``.
+        A row a block, and the row ``all``: ``measured``, the multiple by forward passes (infinite
+        where the loss is still lower at 2^20 times the step; 0 where it rises at once);
+        ``quadratic``, ``-2 g'd / d'Hd``; ``critical_sharpness``, 2 over ``measured``, as arXiv
+        2601.16979 has it for a step of its own length; ``forward_passes``.
     """
     picture = directional(objective, blocks, direction, couplings=True, measure=False)
     assert picture.curvature is not None
@@ -95,7 +101,9 @@ def _critical(
 
 
 def _first_rise(rises: Callable[[float], bool], guess: float, precision: float) -> float:
-    """The smallest step that rises, bracketed from the guess by factors of two and then halved on the logarithmic scale."""
+    """The smallest step that rises, bracketed from the guess by factors of two and then halved on
+    the logarithmic scale.
+    """
     high = guess
     while rises(high / 2):  # also down to where it still falls
         high /= 2
@@ -118,7 +126,8 @@ class BallSharpness:
 
     Attributes:
         value: The largest ``d'Hd`` that was found; a lower bound of the maximum.
-        gap: How much a linear model of ``d'Hd`` at the end still promised: 0 at a point that no single move improves.
+        gap: How much a linear model of ``d'Hd`` at the end still promised: 0 at a point that no
+            single move improves.
         direction: (P,) where it was found, on the ball's surface.
         products: How many it took.
     """
@@ -145,8 +154,9 @@ def ball_sharpness(
     Args:
         objective: The loss.
         block: Of which block of the matrix.
-        norm: ``"max"``: the largest entry in magnitude (SignGD, Adam), or ``"spectral"``: the largest singular value of each
-            matrix, the largest entry of other tensors (Muon). The block must then hold whole tensors.
+        norm: ``"max"``: the largest entry in magnitude (SignGD, Adam), or ``"spectral"``: the
+            largest singular value of each matrix, the largest entry of other tensors (Muon). The
+            block must then hold whole tensors.
         restarts: Random starts; the best end counts.
         max_steps: Products of each start at most; it ends early where nothing improves.
         seed: Of the starts.
@@ -181,7 +191,9 @@ def _climb(
     shapes: Sequence[torch.Size],
     max_steps: int,
 ) -> tuple[float, float, Tensor, int]:
-    """Conditional gradient ascent: go all the way, or as far as the quadratic between two points rises."""
+    """Conditional gradient ascent: go all the way, or as far as the quadratic between two points
+    rises.
+    """
     image = product(d)
     value = float(d @ image)
     for step in range(1, max_steps):

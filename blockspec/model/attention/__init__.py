@@ -1,14 +1,16 @@
-"""Softmax attention that can be differentiated twice in memory that grows linearly with the number of tokens.
+"""Softmax attention that can be differentiated twice in memory that grows linearly with the number
+of tokens.
 
-Background. With scores ``a = scale q k' + mask`` (T, S), row ``i`` of the output is ``o_i = sum_j p_ij v_j``,
-where ``p_ij = exp(a_ij - l_i)`` and ``l_i = log sum_j exp(a_ij)``. For an incoming gradient ``g``, with ``e = g v'``
-and the row sums ``d_i = sum_j p_ij e_ij``, the backward pass is
+Background. With scores ``a = scale q k' + mask`` (T, S), row ``i`` of the output is ``o_i = sum_j
+p_ij v_j``, where ``p_ij = exp(a_ij - l_i)`` and ``l_i = log sum_j exp(a_ij)``. For an incoming
+gradient ``g``, with ``e = g v'`` and the row sums ``d_i = sum_j p_ij e_ij``, the backward pass is
 
     s = p (e - d)        by q: scale s k        by k: scale s' q        by v: p' g
 
-It is a function of (g, q, k, v) itself, and its own backward pass gets tangents (tq, tk, tv). It is linear in ``g``, and
-gradients by q, k, v are derivatives of ``sum(g o)``, whose Hessian is symmetric: so what is asked for is the derivative of
-``o`` and of the formulas above along the tangents. With ``x = scale (tq k' + q tk')``, the change of the scores,
+It is a function of (g, q, k, v) itself, and its own backward pass gets tangents (tq, tk, tv). It is
+linear in ``g``, and gradients by q, k, v are derivatives of ``sum(g o)``, whose Hessian is
+symmetric: so what is asked for is the derivative of ``o`` and of the formulas above along the
+tangents. With ``x = scale (tq k' + q tk')``, the change of the scores,
 
     m_i = sum_j p_ij x_ij      how l changes: the first row sum
     u   = p (x - m)            how p changes
@@ -17,14 +19,16 @@ gradients by q, k, v are derivatives of ``sum(g o)``, whose Hessian is symmetric
     w   = u (e - d) + p (f - n)   how s changes
     by g: u v + p tv    by q: scale (w k + s tk)    by k: scale (w' q + s' tq)    by v: u' g
 
-Everything of size T x S is needed once for each row and can be rebuilt from q, k, v and ``l``. So nothing of that size is
-kept: the work is done on a strip of some rows at a time, each with all the keys that its rows see. A strip has the row
-sums at hand when it needs them, so no product is made twice, as square tiles would have it. Keys that a rule hides from the
-whole strip (above the diagonal, outside the window, masked) are left out. The strips make up a fixed workspace;
-all else is of the size of q, k and v.
+Everything of size T x S is needed once for each row and can be rebuilt from q, k, v and ``l``. So
+nothing of that size is
+kept: the work is done on a strip of some rows at a time, each with all the keys that its rows see.
+A strip has the row sums at hand when it needs them, so no product is made twice, as square tiles
+would have it. Keys that a rule hides from the whole strip (above the diagonal, outside the window,
+masked) are left out. The strips make up a fixed workspace; all else is of the size of q, k and v.
 
-A soft cap ``c tanh(a / c)`` adds its first and second derivative; a sink is one more score of each row, without a value.
-The third and higher derivatives go through :func:`plain`, the same function in elementary operations, which keeps matrices.
+A soft cap ``c tanh(a / c)`` adds its first and second derivative; a sink is one more score of each
+row, without a value. The third and higher derivatives go through :func:`plain`, the same function
+in elementary operations, which keeps matrices.
 """
 
 from __future__ import annotations
@@ -56,21 +60,27 @@ def attention(
 
     Args:
         q: (B, H, T, d) queries.
-        k: (B, G, S, d) keys. G divides H: H / G query heads in a row share a key head, which is not repeated.
+        k: (B, G, S, d) keys. G divides H: H / G query heads in a row share a key head, which is not
+            repeated.
         v: (B, G, S, e) values.
-        causal: query i sees the keys 0 to i (as ``is_causal`` of PyTorch, also where T and S differ).
-        mask: broadcastable to (B, H, T, S). Boolean: True where a query sees a key. Floating point: added to the scores;
-            -inf hides a key. A mask that requires gradients is differentiated by :func:`plain`.
-        window: query i sees the keys j with ``|i - j| < window``: with ``causal``, itself and ``window - 1`` keys before.
+        causal: query i sees the keys 0 to i (as ``is_causal`` of PyTorch, also where T and S
+            differ).
+        mask: broadcastable to (B, H, T, S). Boolean: True where a query sees a key. Floating point:
+            added to the scores; -inf hides a key. A mask that requires gradients is differentiated
+            by :func:`plain`.
+        window: query i sees the keys j with ``|i - j| < window``: with ``causal``, itself and
+            ``window - 1`` keys before.
         softcap: scores s become ``softcap tanh(s / softcap)`` before masks are applied.
         scale: of the products of queries and keys; None: ``1 / sqrt(d)``.
         sinks: (H,) for each head the score of one more key, whose value is zero.
 
     Returns:
-        (B, H, T, e) in the dtype of q. The sums are made in float32 at least. A row that sees no key is zero.
+        (B, H, T, e) in the dtype of q. The sums are made in float32 at least. A row that sees no
+        key is zero.
 
     Raises:
-        ValueError: for shapes that do not fit together, and for a window, soft cap or scale that is not possible.
+        ValueError: for shapes that do not fit together, and for a window, soft cap or scale that is
+            not possible.
         TypeError: for tensors of different dtypes, or not of floating point.
     """
     _check(q, k, v, mask, sinks)
@@ -86,7 +96,10 @@ def attention(
 def plain(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, sinks: Tensor | None, rule: Rule
 ) -> Tensor:
-    """The same function in elementary operations, for any derivative. Keeps matrices (B, H, T, S)."""
+    """The same function in elementary operations, for any derivative.
+
+    Keeps matrices (B, H, T, S).
+    """
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     with no_autocast(q):
@@ -252,7 +265,9 @@ def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _wanted(ctx: Any, count: int) -> list[bool]:
-    """Which of the first inputs this pass of autograd asks for: it knows more than ``needs_input_grad``."""
+    """Which of the first inputs this pass of autograd asks for: it knows more than
+    ``needs_input_grad``.
+    """
     nodes = [
         node for node, _ in ctx.next_functions
     ]  # sinks, the last, have none where there are none
@@ -268,7 +283,9 @@ def _runs(node: Any) -> bool:
 
 
 def transformed() -> bool:
-    """Within ``torch.func`` transforms and forward-mode derivatives, which do not see functions of one's own."""
+    """Within ``torch.func`` transforms and forward-mode derivatives, which do not see functions of
+    one's own.
+    """
     return torch._C._functorch.peek_interpreter_stack() is not None or (
         torch.autograd.forward_ad._current_level >= 0
     )

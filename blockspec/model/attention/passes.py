@@ -1,4 +1,7 @@
-"""The three passes over strips. The opening paragraph of :mod:`blockspec.model.attention` has the formulas."""
+"""The three passes over strips.
+
+The opening paragraph of :mod:`blockspec.model.attention` has the formulas.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from blockspec.model.attention.strips import Strip, Work, scores_of, strips
 
 
 def forward(work: Work) -> tuple[Tensor, Tensor]:
-    """(B, H, T, e) the output, and (N, R, T, 1) the logarithms of the sums of exponentials; inf for rows that see nothing."""
+    """(B, H, T, e) the output, and (N, R, T, 1) the logarithms of the sums of exponentials; inf for
+    rows that see nothing.
+    """
     out = work.q.new_zeros(*work.q.shape[:3], work.v.shape[-1])
     if work.sinks is None:
         logs = work.q.new_full((*work.q.shape[:3], 1), math.inf)
@@ -48,8 +53,9 @@ class Along(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Sums over strips, in the shapes of :class:`Work`, but k and v turned (N, d, S), as products add to them faster (by a
-    quarter), and sinks as (N, R); None is not wanted."""
+    """Sums over strips, in the shapes of :class:`Work`, but k and v turned (N, d, S), as products
+    add to them faster (by a quarter), and sinks as (N, R); None is not wanted.
+    """
 
     g: Tensor | None
     q: Tensor | None
@@ -112,7 +118,9 @@ def double_backward(
     tangents: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by (gradient, q, k, v, sinks) of the inner product of :func:`backward`'s results with the tangents."""
+    """The gradients by (gradient, q, k, v, sinks) of the inner product of :func:`backward`'s
+    results with the tangents.
+    """
     g = work.of_queries(gradient)
     tq, tk, tv, ts = tangents
     along = Along(

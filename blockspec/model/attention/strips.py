@@ -1,4 +1,6 @@
-"""How attention is cut: some rows of queries at a time, each with all the keys that the rows see."""
+"""How attention is cut: some rows of queries at a time, each with all the keys that the rows
+see.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ STRIP_ENTRIES_ELSEWHERE = 2**26  # few kernels
 
 @dataclass(frozen=True)
 class Rule:
-    """Which keys a query sees and how scores are made; as in :func:`blockspec.model.attention.attention`."""
+    """Which keys a query sees and how scores are made; as in
+    :func:`blockspec.model.attention.attention`.
+    """
 
     causal: bool
     window: int | None
@@ -28,8 +32,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Work:
-    """One call's tensors. Batches and key heads are one dimension of N = B x G; the R = H / G query heads that share a
-    key head lie beside each other, so that their rows make one matrix.
+    """One call's tensors. Batches and key heads are one dimension of N = B x G; the R = H / G query
+    heads that share a key head lie beside each other, so that their rows make one matrix.
     """
 
     q: Tensor  # (N, R, T, d), times the scale
@@ -93,8 +97,10 @@ def no_autocast(t: Tensor) -> AbstractContextManager[Any]:
 class Strip:
     """``rows`` of queries with the ``keys`` that any of them sees, in some of the N ``heads``.
 
-    hides: (part of the keys, counted from the first of ``keys``; (rows, keys) True where the rule hides them).
-    mask: of these scores, broadcastable to (batches, G, R, rows, keys).
+    Args:
+        hides: (part of the keys, counted from the first of ``keys``; (rows, keys) True where the
+            rule hides them).
+        mask: Of these scores, broadcastable to (batches, G, R, rows, keys).
     """
 
     heads: slice
@@ -186,7 +192,9 @@ def _seen(work: Work) -> tuple[list[int], list[int]]:
 def _hides(
     rule: Rule, rows: slice, keys: slice, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Where the edges of the rule run through a strip: behind its first row's last key, before its last row's first."""
+    """Where the edges of the rule run through a strip: behind its first row's last key, before its
+    last row's first.
+    """
     window = rows.stop + keys.stop if rule.window is None else rule.window
     after = 1 if rule.causal else window
     edges = [(keys.start, rows.stop - window), (rows.start + after, keys.stop)]
