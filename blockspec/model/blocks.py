@@ -17,7 +17,7 @@ from blockspec.model.architectures import Names, layer_key, layer_prefix, unit
 from blockspec.model.pieces import Block as Block
 from blockspec.model.pieces import Piece as Piece
 from blockspec.model.roles import Layout, layouts, watch_example
-from blockspec.model.watching import Seen
+from blockspec.model.row_gradients import Seen
 
 GRANULARITIES = ("tensor", "matrix", "head", "neuron", "layer", "model")
 Patterns = str | Sequence[str]

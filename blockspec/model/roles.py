@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from blockspec.model.architectures import CONTEXTS, TOKENS, Names, Role, role
 from blockspec.model.cuts import Heads, fused_rows, heads_around
 from blockspec.model.objective import mapped, placed
-from blockspec.model.watching import Seen, tensors, watch
+from blockspec.model.row_gradients import Seen
+from blockspec.model.watching import tensors, watch
 
 Rows = Sequence[int]
 HALVES = {

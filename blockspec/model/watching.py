@@ -1,105 +1,40 @@
 """What each parameter does, found by watching one forward pass.
 
-The idea: where attention is computed, two activations are multiplied, go through a softmax, and
-multiply a third one. Those three are query, key and value, whatever the model calls them, and the
-linears that they come from are their matrices. Which rows of a matrix belong to which head is told
-by gradients: number the heads at the attention kernel, send a random vector back from every head,
-once as it is and once times the head's number, and stop at the matrices. A row's second gradient is
-its first one times the number of its head, and zero if it belongs to none. One gradient does this
-for all layers at once, because nothing passes a matrix; query, key and value take two to three
-each.
+The linears that query, key and value come from (:mod:`blockspec.model.factors`) are their matrices,
+and gradients tell which rows belong to which head (:mod:`blockspec.model.row_gradients`).
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from blockspec.model.caches import without_caches
 from blockspec.model.evaluation import evaluation
+from blockspec.model.factors import PARTS, Attention, attention
 from blockspec.model.graph import (
     CHOICES,
     CONVOLUTION,
     NONLINEAR,
-    PRODUCTS,
     RESHAPES,
-    SOFTMAXES,
     Edge,
     Graph,
     Linear,
-    edge_tensor_like,
     mixes_tokens,
     operation,
     shape,
-    signed,
-    swapped,
 )
 from blockspec.model.kernels import twice_differentiable
+from blockspec.model.row_gradients import Mlp, Readings, Seen, input_place, measure
 
-PARTS = ("query", "key", "value")
-SAVED = {"Bmm": ("self", "mat2"), "Baddbmm": ("batch1", "batch2"), "Mm": ("self", "mat2")}
 NORMS = frozenset({"NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm", "Rsqrt"})
 MOST_BETWEEN = 60  # operations between the matrices of an MLP: more is a recurrence written out
-MOST_AXES = 2  # of a factor that are tried as the heads' axis: heads and windows
-PRECISION = 0.05  # of a head's number, read from gradients
-Rows = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a parameter was seen to do.
-
-    Args:
-        kind: Of the whole of it, or ``qkv`` and the like where it holds several.
-        axis: That counts its outputs; None where that is not known.
-        parts: Kind -> rows, for a parameter that holds several kinds.
-        heads: Kind -> rows of each of its heads, where rows belong to heads.
-        tokens: Whether it has a row for each token of the vocabulary.
-    """
-
-    kind: str
-    axis: int | None = None
-    parts: Mapping[str, Rows] = field(default_factory=dict)
-    heads: Mapping[str, tuple[Rows, ...]] = field(default_factory=dict)
-    tokens: bool = False
-
-
-@dataclass(eq=False)
-class Factor:
-    """Query, key or value at the kernel: the edge, and its leading axes with the number of the head
-    at each place.
-    """
-
-    edge: Edge
-    axes: list[tuple[int, list[int]]]
-    linears: list[Linear]
-
-
-@dataclass(eq=False)
-class Attention:
-    factors: dict[str, Factor]
-    scores: Node  # the product of query and key
-    output: Node  # the product with the value
-
-
-@dataclass(eq=False)
-class Mlp:
-    """Linears that widen, and the one that narrows; ``edges``: what the gate and the rest are seen
-    at.
-    """
-
-    inputs: list[Linear]
-    output: Linear
-    edges: dict[str, Edge]
-    gate: set[Linear]
+EXPERTS = "_experts_implementation_internal"
 
 
 def watch(model: nn.Module, forward: Callable[[], Any], batch: Any = None) -> dict[str, Seen]:
@@ -117,9 +52,6 @@ def watch(model: nn.Module, forward: Callable[[], Any], batch: Any = None) -> di
         with without_caches(model), _eager_experts(model), twice_differentiable(model):
             outputs = list(tensors(forward()))
         return _Watch(Graph(outputs, model), model, batch).result()
-
-
-EXPERTS = "_experts_implementation_internal"
 
 
 @contextmanager
@@ -194,7 +126,7 @@ class _Watch:
     def _output(self, found: Attention) -> None:
         for node, place in self.graph.ahead(found.output):
             linear = self.graph.linears.get(node)
-            if linear is None or linear.input is None or place != _input_place(linear):
+            if linear is None or linear.input is None or place != input_place(linear):
                 continue
             if self.kinds.setdefault(linear, "attention_output") != "attention_output":
                 continue
@@ -315,7 +247,7 @@ class _Watch:
             return {}
         return {"mlp_gate": self._before_activation(bent[True]), "mlp_in": bent[False]}
 
-    def _linears(self, rows: _Rows) -> dict[str, Seen]:
+    def _linears(self, rows: Readings) -> dict[str, Seen]:
         seen: dict[str, Seen] = {}
         vocabulary = {
             shape_[0] for shape_ in (self.parameters[n].shape for n in self._token_tables())
@@ -390,371 +322,3 @@ def _is_normed(node: Node | None, depth: int = 4) -> bool:
     return operation(node) in views and any(
         _is_normed(source, depth - 1) for source, _ in node.next_functions
     )
-
-
-def _input_place(linear: Linear) -> int:
-    places = PRODUCTS[operation(linear.node)]
-    return next(
-        (p for p in places if linear.input and linear.node.next_functions[p][0] is linear.input[0]),
-        places[0],
-    )
-
-
-def attention(graph: Graph, softmax: Node) -> Attention | None:
-    """The attention around a softmax; None if it is another softmax."""
-    if operation(softmax) not in SOFTMAXES:
-        return None
-    output = next((step for step in graph.ahead(softmax) if step[0] not in graph.linears), None)
-    if output is None or operation(output[0]) not in SAVED:
-        return None
-    factors = graph.factors(output[0])
-    assert factors is not None
-    right = output[0].next_functions[PRODUCTS[operation(output[0])][1]][0]
-    value = factors[0] if _leads_to(right, softmax) else factors[1]
-    scores = _scores(graph, softmax, value)
-    if scores is None or value is None:
-        return None
-    product, turned = scores
-    sides = graph.factors(product)
-    assert sides is not None
-    query, key = (sides[1], sides[0]) if turned else sides
-    if query is None or key is None:
-        return None
-    edges = {"query": (product, query), "key": (product, key), "value": (output[0], value)}
-    return Attention(
-        {part: _factor(graph, part, node, edge) for part, (node, edge) in edges.items()},
-        product,
-        output[0],
-    )
-
-
-def _leads_to(node: Node | None, target: Node) -> bool:
-    """Whether the way back from a factor meets the softmax before anything else is multiplied."""
-    todo = [node] if node is not None else []
-    for current in todo:
-        if current is target:
-            return True
-        if operation(current) not in PRODUCTS and len(todo) < 200:
-            todo += [s for s, _ in current.next_functions if s is not None and s not in todo]
-    return False
-
-
-def _scores(graph: Graph, softmax: Node, value: Edge | None) -> tuple[Node, bool] | None:
-    """The product of query and key before a softmax, and whether the key is on its left."""
-    paths: dict[Node, list[Node]] = {softmax: [softmax]}
-    todo = [softmax]
-    found: list[Node] = []
-    for node in todo:
-        for source, _ in node.next_functions:
-            if source is None or source in paths or graph.is_stream(source):
-                continue
-            paths[source] = [*paths[node], source]
-            if source in graph.linears or operation(source) in SOFTMAXES:
-                continue
-            if operation(source) in SAVED:
-                found.append(source)
-            else:
-                todo.append(source)
-    inputs = {l.input[0] for l in graph.behind(value).linears if l.input}
-
-    def fits(product: Node) -> tuple[bool, bool]:
-        """Two matrices behind it, the key's reading what the value's reads: not a product with
-        positions.
-        """
-        sides = [graph.behind(edge).linears for edge in graph.factors(product) or ()]
-        keys = {l.input[0] for side in sides[1:] for l in side if l.input}
-        return (not all(sides), not (keys & inputs))
-
-    if not found:
-        return None
-    product = min(found, key=fits)
-    dim = signed(softmax._saved_dim)  # type: ignore[attr-defined]
-    dim = dim if dim < 0 else dim - len(shape((softmax, 0)))
-    return product, swapped(paths[product], dim) == -2
-
-
-def _factor(graph: Graph, part: str, product: Node, edge: Edge) -> Factor:
-    """The factor before it was folded into (B H, T, d), and its axes that may count heads."""
-    folded = shape(edge)
-    side = [source for source, _ in product.next_functions].index(edge[0])
-    side -= len(product.next_functions) - 2
-    at, lead = _unfolded(edge, folded)
-    sizes = shape(at)
-    values = getattr(product, f"_saved_{SAVED[operation(product)][side]}")
-    same = values is not None and values.numel() == math.prod(sizes)
-    values = values.detach().reshape(sizes) if same else None
-    axes = [axis for axis in range(lead) if sizes[axis] > 1]
-    if not axes and part != "value":  # one key for all heads: they stand beside the positions
-        axes = [axis for axis in _beside(sizes, lead, side, folded) if sizes[axis] > 1]
-    return Factor(
-        at,
-        [(axis, _numbers(values, axis, sizes[axis])) for axis in axes[:MOST_AXES] or [0]],
-        list(graph.behind(edge).linears),
-    )
-
-
-def _unfolded(edge: Edge, folded: tuple[int, ...]) -> tuple[Edge, int]:
-    """The edge before the first axes were made one, and how many they were."""
-    current = edge
-    while operation(current[0]) in RESHAPES and len(folded) == 3:
-        source, number = current[0].next_functions[0]
-        if source is None:
-            break
-        current = (source, number)
-        sizes = shape(current)
-        fits = [n for n in range(len(sizes)) if math.prod(sizes[:n]) == folded[0]]
-        if len(sizes) > len(folded) and fits:
-            whole = [n for n in fits if math.prod(sizes[n:]) == math.prod(folded[1:])]
-            if whole:
-                return current, whole[-1] if math.prod(folded[:1]) > 1 else whole[0]
-    return edge, len(folded) - 2
-
-
-def _beside(sizes: tuple[int, ...], lead: int, side: int, folded: tuple[int, ...]) -> range:
-    """The axes that are neither leading nor summed over: the summed one is last on the left, first
-    on the right.
-    """
-    rest = range(lead, len(sizes))
-    if side == 0:
-        return range(lead, next((m for m in rest if math.prod(sizes[m:]) == folded[-1]), lead))
-    summed = (m for m in rest if math.prod(sizes[lead : m + 1]) == folded[-2])
-    return range(next(summed, len(sizes)) + 1, len(sizes))
-
-
-def _numbers(values: Tensor | None, axis: int, size: int) -> list[int]:
-    """The head at each place along an axis: equal ones are one head, repeated for a group of
-    queries.
-    """
-    if values is None or not values.any():
-        return list(range(size))
-    heads: list[Tensor] = []
-    numbers = []
-    for slice_ in values.unbind(axis):
-        same = next((i for i, head in enumerate(heads) if torch.equal(head, slice_)), len(heads))
-        if same == len(heads):
-            heads.append(slice_)
-        numbers.append(same)
-    return numbers
-
-
-@dataclass
-class _Rows:
-    """Gradients, by part: the plain one, and one for each axis that may be the heads'."""
-
-    plain: dict[str, dict[str, Tensor]]
-    coded: dict[str, list[dict[str, Tensor]]]
-    gates: dict[str, Tensor]  # at the attention's output
-    owners: dict[str, set[str]]  # parameter -> parts that it may hold
-    sizes: dict[str, torch.Size]
-
-    def seen(self, name: str, kind: str, axis: int | None, tokens: bool, rest: str) -> Seen:
-        """What the parameter holds; ``rest``: the kind of the rows that lead to no head."""
-        parts: dict[str, Rows] = {}
-        heads: dict[str, tuple[Rows, ...]] = {}
-        if axis is None or not self.owners.get(name):
-            return Seen(kind, axis, tokens=tokens)
-        size = self.sizes[name][axis]
-        taken: set[int] = set()
-        unbent = set(self._of(name, "mlp_in", axis)[0])
-        for part in (*PARTS, "attention_gate", "mlp_gate", "mlp_in"):
-            rows, numbers = self._of(name, part, axis)
-            rows = [row for row in rows if row not in taken]
-            if part == "mlp_gate":  # x * gelu'(x) and the like: one matrix on both sides
-                rows = [row for row in rows if row not in unbent]
-            if not rows:
-                continue
-            taken.update(rows)
-            parts[part] = tuple(rows)
-            if numbers and all(row in numbers for row in rows):
-                groups: dict[int, list[int]] = defaultdict(list)
-                for row in rows:
-                    groups[numbers[row]].append(row)
-                if len({len(group) for group in groups.values()}) == 1:
-                    heads[part] = tuple(tuple(groups[n]) for n in sorted(groups))
-        if not parts:
-            return Seen(kind, axis, tokens=tokens)
-        left = tuple(row for row in range(size) if row not in taken)
-        if not left and len(parts) == 1:
-            return Seen(next(iter(parts)), axis, heads=heads, tokens=tokens)
-        if not set(parts) & set(PARTS):  # an MLP: halves that are sure, or the whole
-            if left or len(parts) == 1:
-                return Seen(kind, axis, tokens=tokens)
-        elif left:
-            parts[rest] = tuple(sorted((*parts.get(rest, ()), *left)))
-        return Seen(_joint(parts), axis, parts, heads, tokens)
-
-    def _of(self, name: str, part: str, axis: int) -> tuple[list[int], dict[int, int]]:
-        """Rows of the part, and the number of the head of each where every row has one."""
-        if part not in self.owners[name]:
-            return [], {}
-        if part == "attention_gate":
-            return _rows_of(self.gates.get(name), axis), {}
-        source = {"mlp_gate": "query", "mlp_in": "key"}.get(part, part)
-        plain = self.plain[source].get(name)
-        rows = _rows_of(plain, axis)
-        best: dict[int, int] = {}
-        coded = [c[name] for c in self.coded[source] if c.get(name) is not None]
-        if plain is None:
-            return [], {}
-        zero = set(rows)
-        for gradient in coded:
-            zero -= set(_rows_of(gradient, axis))
-            numbers = _ratios(plain, gradient, rows, axis)
-            if len(numbers) == len(set(rows) - zero) and len(set(numbers.values())) > len(
-                set(best.values())
-            ):
-                best = numbers
-        # Gates and MLPs have no heads: their seeds are zero in coded gradients.
-        rows = [row for row in rows if (row in zero) == (part in ("mlp_gate", "mlp_in"))]
-        return rows, best if part in PARTS else {}
-
-
-def _joint(parts: Mapping[str, Rows]) -> str:
-    """The kind of a tensor that holds several."""
-    if {"mlp_in", "mlp_gate"} == set(parts):
-        return "mlp_in"
-    attention = [part for part in parts if part in (*PARTS, "attention_gate", "qkv")]
-    return (
-        attention[0] if len(set(attention) - {"attention_gate"}) == 1 and len(parts) == 2 else "qkv"
-    )
-
-
-def _rows_of(gradient: Tensor | None, axis: int) -> list[int]:
-    if gradient is None:
-        return []
-    others = [a for a in range(gradient.ndim) if a != axis]
-    norms = gradient.abs().amax(others) if others else gradient.abs()
-    return norms.nonzero().flatten().tolist()
-
-
-def _ratios(plain: Tensor, coded: Tensor, rows: Sequence[int], axis: int) -> dict[int, int]:
-    """Row -> number of its head: the whole number that the two gradients differ by."""
-    wide = torch.promote_types(plain.dtype, torch.float32)
-    a = plain.detach().to(wide).movedim(axis, 0).flatten(1)
-    b = coded.detach().to(wide).movedim(axis, 0).flatten(1)
-    length = a.square().sum(1)
-    ratio = (a * b).sum(1) / length
-    rest = (b - ratio[:, None] * a).square().sum(1).sqrt() / length.sqrt()
-    number = ratio.round()
-    good = (
-        ((ratio - number).abs() < PRECISION)
-        & (rest < PRECISION * number.clamp(min=1))
-        & (number > 0)
-    )
-    return {row: int(number[row]) - 1 for row in rows if good[row]}
-
-
-def measure(
-    graph: Graph,
-    attentions: Sequence[Attention],
-    mlps: Sequence[Mlp],
-    gated: Mapping[Linear, Sequence[Linear]],
-    parameters: Mapping[str, Tensor],
-) -> _Rows:
-    """The gradients that tell which rows belong to which part and head: at most ten, all layers at
-    once.
-    """
-    owners: dict[str, set[str]] = defaultdict(set)
-    for found in attentions:
-        for part in PARTS:
-            for linear in found.factors[part].linears:
-                _own(owners, linear, part)
-    for linears in gated.values():
-        for linear in linears:
-            _own(owners, linear, "attention_gate")
-    for mlp in mlps:
-        for linear in mlp.inputs:
-            for part in mlp.edges:
-                _own(owners, linear, part)
-    for names in list(owners):
-        if not owners[names] & set(PARTS):
-            owners[names].discard("attention_gate")  # a matrix of its own
-    wanted = {name: parameters[name] for name, parts in owners.items()}
-    generator = torch.Generator().manual_seed(0)
-    backward = _Backward(graph, wanted)
-    rows = _Rows({}, {}, {}, owners, {name: p.shape for name, p in parameters.items()})
-    with backward.stopped_at_linears():
-        for part in PARTS:
-            factors = [found.factors[part] for found in attentions]
-            seeds = [(f, _chosen(edge_tensor_like(f.edge, generator), f)) for f in factors]
-            also = {"query": "mlp_gate", "key": "mlp_in"}.get(part)
-            extra = [
-                (mlp.edges[also], edge_tensor_like(mlp.edges[also], generator))
-                for mlp in mlps
-                if also in mlp.edges
-            ]
-            rows.plain[part] = backward([(f.edge, seed) for f, seed in seeds] + extra)
-            rows.coded[part] = [
-                backward([(f.edge, _coded(seed, f, i)) for f, seed in seeds if i < len(f.axes)])
-                for i in range(max((len(f.axes) for f in factors), default=0))
-            ]
-        ends = [
-            (linear.input, edge_tensor_like(linear.input, generator))
-            for linear in gated
-            if linear.input is not None
-        ]
-        rows.gates = backward(ends)
-    return rows
-
-
-def _own(owners: dict[str, set[str]], linear: Linear, part: str) -> None:
-    for name in linear.weights:
-        owners[name].add(part)
-
-
-def _chosen(seed: Tensor, factor: Factor) -> Tensor:
-    """The seed at the first of equal heads, zero at its repetitions."""
-    for axis, numbers in factor.axes:
-        first = [number not in numbers[:i] for i, number in enumerate(numbers)]
-        seed = seed * _along(torch.tensor(first), seed, axis)
-    return seed
-
-
-def _coded(seed: Tensor, factor: Factor, which: int) -> Tensor:
-    axis, numbers = factor.axes[which]
-    return seed * _along(torch.tensor(numbers) + 1, seed, axis)
-
-
-def _along(numbers: Tensor, like: Tensor, axis: int) -> Tensor:
-    sizes = [-1 if a == axis else 1 for a in range(like.ndim)]
-    return numbers.to(like).view(sizes)
-
-
-class _Backward:
-    """Gradients by the parameters that stop at the linears' inputs."""
-
-    def __init__(self, graph: Graph, wanted: Mapping[str, Tensor]) -> None:
-        self.graph = graph
-        self.wanted = wanted
-
-    @contextmanager
-    def stopped_at_linears(self) -> Iterator[None]:
-        handles = []
-        for linear in self.graph.linears.values():
-            place = _input_place(linear)
-            if linear.input is not None:
-                handles.append(linear.node.register_hook(_without(place)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def __call__(self, seeds: Sequence[tuple[Edge, Tensor]]) -> dict[str, Tensor]:
-        if not seeds or not self.wanted:
-            return {}
-        gradients = torch.autograd.grad(
-            [GradientEdge(*edge) for edge, _ in seeds],
-            list(self.wanted.values()),
-            [seed for _, seed in seeds],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        return {n: g for n, g in zip(self.wanted, gradients, strict=True) if g is not None}
-
-
-def _without(place: int) -> Callable[..., tuple[Tensor | None, ...]]:
-    def hook(inputs: Sequence[Tensor | None], outputs: Any) -> tuple[Tensor | None, ...]:
-        return tuple(None if i == place else gradient for i, gradient in enumerate(inputs))
-
-    return hook
