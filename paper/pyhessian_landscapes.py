@@ -1,4 +1,6 @@
-"""The loss around trained residual networks, with and without batch norm and shortcuts (PyHessian's 3-D surfaces)."""
+"""The loss around trained residual networks, with and without batch norm and shortcuts (PyHessian's
+3-D surfaces).
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def _landscape(checkpoint: Path | None, settings: Settings, context: Context) ->
 
 @styled
 def plot_surfaces(table: pd.DataFrame) -> Figure:
-    """The loss in the plane of the top two eigenvectors: a row a depth, a column a variant, all on one logarithmic scale."""
+    """The loss in the plane of the top two eigenvectors: a row a depth, a column a variant, all on
+    one logarithmic scale.
+    """
     depths, variants = (list(table[name].unique()) for name in ("depth", "variant"))
     heights = np.log10(table["loss"].where(np.isfinite(table["loss"])))
     norm = Normalize(heights.min(), heights.max())
@@ -110,7 +114,9 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 
 def rises(table: pd.DataFrame) -> pd.Series:
-    """By depth, variant and seed: the mean rise of the loss from the parameters to the edge of the plane."""
+    """By depth, variant and seed: the mean rise of the loss from the parameters to the edge of the
+    plane.
+    """
 
     def rise(plane: pd.DataFrame) -> float:
         edge = (plane[["first", "second"]].abs() == plane[["first", "second"]].abs().max()).any(
@@ -130,7 +136,9 @@ def judge(tables: Tables) -> list[Finding]:
 
 
 def _ratio(found: pd.Series, depth: int, variant: str) -> tuple[float, float]:
-    """Mean and standard error over seeds of log10 of a variant's rise over that of the whole network."""
+    """Mean and standard error over seeds of log10 of a variant's rise over that of the whole
+    network.
+    """
     ratio = np.log10(found[depth, variant] / found[depth, "all"])
     return float(ratio.mean()), float(ratio.sem())
 
@@ -138,10 +146,13 @@ def _ratio(found: pd.Series, depth: int, variant: str) -> tuple[float, float]:
 def _smoother(found: pd.Series, depth: int) -> Finding:
     value, error = _ratio(found, depth, "no batch norm")
     return Finding(
-        f"ResNet{depth}: batch norm does not necessarily make the loss landscape smoother, least in shallow networks",
-        f"log10 of the rise to the edge of the plane without batch norm over that with it: {with_error(value, error)}",
+        f"ResNet{depth}: batch norm does not necessarily make the loss landscape smoother, least "
+        "in shallow networks",
+        "log10 of the rise to the edge of the plane without batch norm over that with it: "
+        f"{with_error(value, error)}",
         "agrees" if value < 2 * error else "disagrees",
-        "disagrees where the rise without batch norm is larger by more than two standard errors over seeds",
+        "disagrees where the rise without batch norm is larger by more than two standard errors "
+        "over seeds",
     )
 
 
@@ -152,12 +163,14 @@ def _residual(found: pd.Series) -> Finding:
         "log10 of the rise without shortcuts over that with them: "
         + "; ".join(f"depth {depth}: {with_error(*pair)}" for depth, pair in each.items()),
         "agrees" if all(value > 2 * error for value, error in each.values()) else "disagrees",
-        "agrees where the rise without shortcuts is larger by more than two standard errors over seeds, at every depth",
+        "agrees where the rise without shortcuts is larger by more than two standard errors over "
+        "seeds, at every depth",
     )
 
 
 SETUP = (
-    "The loss of the trained networks of the traces in the plane of the eigenvectors of the two largest eigenvalues, 0.5 to "
+    "The loss of the trained networks of the traces in the plane of the eigenvectors of the two "
+    "largest eigenvalues, 0.5 to "
     "either side of the parameters."
 )
 EXHIBIT = Exhibit(

@@ -105,7 +105,9 @@ def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
 
 
 def _traces(checkpoint: Path, settings: Settings, context: Context) -> list[dict[str, Any]]:
-    """Of the whole network and of its stages, from the same probes; with what the trainer measured."""
+    """Of the whole network and of its stages, from the same probes; with what the trainer
+    measured.
+    """
     model, batches, loss = factories.checkpoint(
         str(checkpoint), count=settings.count, batch_size=settings.count
     )
@@ -139,7 +141,9 @@ def by_network(table: pd.DataFrame) -> dict[tuple[int, str], dict[int, Spectra]]
 
 @styled
 def plot_traces(traces: pd.DataFrame) -> Figure:
-    """Trace at the end of training and test accuracy, of each variant: every seed, and a bar at the mean; a column a depth."""
+    """Trace at the end of training and test accuracy, of each variant: every seed, and a bar at the
+    mean; a column a depth.
+    """
     depths, variants = (list(traces[name].unique()) for name in ("depth", "variant"))
     whole = traces[traces["block"] == "model"]
     figure = Figure(figsize=(2.2 * len(depths) + 0.8, 3.6), layout="constrained")
@@ -198,9 +202,11 @@ def _trace_finding(whole: pd.DataFrame, depth: int, word: str, sign: int) -> Fin
     accuracy = whole[whole["depth"] == depth].groupby("variant")["accuracy"].mean()
     return Finding(
         f"the trace of ResNet{depth} is {word} without batch norm",
-        f"{each} with it, difference {with_error(difference.mean(), difference.sem())} (standard errors, {len(table)} trainings)",
+        f"{each} with it, difference {with_error(difference.mean(), difference.sem())} (standard "
+        f"errors, {len(table)} trainings)",
         "agrees" if sign * difference.mean() > 2 * difference.sem() else "disagrees",
-        f"the difference must be two standard errors from 0; test accuracy {100 * accuracy['no batch norm']:.1f} % without, "
+        "the difference must be two standard errors from 0; test accuracy "
+        f"{100 * accuracy['no batch norm']:.1f} % without, "
         f"{100 * accuracy['all']:.1f} % with it, at the end of a short training on digits",
     )
 
@@ -223,8 +229,10 @@ def _accuracy_finding(whole: pd.DataFrame, variant: str, shallow: int, deep: int
 
 
 SETUP = (
-    "Residual networks as they are, without batch norm, without shortcuts, and without both; SGD with momentum 0.9. Trace by "
-    "Hutchinson's method of the network and of its stages, largest eigenvalue and density by Lanczos; batch norm with running "
+    "Residual networks as they are, without batch norm, without shortcuts, and without both; SGD "
+    "with momentum 0.9. Trace by "
+    "Hutchinson's method of the network and of its stages, largest eigenvalue and density by "
+    "Lanczos; batch norm with running "
     "statistics."
 )
 EXHIBIT = Exhibit(
@@ -263,7 +271,8 @@ EXHIBIT = Exhibit(
                 measuring=Measuring(count=4096, batch_size=512, num_probes=4, num_steps=100),
             ),
             f"{SETUP} CIFAR-10, 180 epochs, the paper's depths and stage-wise removal.",
-            "Not run. Estimated: 28 trainings of a quarter to three quarters of an hour on one H100; minutes a checkpoint.",
+            "Not run. Estimated: 28 trainings of a quarter to three quarters of an hour on one "
+            "H100; minutes a checkpoint.",
         ),
     },
 )

@@ -1,4 +1,6 @@
-"""Evaluations leave a model as they find it, and the value is that of the function differentiated."""
+"""Evaluations leave a model as they find it, and the value is that of the function
+differentiated.
+"""
 
 import copy
 
@@ -162,7 +164,9 @@ class Tokens(nn.Module):
 
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
 def test_an_embedding_with_a_largest_norm(max_norm):
-    """Its value is the model's own, which shrinks rows; the weights stay; products are of one function."""
+    """Its value is the model's own, which shrinks rows; the weights stay; products are of one
+    function.
+    """
     torch.manual_seed(0)
     model = Tokens(max_norm)
     batch = (torch.tensor([0, 2, 4]), torch.tensor([1, 2, 0]))

@@ -1,4 +1,6 @@
-"""Where functions of ours step aside, they are PyTorch's own: third derivatives, transforms, changes in place."""
+"""Where functions of ours step aside, they are PyTorch's own: third derivatives, transforms,
+changes in place.
+"""
 
 import math
 
@@ -182,7 +184,9 @@ def test_transforms_of_cross_entropies(of, name):
 
 
 def used(activation, kind):
-    """Functions of an activation's input, with an operation in place; the input need not be kept."""
+    """Functions of an activation's input, with an operation in place; the input need not be
+    kept.
+    """
     stages = {
         "added to": lambda x: activation(x).add_(x),
         "masked": lambda x: activation(x).masked_fill_(x > 0.3, 0),

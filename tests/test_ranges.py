@@ -1,4 +1,6 @@
-"""Tokens and classes beyond a model's tables, and streams without an end, are told with batch, value and bound."""
+"""Tokens and classes beyond a model's tables, and streams without an end, are told with batch,
+value and bound.
+"""
 
 import itertools
 

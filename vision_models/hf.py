@@ -25,7 +25,8 @@ def vit(*, classes: int = 1000, **config: Any) -> ViTForImageClassification:
 
     Args:
         classes: Number of classes.
-        **config: Fields of HF's ViTConfig (image_size, patch_size, num_channels, hidden_size, num_hidden_layers, …).
+        **config: Fields of HF's ViTConfig (image_size, patch_size, num_channels, hidden_size,
+        num_hidden_layers, …).
     """
     return ViTForImageClassification(_config(ViTConfig, classes, config))
 
@@ -35,7 +36,8 @@ def resnet(*, classes: int = 1000, **config: Any) -> ResNetForImageClassificatio
 
     Args:
         classes: Number of classes.
-        **config: Fields of HF's ResNetConfig (depths, hidden_sizes, embedding_size, layer_type, num_channels, …).
+        **config: Fields of HF's ResNetConfig (depths, hidden_sizes, embedding_size, layer_type,
+        num_channels, …).
     """
     return ResNetForImageClassification(_config(ResNetConfig, classes, config))
 
@@ -60,7 +62,9 @@ def pretrained(name: str = VIT_BASE, *, classes: int | None = None) -> PreTraine
 
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """(mean, standard deviation) per channel of the images a pretrained model expects, or None if it does not say."""
+    """(mean, standard deviation) per channel of the images a pretrained model expects, or None if
+    it does not say.
+    """
     try:
         with _access(name):
             path = cached_file(name, "preprocessor_config.json")
@@ -79,6 +83,7 @@ def _config(kind: type, classes: int, fields: dict[str, Any]) -> Any:
     unknown = sorted(set(fields) - set(vars(kind())))
     if unknown:
         raise ValueError(
-            f"{kind.__name__} has no setting {unknown}: see its page in the documentation of transformers"
+            f"{kind.__name__} has no setting {unknown}: see its page in the documentation of "
+            "transformers"
         )
     return kind(num_labels=classes, **fields)

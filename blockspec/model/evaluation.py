@@ -90,7 +90,8 @@ def _of_bounded_embeddings(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
 
 def _refuse_to_shrink(*args: Any, **kwargs: Any) -> NoReturn:
     raise ValueError(
-        "torch.nn.functional.embedding was called with max_norm, which changes the weights whenever "
+        "torch.nn.functional.embedding was called with max_norm, which changes the weights "
+        "whenever "
         "the loss is evaluated: use torch.nn.Embedding(..., max_norm=...), whose rows are shrunk "
         "once and put back, or call it without max_norm"
     )

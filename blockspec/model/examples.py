@@ -1,10 +1,12 @@
-"""Cutting a batch into micro-batches: which of its tensors carry examples, and which are shared by them.
+"""Cutting a batch into micro-batches: which of its tensors carry examples, and which are shared by
+them.
 
-A batch holds tensors with one row per example (tokens, labels, images) beside others that all examples use (a mask over
-positions, class weights). Their shapes do not tell them apart: a mask (T, T) beside T examples looks like another T rows, and
-cut like them it makes another function of the batch, in silence. So a way of cutting is tried before it is trusted: the loss
-of two neighbouring parts must be the sum of both parts' losses, and so must the number of its terms. Tensors of one length are
-first taken for examples all together, then all but one, then all but two.
+A batch holds tensors with one row per example (tokens, labels, images) beside others that all
+examples use (a mask over positions, class weights). Their shapes do not tell them apart: a mask (T,
+T) beside T examples looks like another T rows, and cut like them it makes another function of the
+batch, in silence. So a way of cutting is tried before it is trusted: the loss of two neighbouring
+parts must be the sum of both parts' losses, and so must the number of its terms. Tensors of one
+length are first taken for examples all together, then all but one, then all but two.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ class NoExamplesError(ValueError):
 class Carriers:
     """Where the examples of a batch are.
 
-    paths: to the tensors with one row per example, from the batch inwards.
-    length: number of examples.
+    Args:
+        paths: To the tensors with one row per example, from the batch inwards.
+        length: Number of examples.
     """
 
     paths: frozenset[Path]
@@ -58,8 +61,8 @@ def carriers(batch: Any, size: int, evaluate: Evaluate) -> Carriers:
     """Where the examples of ``batch`` are, for parts of ``size`` examples.
 
     Raises:
-        NoExamplesError: No way of cutting leaves the loss as it was. What ``evaluate`` raises on the whole batch is raised
-            as it is.
+        NoExamplesError: No way of cutting leaves the loss as it was. What ``evaluate`` raises on
+            the whole batch is raised as it is.
     """
     ways = list(islice(_candidates(batch), MOST_TRIED))
     for way in ways:
@@ -71,20 +74,27 @@ def carriers(batch: Any, size: int, evaluate: Evaluate) -> Carriers:
         return ways[0]  # NaN or random numbers: the objective's own check tells
     shapes = {"/".join(map(str, path)): shape for path, shape in _shapes(batch).items()}
     raise NoExamplesError(
-        f"micro_batch={size} cannot be used: no way to cut a batch of tensors {shapes} along first dimensions "
-        f"leaves its loss ({total.item():.6g}) as it was. The loss mixes the examples of a batch (contrastive terms), or "
-        "the examples lie along another dimension or in something that is no tensor. Pass smaller batches, with "
+        f"micro_batch={size} cannot be used: no way to cut a batch of tensors {shapes} along first "
+        "dimensions "
+        f"leaves its loss ({total.item():.6g}) as it was. The loss mixes the examples of a batch "
+        "(contrastive terms), or "
+        "the examples lie along another dimension or in something that is no tensor. Pass smaller "
+        "batches, with "
         "micro_batch=None"
     )
 
 
 def longest(batch: Any) -> int:
-    """The most examples that a batch may have, from its shapes alone; 1 where it has no tensors with rows."""
+    """The most examples that a batch may have, from its shapes alone; 1 where it has no tensors
+    with rows.
+    """
     return max((len(tensor) for _, tensor in leaves(batch) if tensor.dim()), default=1)
 
 
 def _candidates(batch: Any) -> Iterator[Carriers]:
-    """Ways of cutting, the likeliest first: by the length that most tensors have, square tensors shared before others."""
+    """Ways of cutting, the likeliest first: by the length that most tensors have, square tensors
+    shared before others.
+    """
     rows = {path: tensor.shape for path, tensor in leaves(batch) if tensor.dim()}
     lengths = [shape[0] for shape in rows.values()]
     for length in sorted(dict.fromkeys(lengths), key=lengths.count, reverse=True):
@@ -112,7 +122,9 @@ def _adds_up(way: Carriers, batch: Any, size: int, evaluate: Evaluate) -> bool:
 
 
 def _unambiguous(way: Carriers, batch: Any) -> bool:
-    """Whether the length of the examples is that of no other dimension, so that no tensor is taken for another."""
+    """Whether the length of the examples is that of no other dimension, so that no tensor is taken
+    for another.
+    """
     others = [shape[1:] if path in way.paths else shape for path, shape in _shapes(batch).items()]
     return all(way.length not in shape for shape in others)
 

@@ -277,7 +277,9 @@ def _is_wanted(node: Node | None) -> bool:
 def _bends_in_chunks(
     saved: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...], wanted: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The slope's backward pass: by gradient, hidden states, weight and bias, where it is wanted."""
+    """The slope's backward pass: by gradient, hidden states, weight and bias, where it is
+    wanted.
+    """
     gradient, hidden, weight, bias, labels, probabilities = saved
     along_hidden, along_weight, along_bias = tangents
     by_gradient, by_hidden, by_weight, by_bias = (

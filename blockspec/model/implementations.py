@@ -57,8 +57,9 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _switch(model: nn.Module, config: Any) -> Callable[[], None]:
-    """Of this config alone: Hugging Face's own setter goes through those of its parts. Key-value caches, which copy keys
-    and values for tokens to come, are off."""
+    """Of this config alone: Hugging Face's own setter goes through those of its parts. Key-value
+    caches, which copy keys and values for tokens to come, are off.
+    """
     inner = "_attn_implementation_internal"
     name = inner if hasattr(config, inner) else "_attn_implementation"
     changes: dict[str, Any] = {name: _replacement(model, config)}

@@ -1,13 +1,15 @@
 """Models whose attention can be differentiated twice, whichever kernel they call.
 
-Fused attention kernels have no second derivative. Here every call of ``scaled_dot_product_attention`` is answered by one of
-two functions that have one: PyTorch's own composition of differentiable parts (its MATH backend), which keeps several
-matrices of queries x keys, and :func:`blockspec.model.attention.attention`, which keeps none. The second is chosen where
+Fused attention kernels have no second derivative. Here every call of
+``scaled_dot_product_attention`` is answered by one of two functions that have one: PyTorch's own
+composition of differentiable parts (its MATH backend), which keeps several matrices of queries x
+keys, and :func:`blockspec.model.attention.attention`, which keeps none. The second is chosen where
 sequences are so long that it is faster or takes much less memory.
 
-PyTorch's choice of a backend is a flag of the whole process: another thread that sets and restores it at the wrong moment
-leaves flash attention switched off for good, and a model that opens its own ``sdpa_kernel`` overrides it. So flags are left
-alone here (but for compiled models). A ``TorchFunctionMode`` belongs to one thread, and sees the call before a backend is chosen.
+PyTorch's choice of a backend is a flag of the whole process: another thread that sets and restores
+it at the wrong moment leaves flash attention switched off for good, and a model that opens its own
+``sdpa_kernel`` overrides it. So flags are left alone here (but for compiled models). A
+``TorchFunctionMode`` belongs to one thread, and sees the call before a backend is chosen.
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ from blockspec.model.patching import shared
 
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """While this is open, attention in ``model`` can be differentiated twice; afterwards all is as it was.
+    """While this is open, attention in ``model`` can be differentiated twice; afterwards all is as
+    it was.
 
-    Works for everything that calls ``torch.nn.functional.scaled_dot_product_attention`` in this thread (nanoGPT, timm,
-    torchtitan, Hugging Face's default), within a ``sdpa_kernel`` context of its own too, and for Hugging Face models of any
-    implementation. The values are the same up to rounding. A kernel of another library that is called directly cannot be
-    replaced; the error of its backward pass is explained by :mod:`blockspec.products.curvature`.
+    Works for everything that calls ``torch.nn.functional.scaled_dot_product_attention`` in this
+    thread (nanoGPT, timm, torchtitan, Hugging Face's default), within a ``sdpa_kernel`` context of
+    its own too, and for Hugging Face models of any implementation. The values are the same up to
+    rounding. A kernel of another library that is called directly cannot be replaced; the error of
+    its backward pass is explained by :mod:`blockspec.products.curvature`.
     """
     with switched(model), _matrices_alone(model), _Replaced():
         yield
@@ -144,7 +148,9 @@ def _as_autocast_has_them(*tensors: Tensor | None) -> list[Any]:
 
 
 def _matrices_alone(model: nn.Module) -> AbstractContextManager[None]:
-    """Compiled models (TorchScript, exported graphs) call past Python: for them the flags of the process are set."""
+    """Compiled models (TorchScript, exported graphs) call past Python: for them the flags of the
+    process are set.
+    """
     kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     compiled = kinds & {"ScriptModule", "GraphModule"}
     return shared("attention backends", _set_flags) if compiled else nullcontext()
@@ -157,7 +163,9 @@ def _set_flags() -> Callable[[], None]:
 
 
 def _nested(*given: Any, **settings: Any) -> Tensor:
-    """Nested tensors choose by the flags of the process, which are set for the moment of the call."""
+    """Nested tensors choose by the flags of the process, which are set for the moment of the
+    call.
+    """
     with shared("attention backends", _set_flags):
         return F.scaled_dot_product_attention(*given, **settings)
 

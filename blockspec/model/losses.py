@@ -1,8 +1,9 @@
-"""Losses that say how many terms they have: ``loss(model, batch) -> (sum of the loss terms, number of terms)``.
+"""Losses that say how many terms they have: ``loss(model, batch) -> (sum of the loss terms, number
+of terms)``.
 
-The objective divides by the total number of terms, so that cutting the same data into other batches changes nothing.
-All of them compute the loss from the logits, in the logits' own dtype: a model's built-in ``labels=`` loss may cast to
-float32 and average per batch.
+The objective divides by the total number of terms, so that cutting the same data into other batches
+changes nothing. All of them compute the loss from the logits, in the logits' own dtype: a model's
+built-in ``labels=`` loss may cast to float32 and average per batch.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ TARGETS = ("targets", "target")  # what models that want the targets of a pair c
 class Loss:
     """A loss in two stages, so that curvatures which split there (GGN, Fisher) can.
 
-    outputs: ``(model, batch) -> Tensor``: what the model predicts, of any shape: the GGN is linearised here.
-    terms: ``(outputs, batch) -> Tensor (N,)``: one number per loss term (per predicted token, per image ...): the
-        empirical Fisher is the mean of the outer products of their gradients.
-    chunked: ``terms`` takes :class:`blockspec.model.heads.Logits`, so that the logits of a vocabulary need not be held whole.
-
     Calling it gives ``(sum of the terms, number of terms)``.
+
+    Args:
+        outputs: ``(model, batch) -> Tensor``: what the model predicts, of any shape: the GGN is
+            linearised here.
+        terms: ``(outputs, batch) -> Tensor (N,)``: one number per loss term (per predicted token,
+            per image ...): the empirical Fisher is the mean of the outer products of their
+            gradients.
+        chunked: ``terms`` takes :class:`blockspec.model.heads.Logits`, so that the logits of a
+            vocabulary need not be held whole.
     """
 
     outputs: Callable[[nn.Module, Any], Tensor]
@@ -54,7 +59,8 @@ def _first_tensor(output: Any) -> Tensor:
     if isinstance(output, tuple) and isinstance(output[0], Tensor):
         return output[0]
     raise TypeError(
-        f"the model gave a {type(output).__name__}; expected a tensor, a tuple or something with .logits"
+        f"the model gave a {type(output).__name__}; expected a tensor, a tuple or something with "
+        ".logits"
     )
 
 
@@ -87,10 +93,13 @@ def _targets(batch: Any) -> Tensor:
 
 
 def _cross_entropies(logits: Tensor, labels: Tensor, *, ignored: int = IGNORED) -> Tensor:
-    """(..., C) logits and (...) class labels -> (N,) cross entropies of the labels that are not ignored."""
+    """(..., C) logits and (...) class labels -> (N,) cross entropies of the labels that are not
+    ignored.
+    """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
-            f"logits of shape {tuple(logits.shape)} need labels of shape {tuple(logits.shape[:-1])}, "
+            f"logits of shape {tuple(logits.shape)} need labels of shape "
+            f"{tuple(logits.shape[:-1])}, "
             f"got {tuple(labels.shape)}: check the batch"
         )
     kept = labels != ignored
@@ -177,7 +186,8 @@ def _next_labels(batch: Mapping[str, Any]) -> Tensor:
         return _targets(batch)
     if "input_ids" not in batch:
         raise ValueError(
-            f"next_token needs to know which tokens follow; this batch has {sorted(batch)}. Give it "
+            f"next_token needs to know which tokens follow; this batch has {sorted(batch)}. Give "
+            "it "
             "'labels' (the tokens themselves, -100 where none counts) beside 'inputs_embeds'"
         )
     labels, mask = batch["input_ids"], batch.get("attention_mask")
@@ -198,16 +208,19 @@ def _squared_errors(outputs: Tensor, batch: Any) -> Tensor:
         outputs = outputs.squeeze(-1)
     if outputs.shape != targets.shape:
         raise ValueError(
-            f"outputs of shape {tuple(outputs.shape)} need targets of that shape, got {tuple(targets.shape)}"
+            f"outputs of shape {tuple(outputs.shape)} need targets of that shape, got "
+            f"{tuple(targets.shape)}"
         )
     return (outputs - targets).square().reshape(len(outputs), -1).sum(1)
 
 
 next_token = Loss(_causal_logits, _next_token_terms, chunked=True)
-"""Cross entropy of the next token, one term per predicted token. Batches: a mapping for Hugging Face causal models
-(``labels`` default to ``input_ids``, are shifted by one here, -100 is left out), or nanoGPT's pair ``(x, y)`` of already
-shifted tokens. A model gets y too where its ``forward`` has an argument ``targets``: ``model(x,
-targets=y) -> (logits, loss)``."""
+"""Cross entropy of the next token, one term per predicted token.
+
+Batches: a mapping for Hugging Face causal models (``labels`` default to ``input_ids``, are shifted
+by one here, -100 is left out), or nanoGPT's pair ``(x, y)`` of already shifted tokens. A model gets
+y too where its ``forward`` has an argument ``targets``: ``model(x, targets=y) -> (logits, loss)``.
+"""
 
 masked_token = Loss(
     _forward, lambda logits, batch: _cross_entropies(logits, _targets(batch)), chunked=True
@@ -215,7 +228,11 @@ masked_token = Loss(
 """Cross entropy of the masked tokens: a mapping with ``labels`` that are -100 everywhere else."""
 
 classification = Loss(_forward, lambda logits, batch: _cross_entropies(logits, _targets(batch)))
-"""Cross entropy of the class, one term per example: a pair ``(x, y)`` or a mapping with ``labels``."""
+"""Cross entropy of the class, one term per example: a pair ``(x, y)`` or a mapping with
+``labels``.
+"""
 
 regression = Loss(_forward, _squared_errors)
-"""Squared error summed over an example's outputs, one term per example: a pair ``(x, y)`` or a mapping with ``labels``."""
+"""Squared error summed over an example's outputs, one term per example: a pair ``(x, y)`` or a
+mapping with ``labels``.
+"""

@@ -1,4 +1,6 @@
-"""The objective: a model, a fixed list of batches and a loss; the function of the parameters whose curvature is asked for."""
+"""The objective: a model, a fixed list of batches and a loss; the function of the parameters whose
+curvature is asked for.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +34,36 @@ SAVED = "saved tensor"
 class Objective:
     """``mean over all loss terms of all batches`` as a function of the parameters of ``model``.
 
-    model: left as it was found by everything here: training flags, gradients, attention implementation, buffers.
-    batches: a finite list (or anything that can be iterated again and again, in the same order and with the same
-        content, like an unshuffled DataLoader) of what the loss understands. An iterator is read into a list. Batches
-        are moved to the model's device one at a time, their numbers to its dtype (floating point, where it has one alone).
-    loss: ``loss(model, batch) -> (sum of the loss terms, number of terms)``, see :mod:`blockspec.losses`. For the
-        curvatures ``ggn`` and ``fisher`` it has to be a :class:`blockspec.losses.Loss`, which says where to split.
-    micro_batch: examples that go through the model at once; None: a batch as it comes. Changes memory, not the numbers (but
-        for rounding). Tensors of a batch that carry examples are cut along their first dimension; which ones do is tried on a few
-        examples of each batch, see :mod:`blockspec.model.examples`. Where no cut leaves the loss as it was, it is refused.
-    batch_norm: ``"eval"`` (running statistics, as at inference) or ``"train"`` (statistics of the batch, differentiated
-        through; then the objective depends on how the data is cut into batches). Running statistics are untouched.
-    replacements: False: every module's own functions are differentiated, and the loss's cross entropies are PyTorch's. True:
-        activations, convolutions, batch norms, cross entropies and language-model heads stand in for them whose second
-        derivatives are cheaper. They are the same functions; this argument is there to check that. Attention, weight norm and
-        checkpoints that PyTorch cannot differentiate twice are replaced in both cases.
-    sharded: with several processes, each of them holds batches of its own, as a ``DistributedSampler`` gives them, and the
-        objective is the mean over the loss terms of all of them. Else all processes must hold the same batches, which are then
-        dealt out. (A ``DistributedSampler`` without ``drop_last`` repeats examples, so that all processes have equally many.)
+    model: left as it was found by everything here: training flags, gradients, attention
+        implementation, buffers.
+    batches: a finite list (or anything that can be iterated again and again, in the same order and
+        with the same content, like an unshuffled DataLoader) of what the loss understands. An
+        iterator is read into a list. Batches are moved to the model's device one at a time, their
+        numbers to its dtype (floating point, where it has one alone).
+    loss: ``loss(model, batch) -> (sum of the loss terms, number of terms)``, see
+        :mod:`blockspec.losses`. For the curvatures ``ggn`` and ``fisher`` it has to be a
+        :class:`blockspec.losses.Loss`, which says where to split.
+    micro_batch: examples that go through the model at once; None: a batch as it comes. Changes
+        memory, not the numbers (but for rounding). Tensors of a batch that carry examples are cut
+        along their first dimension; which ones do is tried on a few examples of each batch, see
+        :mod:`blockspec.model.examples`. Where no cut leaves the loss as it was, it is refused.
+    batch_norm: ``"eval"`` (running statistics, as at inference) or ``"train"`` (statistics of the
+        batch, differentiated through; then the objective depends on how the data is cut into
+        batches). Running statistics are untouched.
+    replacements: False: every module's own functions are differentiated, and the loss's cross
+        entropies are PyTorch's. True: activations, convolutions, batch norms, cross entropies and
+        language-model heads stand in for them whose second derivatives are cheaper. They are the
+        same functions; this argument is there to check that. Attention, weight norm and checkpoints
+        that PyTorch cannot differentiate twice are replaced in both cases.
+    sharded: with several processes, each of them holds batches of its own, as a
+        ``DistributedSampler`` gives them, and the objective is the mean over the loss terms of all
+        of them. Else all processes must hold the same batches, which are then dealt out. (A
+        ``DistributedSampler`` without ``drop_last`` repeats examples, so that all processes have
+        equally many.)
 
-    Raises ValueError for no batches and for another ``batch_norm``, TypeError for a model or loss that is none.
+    Raises:
+        ValueError: No batches and for another ``batch_norm``, TypeError for a model or loss that is
+            none.
     """
 
     def __init__(
@@ -69,11 +81,13 @@ class Objective:
             raise TypeError(f"model is a torch.nn.Module; got a {type(model).__name__}")
         if not callable(loss):
             raise TypeError(
-                f"loss is a function (model, batch) -> (sum, number of terms); got a {type(loss).__name__}"
+                "loss is a function (model, batch) -> (sum, number of terms); got a "
+                f"{type(loss).__name__}"
             )
         if isinstance(batches, (Tensor, Mapping)):
             raise TypeError(
-                f"batches is a list of batches; got a single {type(batches).__name__}: put it in a list"
+                f"batches is a list of batches; got a single {type(batches).__name__}: put it in a "
+                "list"
             )
         if batch_norm not in BATCH_NORMS:
             raise ValueError(f"batch_norm is one of {BATCH_NORMS}, got {batch_norm!r}")
@@ -84,7 +98,8 @@ class Objective:
             batches = ranges.read(batches)
         if length_of(batches) == 0:
             raise ValueError(
-                "no batches: the list is empty, or the iterator had ended; pass a list of at least one batch"
+                "no batches: the list is empty, or the iterator had ended; pass a list of at least "
+                "one batch"
             )
         self.model = model
         self.loss = loss
@@ -106,12 +121,15 @@ class Objective:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the floating point numbers of batches: that of the model's parameters; None where they differ."""
+        """Of the floating point numbers of batches: that of the model's parameters; None where they
+        differ.
+        """
         dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         return dtypes.pop() if len(dtypes) == 1 else None
 
     def batches(self, micro_batch: int | None = None) -> Iterator[Any]:
-        """The batches, or the parts that they are cut into, each moved to the model's device and dtype when its turn comes.
+        """The batches, or the parts that they are cut into, each moved to the model's device and
+        dtype when its turn comes.
 
         Args:
             micro_batch: Examples of a part; None: the objective's own ``micro_batch``.
@@ -121,10 +139,11 @@ class Objective:
     def dealt_batches(
         self, micro_batch: int | None = None, *, row: int = 0, rows: int = 1
     ) -> Iterator[tuple[int, Any]]:
-        """The batches that belong to one of several processes, as :meth:`batches` gives them, each with its number.
+        """The batches that belong to one of several processes, as :meth:`batches` gives them, each
+        with its number.
 
-        Whole batches are dealt, so that processes may cut theirs as their own memory allows. Where each process holds batches of
-        its own, all of those are its part.
+        Whole batches are dealt, so that processes may cut theirs as their own memory allows. Where
+        each process holds batches of its own, all of those are its part.
 
         Args:
             micro_batch: Examples of a part; None: the objective's own ``micro_batch``.
@@ -152,8 +171,9 @@ class Objective:
         yield from found.cut(batch, size) if isinstance(found, Carriers) else [batch]
 
     def _carried(self, number: int, batch: Any, size: int) -> Carriers | ValueError | None:
-        """Which tensors of a batch carry its examples, or why it cannot be cut, tried once per batch; None where it needs no
-        cutting."""
+        """Which tensors of a batch carry its examples, or why it cannot be cut, tried once per
+        batch; None where it needs no cutting.
+        """
         if self.batch_norm == "train" or longest(batch) <= size:  # statistics need all of a batch
             return None
         if number not in self._carriers:
@@ -176,11 +196,14 @@ class Objective:
             yield batch
         if empty:
             raise ValueError(
-                "no batches: the iterable of batches ended at once; pass a list of at least one batch"
+                "no batches: the iterable of batches ended at once; pass a list of at least one "
+                "batch"
             )
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that require gradients, by the name that ``named_parameters`` gives; a tied one once."""
+        """The parameters that require gradients, by the name that ``named_parameters`` gives; a
+        tied one once.
+        """
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def partition(self, by: Any = "matrix", **arguments: Any) -> tuple[Block, ...]:
@@ -227,7 +250,9 @@ class Objective:
 
     @contextmanager
     def unmodified(self) -> Iterator[None]:
-        """The model in eval mode with its own functions: what the prepared model has to agree with."""
+        """The model in eval mode with its own functions: what the prepared model has to agree
+        with.
+        """
         with (
             evaluation(self.model, batch_norm=self.batch_norm, copies=self._copies),
             without_checkpoints(),
@@ -246,7 +271,8 @@ class Objective:
             raise
         if not isinstance(result, (tuple, list)) or len(result) != 2:
             raise TypeError(
-                f"the loss gave a {type(result).__name__}; it must give two: (sum of the loss terms, number of terms); "
+                f"the loss gave a {type(result).__name__}; it must give two: (sum of the loss "
+                "terms, number of terms); "
                 "see blockspec.losses.Loss"
             )
         return result[0], float(result[1])
@@ -284,7 +310,9 @@ class Objective:
         return self.loss_sum(batch)
 
     def gradient(self) -> dict[str, Tensor]:
-        """Gradient of the mean loss, by parameter name; zeros where the loss does not depend on a parameter."""
+        """Gradient of the mean loss, by parameter name; zeros where the loss does not depend on a
+        parameter.
+        """
         parameters = self.parameters()
         gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
         counts = 0.0
@@ -308,8 +336,10 @@ class Objective:
     def check(self) -> None:
         """Everything that can be known to be wrong before the expensive part.
 
-        Raises ValueError for a loss without terms or without a graph, for a loss that is NaN or infinite, and for an
-        objective that does not give the same value twice (dropout left on, shuffled data, random numbers in the loss).
+        Raises:
+            ValueError: A loss without terms or without a graph, for a loss that is NaN or infinite,
+                and for an objective that does not give the same value twice (dropout left on,
+                shuffled data, random numbers in the loss).
         """
         if not isinstance(self._batches, (list, tuple)):  # those give the same objects again
             _check_repeatable(self.whole_batches)
@@ -330,7 +360,9 @@ def _dropped(nothing: None) -> NoReturn:
 
 
 def placed(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """The same batch with its tensors on ``device``, those of floating point in ``dtype`` unless it is None."""
+    """The same batch with its tensors on ``device``, those of floating point in ``dtype`` unless it
+    is None.
+    """
     return mapped(
         batch, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None)
     )
@@ -357,7 +389,8 @@ def _check_repeatable(batches: Callable[[], Iterable[Any]]) -> None:
             min(len(first), len(again)),
         )
         raise ValueError(
-            f"the batches are not the same the second time (batch {number} differs): the data is shuffled or drawn "
+            f"the batches are not the same the second time (batch {number} differs): the data is "
+            "shuffled or drawn "
             "anew. Pass a list, or a DataLoader with shuffle=False and without random augmentation"
         )
 
@@ -367,23 +400,30 @@ def _check_loss(total: Tensor, count: float) -> None:
         raise TypeError(f"the loss must give a scalar tensor and a count; it gave {total!r}")
     if count <= 0:
         raise ValueError(
-            f"the loss has {count:g} terms on all of the batches; it needs at least one (all labels -100?)"
+            f"the loss has {count:g} terms on all of the batches; it needs at least one (all "
+            "labels -100?)"
         )
     if not total.requires_grad:
         raise ValueError(
-            "the loss has no graph: it does not depend on a parameter that requires gradients (a frozen model, "
-            "torch.no_grad, .detach() or .item() in the loss); call model.requires_grad_(True) or mend the loss"
+            "the loss has no graph: it does not depend on a parameter that requires gradients (a "
+            "frozen model, "
+            "torch.no_grad, .detach() or .item() in the loss); call model.requires_grad_(True) or "
+            "mend the loss"
         )
     if not torch.isfinite(total):
         raise ValueError(
-            f"the loss is {total.item()} on the first batch; curvature needs a finite one: check the checkpoint"
+            f"the loss is {total.item()} on the first batch; curvature needs a finite one: check "
+            "the checkpoint"
         )
 
 
 def _nondeterminism(model: nn.Module, first: float, second: float) -> str:
     return (
-        f"the objective is not deterministic: the same batch gave {first!r} and then {second!r}, with "
-        f"{type(model).__name__} in eval mode. Something still draws random numbers: dropout that ignores eval mode "
-        "(F.dropout without training=self.training, a module that overrides train()), or a loss or augmentation with random "
+        f"the objective is not deterministic: the same batch gave {first!r} and then {second!r}, "
+        "with "
+        f"{type(model).__name__} in eval mode. Something still draws random numbers: dropout that "
+        "ignores eval mode "
+        "(F.dropout without training=self.training, a module that overrides train()), or a loss or "
+        "augmentation with random "
         "numbers"
     )

@@ -151,7 +151,9 @@ def unchanged(x: Tensor, function: Function) -> Function:
 
 
 def _linked(tensor: Tensor | None) -> Tensor | None:
-    """The same tensor, as a point at which a backward pass can end: it goes no further than here."""
+    """The same tensor, as a point at which a backward pass can end: it goes no further than
+    here.
+    """
     return tensor.view_as(tensor) if tensor is not None and tensor.requires_grad else tensor
 
 

@@ -1,4 +1,6 @@
-"""Data that a model cannot take: numbers of tokens and classes beyond its tables, and streams without an end."""
+"""Data that a model cannot take: numbers of tokens and classes beyond its tables, and streams
+without an end.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +46,16 @@ def bounded(batches: Iterable[Any]) -> Iterator[Any]:
 
 def _endless(seen: str) -> str:
     return (
-        f"the batches have not ended after {seen}: a stream without an end? Pass a list of some of them, such as "
+        f"the batches have not ended after {seen}: a stream without an end? Pass a list of some of "
+        "them, such as "
         "list(itertools.islice(batches, 100))"
     )
 
 
 def out_of_range(model: nn.Module, batches: Iterable[Any], error: Exception) -> str | None:
-    """What PyTorch's error means, with batch, value and bound; None where it is about something else."""
+    """What PyTorch's error means, with batch, value and bound; None where it is about something
+    else.
+    """
     if not any(text in str(error) for text in SAID):
         return None
     outputs = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]

@@ -3,7 +3,8 @@
 The idea: number the heads at the attention kernel, send a random vector back from every head, once
 as it is and once times the head's number, and stop at the matrices. A row's second gradient is its
 first one times the number of its head, and zero if the row belongs to none. One gradient does this
-for all layers at once, because nothing passes a matrix; query, key and value take two to three each.
+for all layers at once, because nothing passes a matrix; query, key and value take two to three
+each.
 """
 
 from __future__ import annotations

@@ -164,13 +164,15 @@ CHEAPER: Replacements = {
     **{f"torch.nn.modules.conv.Conv{n}d": _convolution for n in (1, 2, 3)},
     **{f"torch.nn.modules.batchnorm.BatchNorm{n}d": _batch_norm for n in (1, 2, 3)},
 }
-"""Activations are cheaper from the first product on; the others for many products, with parts of the
-parameters."""
+"""Activations are cheaper from the first product on; the others for many products, with parts of
+the parameters.
+"""
 
 
 @contextmanager
 def cheap_modules(model: nn.Module, replacements: Replacements = CHEAPER) -> Iterator[None]:
-    """Gives modules second derivatives that are cheap; they get their own ``forward`` back on leaving.
+    """Gives modules second derivatives that are cheap; they get their own ``forward`` back on
+    leaving.
 
     Args:
         model: Its modules of exactly the types in ``replacements`` are meant.

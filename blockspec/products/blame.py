@@ -57,7 +57,10 @@ OWN = (
     "the model"
 )
 HOOKS = "a hook changes gradients on their way ({where}): remove it while the curvature is measured"
-ELSE = "switch off fused, compiled or approximated functions in it, or write it in plain PyTorch operations"
+ELSE = (
+    "switch off fused, compiled or approximated functions in it, or write it in plain PyTorch "
+    "operations"
+)
 
 
 @dataclass(frozen=True)

@@ -100,4 +100,5 @@ def _message(trial: Trial, name: str, runs: str | None) -> str:
         if "quantiz" in type(m).__name__.lower() or "quantiz" in type(m).__module__
     ]
     behind = f"; {quantised[0]} hands back none: {REMEDIES[-1][1]}" if quantised else f"; {NO_GRAD}"
-    return f"parameter {name!r} of {path or 'the model'} gets no gradient though the loss depends on it{behind}"
+    where = path or "the model"
+    return f"parameter {name!r} of {where} gets no gradient though the loss depends on it{behind}"

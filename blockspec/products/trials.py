@@ -23,9 +23,9 @@ from blockspec.products.references import REFERENCES, Reference, plain
 
 BESIDE = 1e-3  # how far the copy stands from the parameters, relative to them
 WORK = 1e10  # parameters times numbers in the batch; beyond it, examples are left out
-ENTRIES = (
-    2**26
-)  # of a direction; beyond it, the largest parameters are left out: it takes eight vectors of this size
+# of a direction; beyond it, the largest parameters are left out: it takes eight vectors of this
+# size
+ENTRIES = 2**26
 KINKS = ("Relu", "Threshold", "Hardtanh", "Max", "Min", "Abs", "Clamp", "Topk", "Sort", "Round")
 Tensors = Mapping[str, Tensor]
 

@@ -1,4 +1,6 @@
-"""Where a model, its data and its loss come from: ``module:function``, or a Hugging Face name or folder."""
+"""Where a model, its data and its loss come from: ``module:function``, or a Hugging Face name or
+folder.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ Factory = Callable[..., tuple[nn.Module, Any, Any]]
 def find_factory(name: str) -> Factory:
     """The factory of that name; anything without a colon is a Hugging Face name or folder.
 
-    Raises ValueError with what was found instead for a module or function that does not exist.
+    Raises:
+        ValueError: The module or the function does not exist; the message says what was found.
     """
     if ":" not in name:
         return lambda **arguments: hugging_face(name, **arguments)
@@ -34,7 +37,8 @@ def find_factory(name: str) -> Factory:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"no module {module_name!r} for the factory {name!r} ({error}); run from the folder it is in"
+            f"no module {module_name!r} for the factory {name!r} ({error}); run from the folder it "
+            "is in"
         ) from error
     factory = getattr(module, function_name, None)
     if not callable(factory):
@@ -65,7 +69,8 @@ def hugging_face(
     Args:
         name: Name on the hub, or a folder with config.json, weights and tokenizer.
         checkpoint: Folder of another checkpoint of the same model; its weights are used.
-        text: A text file; the English text that every CPython ships (pydoc_data.topics) if left out.
+        text: A text file; the English text that every CPython ships (pydoc_data.topics) if left
+            out.
         tokens: Length of a sequence.
         batch_size: Sequences a batch.
         num_batches: Batches.
@@ -85,7 +90,8 @@ def hugging_face(
     wanted = tokens * batch_size * num_batches
     if len(ids) < wanted:
         raise ValueError(
-            f"the text has {len(ids)} tokens; {num_batches} batches of {batch_size} x {tokens} need {wanted}"
+            f"the text has {len(ids)} tokens; {num_batches} batches of {batch_size} x {tokens} "
+            f"need {wanted}"
         )
     batches = ids[:wanted].reshape(num_batches, batch_size, tokens)
     if task == "causal":

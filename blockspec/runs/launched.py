@@ -24,12 +24,15 @@ def join(patience: float = PATIENCE) -> bool:
         Whether this process is the first.
 
     Raises:
-        ValueError: The environment says that there are several processes, but not where they meet, or they do not come.
+        ValueError: The environment says that there are several processes, but not where they meet,
+            or they do not come.
     """
     if missing := [name for name in NEEDED if name not in os.environ]:
         raise ValueError(
-            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')!r}, which says that a launcher has started several processes, but "
-            f"{', '.join(missing)} is not set: start with torchrun or accelerate launch, or unset WORLD_SIZE and RANK"
+            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')!r}, which says that a launcher has "
+            "started several processes, but "
+            f"{', '.join(missing)} is not set: start with torchrun or accelerate launch, or unset "
+            "WORLD_SIZE and RANK"
         )
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if not dist.is_initialized():
@@ -51,7 +54,8 @@ def _meet(rank: int, world: int, patience: float) -> dist.Store:
     except (RuntimeError, ValueError, OSError) as error:  # DistStoreError is a RuntimeError
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(
-            f"process {rank} has waited {patience:g} s for all {world} processes to meet at {where} ({_first_line(error)}): "
+            f"process {rank} has waited {patience:g} s for all {world} processes to meet at "
+            f"{where} ({_first_line(error)}): "
             "start all of them, or unset WORLD_SIZE and RANK for one process alone"
         ) from None
     return store

@@ -24,7 +24,9 @@ SHOWN = 30  # blocks in the printed plan
 
 
 def draw(run: Path) -> list[Path]:
-    """Draws every figure that the run's tables have the data for; returns the paths of the png files."""
+    """Draws every figure that the run's tables have the data for; returns the paths of the png
+    files.
+    """
     from blockspec.figures import plots
 
     table = read_table(run / "spectra.parquet")
@@ -65,7 +67,9 @@ def _heterogeneity_figures(table: pd.DataFrame) -> dict[str, Figure]:
 
 
 def _distances(table: pd.DataFrame) -> dict[int, pd.DataFrame]:
-    """Step -> Jensen-Shannon divergences, blocks x blocks in their order, from a run's heterogeneity.parquet."""
+    """Step -> Jensen-Shannon divergences, blocks x blocks in their order, from a run's
+    heterogeneity.parquet.
+    """
     rows = table[table["definition"] == "jensen-shannon"]
     maps = {}
     for step in sorted(rows["step"].unique().tolist()):
@@ -76,7 +80,9 @@ def _distances(table: pd.DataFrame) -> dict[int, pd.DataFrame]:
 
 
 def summary(spectra: Spectra) -> pd.DataFrame:
-    """A row a kind of block, and one for the full matrix: number, largest and smallest eigenvalue, mean eigenvalue."""
+    """A row a kind of block, and one for the full matrix: number, largest and smallest eigenvalue,
+    mean eigenvalue.
+    """
     table = spectra.summary().reset_index()
     table["kind"] = table["kind"].where(table["block"] != "model", "full")
     groups = table.groupby("kind", sort=False)
@@ -131,7 +137,8 @@ def show_plan(plan: Plan, *, stages: int = 1) -> None:
     """Prints the cost of an estimate: the dearest blocks, and the total."""
     console = Console()
     table = Table(
-        title=f"{len(plan.table)} blocks; one gradient of the objective takes {plan.gradient_seconds:.3g} s"
+        title=f"{len(plan.table)} blocks; one gradient of the objective takes "
+        f"{plan.gradient_seconds:.3g} s"
     )
     for column in ("block", "parameters", "products", "gradients", "operations", "time"):
         table.add_column(column, justify="left" if column == "block" else "right", overflow="fold")
@@ -159,7 +166,8 @@ def show_totals(plan: Plan, console: Console, *, stages: int = 1) -> None:
     )
     bound = "" if plan.limit is None else f" of {readable(plan.limit)}"
     time = f"time {duration(plan.seconds)} a model, {duration(plan.seconds * stages)} for {stages}"
-    peak = f"peak memory {readable(plan.peak)}{bound}, {micro_batch}, {plan.passes} group(s) of processes"
+    groups = f"{plan.passes} group(s) of recurrences"
+    peak = f"peak memory {readable(plan.peak)}{bound}, {micro_batch}, {groups}"
     for line in (f"planned: {plan.products:,} products, {time}", f"planned: {peak}"):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -218,7 +226,9 @@ def _number(value: Any) -> str:
 
 
 def compare(runs: list[Path], out: Path) -> None:
-    """Tables and figures of several runs beside each other; the heat maps are those of each run's first step."""
+    """Tables and figures of several runs beside each other; the heat maps are those of each run's
+    first step.
+    """
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least 2 runs, got {len(runs)}")
     from blockspec.figures import plots

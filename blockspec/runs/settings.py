@@ -18,10 +18,12 @@ class BlockSettings:
     """Which blocks.
 
     Args:
-        by: Cut by tensor, matrix, head, neuron, layer or model; or a mapping of block names to patterns.
-        include: Globs on block names to keep, or one glob; all if left out.
-        exclude: Globs on block names to leave out, or one.
-        full: Also the full matrix, as a block named model.
+        by: How parameters are cut into blocks: by tensor, matrix, head, neuron, layer or model; or
+            a mapping of block names to patterns of parameter names.
+        include: Keep the blocks whose names match one of these patterns, such as *attn*weight*. If
+            left out, every block is kept.
+        exclude: Leave out the blocks whose names match one of these patterns. If left out, none is.
+        full: Measure the full matrix too, as a block that is named model.
     """
 
     by: str | dict[str, str | list[str]] = "matrix"
@@ -38,8 +40,10 @@ class Resources(Execution):
     """What a run may take: the numbers depend on it by rounding alone.
 
     Args:
-        device: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.
-        plan: Calibrate before the first stage and say what it will cost, as blockspec plan does; run.json says how it came out.
+        device: Where the work is done: cpu, cuda, cuda:1 and so on. With auto, a GPU is taken if
+            there is one.
+        plan: Calibrate before the first stage, and print what the run will cost, as blockspec plan
+            does. run.json records the plan and what the run took.
     """
 
     device: str = "auto"
@@ -55,13 +59,18 @@ class RunSettings:
     """All that a run's numbers depend on.
 
     Args:
-        model: A factory module:function that returns (model, batches, loss), or a Hugging Face name or folder.
-        model_args: Keyword arguments of the factory.
-        checkpoints: Folders or files of checkpoints, or one (globs allowed); each is given to the factory as checkpoint=.
-        blocks: Which blocks.
-        estimate: How well.
-        batch_norm: eval (running statistics) or train (statistics of each batch).
-        dtype: Convert the model to this dtype first, e.g. float64; as loaded if left out.
+        model: A factory, written module:function, that returns (model, batches, loss); or the name
+            or the folder of a Hugging Face model.
+        model_args: Keyword arguments of the factory. Set one of them by --model_args.NAME value.
+        checkpoints: Folders or files of checkpoints; patterns such as 'runs/step_*' are allowed.
+            The factory is given each of them as checkpoint=. If left out, the model is measured as
+            the factory returns it.
+        blocks: Which blocks are measured.
+        estimate: How well they are measured.
+        batch_norm: Statistics of batch norms: eval takes the running ones, train those of each
+            batch.
+        dtype: Convert the model to this dtype first, for example float64. If left out, the model
+            stays as it was loaded.
     """
 
     model: str

@@ -44,14 +44,18 @@ def prepare(
 
 
 def choose_blocks(objective: Objective, settings: BlockSettings) -> tuple[Block, ...]:
-    """The blocks, the full matrix among them if it is wanted; roles are found by watching the first batch."""
+    """The blocks, the full matrix among them if it is wanted; roles are found by watching the first
+    batch.
+    """
     blocks = objective.partition(settings.by, include=settings.include, exclude=settings.exclude)
     full = settings.full and settings.by != "model"
     return blocks + partition(objective.model, "model") if full else blocks
 
 
 def stages(settings: RunSettings) -> list[Stage]:
-    """The stages in order of their step: one per checkpoint, or the model as the factory makes it as step 0."""
+    """The stages in order of their step: one per checkpoint, or the model as the factory makes it
+    as step 0.
+    """
     if not settings.checkpoints:
         return [Stage(0, dict(settings.model_args))]
     paths = [
@@ -67,6 +71,8 @@ def stages(settings: RunSettings) -> list[Stage]:
 
 
 def step_of(path: str) -> int | None:
-    """The training step in a checkpoint's name: its last whole number (``step_000100``, ``checkpoint-500``)."""
+    """The training step in a checkpoint's name: its last whole number (``step_000100``,
+    ``checkpoint-500``).
+    """
     numbers = re.findall(r"\d+", Path(path).name)
     return int(numbers[-1]) if numbers else None
