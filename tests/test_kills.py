@@ -1,4 +1,6 @@
-"""A run that is killed at random file operations, over three checkpoints, ends with the tables of an unbroken one."""
+"""A run that is killed at random file operations, over three checkpoints, ends with the tables of
+an unbroken one.
+"""
 
 import json
 import os
@@ -16,7 +18,9 @@ WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 
 def in_a_child(out, fatal, arguments):
-    """Exit code of the command in a forked process that is killed at its ``fatal``-th file operation in the folder."""
+    """Exit code of the command in a forked process that is killed at its ``fatal``-th file
+    operation in the folder.
+    """
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -124,7 +124,8 @@ def _rows(logits: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
 def _causal_logits(model: nn.Module, batch: Any) -> Tensor:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
-            f"next_token is a loss of decoders, and {type(model).__name__} is an encoder with a decoder: "
+            f"next_token is a loss of decoders, and {type(model).__name__} is an encoder with a "
+            "decoder: "
             "its labels are not the tokens that follow its input. Use losses.sequence_to_sequence"
         )
     if isinstance(batch, Mapping):

@@ -1,6 +1,8 @@
-"""Losses of other tasks than language models and classes: pairs of sequences, speech, answers, pixels, contrasts.
+"""Losses of other tasks than language models and classes: pairs of sequences, speech, answers,
+pixels, contrasts.
 
-All of them compute the terms from what the model predicts, as :mod:`blockspec.model.losses` does, and have second
+All of them compute the terms from what the model predicts, as :mod:`blockspec.model.losses` does,
+and have second
 derivatives: PyTorch's own CTC loss has none.
 """
 
@@ -29,8 +31,10 @@ def _with_labels(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The model makes its decoder's inputs from the labels, as in training."""
     if not isinstance(batch, Mapping) or "labels" not in batch:
         raise ValueError(
-            "a batch of sequences to sequences is a mapping with 'labels' (and 'input_ids' or another "
-            f"input of the encoder); this one is {sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}"
+            "a batch of sequences to sequences is a mapping with 'labels' (and 'input_ids' or "
+            "another "
+            "input of the encoder); this one is "
+            f"{sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}"
         )
     return _first_tensor(model(**batch).logits)
 
@@ -74,7 +78,9 @@ def _sigmoid_contrast_terms(logits: Tensor, batch: Any) -> Tensor:
 
 
 def _frames(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Logits (B, T, C + 1); the last column is 1 where a frame is of the recording, 0 where it is padding."""
+    """Logits (B, T, C + 1); the last column is 1 where a frame is of the recording, 0 where it is
+    padding.
+    """
     logits = _forward(model, batch)
     mask = batch.get("attention_mask")
     lengths = torch.full((len(logits),), logits.shape[1], device=logits.device)
@@ -87,14 +93,15 @@ def _frames(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def ctc(blank: int = 0) -> Loss:
-    """Connectionist temporal classification, one term per recording: minus the log probability of its labels.
+    """Connectionist temporal classification, one term per recording: minus the log probability of
+    its labels.
 
     Args:
         blank: The class of the blank; Hugging Face's models have it at ``config.pad_token_id``.
 
     Returns:
-        A loss of mappings with ``labels`` (B, L), -100 or another negative number where there is none. Terms are
-        sums over a recording, as Hugging Face's ``ctc_loss_reduction="sum"``.
+        A loss of mappings with ``labels`` (B, L), -100 or another negative number where there is
+        none. Terms are sums over a recording, as Hugging Face's ``ctc_loss_reduction="sum"``.
     """
 
     def terms(frames: Tensor, batch: Any) -> Tensor:
@@ -105,7 +112,9 @@ def ctc(blank: int = 0) -> Loss:
 
 
 def _ctc(scores: Tensor, inside: Tensor, labels: Tensor, blank: int) -> Tensor:
-    """Graves et al. (2006), equations 6 to 8, in logarithms; (B, T, C) scores, (B, T) frames that count -> (B,)."""
+    """Graves et al. (2006), equations 6 to 8, in logarithms; (B, T, C) scores, (B, T) frames that
+    count -> (B,).
+    """
     counts = (labels >= 0).sum(1)
     states = labels.new_full((len(labels), 2 * labels.shape[1] + 1), blank)
     states[:, 1::2] = labels.clamp(min=0)
@@ -131,8 +140,9 @@ def model_loss(
 ) -> Callable[[nn.Module, Any], tuple[Tensor, float]]:
     """The loss that a model returns itself, for anything with ``.loss``.
 
-    A mean of means is not a mean: the number of terms that the model averaged over has to be told, or batches of
-    unequal numbers weigh wrongly. The curvatures ``ggn`` and ``fisher`` need a :class:`Loss` instead.
+    A mean of means is not a mean: the number of terms that the model averaged over has to be told,
+    or batches of unequal numbers weigh wrongly. The curvatures ``ggn`` and ``fisher`` need a
+    :class:`Loss` instead.
 
     Args:
         num_terms: ``batch -> number of terms`` that the model's loss is the mean of:
@@ -144,7 +154,8 @@ def model_loss(
         mean = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if mean is None:
             raise ValueError(
-                f"{type(model).__name__} returned no loss; give the batch its labels, or use a loss of "
+                f"{type(model).__name__} returned no loss; give the batch its labels, or use a "
+                "loss of "
                 "blockspec.losses that is computed from the logits"
             )
         count = num_terms(batch)
@@ -156,20 +167,28 @@ def model_loss(
 sequence_to_sequence = Loss(
     _with_labels, lambda logits, batch: _cross_entropies(logits, _targets(batch))
 )
-"""Cross entropy of an encoder-decoder's tokens: a mapping with ``labels`` as a Trainer gives it (BART, T5, Whisper). The
-model makes the decoder's inputs from the labels; -100 is left out."""
+"""Cross entropy of an encoder-decoder's tokens: a mapping with ``labels`` as a Trainer gives it
+(BART, T5, Whisper). The model makes the decoder's inputs from the labels; -100 is left out.
+"""
 
 question_answering = Loss(_answers, _answer_terms)
-"""Cross entropy of an answer's start and end, two terms per example: a mapping with ``start_positions``, ``end_positions``."""
+"""Cross entropy of an answer's start and end, two terms per example: a mapping with
+``start_positions``, ``end_positions``.
+"""
 
 segmentation = Loss(_forward, _pixel_terms)
-"""Cross entropy of each pixel's class, logits enlarged to the labels (B, H, W); 255 and -100 are left out."""
+"""Cross entropy of each pixel's class, logits enlarged to the labels (B, H, W); 255 and -100 are
+left out.
+"""
 
 multi_label = Loss(_forward, _multi_label_terms)
 """Binary cross entropy, one term per example and label: ``labels`` (B, C) of zeros and ones."""
 
 contrastive = Loss(_similarities, _contrast_terms)
-"""CLIP: cross entropy of each pair among all pairs of the batch, both ways; one term per pair. Batches must stay whole."""
+"""CLIP: cross entropy of each pair among all pairs of the batch, both ways; one term per pair.
+
+Batches must stay whole.
+"""
 
 sigmoid_contrastive = Loss(_similarities, _sigmoid_contrast_terms)
 """SigLIP: every pair of the batch is a yes or a no; one term per image. Batches must stay whole."""

@@ -116,8 +116,9 @@ AUTO = {
 def _task(name: str, config: Any) -> str:
     """What the checkpoint was trained for, by the class that its config names.
 
-    Raises ValueError for a class that text alone gives no loss for: another class of the same family would have a
-    loss too, but an encoder that sees the token it predicts is measured without a word.
+    Raises ValueError for a class that text alone gives no loss for: another class of the same
+    family would have a loss too, but an encoder that sees the token it predicts is measured without
+    a word.
     """
     from transformers.models.auto import modeling_auto as auto
 
@@ -139,8 +140,10 @@ def _task(name: str, config: Any) -> str:
         if known & set(named) or (task == "causal" and named[0].endswith("ForCausalLM")):
             return task
     raise ValueError(
-        f"{name!r} holds a {named[0]}, and text alone gives it no loss: it is neither a causal, a masked nor a "
-        "sequence-to-sequence language model. Write a factory, module:function, that returns its model, "
+        f"{name!r} holds a {named[0]}, and text alone gives it no loss: it is neither a causal, a "
+        "masked nor a "
+        "sequence-to-sequence language model. Write a factory, module:function, that returns its "
+        "model, "
         "batches with labels and one of blockspec.losses"
     )
 
