@@ -1,7 +1,8 @@
 """How far an estimated spectrum is from the true one, as Wasserstein-1 distances in units of an eigenvalue.
 
-Two errors add up. A probe's quadrature after m steps differs from the probe's own spectral measure (more steps help), and
-that measure differs from the block's (more probes help).
+Two errors add up, like the legs of a right triangle, since they are independent. A probe's quadrature after m steps differs from the probe's own spectral measure (more steps help), and
+that measure differs from the block's (more probes help). The first one is bounded by theory and, closer, foreseen by what the
+residuals and gaps of the Ritz values say; the second one is played through, see :mod:`blockspec.numerics.measures`.
 """
 
 from __future__ import annotations
@@ -13,18 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from blockspec.numerics.lanczos import Tridiagonal
-from blockspec.numerics.measures import (
-    CONFIDENCE,
-    NOTHING,
-    likely_weights,
-    probe_error,
-    wasserstein,
-)
+from blockspec.numerics.measures import NOTHING, likely_weights, probe_noise, wasserstein
 from blockspec.numerics.quadrature import quadrature
 
 NORM_KNOWN = (
     1e-2  # residual of the extreme Ritz value, relative: the tolerance is relative to the norm
 )
+STEPS_SHARE = 3**-0.5
+"""What the steps may leave of the tolerance where several probes are needed. Their error falls like 1 / m, the noise like
+1 / sqrt(K); so K m is smallest where the square of the error of the steps is a third of the tolerance's."""
+FEWEST_STEPS = 4  # before the quadrature of half as many steps says anything
 
 
 @dataclass(frozen=True)
@@ -47,32 +46,47 @@ class Accuracy:
 
 
 def steps_error(tridiagonal: Tridiagonal) -> float:
-    """Distance between a probe's quadrature and its spectral measure: the smaller of two estimates.
+    """Distance between a probe's quadrature and its spectral measure: the smallest of two bounds and an estimate.
 
-    One is a bound: by the Chebyshev-Markov-Stieltjes inequalities the true distribution function lies between the
-    partial sums of the weights (Szego, "Orthogonal Polynomials", section 3.41). The other is the distance to the quadrature of
-    half as many steps, which is an upper estimate where the error falls at least like 1 / m.
+    The estimate is the larger of two. The distance to the quadrature of half as many steps is above the error where this falls
+    at least like 1 / m; but both may take a narrow bulk for a single eigenvalue. So each Ritz value's share is taken to be as
+    far away as its residual says, or, where neighbours are nearer, a quarter of the gap (for an even density between nodes,
+    that is its mean distance to the nearest one).
     """
     if tridiagonal.breakdown:
         return 0.0
     nodes, weights, residuals = quadrature(tridiagonal)
-    steps = len(nodes)
-    bound = float(
-        np.diff(nodes) @ np.maximum(weights[:-1], weights[1:])
-        + weights[[0, -1]] @ residuals[[0, -1]]
-    )
-    if steps < 4:
+    bound = min(_separation_bound(nodes, weights, residuals), float(np.sqrt(weights) @ residuals))
+    if len(nodes) < FEWEST_STEPS:
         return bound
-    half = steps // 2
+    half = len(nodes) // 2
     coarse = Tridiagonal(tridiagonal.alphas[:half], tridiagonal.betas[:half], False, None, 0.0)
-    return min(bound, wasserstein((nodes, weights), quadrature(coarse)[:2]))
+    moved = wasserstein((nodes, weights), quadrature(coarse)[:2])
+    gaps = np.diff(nodes)
+    widest = np.maximum(np.append(0.0, gaps), np.append(gaps, 0.0))
+    return min(bound, max(moved, float(weights @ np.minimum(residuals, widest / 4))))
+
+
+def _separation_bound(nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray) -> float:
+    """By the Chebyshev-Markov-Stieltjes inequalities the true distribution function lies between the partial sums of the
+    weights (Szego, "Orthogonal Polynomials", section 3.41): between two nodes it is off by the larger of their weights at most.
+
+    Beyond the first node x with weight w and residual r, what counts is the integral of x - t over the measure m there. Its
+    mass is at most w. The Lagrange polynomial l of x is at least 1 there, and w r^2 is the integral of (t - x)^2 l^2 over all
+    of m; so that of (x - t)^2 is at most w r^2, and by Cauchy-Schwarz that of x - t at most w r. Likewise beyond the last one.
+
+    The other bound, sum of sqrt(w) r: with y the Ritz vectors, v = sum of sqrt(w) y, and for a function f of slope 1 at most,
+    v'f(A)v - sum of w f(x) is the sum of sqrt(w) v'(f(A) - f(x))y, where the length of (f(A) - f(x))y is at most r.
+    """
+    ends = weights[[0, -1]] @ residuals[[0, -1]]
+    return float(np.diff(nodes) @ np.maximum(weights[:-1], weights[1:]) + ends)
 
 
 def stands_still(
     tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy, known: np.ndarray = NOTHING
 ) -> bool:
     """Whether one probe has taken enough steps: the spectral norm is known, and their error fits into what the probe's own error
-    leaves of the tolerance, or into half of it.
+    leaves of the tolerance, or into ``STEPS_SHARE`` of it.
 
     known: (c,) eigenvalues in whose complement the probe is.
     """
@@ -80,48 +94,67 @@ def stands_still(
     extreme = int(np.argmax(np.abs(nodes)))
     if len(known) == 0 and residuals[extreme] > NORM_KNOWN * abs(nodes[extreme]):
         return False
-    steps, noise, allowed = _errors([tridiagonal], numel, accuracy, known)
-    return steps <= max(allowed - noise, allowed / 2)
+    errors = _of([tridiagonal], numel, accuracy, known)
+    left = math.sqrt(max(0.0, errors.allowed**2 - errors.noise(1) ** 2))
+    return errors.steps <= max(left, STEPS_SHARE * errors.allowed)
 
 
 def probes_needed(
     tridiagonals: Sequence[Tridiagonal], numel: int, accuracy: Accuracy, known: np.ndarray = NOTHING
 ) -> int:
     """Number of probes that the tolerance needs, going by those that are done; ``known`` as in :func:`stands_still`."""
-    return _probes(*_errors(tridiagonals, numel, accuracy, known))
+    return _of(tridiagonals, numel, accuracy, known).probes()
 
 
 def probes_needed_beyond(
     tridiagonal: Tridiagonal, found: np.ndarray, numel: int, accuracy: Accuracy
 ) -> int:
     """The number in the complement of those Ritz vectors, (m,) true or false, of a probe."""
-    return _probes(
-        *_errors([tridiagonal], numel, accuracy, quadrature(tridiagonal)[0][found], left_out=found)
-    )
+    values = quadrature(tridiagonal)[0][found]
+    return _of([tridiagonal], numel, accuracy, values, left_out=found).probes()
 
 
-def _errors(
+@dataclass(frozen=True, eq=False)
+class _Errors:
+    """Of the whole spectrum: the error of the steps, what is allowed for it and the noise of the probes together, and the measure
+    that is noisy: of ``left`` of ``numel`` eigenvalues.
+    """
+
+    steps: float
+    allowed: float
+    nodes: np.ndarray
+    weights: np.ndarray
+    left: int
+    numel: int
+
+    def noise(self, probes: float) -> float:
+        """Of so many probes."""
+        return self.left / self.numel * probe_noise(self.nodes, self.weights, self.left, probes)
+
+    def probes(self) -> int:
+        """How many probes bring the noise below what the steps leave. It falls like one over the root of their number, and at
+        first, where few eigenvalues make most of it, somewhat faster."""
+        room = math.sqrt(max(self.allowed**2 - self.steps**2, self.allowed**2 / 4))
+        wanted = 1.0
+        for _ in range(4):
+            wanted = max(1.0, wanted * (self.noise(wanted) / room) ** 2)
+        return math.ceil(wanted)
+
+
+def _of(
     tridiagonals: Sequence[Tridiagonal],
     numel: int,
     accuracy: Accuracy,
     known: np.ndarray,
     *,
     left_out: np.ndarray | None = None,
-) -> tuple[float, float, float]:
-    """Of the whole spectrum: the error of the steps, the likely noise of one probe, and what is allowed for both."""
+) -> _Errors:
     rows = [quadrature(t) for t in tridiagonals]
     nodes, weights, residuals = (np.concatenate([row[i] for row in rows]) for i in range(3))
     left = numel - len(known)
-    weights = likely_weights(nodes, weights, residuals, left)
+    weights = likely_weights(nodes, weights, residuals, left, len(rows))
     allowed = accuracy.tolerance * float(np.abs([*nodes, *known]).max())
     if left_out is not None:
         nodes, weights = nodes[~left_out], weights[~left_out]
-    noise = CONFIDENCE * probe_error(nodes, weights, left)
-    steps = float(np.mean([steps_error(t) for t in tridiagonals]))
-    return left / numel * steps, left / numel * noise, allowed
-
-
-def _probes(steps: float, noise: float, allowed: float) -> int:
-    if noise == 0:
-        return 1
-    return max(1, math.ceil((noise / max(allowed - steps, allowed / 2)) ** 2))
+    steps = left / numel * float(np.mean([steps_error(t) for t in tridiagonals]))
+    return _Errors(steps, allowed, nodes, weights, left, numel)
