@@ -20,9 +20,8 @@ from benchmarks.families import FAMILIES, grouped
 from benchmarks.record import write
 from blockspec.engine.accuracy import Accuracy
 from blockspec.engine.results import lanczos_spectrum
-from blockspec.engine.schedule import Probing, Task
+from blockspec.engine.task import Probing, Task
 from blockspec.model.blocks import Block
-from blockspec.numerics.columns import Columns
 from blockspec.numerics.lanczos import Tridiagonal
 from blockspec.numerics.measures import wasserstein
 from blockspec.numerics.ranks import Ranks
@@ -99,9 +98,7 @@ def adaptive(
     values: np.ndarray, accuracy: Accuracy, random: np.random.Generator
 ) -> tuple[Spectrum | None, int]:
     """What the schedule does for a diagonal matrix, and the products that it takes; None: it computes all eigenvalues."""
-    places, counts = (
-        grouped(values) if len(values) > 2**16 else (values, np.ones(len(values), int))
-    )
+    places, counts = grouped(values) if len(values) > 2**16 else (values, np.ones(len(values), int))
     matrix = torch.from_numpy(places)
     task = Task(
         Block("a", "other", None, len(values)),
@@ -120,7 +117,7 @@ def adaptive(
         for job in jobs:
             done = False
             while not done:
-                Ranks().together([job.process.step(matrix * job.process.vector)])
+                Ranks().together([job.recurrence.step(matrix * job.recurrence.vector)])
                 products, done = products + 1, task.is_done(job)
             task.collect(job)
     if task.exact:
@@ -155,14 +152,14 @@ def row(outcomes: Sequence[Outcome], tolerance: float | None) -> dict[str, float
         "within the error": float((distance <= error + 1e-12).mean()),
         "worst": float(np.max(distance / np.maximum(error, 1e-12))),
         "looseness": float(loose),
-        "within the tolerance": np.nan if tolerance is None else float((distance <= tolerance).mean()),
+        "within the tolerance": np.nan
+        if tolerance is None
+        else float((distance <= tolerance).mean()),
         "products": float(np.median([o.products for o in outcomes])),
     }
 
 
-def trials(
-    family: str, size: int, claim: str, seeds: int, *, start: int = 0
-) -> list[Outcome]:
+def trials(family: str, size: int, claim: str, seeds: int, *, start: int = 0) -> list[Outcome]:
     """Outcomes of one cell; adversarial families have another spectrum each seed."""
     drawn = [
         (FAMILIES[family](size, random), random)
@@ -203,7 +200,11 @@ def table(
                     {"family": family, "P": size, "claim": claim}
                     | row(trials(family, size, claim, seeds), tolerance)
                 )
-                progress(" ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in rows[-1].values()))
+                progress(
+                    " ".join(
+                        f"{v:.3g}" if isinstance(v, float) else str(v) for v in rows[-1].values()
+                    )
+                )
     return pd.DataFrame(rows)
 
 

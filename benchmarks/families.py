@@ -105,9 +105,7 @@ FAMILIES: dict[str, Family] = {
     "outliers of both signs": lambda p, _: with_outliers(
         semicircle(p, 0.05), np.linspace(-1, 1, 12)
     ),
-    "two narrow clusters": lambda p, _: (
-        np.where(np.arange(p) % 3, 1.0, -0.5) + semicircle(p, 0.01)
-    ),
+    "two narrow clusters": lambda p, _: np.where(np.arange(p) % 3, 1.0, -0.5) + semicircle(p, 0.01),
     "random bulk and outliers": bulk_and_outliers,
     "random clusters": clusters,
 }

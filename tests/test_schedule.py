@@ -74,7 +74,8 @@ def test_a_memory_bound_changes_no_number(objective, blocks):
 
 def test_processes_wait_for_their_turn_when_memory_is_short(objective, blocks):
     from blockspec.engine.accuracy import Accuracy
-    from blockspec.engine.schedule import Probing, Schedule, Task
+    from blockspec.engine.schedule import Schedule
+    from blockspec.engine.task import Probing, Task
 
     tasks = [
         Task(

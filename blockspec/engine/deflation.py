@@ -13,7 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blockspec.engine.accuracy import Accuracy, probes_needed, probes_needed_beyond
+from blockspec.engine.accuracy import (
+    Accuracy,
+    probes_needed,
+    probes_needed_beyond,
+    steps_needed,
+)
 from blockspec.numerics.lanczos import Lanczos, Tridiagonal
 from blockspec.numerics.quadrature import quadrature, ritz_pairs
 
@@ -24,6 +29,7 @@ LARGEST = 2**16  # parameters: larger blocks need few probes
 FEWEST_PROBES = 3  # that the first one is given up for
 STEPS_BEYOND = 20  # that a probe typically takes in the complement
 ASKED_EVERY = 8  # steps: the answer takes time itself
+HOPELESS = 8  # times as many parameters as steps, where all columns would still be cheaper
 LONGEST = 4  # times as many parameters as the first probe takes steps, at least
 
 
@@ -33,8 +39,8 @@ class Deflation:
 
     values, residuals: (c,) unit of an eigenvalue.
     leak: what leads from the complement to the vectors, at most: the norm of all residuals.
-    vectors: (c, P) orthonormal; (0, P) when no process will need them.
-    steps: of the process that found them.
+    vectors: (c, P) orthonormal; (0, P) when no run will need them.
+    steps: after which the run that found them stood still: about as many as another one takes.
     """
 
     values: np.ndarray
@@ -53,13 +59,15 @@ def pays(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> bool:
     if steps % ASKED_EVERY > 0:
         return True
     found = _found(tridiagonal, numel)
-    return steps < STEPS_BEYOND * probes_needed_beyond(tridiagonal, found, numel, accuracy)
+    beyond = STEPS_BEYOND * probes_needed_beyond(tridiagonal, found, numel, accuracy)
+    hopeless = HOPELESS * steps >= numel and steps + beyond >= numel
+    return steps < beyond and not hopeless
 
 
-def deflation(process: Lanczos, numel: int, accuracy: Accuracy) -> tuple[Deflation, int] | None:
+def deflation(run: Lanczos, numel: int, accuracy: Accuracy) -> tuple[Deflation, int] | None:
     """What the first probe of a block has found, before its vectors are let go, and how many probes are needed beyond it; None
     where that saves no probe."""
-    tridiagonal = process.tridiagonal()
+    tridiagonal = run.tridiagonal()
     needed = _needed(tridiagonal, numel, accuracy)
     if needed < FEWEST_PROBES:
         return None
@@ -68,13 +76,13 @@ def deflation(process: Lanczos, numel: int, accuracy: Accuracy) -> tuple[Deflati
     if 1 + beyond >= needed:
         return None
     nodes, vectors, residuals = ritz_pairs(tridiagonal)
-    pairs = process.combined(np.ascontiguousarray(vectors[:, found].T))
+    pairs = run.combined(np.ascontiguousarray(vectors[:, found].T))
     known = Deflation(
         values=nodes[found],
         residuals=np.hypot(residuals[found], tridiagonal.asymmetry),
         leak=float(np.linalg.norm(residuals[found])),
         vectors=torch.linalg.qr(pairs.T).Q.T.contiguous(),
-        steps=len(nodes),
+        steps=steps_needed(tridiagonal, numel, accuracy),
     )
     return known, beyond
 

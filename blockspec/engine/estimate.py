@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from blockspec.engine.plan import Plan, agree, fit, plan
+=======
+from blockspec.engine.accuracy import Accuracy
+from blockspec.engine.plan import Plan, fit, plan
+>>>>>>> f109684 (Error bars: bootstrap-t for probes, gaps and residuals for steps; tasks in waves; Gaussian probes)
 from blockspec.engine.results import exact_spectrum, lanczos_spectrum
-from blockspec.engine.schedule import Probing, Schedule, Task, deal
+from blockspec.engine.schedule import Schedule, deal
 from blockspec.engine.settings import EstimateSettings, Execution
 from blockspec.engine.state import Keeper
+from blockspec.engine.task import Probing, Task
 from blockspec.model.blocks import Block
 from blockspec.model.identity import identity_of, same_everywhere
 from blockspec.model.objective import Objective
@@ -33,6 +40,7 @@ PROBES_OF_SMALL, LARGE = (
     4,
     10_000,
 )  # blocks of at least so many parameters need one to measure a mean
+SLACK = 1.05  # times the tolerance: the error at the end is not quite the one that was foreseen
 
 
 @takes(settings=EstimateSettings, execution=Execution, positional=("num_probes", "num_steps"))
@@ -90,6 +98,8 @@ def estimate_spectra(
         keeper.save_last(schedule)
     errors = {} if settings.precision is None else precision_errors(operator, schedule)
     own = [_spectrum(t, operator.curvature, errors.get(t.block.name, 0.0)) for t in schedule.tasks]
+    for task, spectrum in zip(schedule.tasks, own, strict=True):
+        _warn_of_missed_tolerance(task.accuracy, spectrum)
     found = operator.ranks.all_of(own)
     if not keep_state:
         keeper.clear()
@@ -230,3 +240,17 @@ def _spectrum(task: Task, curvature: str, precision_error: float) -> Spectrum:
     return lanczos_spectrum(
         task.block, results, num_steps=steps, deflation=task.deflation, **settings
     )
+
+
+def _warn_of_missed_tolerance(accuracy: Accuracy, spectrum: Spectrum) -> None:
+    """Where the number of probes is free and the tolerance is not met all the same: a limit was reached."""
+    reached = replace(spectrum, precision_error=0.0).error
+    allowed = accuracy.tolerance * spectrum.norm
+    if accuracy.num_probes is None and reached > SLACK * allowed:
+        warnings.warn(
+            f"{spectrum.block.name!r}: the tolerance {accuracy.tolerance:g} was not reached; the error is "
+            f"{reached / spectrum.norm:.1e} of the norm after {spectrum.num_probes} probes of up to "
+            f"{int(spectrum.steps.max())} steps. More than {accuracy.max_products} products or {accuracy.max_steps} steps a "
+            "probe are not taken: ask for a larger tolerance, or give num_probes and num_steps as numbers",
+            stacklevel=3,
+        )

@@ -53,7 +53,7 @@ def plan(schedule: Schedule, operator: Operator, *, limit: int | None = None) ->
     table = _table(schedule, costs.blocks, costs.gradient, count)
     at_once = int(table["basis"].sum())
     passes = 1 if schedule.budget is None else -(-at_once // max(schedule.budget, 1))
-    sweeps = passes * max(table["products"] / [max(task.wanted, 1) for task in schedule.tasks])
+    sweeps = passes * max(table["products"] / [max(task.to_start, 1) for task in schedule.tasks])
     vectors = at_once if schedule.budget is None else min(at_once, schedule.budget)
     kept = count <= operator.graphs  # one linearisation serves every sweep
     graphs = (count if kept else 1) * int(MARGIN * _growth(operator, blocks, None))
@@ -79,7 +79,7 @@ def _table(
                 "gradients": number * seconds / gradient,
                 "flops": number * count * flops,
                 "seconds": number * count * seconds,
-                "basis": task.job_bytes() * (1 if task.exact else task.wanted),
+                "basis": task.waiting_bytes,
             }
         )
     return pd.DataFrame(rows).set_index("block")
@@ -102,7 +102,7 @@ def fit(schedule: Schedule, operator: Operator, limit: int) -> int:
     largest = operator.largest_batch()
     one = _growth(operator, blocks, 1)
     slope = _growth(operator, blocks, 2) - one if largest > 1 else 0
-    at_once = sum(task.job_bytes() * (1 if task.exact else task.wanted) for task in schedule.tasks)
+    at_once = sum(task.waiting_bytes for task in schedule.tasks)
     single = max(task.job_bytes() for task in schedule.tasks)
     room = limit - used - int(MARGIN * one)
     if room < single:

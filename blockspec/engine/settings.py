@@ -33,7 +33,8 @@ class EstimateSettings(OperatorSettings):
         tolerance: Wasserstein-1 distance that is allowed between the estimated and the true spectrum, relative to the block's
             spectral norm. It is used where num_probes or num_steps is auto, and held in at least 95 % of seeds.
         seed: Of the probes. A block's probes do not depend on which other blocks are estimated beside it.
-        distribution: Of the entries of the probes: rademacher or gaussian.
+        distribution: Of the entries of the probes: gaussian or rademacher. Gaussian probes have a part along every eigenvector;
+            Rademacher ones (+1 or -1) may miss one that lies along few parameters, and a block's curvature with it.
         reorthogonalize: False saves memory; counts of eigenvalues must then not be read from the result.
         basis_dtype: Of the Krylov vectors that are kept: float32, bfloat16 or float64; that of the parameters if left out.
         basis_device: Where the Krylov vectors are kept, for example cpu; with the parameters if left out.
@@ -46,7 +47,7 @@ class EstimateSettings(OperatorSettings):
     num_steps: int | Literal["auto"] = 40
     tolerance: float = TOLERANCE
     seed: int = 0
-    distribution: Literal["rademacher", "gaussian"] = "rademacher"
+    distribution: Literal["gaussian", "rademacher"] = "gaussian"
     reorthogonalize: bool = True
     basis_dtype: Literal["bfloat16", "float32", "float64"] | None = None
     basis_device: str | None = None

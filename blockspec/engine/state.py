@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blockspec.engine.deflation import Deflation
-from blockspec.engine.schedule import Job, Schedule
+from blockspec.engine.schedule import Schedule
+from blockspec.engine.task import Job
 from blockspec.model.identity import differences
 from blockspec.numerics.basis import fresh
 from blockspec.numerics.content import Digest
@@ -184,7 +185,7 @@ def _content(schedule: Schedule) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     jobs = []
     for index, job in enumerate(schedule.active):
-        kept, numbers = job.process.state()
+        kept, numbers = job.recurrence.state()
         tensors |= {f"{index}/{name}": tensor.cpu().contiguous() for name, tensor in kept.items()}
         jobs.append({"block": job.block.name, "probe": job.probe, "numbers": numbers})
     tasks = {}
@@ -193,8 +194,8 @@ def _content(schedule: Schedule) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if task.columns is not None and task.columns.done:
             tensors[f"columns/{task.block.name}"] = task.columns.state()[0]["columns"].contiguous()
         entry = {
-            "wanted": task.wanted,
-            "started": task.started,
+            "next_probe": task.next_probe,
+            "to_start": task.to_start,
             "results": results,
             "exact": task.exact,
         }
@@ -213,7 +214,8 @@ def _restore(schedule: Schedule, tensors: dict[str, Tensor], record: dict[str, A
     by_name = {task.block.name: task for task in schedule.tasks}
     for name, entry in record["tasks"].items():
         task = by_name[name]
-        task.wanted, task.started, task.exact = entry["wanted"], entry["started"], entry["exact"]
+        task.next_probe, task.to_start = entry["next_probe"], entry["to_start"]
+        task.exact, task.running = entry["exact"], 0
         task.tridiagonals = {
             int(probe): _tridiagonal(plain) for probe, plain in entry["results"].items()
         }
@@ -222,17 +224,19 @@ def _restore(schedule: Schedule, tensors: dict[str, Tensor], record: dict[str, A
             vectors = fresh(tensors[f"deflation/{name}"]).to(task.device)
             task.deflation = Deflation(**(found | arrays), vectors=vectors)
         if (columns := tensors.get(f"columns/{name}")) is not None:
-            task.begin_columns().process.restore({"columns": columns}, {})
+            task.begin_columns().recurrence.restore({"columns": columns}, {})
     for index, entry in enumerate(record["jobs"]):
         task = by_name[entry["block"]]
-        job: Job = task.begin_columns() if entry["probe"] < 0 else task.lanczos(entry["probe"])
+        probe = entry["probe"]
+        job: Job = task.begin_columns() if probe is None else task.run(probe)
+        task.running += probe is not None
         prefix = f"{index}/"
         kept = {
             name.removeprefix(prefix): tensor
             for name, tensor in tensors.items()
             if name.startswith(prefix)
         }
-        job.process.restore(kept, entry["numbers"])
+        job.recurrence.restore(kept, entry["numbers"])
         schedule.active.append(job)
     schedule.products = record["products"]
 

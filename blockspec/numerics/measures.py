@@ -2,12 +2,17 @@
 
 A random start vector gives an eigenvalue the weight ``g^2 / sum of g^2`` with g normal, and a group of n eigenvalues the sum of n
 of these: gamma variables of shape n / 2, divided by their sum. So the noise of an estimated measure can be played through:
-draw gamma weights around the ones that were found, many times, and see how far the drawn measures are from it. The 95 %
-quantile of these distances is right whether one gap dominates (a normal variable's 1.96 standard deviations), a wide bulk
-(little more than the mean distance) or one outlier (a chi-square variable with one degree of freedom).
+draw gamma weights around the ones that were found, many times, and see how far the drawn measures are from it.
+
+A measure that gives an outlier too little weight by chance foresees too little noise as well. So distances are not taken as they
+are, but in units of a spread that every measure foresees for itself, the integral of sqrt(F (1 - F)) with F its distribution
+function (the bootstrap-t of Efron, 1979). The 95 % quantile in these units is right whether one gap dominates (a normal
+variable's 1.96), a wide bulk (little more than the mean) or one outlier (a chi-square variable with one degree of freedom).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,40 +27,77 @@ CERTAIN = 1e-3  # residual of an eigenvalue, relative to the norm
 SAME = 2e-5  # how far two probes' values of one eigenvalue may be apart, relative to the norm: roundings of float32
 
 
-def probe_noise(nodes: np.ndarray, weights: np.ndarray, numel: float, probes: float = 1) -> float:
-    """Distance between the mean measure of ``probes`` random probes and that of the block, which 95 % of them keep.
+@dataclass(frozen=True, eq=False)
+class Noisy:
+    """A measure that random probes have seen, as their noise is foreseen from it.
+
+    Attributes:
+        nodes: (n,) of all probes, ascending.
+        weights: (n,) positive, of sum 1.
+        least: (n,) what of a weight is there however little of it the probes have seen.
+        numel: Eigenvalues of which the measure is.
+    """
+
+    nodes: np.ndarray
+    weights: np.ndarray
+    least: np.ndarray
+    numel: float
+
+    def noise(self, probes: float) -> float:
+        """Distance between the mean measure of so many random probes and the true one, which 95 % of them keep. Probes are
+        Gaussian, or uniform on the sphere; Rademacher ones have this noise in a random basis, and less where eigenvectors
+        are axes."""
+        if len(self.nodes) < 2:
+            return 0.0
+        gaps = np.diff(self.nodes)
+        shapes = self.numel * probes / 2 * self.weights
+        drawn = np.random.default_rng(0).standard_gamma(shapes, (DRAWS, len(shapes)))
+        drawn /= np.maximum(drawn.sum(1, keepdims=True), np.finfo(float).tiny)
+        distances = np.abs(np.cumsum(drawn - self.weights, axis=1)[:, :-1]) @ gaps
+        own = distances / _spread(np.maximum(drawn, self.least), gaps)
+        return float(np.quantile(own, LEVEL) * _spread(self.weights, gaps))
+
+    def merged(self) -> Noisy:
+        """The same in at most ``PLACES`` places: nodes between which little of the noise arises are put together."""
+        if len(self.nodes) <= PLACES:
+            return self
+        below = np.clip(np.cumsum(self.weights)[:-1], 0, 1)
+        noise = np.sqrt(below * (1 - below)) * np.diff(self.nodes)
+        starts = np.sort(np.append(0, 1 + np.argpartition(-noise, PLACES - 1)[: PLACES - 1]))
+        weights, least = (np.add.reduceat(a, starts) for a in (self.weights, self.least))
+        nodes = np.add.reduceat(self.nodes * self.weights, starts) / weights
+        return Noisy(nodes, weights, least, self.numel)
+
+
+def noisy(
+    nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, numel: float, probes: int
+) -> Noisy:
+    """What ``probes`` probes have seen. An eigenvalue that is certain has the weight 1 / P at least, however little of it they
+    have seen; nodes that are equal within their residuals are the same eigenvalue.
 
     Args:
-        nodes, weights: The estimated measure, of any shape; weights are normalised here.
-        numel: Eigenvalues of the block, each of which has the same weight in the mean.
-        probes: Gaussian ones, or uniform on the sphere. Rademacher ones have this noise in a random basis; where eigenvectors
-            are axes, less.
+        nodes, weights, residuals: Of all probes, of any shape.
+        numel: P.
     """
-    places, masses = merged(nodes.ravel(), weights.ravel())
-    if len(places) < 2:
-        return 0.0
-    drawn = np.random.default_rng(0).standard_gamma(
-        numel * probes / 2 * masses, (DRAWS, len(places))
-    )
-    totals = drawn.sum(1, keepdims=True)
-    drawn = drawn[totals[:, 0] > 0] / totals[totals[:, 0] > 0]
-    below = np.cumsum(drawn - masses, axis=1)[:, :-1]
-    return float(np.quantile(np.abs(below) @ np.diff(places), LEVEL))
+    order = np.argsort(nodes, axis=None, kind="stable")
+    order = order[weights.ravel()[order] > 0]
+    nodes, weights, residuals = (a.ravel()[order] for a in (nodes, weights, residuals))
+    weights = weights / weights.sum()
+    norm = np.abs(nodes).max(initial=0)
+    certain = residuals <= CERTAIN * norm
+    reach = residuals + SAME / 2 * norm
+    same = (np.diff(nodes) <= reach[1:] + reach[:-1]) & certain[1:] & certain[:-1]
+    group = np.concatenate([[0], np.cumsum(~same)])
+    least = np.where(certain, weights / np.bincount(group, weights)[group] / numel, 0.0)
+    likely = np.maximum(weights, least)
+    return Noisy(nodes, likely / likely.sum(), least / likely.sum(), numel).merged()
 
 
-def merged(nodes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``PLACES`` places (ascending) and masses (positive, of sum 1): where nodes are many, those between which little
-    of the noise arises are put together."""
-    order = np.argsort(nodes, kind="stable")
-    order = order[weights[order] > 0]
-    nodes, weights = nodes[order], weights[order] / weights[order].sum()
-    if len(nodes) <= PLACES:
-        return nodes, weights
-    below = np.clip(np.cumsum(weights)[:-1], 0, 1)
-    noise = np.sqrt(below * (1 - below)) * np.diff(nodes)
-    starts = np.sort(np.append(0, 1 + np.argpartition(-noise, PLACES - 1)[: PLACES - 1]))
-    masses = np.add.reduceat(weights, starts)
-    return np.add.reduceat(nodes * weights, starts) / masses, masses
+def _spread(weights: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    """(...,) integral of sqrt(F (1 - F)) of measures with weights (..., n) at places with these gaps (n - 1,)."""
+    below = np.cumsum(weights, axis=-1)
+    below /= below[..., -1:]
+    return np.sqrt(np.clip(below * (1 - below), 0, None))[..., :-1] @ gaps
 
 
 def wasserstein(p: tuple[np.ndarray, np.ndarray], q: tuple[np.ndarray, np.ndarray]) -> float:
@@ -64,27 +106,3 @@ def wasserstein(p: tuple[np.ndarray, np.ndarray], q: tuple[np.ndarray, np.ndarra
     order = np.argsort(nodes)
     difference = np.cumsum(np.concatenate([p[1], -q[1]])[order])[:-1]
     return float(np.abs(difference) @ np.diff(nodes[order]))
-
-
-def likely_weights(
-    nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, numel: float, probes: int = 1
-) -> np.ndarray:
-    """Weights to foresee noise with: an eigenvalue that is certain has 1 / P at least, however little of it the probes have seen.
-
-    Args:
-        nodes, weights, residuals: Of all probes, of any shape; the weights of each probe sum to 1. Nodes that are equal
-            within their residuals are the same eigenvalue.
-        numel: P.
-    """
-    shape = nodes.shape
-    nodes, weights, residuals = nodes.ravel(), weights.ravel(), residuals.ravel()
-    order = np.argsort(nodes, kind="stable")
-    norm = np.abs(nodes).max(initial=0)
-    certain = (residuals <= CERTAIN * norm) & (weights > 0)
-    reach, sure = residuals[order] + SAME / 2 * norm, certain[order]
-    same = (np.diff(nodes[order]) <= reach[1:] + reach[:-1]) & sure[1:] & sure[:-1]
-    group = np.empty(len(order), int)
-    group[order] = np.concatenate([[0], np.cumsum(~same)])
-    seen = np.bincount(group, weights)[group]
-    raised = weights * np.maximum(1.0, probes / numel / np.where(seen > 0, seen, 1.0))
-    return np.where(certain, raised, weights).reshape(shape)

@@ -11,7 +11,7 @@ import numpy as np
 
 from blockspec.model.pieces import Block
 from blockspec.numerics.density import RELATIVE_WIDTH, smooth
-from blockspec.numerics.measures import CONFIDENCE, likely_weights, probe_noise
+from blockspec.numerics.measures import CONFIDENCE, noisy
 
 RESOLUTION = 1e-4  # eigenvalues closer to zero than this, relative to the largest one, are one point on the default scale
 
@@ -143,14 +143,16 @@ class Spectrum:
         precision = CONFIDENCE * self.precision_error
         if self.exact:
             return precision
-        noisy = ~self.known
-        likely = likely_weights(
-            self.nodes, self.weights, self.residuals, self.block.numel, self.num_probes
+        rest = ~self.known
+        share = float(self.weights[rest].sum()) / self.num_probes
+        seen = noisy(
+            self.nodes[rest],
+            self.weights[rest],
+            self.residuals[rest],
+            share * self.block.numel,
+            self.num_probes,
         )
-        share = float(self.weights[noisy].sum()) / self.num_probes
-        noise = share * probe_noise(
-            self.nodes[noisy], likely[noisy], share * self.block.numel, self.num_probes
-        )
+        noise = share * seen.noise(self.num_probes)
         return math.hypot(self.steps_error.mean(), noise) + precision
 
     def _ritz(self, place: np.intp) -> RitzValue:

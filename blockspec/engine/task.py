@@ -1,0 +1,229 @@
+"""What is done and to do for one block.
+
+The idea. A block is done by runs: each run is the Lanczos recurrence of one probe, and its result is a tridiagonal matrix. With
+fixed numbers, all runs of a block start at once, and that is all. With a tolerance, they come in waves:
+
+1. One probe runs until its spectrum stands still. Its result tells how noisy a probe is, so how many are needed.
+2. Where many are, the first probe goes on for a while, as long as that costs less than the runs that it saves. Then its result is
+   not used as a sample. It is given up for the eigenvalues that it has found: these are known from now on (see
+   :mod:`blockspec.engine.deflation`), and all further probes run in the complement of their vectors, where they need fewer.
+3. The missing probes run together, ``WAVE`` of them at most. After each wave the results say again how many are missing.
+4. Wherever the runs to come would take more products than the block has parameters, all columns of its matrix are computed
+   instead: they give every eigenvalue exactly.
+
+Probes are numbered 0, 1, 2, ... in the order in which they start, whatever their results are used for, because a probe's random
+vector depends on its number. Everything else is counted in runs: ``to_start`` and ``running``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockspec.engine.accuracy import Accuracy, probes_needed, stands_still
+from blockspec.engine.deflation import (
+    LARGEST,
+    Deflation,
+    deflation,
+    longest_first_probe,
+    pays,
+)
+from blockspec.model.blocks import Block
+from blockspec.numerics.columns import Columns
+from blockspec.numerics.lanczos import Lanczos, Tridiagonal
+from blockspec.numerics.measures import NOTHING
+from blockspec.numerics.probes import draw_probe
+from blockspec.numerics.ranks import Ranks
+
+ALWAYS_EXACT = 64  # parameters: where numbers are chosen by tolerance, blocks this small would need more products otherwise
+TYPICAL_STEPS = 40  # of a run that ends by itself, to foresee its memory
+WAVE = 64  # runs of one block that are started before their results are looked at
+
+
+@dataclass(frozen=True)
+class Probing:
+    """How probes are drawn and kept."""
+
+    seed: int
+    distribution: str
+    reorthogonalize: bool
+    storage: tuple[torch.dtype, torch.device] | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+
+
+@dataclass(eq=False)
+class Job:
+    """Work on one block that takes one product a sweep: the run of a probe, or all columns of the matrix (no probe)."""
+
+    block: Block
+    probe: int | None
+    recurrence: Lanczos | Columns
+
+
+@dataclass(eq=False)
+class Task:
+    """What is done and to do for one block.
+
+    Attributes:
+        next_probe: Number of the probe that is started next.
+        to_start: Runs that are known to be needed and not started.
+        running: Runs under way.
+        tridiagonals: Results by number of the probe; without that of a probe that was given up.
+        deflation: What a probe was given up for.
+        exact: All eigenvalues are computed: they cost fewer products.
+        columns: Where they are computed, once that has begun.
+    """
+
+    block: Block
+    dtype: torch.dtype
+    device: torch.device
+    accuracy: Accuracy
+    probing: Probing
+    next_probe: int = 0
+    to_start: int = 0
+    running: int = 0
+    tridiagonals: dict[int, Tridiagonal] = field(default_factory=dict)
+    deflation: Deflation | None = None
+    exact: bool = False
+    columns: Columns | None = None
+
+    def __post_init__(self) -> None:
+        self.to_start = self.accuracy.num_probes or 1
+        small = ALWAYS_EXACT if self.accuracy.adaptive else 0
+        self.exact = self.block.numel <= max(small, self.accuracy.num_steps or 0)
+
+    @property
+    def known(self) -> np.ndarray:
+        """(c,) eigenvalues in whose complement the probes are."""
+        return NOTHING if self.deflation is None else self.deflation.values
+
+    def pending(self) -> Iterator[Job]:
+        """Starts the jobs that are known to be needed and not started, one at each step of the iteration."""
+        if self.exact and self.columns is None:
+            yield self.begin_columns()
+        while not self.exact and self.to_start > 0:
+            job = self.run(self.next_probe)
+            self.next_probe += 1
+            self.to_start -= 1
+            self.running += 1
+            yield job
+
+    def begin_columns(self) -> Job:
+        """The job of all columns, at its beginning."""
+        self.columns = Columns(self.block.numel, dtype=self.dtype, device=self.device)
+        return Job(self.block, None, self.columns)
+
+    def run(self, probe: int) -> Job:
+        """The job of one probe, at its beginning."""
+        p = self.probing
+        recurrence = Lanczos(
+            self.probe(probe),
+            self.accuracy.num_steps or self.accuracy.max_steps,
+            reorthogonalize=p.reorthogonalize,
+            deflated=None if self.deflation is None else self.deflation.vectors,
+            storage=p.storage,
+            ranks=p.ranks,
+        )
+        return Job(self.block, probe, recurrence)
+
+    def probe(self, probe: int) -> Tensor:
+        """(P,) the start vector of that number."""
+        p = self.probing
+        start = draw_probe(
+            self.block.name, self.block.numel, seed=p.seed, probe=probe, distribution=p.distribution
+        )
+        return start.to(self.device, self.dtype)
+
+    def is_done(self, job: Job) -> bool:
+        """Whether a job has come to its end, or its spectrum stands still."""
+        run = job.recurrence
+        if run.done or isinstance(run, Columns) or self.accuracy.num_steps is not None:
+            return run.done
+        found, numel = run.tridiagonal(), self.block.numel
+        if not stands_still(found, numel, self.accuracy, self.known):
+            return False
+        return not (self._may_deflate and pays(found, numel, self.accuracy))
+
+    def collect(self, job: Job) -> None:
+        """Takes the result of a job that is done, and after the last one of a wave decides what comes next."""
+        if isinstance(job.recurrence, Columns):
+            return
+        assert job.probe is not None
+        self.running -= 1
+        if self._may_deflate:
+            found = deflation(job.recurrence, self.block.numel, self.accuracy)
+            if found is not None:
+                self.deflation, beyond = found
+                self._go_on(beyond)
+                return
+        self.tridiagonals[job.probe] = job.recurrence.finish()
+        if self.accuracy.num_probes is None and self.running == 0 and self.to_start == 0:
+            self._go_on(self._needed() - len(self.tridiagonals))
+
+    def _needed(self) -> int:
+        """Probes whose results the tolerance needs. A probe that broke down may have missed what it is orthogonal to, where
+        probes are no Gaussian ones: a second one looks again."""
+        results = self.results()
+        needed = probes_needed(results, self.block.numel, self.accuracy, self.known)
+        return max(needed, 2) if results[0].breakdown else needed
+
+    def _go_on(self, missing: int) -> None:
+        """With so many more runs, as far as is known, or with all columns where that is cheaper."""
+        done = self.next_probe * self._steps
+        affordable = max(0, self.accuracy.max_products - done) // self._steps
+        self.to_start = max(0, min(missing, WAVE, affordable))
+        self.exact = self.block.numel <= self._steps * min(missing, affordable)
+        if self.deflation is not None and (self.exact or self.to_start == 0):
+            self.deflation = replace(self.deflation, vectors=self.deflation.vectors[:0].clone())
+
+    @property
+    def _steps(self) -> int:
+        """Steps that the next run takes, as far as is known: as the longest one so far."""
+        typical = 1 if self.deflation is None else self.deflation.steps
+        return max((len(t.alphas) for t in self.tridiagonals.values()), default=typical)
+
+    @property
+    def _may_deflate(self) -> bool:
+        """Whether this is the first run, the number of probes is free, and Ritz vectors can be made from what a run keeps."""
+        return (
+            self._is_first
+            and self.accuracy.num_probes is None
+            and self.probing.reorthogonalize
+            and self.probing.storage is None
+        )
+
+    @property
+    def _is_first(self) -> bool:
+        return not self.tridiagonals and self.deflation is None
+
+    def results(self) -> list[Tridiagonal]:
+        """The tridiagonal matrices in the order of the probes."""
+        return [self.tridiagonals[probe] for probe in sorted(self.tridiagonals)]
+
+    def job_bytes(self) -> int:
+        """Memory that one more job takes at the end of its last sweep: its vector, the product, and what it keeps."""
+        size = self.block.numel * self.dtype.itemsize
+        if self.exact:
+            return (2 + self.block.numel) * size
+        if not self.probing.reorthogonalize:
+            return 3 * size
+        dtype = self.probing.storage[0] if self.probing.storage else self.dtype
+        kept = self.block.numel * dtype.itemsize
+        steps = self.accuracy.num_steps or TYPICAL_STEPS
+        if self.accuracy.num_steps is None and self._may_deflate and self.block.numel <= LARGEST:
+            steps = max(steps, longest_first_probe(self.block.numel, self.accuracy))
+        return 2 * size + steps * kept // self.probing.ranks.rows
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Memory of all jobs that are known to be needed and not started, at once."""
+        return self.job_bytes() * (1 if self.exact else self.to_start)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that is held beside that of jobs."""
+        return 0 if self.deflation is None else self.deflation.vectors.nbytes
