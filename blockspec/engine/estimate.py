@@ -11,12 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from blockspec.engine.plan import Plan, agree, fit, plan
-=======
 from blockspec.engine.accuracy import Accuracy
-from blockspec.engine.plan import Plan, fit, plan
->>>>>>> f109684 (Error bars: bootstrap-t for probes, gaps and residuals for steps; tasks in waves; Gaussian probes)
+from blockspec.engine.plan import Plan, agree, fit, plan
 from blockspec.engine.results import exact_spectrum, lanczos_spectrum
 from blockspec.engine.schedule import Schedule, deal
 from blockspec.engine.settings import EstimateSettings, Execution
