@@ -6,9 +6,7 @@ single Ritz values. Here two blocks are compared at the resolution of the coarse
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +14,10 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from blockspec import Estimate, js0, js_distances
-from blockspec.figures.panels import even_grid, resolution, resolved_density
-from blockspec.spectra.heterogeneity import PAPER_WIDTH, jensen_shannon
+from blockspec.spectra.heterogeneity import PAPER_WIDTH
+from blockspec.spectra.resolved import resolution
 from blockspec.spectra.spectrum import Spectrum
 
-MARGIN = 1.0  # of the grid, on the scale asinh(x / linear): ten widths
 RESOLVED, DEFAULT, KL, PUBLISHED = (
     "resolved Jensen-Shannon",
     "jensen-shannon",
@@ -30,37 +27,6 @@ RESOLVED, DEFAULT, KL, PUBLISHED = (
 DEFINITIONS = (RESOLVED, DEFAULT, KL, PUBLISHED)
 
 Spectra = Mapping[str, Spectrum]
-
-
-def resolved_distances(spectra: Spectra) -> pd.DataFrame:
-    """Jensen-Shannon divergence in nats between all pairs, (blocks x blocks).
-
-    Each node is a Gaussian of a tenth of its value (near zero: of the median over the blocks of their root mean square
-    eigenvalue), but at least as wide as the residuals of both spectra there; the grid has 800 points that are even on
-    asinh(eigenvalue / that median).
-    """
-    parts = list(spectra.values())
-    linear = float(
-        np.median([math.sqrt(part.moment(2).value) for part in parts if not part.is_zero] or [1.0])
-    )
-    ends = np.arcsinh(
-        np.array([min(p.nodes.min() for p in parts), max(p.nodes.max() for p in parts)]) / linear
-    )
-    low, high = linear * np.sinh(ends + np.array([-MARGIN, MARGIN]))
-    grid = even_grid(low, high, linear)
-    cells = np.gradient(grid)
-    distances = np.zeros((len(parts), len(parts)))
-    for i, first in enumerate(parts):
-        for j, second in enumerate(parts[:i]):
-            pair = (
-                resolved_density(first, grid, linear, like=second)[0],
-                resolved_density(second, grid, linear, like=first)[0],
-            )
-            masses = np.stack(pair) * cells
-            distances[i, j] = distances[j, i] = jensen_shannon(
-                masses / masses.sum(1, keepdims=True)
-            )[0, 1]
-    return pd.DataFrame(distances, index=list(spectra), columns=list(spectra))
 
 
 def coarsest(spectra: Spectra) -> float:
@@ -74,14 +40,12 @@ def distances(spectra: Spectra, definition: str) -> pd.DataFrame:
     symmetrised-kl has the floor 1e-258 and the 50,000 points of the published code, and the width :func:`coarsest`; as published,
     the width is sqrt(1e-5) in units of an eigenvalue, whatever Lanczos resolves.
     """
-    return (
-        resolved_distances(spectra)
-        if definition == RESOLVED
-        else js_distances(spectra, **_options(spectra, definition))
-    )
+    return js_distances(spectra, **_options(spectra, definition))
 
 
 def _options(spectra: Spectra, definition: str) -> dict[str, Any]:
+    if definition == RESOLVED:
+        return {"definition": "resolved"}
     if definition == PUBLISHED:
         return {"definition": KL, "width": PAPER_WIDTH}
     return {"definition": definition, "width": coarsest(spectra)}
@@ -89,27 +53,7 @@ def _options(spectra: Spectra, definition: str) -> dict[str, Any]:
 
 def mean_distance(spectra: Spectra, definition: str) -> Estimate:
     """JS^0: the mean over all pairs, with a standard error by jackknife over probes."""
-    if definition != RESOLVED:
-        return js0(spectra, **_options(spectra, definition))
-    value = over_pairs(resolved_distances(spectra)).mean()
-    probes = min((part.num_probes for part in spectra.values() if not part.exact), default=0)
-    if probes < 2:
-        return Estimate(value, None if probes else 0.0)
-    left_out = [
-        over_pairs(resolved_distances({n: _without(s, k) for n, s in spectra.items()})).mean()
-        for k in range(probes)
-    ]
-    return Estimate(value, math.sqrt((probes - 1) * np.var(left_out)))
-
-
-def _without(spectrum: Spectrum, probe: int) -> Spectrum:
-    if spectrum.exact:
-        return spectrum
-    kept = {
-        name: np.delete(getattr(spectrum, name), probe, axis=0)
-        for name in ("nodes", "weights", "residuals")
-    }
-    return replace(spectrum, **kept)
+    return js0(spectra, **_options(spectra, definition))
 
 
 def heterogeneity(spectra: Spectra) -> pd.DataFrame:

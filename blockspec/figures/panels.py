@@ -4,7 +4,6 @@ it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,11 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from blockspec.figures.style import Look, eigenvalue_axis, look, short_name
 from blockspec.spectra.collection import block_diagonal
-from blockspec.spectra.spectrum import RESOLUTION, Spectrum
+from blockspec.spectra.resolved import even_grid, resolution, resolved_density
+from blockspec.spectra.spectrum import Spectrum
 
 EIGENVALUE = "eigenvalue (loss / parameter²)"
 DENSITY = "spectral density (parameter² / loss)"
-POINTS = 800  # of a curve; 5 to 20 a width of smoothing
-WIDTH = 0.1  # of a converged node, relative to its value: outliers a quarter apart are seen apart
 CONVERGED = 0.01  # residual of a node, relative to its value, that is marked as an eigenvalue
 DECADES = 6  # of eigenvalues on each side of zero, at most
 SPAN = 1e10  # of densities, at most
@@ -50,65 +48,6 @@ class Scale:
     @property
     def grid(self) -> np.ndarray:
         return even_grid(self.low, self.high, self.linear)
-
-
-def even_grid(low: float, high: float, linear: float, points: int = POINTS) -> np.ndarray:
-    """(points,) eigenvalues that are even on the scale asinh(x / linear)."""
-    return linear * np.sinh(
-        np.linspace(np.arcsinh(low / linear), np.arcsinh(high / linear), points)
-    )
-
-
-def resolution(spectrum: Spectrum) -> float:
-    """How closely the bulk is known, in units of an eigenvalue: the mean residual of its nodes by
-    weight.
-
-    At least ``RESOLUTION`` of the largest magnitude; 1 for a block of zeros.
-    """
-    known = float((spectrum.weights * spectrum.residuals).sum() / spectrum.num_probes)
-    return max(known, RESOLUTION * spectrum.norm) or 1.0
-
-
-def resolved_density(
-    spectrum: Spectrum, grid: np.ndarray, linear: float, *, like: Spectrum | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (G,) and standard error (G,) over probes of the density at the eigenvalues ``grid``
-    (G,), as it is drawn.
-
-    Each node is a Gaussian of ``WIDTH`` times its value, but as wide as its residual at least:
-    where Lanczos has not converged, the gaps between its nodes are no gaps of the spectrum. The
-    density is per unit of eigenvalue, so that it does not depend on the scale of the axis. The
-    error is 0 where there is one probe.
-
-    Args:
-        linear: Of the axis: around zero, no node is narrower than ``WIDTH`` times this, which the
-            axis could not show.
-        like: A spectrum to compare with: the density is not drawn finer than that one is resolved.
-    """
-    nodes, weights = spectrum.nodes, spectrum.weights
-    widths = np.maximum(spectrum.residuals, WIDTH * np.hypot(nodes, linear))  # (K, M)
-    if like is not None:
-        order = np.argsort(like.nodes, axis=None)
-        widths = np.maximum(
-            widths, np.interp(nodes, like.nodes.ravel()[order], like.residuals.ravel()[order])
-        )
-    densities = np.stack(
-        [_gaussians(*probe, grid) for probe in zip(nodes, weights, widths, strict=True)]
-    )
-    probes = len(densities)
-    error = densities.std(0, ddof=1) / math.sqrt(probes) if probes > 1 else np.zeros(len(grid))
-    return densities.mean(0), error
-
-
-def _gaussians(
-    nodes: np.ndarray, weights: np.ndarray, widths: np.ndarray, grid: np.ndarray
-) -> np.ndarray:
-    """(G,) sum of normal densities, 4096 at a time: mixtures of many blocks have many nodes."""
-    total = np.zeros(len(grid))
-    for start in range(0, len(nodes), 4096):
-        node, weight, width = (array[start : start + 4096] for array in (nodes, weights, widths))
-        total += np.exp(-0.5 * ((grid[:, None] - node) / width) ** 2) @ (weight / width)
-    return total / math.sqrt(2 * math.pi)
 
 
 def scale_of(spectra: Iterable[Spectrum]) -> Scale:

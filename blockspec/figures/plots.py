@@ -251,6 +251,8 @@ def divided(spectrum: Spectrum, unit: float) -> Spectrum:
     lengths = {
         name: getattr(spectrum, name) / unit for name in ("nodes", "residuals", "steps_error")
     }
+    if spectrum.apart is not None:  # a mixture
+        lengths["apart"] = spectrum.apart / unit
     return replace(spectrum, **lengths)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from blockspec.model.pieces import Block
+from blockspec.numerics.density import spacing
 from blockspec.numerics.files import whole_file
 from blockspec.spectra.spectrum import Spectrum
 
@@ -99,7 +100,9 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
     counts = {part.num_probes for part in parts if not part.exact}
     probes = counts.pop() if len(counts) == 1 else 1
     rows = [_rows(part, probes) for part in parts]
-    nodes, residuals, known = (np.concatenate([row[i] for row in rows], axis=1) for i in (0, 2, 3))
+    nodes, residuals, known, apart = (
+        np.concatenate([row[i] for row in rows], axis=1) for i in (0, 2, 3, 4)
+    )
     weights = np.concatenate(
         [r[1] * p.block.numel / total for r, p in zip(rows, parts, strict=True)], axis=1
     )
@@ -111,6 +114,7 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
         weights=np.take_along_axis(weights, order, 1),
         residuals=np.take_along_axis(residuals, order, 1),
         known=np.take_along_axis(known, order, 1),
+        apart=np.take_along_axis(apart, order, 1),
         steps=np.full(len(nodes), sum(int(part.steps.max()) for part in parts)),
         breakdown=np.full(len(nodes), all(part.breakdown.all() for part in parts)),
         orthogonality=np.full(len(nodes), max(part.orthogonality.max() for part in parts)),
@@ -123,17 +127,19 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
     )
 
 
-def _rows(part: Spectrum, probes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes, weights, residuals, known of ``probes`` rows: an exact row repeated, the probes themselves, or all in one."""
-    arrays = (part.nodes, part.weights, part.residuals, part.known)
+def _rows(part: Spectrum, probes: int) -> tuple[np.ndarray, ...]:
+    """Nodes, weights, residuals, known, apart of ``probes`` rows: an exact row repeated, the probes themselves, or all in one."""
+    arrays = (part.nodes, part.weights, part.residuals, part.known, _apart(part))
     if part.exact:
-        nodes, weights, residuals, known = (np.tile(array[:1], (probes, 1)) for array in arrays)
-    elif part.num_probes == probes:
-        nodes, weights, residuals, known = arrays
-    else:
-        nodes, weights, residuals, known = (array.reshape(1, -1) for array in arrays)
-        weights = weights / part.num_probes
-    return nodes, weights, residuals, known
+        return tuple(np.tile(array[:1], (probes, 1)) for array in arrays)
+    if part.num_probes == probes:
+        return arrays
+    nodes, weights, *others = (array.reshape(1, -1) for array in arrays)
+    return nodes, weights / part.num_probes, *others
+
+
+def _apart(part: Spectrum) -> np.ndarray:
+    return spacing(part.nodes) if part.apart is None else part.apart
 
 
 def load_spectra(path: str | os.PathLike[str], *, step: int | None = None) -> Spectra:

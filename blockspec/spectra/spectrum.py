@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from blockspec.model.pieces import Block
-from blockspec.numerics.density import RELATIVE_WIDTH, smooth
+from blockspec.numerics.density import gaussians, mixture, node_widths, spacing
 from blockspec.numerics.measures import CONFIDENCE, noisy
 
 RESOLUTION = 1e-4  # eigenvalues closer to zero than this, relative to the largest one, are one point on the default scale
@@ -67,6 +67,8 @@ class Spectrum:
     residuals: (K, M) an eigenvalue lies within residual of the node.
     known: (K, M) True where a node is an eigenvalue that has its exact weight 1/P, the same in all rows, because its vector is
         known; only the rest is noisy. Left out: everywhere where ``exact``, else nowhere.
+    apart: (K, M) of a mixture of blocks: the mean of the gaps between a node and its neighbours of its own block. Else None: what
+        the nodes say.
     steps: (K,) Lanczos steps done; without those of a probe that found what is known, and is no part of this.
     breakdown: (K,) True where the probe ended in an invariant subspace: its nodes are eigenvalues.
     orthogonality: (K,) max |Q'Q - I| of the Krylov basis; nan where it was not kept.
@@ -95,6 +97,7 @@ class Spectrum:
     seed: int
     precision_error: float = 0.0
     known: np.ndarray = field(default=None)  # type: ignore[arg-type]
+    apart: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.known is None:
@@ -177,40 +180,54 @@ class Spectrum:
 
     @property
     def linear(self) -> float:
-        """Where the default scale turns from linear to logarithmic: the median magnitude of the eigenvalues, but at least
-        ``RESOLUTION`` of the largest magnitude; 1 for a block of zeros."""
+        """Where the default scale turns from linear to logarithmic: the mean magnitude of the middle half of the eigenvalues, by
+        magnitude, but at least ``RESOLUTION`` of the largest; 1 for a block of zeros. (The median would jump between runs where
+        half of the eigenvalues are zero.)"""
         sizes = np.abs(self.nodes).ravel()
         order = np.argsort(sizes)
-        half = np.searchsorted(np.cumsum(self.weights.ravel()[order]), 0.5 * self.num_probes)
-        return max(float(sizes[order][min(half, len(order) - 1)]), RESOLUTION * self.norm) or 1.0
+        below = np.cumsum(self.weights.ravel()[order]) / self.num_probes
+        inside = np.diff(np.clip(np.concatenate([[0.0], below]), 0.25, 0.75))
+        return max(2 * float(sizes[order] @ inside), RESOLUTION * self.norm) or 1.0
 
     def grid(self, points: int = 2000, *, linear: float | None = None) -> np.ndarray:
         """(points,) eigenvalues that cover the spectrum and its smoothed edges, even on the scale asinh(x / linear)."""
         linear = linear or self.linear
-        margin = 5 * RELATIVE_WIDTH
-        low, high = np.arcsinh(np.array([self.nodes.min(), self.nodes.max()]) / linear)
-        return linear * np.sinh(np.linspace(low - margin, high + margin, points))
+        reach = 5 * self.widths(linear)
+        low, high = (self.nodes - reach).min(), (self.nodes + reach).max()
+        return linear * np.sinh(
+            np.linspace(np.arcsinh(low / linear), np.arcsinh(high / linear), points)
+        )
+
+    def widths(self, linear: float) -> np.ndarray:
+        """(K, M) how wide each node is drawn on a scale that is linear up to ``linear``, in units of an eigenvalue."""
+        apart = spacing(self.nodes) if self.apart is None else self.apart
+        return node_widths(self.nodes, self.residuals, apart, linear)
 
     def densities(
         self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None
     ) -> np.ndarray:
         """(K, G) the density of each probe; see :meth:`density`. Their spread over probes is its error bar."""
-        return np.stack(
-            [
-                smooth(n, w, grid, width, linear or self.linear)
-                for n, w in zip(self.nodes, self.weights, strict=True)
-            ]
-        )
+        if width is None:
+            widths = self.widths(linear or self.linear)
+            rows = zip(self.nodes, self.weights, widths, strict=True)
+            return np.stack([mixture(n, w, each, grid) for n, w, each in rows])
+        if width <= 0:
+            raise ValueError(f"width is a positive number in units of an eigenvalue, got {width}")
+        pairs = zip(self.nodes, self.weights, strict=True)
+        return np.stack([gaussians(n, w, grid, width) for n, w in pairs])
 
     def density(
         self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None
     ) -> np.ndarray:
-        """(G,) spectral density at the eigenvalues ``grid`` (G,), mean over probes; integrates to 1 over all eigenvalues.
+        """(G,) spectral density at the eigenvalues ``grid`` (G,), mean over probes; it integrates to 1 over all eigenvalues.
 
-        width: standard deviation of a Gaussian kernel in units of an eigenvalue. None: a kernel of width
-            ``RELATIVE_WIDTH`` on the scale asinh(x / linear), that is 0.2 * linear around zero and 20 % of the eigenvalue
-            far from it. A single width that suits the outliers hides the bulk: it is never the default.
-        linear: see :attr:`linear`, its default; only used where ``width`` is None.
+        Args:
+            grid: In any order.
+            width: Standard deviation of a Gaussian kernel in units of an eigenvalue. If left out, each node is a Gaussian of a
+                tenth of its value, or around zero of ``linear``, and where Lanczos has not converged at least as wide as the gaps
+                between nodes: what is not resolved is a flat top, not a row of peaks. Figures show the same curve. A single
+                width that suits the outliers hides the bulk: it is never the default.
+            linear: See :attr:`linear`, its default; only used where ``width`` is left out.
         """
         return self.densities(grid, width, linear=linear).mean(0)
 

@@ -1,0 +1,56 @@
+"""Densities as they are drawn and compared: no finer than Lanczos resolves them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from blockspec.numerics.density import mixture
+from blockspec.spectra.spectrum import RESOLUTION, Spectrum
+
+POINTS = 800  # of a curve; 5 to 20 a width of smoothing
+
+
+def even_grid(low: float, high: float, linear: float, points: int = POINTS) -> np.ndarray:
+    """(points,) eigenvalues that are even on the scale asinh(x / linear)."""
+    return linear * np.sinh(
+        np.linspace(np.arcsinh(low / linear), np.arcsinh(high / linear), points)
+    )
+
+
+def resolution(spectrum: Spectrum) -> float:
+    """How closely the bulk is known, in units of an eigenvalue: the mean residual of its nodes by weight.
+
+    It is at least ``RESOLUTION`` of the largest magnitude, and 1 for a block of zeros.
+    """
+    known = float((spectrum.weights * spectrum.residuals).sum() / spectrum.num_probes)
+    return max(known, RESOLUTION * spectrum.norm) or 1.0
+
+
+def resolved_density(
+    spectrum: Spectrum, grid: np.ndarray, linear: float, *, like: Spectrum | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The density at the eigenvalues ``grid`` (G,), as it is drawn: that of :meth:`Spectrum.density` with its error.
+
+    Args:
+        spectrum: Of one block, or a mixture.
+        grid: In units of an eigenvalue. The density is per unit of eigenvalue, whatever the scale of an axis.
+        linear: Where the scale of the axis turns from linear to logarithmic; around zero no node is drawn finer than a tenth
+            of it.
+        like: A spectrum to compare with: the density is not drawn finer than that one is.
+
+    Returns:
+        Mean (G,) and standard error (G,) over probes; the error is 0 where there is one probe.
+    """
+    widths = spectrum.widths(linear)
+    if like is not None:
+        order = np.argsort(like.nodes, axis=None)
+        other = like.widths(linear).ravel()[order]
+        widths = np.maximum(widths, np.interp(spectrum.nodes, like.nodes.ravel()[order], other))
+    densities = np.stack(
+        [mixture(*p, grid) for p in zip(spectrum.nodes, spectrum.weights, widths, strict=True)]
+    )
+    probes = len(densities)
+    error = densities.std(0, ddof=1) / math.sqrt(probes) if probes > 1 else np.zeros(len(grid))
+    return densities.mean(0), error
