@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,7 @@ from blockspec.numerics.ranks import Ranks
 from blockspec.spectra.spectrum import Spectrum
 
 FIXED = ((1, 10), (2, 30), (4, 40), (10, 100))  # probes, steps
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "curvature": "hessian",
     "reorthogonalized": True,
     "distribution": "gaussian",
