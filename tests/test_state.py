@@ -85,7 +85,7 @@ def test_a_stopped_estimate_goes_on_bit_by_bit_and_repeats_no_sweep(tmp_path, se
     assert list(Path(tmp_path).iterdir()) == []
 
 
-DEFLATED = {"num_probes": "auto", "num_steps": "auto", "tolerance": 0.02}
+DEFLATED = {"num_probes": "auto", "num_steps": "auto", "tolerance": 0.008}
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def lanczos_spectrum(
             "weights": np.concatenate([np.full(len(known), 1 / block.numel), left * weights]),
             "residuals": np.hypot(
                 np.concatenate([known_residuals, np.hypot(residuals, leak)]),
-                max(noise, t.asymmetry),
+                max(noise, t.asymmetry) + scale * (t.orthogonality or 0.0),
             ),
             "known": np.arange(len(known) + len(nodes)) < len(known),
         }

@@ -47,14 +47,15 @@ class Noisy:
         """Distance between the mean measure of so many random probes and the true one, which 95 % of them keep. Probes are
         Gaussian, or uniform on the sphere; Rademacher ones have this noise in a random basis, and less where eigenvectors
         are axes."""
-        if len(self.nodes) < 2:
+        if len(self.nodes) < 2 or self.nodes[0] == self.nodes[-1]:
             return 0.0
         gaps = np.diff(self.nodes)
         shapes = self.numel * probes / 2 * self.weights
         drawn = np.random.default_rng(0).standard_gamma(shapes, (DRAWS, len(shapes)))
         drawn /= np.maximum(drawn.sum(1, keepdims=True), np.finfo(float).tiny)
         distances = np.abs(np.cumsum(drawn - self.weights, axis=1)[:, :-1]) @ gaps
-        own = distances / _spread(np.maximum(drawn, self.least), gaps)
+        spreads = _spread(np.maximum(drawn, self.least), gaps)
+        own = distances / np.maximum(spreads, np.finfo(float).tiny)
         return float(np.quantile(own, LEVEL) * _spread(self.weights, gaps))
 
     def merged(self) -> Noisy:

@@ -7,19 +7,19 @@ import hashlib
 import torch
 from torch import Tensor
 
-DISTRIBUTIONS = ("rademacher", "gaussian")
+DISTRIBUTIONS = ("gaussian", "rademacher")
 
 
 def draw_probe(
-    name: str, numel: int, *, seed: int = 0, probe: int = 0, distribution: str = "rademacher"
+    name: str, numel: int, *, seed: int = 0, probe: int = 0, distribution: str = "gaussian"
 ) -> Tensor:
     """(numel,) float32 on the CPU: depends on the block's name, the seed and the probe's number
     alone.
 
-    ``"rademacher"`` (entries +1 or -1; the default): the variance of ``v' f(A) v`` is ``2 sum_{i !=
-    j} f(A)_ij^2``, never more than that of ``"gaussian"`` entries, ``2 ||f(A)||_F^2`` (Hutchinson
-    1990; Avron and Toledo 2011). Gaussian ones do not favour the axes, and almost surely have a
-    part along every eigenvector.
+    ``"gaussian"`` entries (the default) almost surely have a part along every eigenvector: what they do not see is not there.
+    With ``"rademacher"`` entries (+1 or -1) the variance of ``v' f(A) v`` is ``2 sum_{i != j} f(A)_ij^2``, less than the ``2
+    ||f(A)||_F^2`` of Gaussian ones (Hutchinson 1990; Avron and Toledo 2011), so that traces and diagonals take them. But half of
+    them are orthogonal to an eigenvector such as (e_i - e_j) / sqrt(2), and a spectrum would lack its eigenvalue.
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution is one of {DISTRIBUTIONS}, got {distribution!r}")

@@ -51,11 +51,13 @@ class Union:
         """Entries that at least one block has."""
         return self.block.numel if self._inside is None else int(self._inside.count_nonzero())
 
-    def probe(self, number: int, *, seed: int) -> Tensor:
-        """(P,) entries +1 or -1, 0 outside of the blocks: depends on the seed, the number and the parameters' names alone,
-        however they are cut into blocks."""
+    def probe(self, number: int, *, seed: int, distribution: str = "rademacher") -> Tensor:
+        """(P,) random entries, +1 or -1 unless told otherwise, 0 outside of the blocks.
+
+        They depend on the seed, the number and the parameters' names alone, however these are cut into blocks.
+        """
         parts = [
-            draw_probe(name, p.numel(), seed=seed, probe=number)
+            draw_probe(name, p.numel(), seed=seed, probe=number, distribution=distribution)
             for name, p in self.parameters.items()
         ]
         vector = torch.cat(parts).to(self.device, self.dtype)

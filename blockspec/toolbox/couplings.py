@@ -69,7 +69,7 @@ class Coupling:
         """Of ``||H_bc||_F``; see :func:`blockspec.spectra.estimates.interval`."""
         place = self._names.index(row), self._names.index(column)
         squared = estimate(self.samples[:, *place])
-        low, high = interval(squared, len(self.samples), confidence, positive=True)
+        low, high = interval(squared, len(self.samples), confidence, one_sign=True)
         return math.sqrt(low), math.sqrt(high)
 
     @property
@@ -82,8 +82,11 @@ class Coupling:
 
     @property
     def off_diagonal_share(self) -> Estimate:
-        """Share of the squared Frobenius norm that lies off the block diagonal: 0 for a block diagonal matrix. Standard error by
-        the jackknife over probes."""
+        """Share of the squared Frobenius norm that lies off the block diagonal: 0 for a block diagonal matrix.
+
+        A share of few random samples is biased: with one probe it can be twice the truth. With two probes and more, the
+        jackknife takes most of that away and gives the standard error.
+        """
         total = self.samples.sum((1, 2))
         off = total - np.trace(self.samples, axis1=1, axis2=2)
         if not total.any():
@@ -92,7 +95,9 @@ class Coupling:
         if len(total) < 2:
             return Estimate(value, None)
         left_out = (off.sum() - off) / (total.sum() - total)
-        return Estimate(value, float(math.sqrt((len(total) - 1) * left_out.var())))
+        corrected = len(total) * value - (len(total) - 1) * float(left_out.mean())
+        stderr = math.sqrt((len(total) - 1) * left_out.var())
+        return Estimate(min(max(corrected, 0.0), 1.0), stderr)
 
     def grouped(self, key: Callable[[Block], Hashable]) -> Coupling:
         """The same between groups of blocks, those with equal ``key(block)``: their squared norms add up. For example
@@ -153,7 +158,7 @@ def coupling(
     settings: OperatorSettings,
     progress: Progress | None = None,
 ) -> Coupling:
-    """Frobenius norms of all cross blocks H_bc: the mean of ``||H_bc v||^2`` over Rademacher probes v on block c. One product of
+    """Frobenius norms of all cross blocks H_bc: the mean of ``||H_bc v||^2`` over Gaussian probes v on block c. One product of
     the full matrix with a probe that lives on c gives column c for all b at once, and both halves of the symmetric matrix are
     averaged.
 
@@ -215,5 +220,5 @@ def _columns(
 
 
 def _probe(operator: Operator, block: Block, number: int, seed: int) -> torch.Tensor:
-    probe = draw_probe(block.name, block.numel, seed=seed, probe=number)
+    probe = draw_probe(block.name, block.numel, seed=seed, probe=number, distribution="gaussian")
     return probe.to(operator.device, block_dtype(operator.parameters, block))

@@ -18,9 +18,9 @@ from blockspec.products.settings import takes
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.estimates import Estimates, frame_of
-from blockspec.spectra.spectrum import estimate
+from blockspec.spectra.spectrum import Estimate, estimate
 from blockspec.toolbox.sampling import Sampling
-from blockspec.toolbox.traces import hutchinson_samples
+from blockspec.toolbox.traces import certain, hutchinson_samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +106,23 @@ def diagonal(
         mean.add_(before, alpha=1 / len(sums))
         spread.addcmul_(before, sample - mean)
     count = len(sums)
-    stderrs = union.tensors((spread / (count * (count - 1))).sqrt()) if count > 1 else None
+    stderrs = union.tensors(_stderrs(union, spread, count)) if count > 1 else None
     sizes = np.array([block.numel for block in blocks])
-    means = [estimate(column) for column in (np.array(sums) / sizes).T]
+    means = [
+        Estimate(mean / size, stderr / size) if stderr is not None else Estimate(mean / size, None)
+        for (mean, stderr, _), size in zip(
+            certain(union, operator, sampling, np.array(sums)), sizes, strict=True
+        )
+    ]
     cost = Cost(operator.gradients, operator.products, check_of(operator))
     by_block = Estimates(blocks, means, probes=[count] * len(blocks), cost=cost)
     return Diagonal(union.tensors(mean), stderrs, by_block, np.array(sums), blocks)
+
+
+def _stderrs(union: Union, spread: Tensor, count: int) -> Tensor:
+    """(P,) from the sums of squared deviations. Samples of an entry may be equal by chance; so the mean variance of its
+    parameter tensor counts with one degree of freedom beside the entry's own."""
+    pooled = torch.cat(
+        [part.mean().expand(part.numel()) for part in union.tensors(spread).values()]
+    )
+    return ((spread + pooled / (count - 1)) / count**2).sqrt()

@@ -32,7 +32,7 @@ def squared_norms(
     settings: OperatorSettings,
     progress: Progress | None = None,
 ) -> Estimates:
-    """Squared Frobenius norms of diagonal blocks: the mean of ``||H_bb v||^2`` over Rademacher probes v.
+    """Squared Frobenius norms of diagonal blocks: the mean of ``||H_bb v||^2`` over Gaussian probes v.
 
     This takes products of every block by itself; a block with at most ``num_probes`` parameters is done exactly. For norms
     of the blocks off the diagonal see :func:`blockspec.coupling`.
@@ -55,27 +55,29 @@ def squared_norms(
     algorithms = {}
     for block in blocks:
         probes = Probes(
-            block, block_dtype(operator.parameters, block), operator.device, sampling.seed
+            block,
+            block_dtype(operator.parameters, block),
+            operator.device,
+            sampling.seed,
+            distribution="gaussian",
         )
         algorithms[block] = (
             sampled(probes, sampling) if block.numel > sampling.num_probes else exact(probes)
         )
-    values, counts = zip(
-        *run_together(algorithms, operator, progress=progress).values(), strict=True
-    )
+    results = run_together(algorithms, operator, progress=progress).values()
     return Estimates(
         blocks,
-        values,
-        probes=counts,
+        [result.estimate for result in results],
+        probes=[result.count for result in results],
         cost=Cost(operator.gradients, operator.products, check_of(operator)),
-        positive=True,
+        one_sign=[True] * len(blocks),
     )
 
 
 def exact(probes: Probes) -> Algorithm[Result]:
     """From the products with all unit vectors."""
     matrix = yield torch.eye(probes.block.numel, dtype=probes.dtype, device=probes.device)
-    return Estimate(float(matrix.double().square().sum()), 0.0), len(matrix)
+    return Result(Estimate(float(matrix.double().square().sum()), 0.0), len(matrix))
 
 
 def sampled(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
@@ -85,7 +87,7 @@ def sampled(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
     while len(samples) < sampling.num_probes and not sampling.met(samples, 0.0):
         images = yield probes.draw(len(samples), min(len(samples) + together, sampling.num_probes))
         samples += images.square().sum(1, dtype=torch.float64).tolist()
-    return estimate(np.array(samples)), len(samples)
+    return Result(estimate(np.array(samples)), len(samples))
 
 
 def norms(spectra: Mapping[str, Spectrum]) -> pd.DataFrame:

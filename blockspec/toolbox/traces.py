@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Algorithm, Progress
 from blockspec.numerics.lanczos import ROUNDING
+from blockspec.numerics.measures import NOTHING
 from blockspec.numerics.probes import draw_probe
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
@@ -78,25 +80,57 @@ def trace(
     sampling.check_fewest(fewest)
     operator, blocks = open_operator(objective, blocks, settings)
     results = function(operator, blocks, sampling, progress)
-    values, probes = zip(*results, strict=True)
     return Estimates(
         blocks,
-        values,
-        probes=probes,
+        [result.estimate for result in results],
+        probes=[result.count for result in results],
         cost=Cost(operator.gradients, operator.products, check_of(operator)),
+        one_sign=[result.one_sign for result in results],
     )
 
 
-Result = tuple[Estimate, int]
-"""An estimate and the number of samples that it rests on."""
+class Result(NamedTuple):
+    """An estimate, the number of samples that it rests on, and these, where they are independent."""
+
+    estimate: Estimate
+    count: int
+    samples: np.ndarray = NOTHING
+
+    @property
+    def one_sign(self) -> bool:
+        """Whether all samples have the same sign."""
+        return len(self.samples) > 0 and bool((self.samples > 0).all() or (self.samples < 0).all())
 
 
 def _hutchinson(
     operator: Operator, blocks: Sequence[Block], sampling: Sampling, progress: Progress | None
 ) -> list[Result]:
-    samples = hutchinson_samples(Union(operator, blocks), operator, sampling, progress)
+    union = Union(operator, blocks)
+    samples = hutchinson_samples(union, operator, sampling, progress)
     sums = np.array([sums for _, sums in samples])
-    return [(estimate(block), len(sums)) for block in sums.T]
+    return [
+        Result(value, len(sums), s)
+        for value, s in zip(certain(union, operator, sampling, sums), sums.T, strict=True)
+    ]
+
+
+def certain(
+    union: Union, operator: Operator, sampling: Sampling, sums: np.ndarray
+) -> list[Estimate]:
+    """Of samples (K, n) of Rademacher probes, their means, where equal ones are no proof of exactness: each of a few probes may
+    have missed the same thing. A Gaussian probe then says how large the matrix is, and so the standard error at most."""
+    values = [estimate(block) for block in sums.T]
+    count = len(sums)
+    equal = np.ptp(sums, axis=0) <= ROUNDING[union.dtype] * np.abs(sums).max(axis=0)
+    if count < 2 or not equal.any():
+        return values
+    probe = union.probe(count, seed=sampling.seed, distribution="gaussian")
+    (product,) = operator.sweep([(union.block, probe)])
+    stderrs = np.sqrt(2 * union.sums(product.square()) / count)
+    return [
+        Estimate(value.value, float(stderr)) if same else value
+        for value, stderr, same in zip(values, stderrs, equal, strict=True)
+    ]
 
 
 def hutchinson_samples(
@@ -154,12 +188,20 @@ class Probes:
     dtype: torch.dtype
     device: torch.device
     seed: int
+    distribution: str = "rademacher"
 
     def draw(self, start: int, stop: int) -> Tensor:
         """(stop - start, P) those with these numbers."""
         drawn = torch.empty(stop - start, self.block.numel, dtype=self.dtype, device=self.device)
         for row, number in zip(drawn, range(start, stop), strict=True):
-            row.copy_(draw_probe(self.block.name, self.block.numel, seed=self.seed, probe=number))
+            probe = draw_probe(
+                self.block.name,
+                self.block.numel,
+                seed=self.seed,
+                probe=number,
+                distribution=self.distribution,
+            )
+            row.copy_(probe)
         return drawn
 
 
@@ -167,7 +209,7 @@ def exact_trace(probes: Probes) -> Algorithm[Result]:
     """From the products with all unit vectors."""
     size = probes.block.numel
     matrix = yield torch.eye(size, dtype=probes.dtype, device=probes.device)
-    return Estimate(float(matrix.diagonal().sum(dtype=torch.float64)), 0.0), size
+    return Result(Estimate(float(matrix.diagonal().sum(dtype=torch.float64)), 0.0), size)
 
 
 def hutch_plus_plus(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
@@ -185,7 +227,7 @@ def hutch_plus_plus(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
         rest -= (rest @ basis.T) @ basis
         samples += _rows_dot(rest, (yield rest)).tolist()
     value, stderr, _ = estimate(np.array(samples))
-    return Estimate(dominant + value, stderr), len(samples)
+    return Result(Estimate(dominant + value, stderr), len(samples))
 
 
 def xtrace(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
@@ -207,7 +249,7 @@ def xtrace(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
         samples = samples.mean() + CORRELATION * (samples - samples.mean())
         if sampling.met(samples, float(_rows_dot(images, images).mean().sqrt())):
             break
-    return estimate(samples), len(samples)
+    return Result(estimate(samples), len(samples))
 
 
 def leave_one_out(drawn: Tensor, images: Tensor, basis: Tensor, basis_images: Tensor) -> np.ndarray:
@@ -252,6 +294,6 @@ def _rows_dot(a: Tensor, b: Tensor) -> Tensor:
 METHODS: dict[str, tuple[Callable[..., list[Result]], int]] = {
     "hutchinson": (_hutchinson, 1),
     "hutch++": (partial(_block_by_block, hutch_plus_plus), 3),
-    "xtrace": (partial(_block_by_block, xtrace), 4),
+    "xtrace": (partial(_block_by_block, xtrace), 8),  # both samples of two probes would be equal
 }
 """Method -> function, and the fewest products that it can do with."""
