@@ -68,7 +68,7 @@ def squared_norms(
     return Estimates(
         blocks,
         [result.estimate for result in results],
-        probes=[result.count for result in results],
+        probes=[result.probes for result in results],
         cost=Cost(operator.gradients, operator.products, check_of(operator)),
         one_sign=[True] * len(blocks),
     )

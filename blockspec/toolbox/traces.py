@@ -83,7 +83,7 @@ def trace(
     return Estimates(
         blocks,
         [result.estimate for result in results],
-        probes=[result.count for result in results],
+        probes=[result.probes for result in results],
         cost=Cost(operator.gradients, operator.products, check_of(operator)),
         one_sign=[result.one_sign for result in results],
     )
@@ -93,7 +93,7 @@ class Result(NamedTuple):
     """An estimate, the number of samples that it rests on, and these, where they are independent."""
 
     estimate: Estimate
-    count: int
+    probes: int
     samples: np.ndarray = NOTHING
 
     @property
