@@ -6,7 +6,7 @@ draw gamma weights around the ones that were found, many times, and see how far 
 
 A measure that gives an outlier too little weight by chance foresees too little noise as well. So distances are not taken as they
 are, but in units of a spread that every measure foresees for itself, the integral of sqrt(F (1 - F)) with F its distribution
-function (the bootstrap-t of Efron, 1979). The 95 % quantile in these units is right whether one gap dominates (a normal
+function (the bootstrap-t of Efron, 1979). The quantile in these units is right whether one gap dominates (a normal
 variable's 1.96), a wide bulk (little more than the mean) or one outlier (a chi-square variable with one degree of freedom).
 """
 
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEVEL = 0.95  # of confidence
+LEVEL = (
+    0.97  # of confidence, so that 0.95 is left where the measure itself is known from few probes
+)
 CONFIDENCE = 1.96  # standard deviations of a normal variable that hold the truth with it
-DRAWS = 400  # of gamma weights: the level of the quantile that is found is then 0.95 +- 0.011
+DRAWS = 400  # of gamma weights: the level of the quantile that is found is then 0.97 +- 0.009
 PLACES = 128  # that the nodes are put into before drawing, so that it takes 2 ms at most
 
 NOTHING = np.empty(0)
@@ -44,7 +46,7 @@ class Noisy:
     numel: float
 
     def noise(self, probes: float) -> float:
-        """Distance between the mean measure of so many random probes and the true one, which 95 % of them keep. Probes are
+        """Distance between the mean measure of so many random probes and the true one, which 95 % of them keep (see ``LEVEL``). Probes are
         Gaussian, or uniform on the sphere; Rademacher ones have this noise in a random basis, and less where eigenvectors
         are axes."""
         if len(self.nodes) < 2 or self.nodes[0] == self.nodes[-1]:
