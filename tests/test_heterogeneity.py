@@ -69,8 +69,9 @@ def test_a_table_of_distances_is_symmetric_with_zeros_on_its_diagonal(definition
     np.testing.assert_array_equal(values, values.T)
     np.testing.assert_array_equal(np.diag(values), 0)
     assert (values[np.triu_indices(3, 1)] > 0).all()
-    assert js0(made(), definition).value == pytest.approx(
-        values[np.triu_indices(3, 1)].mean(), rel=1e-12
+    one = made(num_probes=1)  # nothing to correct its bias with
+    assert js0(one, definition).value == pytest.approx(
+        js_distances(one, definition).to_numpy()[np.triu_indices(3, 1)].mean(), rel=1e-12
     )
 
 
@@ -191,22 +192,52 @@ def kept(spectrum, probes):
     return dataclasses.replace(spectrum, **arrays)
 
 
-@pytest.mark.parametrize("definition", ["jensen-shannon", "wasserstein"])
+def mean_of(spectra, definition):
+    return js_distances(spectra, definition).to_numpy()[np.triu_indices(len(spectra), 1)].mean()
+
+
+@pytest.mark.parametrize("definition", ["jensen-shannon", "resolved", "wasserstein"])
 @pytest.mark.parametrize("num_probes", [2, 5])
-def test_the_standard_error_is_the_jackknife_over_probes(definition, num_probes):
-    """Every block leaves out the same probe; a block that was done exactly stays whole."""
+def test_value_and_standard_error_are_those_of_the_jackknife_over_probes(definition, num_probes):
+    """Every block leaves out the same probe, and the scale is that of the rest; a block that was done exactly stays whole."""
     spectra = made(num_probes=num_probes)
-    settings = {"linear": 0.05} if definition == "jensen-shannon" else {}
-    result = js0(spectra, definition, **settings)
+    result = js0(spectra, definition)
     values = []
     for left_out in range(num_probes):
         probes = [k for k in range(num_probes) if k != left_out]
         rest = {name: s if s.exact else kept(s, probes) for name, s in spectra.items()}
-        table = js_distances(rest, definition, **settings).to_numpy()
-        values.append(table[np.triu_indices(3, 1)].mean())
+        values.append(mean_of(rest, definition))
     variance = (num_probes - 1) / num_probes * np.sum((np.array(values) - np.mean(values)) ** 2)
     assert result.stderr == pytest.approx(math.sqrt(variance), rel=1e-6)
     assert result.stderr > 0
+    corrected = num_probes * mean_of(spectra, definition) - (num_probes - 1) * np.mean(values)
+    assert result.value == pytest.approx(max(corrected, 0), rel=1e-9)
+
+
+def test_blocks_with_different_numbers_of_probes_leave_out_all_of_them_in_turn():
+    few, many = made(num_probes=2), made(num_probes=5)
+    spectra = {"weights.a": few["weights.a"], "weights.b": many["weights.b"]}
+    values = [
+        mean_of(
+            {
+                "weights.a": kept(few["weights.a"], [1 - group]),
+                "weights.b": kept(many["weights.b"], [k for k in range(5) if k % 2 != group]),
+            },
+            "jensen-shannon",
+        )
+        for group in (0, 1)
+    ]
+    assert js0(spectra).stderr == pytest.approx(abs(values[0] - values[1]) / 2, rel=1e-9)
+
+
+def test_intervals_of_js0_hold_the_truth():
+    sizes = {"a": decaying(60), "b": 1.3 * decaying(60, seed=1), "c": decaying(50, seed=2)}
+    truth = js0(made(sizes, num_probes=1, num_steps=60)).value
+    held = []
+    for seed in range(60):
+        result = js0(made(sizes, num_probes=6, num_steps=30, seed=seed))
+        held.append(abs(result.value - truth) <= 2.571 * result.stderr)
+    assert np.mean(held) >= 0.88
 
 
 def test_the_standard_error_is_as_large_as_the_spread_over_seeds():

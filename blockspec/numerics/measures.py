@@ -46,9 +46,11 @@ class Noisy:
     numel: float
 
     def noise(self, probes: float) -> float:
-        """Distance between the mean measure of so many random probes and the true one, which 95 % of them keep (see ``LEVEL``). Probes are
-        Gaussian, or uniform on the sphere; Rademacher ones have this noise in a random basis, and less where eigenvectors
-        are axes."""
+        """Distance between the mean measure of so many random probes and the true one, which 95 % of them keep.
+
+        Probes are Gaussian, or uniform on the sphere; Rademacher ones have this noise in a random basis, and less where
+        eigenvectors are axes.
+        """
         if len(self.nodes) < 2 or self.nodes[0] == self.nodes[-1]:
             return 0.0
         gaps = np.diff(self.nodes)
