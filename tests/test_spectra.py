@@ -12,6 +12,7 @@ import torch
 from problems import problem, truth
 from quadratics import decaying, matrix_of, spectra_of
 
+from benchmarks.families import marchenko_pastur, semicircle
 from blockspec import (
     Estimate,
     RitzValue,
@@ -53,18 +54,61 @@ def test_a_density_of_a_given_width_is_a_sum_of_normal_densities():
     np.testing.assert_allclose(spectrum.density(grid, 0.05), expected / 3, rtol=1e-9, atol=1e-12)
 
 
-def test_the_default_density_is_a_sum_of_normal_densities_on_the_asinh_scale():
+def test_the_default_density_is_a_sum_of_normal_densities_as_wide_as_what_is_not_resolved():
     spectrum = one(decaying(60))
     grid, linear = np.linspace(-1, 3, 500), 0.01
-    scaled, nodes = np.arcsinh(grid / linear), np.arcsinh(spectrum.nodes / linear)
-    expected = sum(
-        w * normal(scaled, x, 0.2)
-        for x, w in zip(nodes.ravel(), spectrum.weights.ravel(), strict=True)
-    )
-    expected = expected / 3 / np.sqrt(grid**2 + linear**2)  # d asinh(x / c) / dx
-    np.testing.assert_allclose(
-        spectrum.density(grid, linear=linear), expected, rtol=1e-9, atol=1e-12
-    )
+    expected = 0.0
+    for nodes, weights, residuals in zip(
+        spectrum.nodes, spectrum.weights, spectrum.residuals, strict=True
+    ):
+        for i, (x, w, r) in enumerate(zip(nodes, weights, residuals, strict=True)):
+            near = np.delete(nodes, i)
+            gaps = [abs(near[near < x] - x).min(initial=9), abs(near[near > x] - x).min(initial=9)]
+            apart = np.mean([gap for gap in gaps if gap < 9])
+            wider = max(1, 200 / (180 * w)) if w > 0 else np.inf  # 60 parameters, 3 probes
+            width = max(0.1 * np.sqrt(x * x + linear * linear), min(r, apart * wider))
+            expected = expected + w * normal(grid, x, width) / 3
+    np.testing.assert_allclose(spectrum.density(grid, linear=linear), expected, rtol=1e-9)
+
+
+def peaks(density):
+    """Maxima that rise from the higher of the minima beside them by 5 % of the largest one."""
+    found, low, high = 0, density[0], density[0]
+    for value in density[1:]:
+        if value > high:
+            high = value
+        if high - value > 0.05 * density.max() and high - low > 0.05 * density.max():
+            found, low, high = found + 1, value, value
+        low, high = (value, value) if value < low else (low, high)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("values", "number"),
+    [
+        (semicircle(1000), 1),
+        (marchenko_pastur(1000), 1),
+        (np.concatenate([semicircle(500, 0.3) - 1, semicircle(500, 0.3) + 1]), 2),
+        (np.concatenate([semicircle(900, 0.1), semicircle(100, 0.05) + 1]), 2),
+    ],
+    ids=["semicircle", "Marchenko-Pastur", "two", "two unequal"],
+)
+def test_a_density_has_the_peaks_of_the_spectrum_and_no_others(values, number):
+    found = one(values, num_probes=4, num_steps=40)
+    grid = np.linspace(values.min() - 0.3, values.max() + 0.3, 2000)
+    assert peaks(found.density(grid)) == number
+
+
+def test_the_density_of_a_mixture_is_no_finer_than_those_of_its_parts():
+    matrices = {"a": matrix_of(semicircle(300)), "b": matrix_of(semicircle(300), seed=1)}
+    mixed = block_diagonal(spectra_of(matrices, num_probes=2, num_steps=20))
+    assert peaks(mixed.density(np.linspace(-1.3, 1.3, 2000))) == 1
+
+
+def test_the_default_scale_does_not_jump_where_half_of_the_eigenvalues_are_zero():
+    values = np.where(np.arange(400) % 2, marchenko_pastur(400), 0.0)
+    scales = [one(values, num_probes=4, num_steps=30, seed=s).linear for s in range(8)]
+    assert max(scales) < 10 * min(scales)
 
 
 @pytest.mark.parametrize("width", [None, 0.003, 0.1])

@@ -10,6 +10,7 @@ RELATIVE_WIDTH = 0.2  # of distances, on the scale asinh(x / linear)
 WIDTH = (
     0.1  # of a node in a density, relative to its value: outliers a quarter apart are seen apart
 )
+SMOOTH = 200.0  # eigenvalues times probes that a width holds: their random weights then move a curve by 5 %
 AT_ONCE = 4096  # nodes
 REACH = 8.5  # widths: beyond, a Gaussian is below 1e-15 of its peak
 # points a width between which a cubic spline is right to 3e-9 of the peak: finer grids are
@@ -26,16 +27,22 @@ def spacing(nodes: np.ndarray) -> np.ndarray:
 
 
 def node_widths(
-    nodes: np.ndarray, residuals: np.ndarray, apart: np.ndarray, linear: float
+    nodes: np.ndarray,
+    residuals: np.ndarray,
+    apart: np.ndarray,
+    counts: np.ndarray,
+    linear: float,
 ) -> np.ndarray:
     """(K, M) how wide each node of K probes is drawn.
 
     ``WIDTH`` times its value, or around zero times ``linear``, which suits outliers. But a Ritz value that has not converged
     stands for all eigenvalues between its neighbours: it is as wide as the gaps to them (``apart``, see :func:`spacing`), else
-    these would look like gaps of the spectrum, and every node like a peak. Where its residual is smaller than the gaps, the
-    eigenvalues are that near, and the residual counts.
+    these would look like gaps of the spectrum, and every node like a peak. It is wider where it stands for few eigenvalues
+    (``counts``, those of all probes together), since their random weights would look like peaks too. Where its residual is
+    smaller, the eigenvalues are that near, and the residual counts.
     """
-    return np.maximum(WIDTH * np.hypot(nodes, linear), np.minimum(residuals, apart))
+    unresolved = apart * np.maximum(1.0, SMOOTH / np.maximum(counts, 1e-9 * SMOOTH))
+    return np.maximum(WIDTH * np.hypot(nodes, linear), np.minimum(residuals, unresolved))
 
 
 def mixture(

@@ -180,14 +180,14 @@ class Spectrum:
 
     @property
     def linear(self) -> float:
-        """Where the default scale turns from linear to logarithmic: the mean magnitude of the middle half of the eigenvalues, by
-        magnitude, but at least ``RESOLUTION`` of the largest; 1 for a block of zeros. (The median would jump between runs where
-        half of the eigenvalues are zero.)"""
+        """Where the default scale turns from linear to logarithmic: the median magnitude of the eigenvalues, but at least
+        ``RESOLUTION`` of the largest; 1 for a block of zeros. (It is the mean of the middle fifth, by magnitude: where half of
+        the eigenvalues are zero, the median would jump between runs.)"""
         sizes = np.abs(self.nodes).ravel()
         order = np.argsort(sizes)
         below = np.cumsum(self.weights.ravel()[order]) / self.num_probes
-        inside = np.diff(np.clip(np.concatenate([[0.0], below]), 0.25, 0.75))
-        return max(2 * float(sizes[order] @ inside), RESOLUTION * self.norm) or 1.0
+        inside = np.diff(np.clip(np.concatenate([[0.0], below]), 0.4, 0.6))
+        return max(5 * float(sizes[order] @ inside), RESOLUTION * self.norm) or 1.0
 
     def grid(self, points: int = 2000, *, linear: float | None = None) -> np.ndarray:
         """(points,) eigenvalues that cover the spectrum and its smoothed edges, even on the scale asinh(x / linear)."""
@@ -201,7 +201,8 @@ class Spectrum:
     def widths(self, linear: float) -> np.ndarray:
         """(K, M) how wide each node is drawn on a scale that is linear up to ``linear``, in units of an eigenvalue."""
         apart = spacing(self.nodes) if self.apart is None else self.apart
-        return node_widths(self.nodes, self.residuals, apart, linear)
+        counts = self.weights * self.block.numel * self.num_probes
+        return node_widths(self.nodes, self.residuals, apart, counts, linear)
 
     def densities(
         self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None
