@@ -10,7 +10,8 @@ RELATIVE_WIDTH = 0.2  # of distances, on the scale asinh(x / linear)
 WIDTH = (
     0.1  # of a node in a density, relative to its value: outliers a quarter apart are seen apart
 )
-SMOOTH = 200.0  # eigenvalues times probes that a width holds: their random weights then move a curve by 5 %
+REACHES = 2.0  # residuals: how far around a node what it stands for may lie
+SMOOTH = 400.0  # eigenvalues times probes that a width holds: their random weights then move a curve by 4 %
 AT_ONCE = 4096  # nodes
 REACH = 8.5  # widths: beyond, a Gaussian is below 1e-15 of its peak
 # points a width between which a cubic spline is right to 3e-9 of the peak: finer grids are
@@ -42,7 +43,7 @@ def node_widths(
     smaller, the eigenvalues are that near, and the residual counts.
     """
     unresolved = apart * np.maximum(1.0, SMOOTH / np.maximum(counts, 1e-9 * SMOOTH))
-    return np.maximum(WIDTH * np.hypot(nodes, linear), np.minimum(residuals, unresolved))
+    return np.maximum(WIDTH * np.hypot(nodes, linear), np.minimum(REACHES * residuals, unresolved))
 
 
 def mixture(
