@@ -229,7 +229,7 @@ def test_extremes_are_over_all_probes_and_signed():
 def test_a_mean_of_any_function_of_the_eigenvalues():
     values = torch.linspace(0.1, 2, 9, dtype=torch.float64)
     spectrum = one(values, num_steps=9)
-    assert spectrum.mean(np.log) == (pytest.approx(values.log().mean().item()), 0)
+    assert spectrum.mean(np.log)[:2] == (pytest.approx(values.log().mean().item()), 0)
     assert isinstance(spectrum.mean(np.log), Estimate)
 
 
@@ -293,7 +293,7 @@ def test_the_block_diagonal_spectrum_is_that_of_the_block_diagonal_matrix():
     np.testing.assert_allclose(mixed.weights.sum(1), 1)
     points = np.linspace(-1, 3, 77)
     np.testing.assert_allclose(mixed.cdf(points), (values <= points[:, None]).mean(1), atol=1e-12)
-    assert mixed.trace == (pytest.approx(values.sum()), 0)
+    assert mixed.trace[:2] == (pytest.approx(values.sum()), 0)
 
 
 def test_estimates_in_a_mixture_are_weighted_by_size():
@@ -326,7 +326,7 @@ def test_different_numbers_of_probes_are_mixed_without_an_error_bar():
     two, five = small(num_probes=2), small(num_probes=5)
     mixed = block_diagonal({"weights.a": two["weights.a"], "weights.b": five["weights.b"]})
     expected = (30 * two["weights.a"].moment(2).value + 50 * five["weights.b"].moment(2).value) / 80
-    assert mixed.moment(2) == (pytest.approx(expected, rel=1e-12), None)
+    assert mixed.moment(2)[:2] == (pytest.approx(expected, rel=1e-12), None)
 
 
 def test_a_mixture_of_a_real_model_has_the_trace_of_its_hessian():

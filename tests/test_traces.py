@@ -128,7 +128,9 @@ def test_blocks_of_other_parameters_do_not_disturb_a_single_block():
     ).double()
     matrix[:4, 4:], matrix[4:, :4] = 0.5, 0.5
     objective, blocks = coupled(matrix, (4, 6))
-    assert blockspec.trace(objective, blocks[0], num_probes=3)["parts.0"] == Estimate(10.0, 0.0)
+    alone = blockspec.trace(objective, blocks[0], num_probes=3)["parts.0"]
+    assert alone.value == pytest.approx(10.0)
+    assert 0 < alone.stderr < 10  # equal samples prove nothing
     assert blockspec.trace(objective, blocks, num_probes=3)["parts.0"].stderr > 0.1
 
 
