@@ -334,7 +334,7 @@ def test_more_steps_than_parameters_are_done_exactly(size, dtype):
         kept = spectrum.weights[k] > 0
         np.testing.assert_allclose(spectrum.nodes[k][kept], values, rtol=0, atol=tolerance)
         np.testing.assert_allclose(spectrum.weights[k][kept], 1 / size)
-    assert spectrum.trace == (pytest.approx(float(values.sum()), abs=size * tolerance), 0)
+    assert spectrum.trace[:2] == (pytest.approx(float(values.sum()), abs=size * tolerance), 0)
 
 
 def test_as_many_steps_as_parameters_less_one_find_every_eigenvalue():
