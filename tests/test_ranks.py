@@ -143,7 +143,7 @@ def test_a_process_that_dies_ends_all_and_leaves_the_state(tmp_path, columns):
         "--model_args.dying_rank",
         "1",
         "--model_args.after",
-        "30",
+        "42",
         "--model_args.mark",
         str(mark),
     )
