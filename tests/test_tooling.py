@@ -68,6 +68,11 @@ def test_ruff_is_clean():
     assert result.returncode == 0, result.stdout[-3000:]
 
 
+def test_the_format_is_that_of_ruff():
+    result = command("ruff", "format", "--check")
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
 @pytest.mark.slow
 def test_mypy_is_clean():
     result = command("mypy")
@@ -163,5 +168,5 @@ def test_functions_and_files_stay_small():
                         f"{path.name}:{node.name}",
                     )
                 )
-    assert max(lengths) <= 450
+    assert max(lengths) <= 500  # at 100 columns; it was 450 at 130
     assert sorted(functions)[-1][0] <= 60, sorted(functions)[-3:]
