@@ -8,7 +8,6 @@ holds every parameter.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -25,6 +24,7 @@ from blockspec.model.suitability import check_unsharded, explained
 from blockspec.numerics import memory
 from blockspec.numerics.ranks import Ranks
 from blockspec.products.calibration import Costs, seconds_of, time_products
+from blockspec.products.finiteness import check_terms, is_finite
 from blockspec.products.guard import OFF, checked
 from blockspec.products.precision import check, reduced_model, reduced_multiplication
 
@@ -249,7 +249,7 @@ class Products:
         results = iter(parts)
         products = [[next(results) for _ in targets] for _, _, targets in requests]
         for (block, _, _), found in zip(requests, products, strict=True):
-            if not all(_is_finite(part) for part in found):
+            if not all(is_finite(part) for part in found):
                 raise ValueError(
                     f"a product with block {block.name!r} holds NaN or infinite values; check the "
                     "checkpoint and the "
@@ -378,7 +378,7 @@ class Products:
 
 def _hessian(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
     total, count = objective.loss_sum(batch)
-    _check_finite(total)
+    check_terms(total)
     return _slopes(_grad([total], parameters, create_graph=True), parameters), count
 
 
@@ -386,7 +386,7 @@ def _residual(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Ap
     outputs = objective.loss.outputs(objective.model, batch)
     leaf = outputs.detach().requires_grad_()
     terms = objective.loss.terms(leaf, batch)
-    _check_finite(terms)
+    check_terms(terms)
     (slope,) = torch.autograd.grad(
         terms.sum(), leaf
     )  # held fixed: the outputs' own curvature is left
@@ -415,7 +415,7 @@ def _ggn(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, 
     outputs = objective.loss.outputs(objective.model, batch)
     leaf = outputs.detach().requires_grad_()
     terms = objective.loss.terms(leaf, batch)
-    _check_finite(terms)
+    check_terms(terms)
     (slope,) = torch.autograd.grad(terms.sum(), leaf, create_graph=True)
 
     def middle(tangent: Tensor) -> Tensor:
@@ -430,7 +430,7 @@ def _ggn(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, 
 
 def _fisher(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
     terms = objective.loss.terms(objective.loss.outputs(objective.model, batch), batch)
-    _check_finite(terms)
+    check_terms(terms)
     return _gauss_newton(terms, parameters, lambda tangent: tangent), float(terms.numel())
 
 
@@ -463,17 +463,6 @@ def _trace_of(vector: Tensor) -> str:
     """What tells a vector from others, from its first entries."""
     first = vector[:64].double().cpu()
     return f"{len(vector)} {float(first @ torch.arange(1.0, len(first) + 1).double()):.6g}"
-
-
-def _check_finite(terms: Tensor) -> None:
-    """A gradient can be finite where its loss is not, and means nothing there."""
-    if not _is_finite(terms.detach()):
-        raise ArithmeticError(f"the loss is {terms.detach().sum().item()}")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Several times faster than a tensor of truth values; NaN carries over to both ends."""
-    return not tensor.numel() or all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
 
 
 LINEARISATIONS = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher, "residual": _residual}

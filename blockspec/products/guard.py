@@ -67,6 +67,7 @@ class Check:
 
 
 OFF = Check("off")
+NO_DERIVATIVE = "cannot be differentiated twice"  # in any dtype: no other way can help
 SWITCH = "check=False goes on without this comparison"
 
 
@@ -172,6 +173,8 @@ def _tried(
                 f"{text}. {SWITCH}" if explained else _explained(trial, text, make)
             ) from None
         except Exception as error:  # whatever a model does with numbers that it was not made for
+            if NO_DERIVATIVE in str(error):
+                raise
             reason = reason or f"it cannot be tried in float64 ({type(error).__name__}: {error})"
         else:
             if found.state == "passed":
