@@ -1,9 +1,11 @@
-"""How often what is said of an error is true, on spectra that nobody chose it for: ``python -m benchmarks.coverage``.
+"""How often what is said of an error is true, on spectra that nobody chose it for: ``python -m
+benchmarks.coverage``.
 
-The matrices are diagonal, since nothing depends on the basis with Gaussian probes; eigenvalues of a large one are put together
-in groups, each with the weight that its members have in a random vector (chi-square). What remains is what every block goes
-through: the schedule, Lanczos, quadrature, error bars. With fixed numbers of steps, the tridiagonal matrices are made from the
-random measures by an algorithm of their own, for all seeds at once.
+The matrices are diagonal, since nothing depends on the basis with Gaussian probes; eigenvalues of a
+large one are put together in groups, each with the weight that its members have in a random vector
+(chi-square). What remains is what every block goes
+through: the schedule, Lanczos, quadrature, error bars. With fixed numbers of steps, the tridiagonal
+matrices are made from the random measures by an algorithm of their own, for all seeds at once.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One estimate against the truth; distances relative to the norm. ``error`` is what was said, ``distance`` what is true."""
+    """One estimate against the truth; distances relative to the norm.
+
+    ``error`` is what was said, ``distance`` what is true.
+    """
 
     error: float
     distance: float
@@ -47,8 +52,10 @@ class Outcome:
 
 
 def jacobi(nodes: np.ndarray, weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(B, size) alphas and betas of B discrete measures on the same nodes (N,) with weights (B, N), which sum to 1: the
-    algorithm of Gragg and Harwood (1984) as Gautschi gives it (OPQ, ``lanczos.m``)."""
+    """(B, size) alphas and betas of B discrete measures on the same nodes (N,) with weights (B, N),
+    which sum to 1: the algorithm of Gragg and Harwood (1984) as Gautschi gives it (OPQ,
+    ``lanczos.m``).
+    """
     alphas = np.repeat(nodes[None, :size], len(weights), 0).T.copy()  # (size, B)
     squares = np.zeros_like(alphas)
     squares[0] = weights[:, 0]
@@ -98,7 +105,9 @@ def _tridiagonal(alphas: np.ndarray, betas: np.ndarray, steps: int, scale: float
 def adaptive(
     values: np.ndarray, accuracy: Accuracy, random: np.random.Generator
 ) -> tuple[Spectrum | None, int]:
-    """What the schedule does for a diagonal matrix, and the products that it takes; None: it computes all eigenvalues."""
+    """What the schedule does for a diagonal matrix, and the products that it takes; None: it
+    computes all eigenvalues.
+    """
     places, counts = grouped(values) if len(values) > 2**16 else (values, np.ones(len(values), int))
     matrix = torch.from_numpy(places)
     task = Task(

@@ -1,4 +1,6 @@
-"""Families of spectra to try error bars on: eigenvalues of matrices of any size, as a network has them and as it has not."""
+"""Families of spectra to try error bars on: eigenvalues of matrices of any size, as a network has
+them and as it has not.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def heavy_tails(size: int) -> np.ndarray:
 
 
 def bulk_and_outliers(size: int, random: np.random.Generator) -> np.ndarray:
-    """A bulk of a random width, place and shape, and up to 40 outliers with a random power law, of both signs."""
+    """A bulk of a random width, place and shape, and up to 40 outliers with a random power law, of
+    both signs.
+    """
     count = int(random.integers(1, min(40, size // 4)))
     outliers = np.arange(1, count + 1) ** -random.uniform(0, 2) * random.choice([-1, 1], count)
     if random.random() < 0.5:
@@ -112,9 +116,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def grouped(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) distinct places and how many eigenvalues each stands for: of a large matrix, all but the largest are put into
-    groups, each with the mean of its eigenvalues. Small repeated ones stay apart, because a start vector sees only one
-    direction of them."""
+    """(N,) distinct places and how many eigenvalues each stands for: of a large matrix, all but the
+    largest are put into groups, each with the mean of its eigenvalues. Small repeated ones stay
+    apart, because a start vector sees only one direction of them.
+    """
     places, counts = np.unique(values, return_counts=True)
     few = counts <= 16
     places = np.concatenate([places[~few], np.repeat(places[few], counts[few])])

@@ -1,7 +1,8 @@
 """Distances between blocks that Lanczos resolves, and what they say of groups of blocks.
 
-``blockspec.js_distances`` smooths every node alike, so that in a bulk that few steps do not resolve it compares the places of
-single Ritz values. Here two blocks are compared at the resolution of the coarser one.
+``blockspec.js_distances`` smooths every node alike, so that in a bulk that few steps do not resolve
+it compares the places of single Ritz values. Here two blocks are compared at the resolution of the
+coarser one.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def coarsest(spectra: Spectra) -> float:
 def distances(spectra: Spectra, definition: str) -> pd.DataFrame:
     """Distances by one of ``DEFINITIONS``.
 
-    symmetrised-kl has the floor 1e-258 and the 50,000 points of the published code, and the width :func:`coarsest`; as published,
-    the width is sqrt(1e-5) in units of an eigenvalue, whatever Lanczos resolves.
+    symmetrised-kl has the floor 1e-258 and the 50,000 points of the published code, and the width
+    :func:`coarsest`; as published, the width is sqrt(1e-5) in units of an eigenvalue, whatever
+    Lanczos resolves.
     """
     return js_distances(spectra, **_options(spectra, definition))
 
@@ -88,8 +90,8 @@ def nearness(table: pd.DataFrame, pairs: Collection[tuple[str, str]]) -> tuple[f
     """How near the pairs of a group are.
 
     Returns:
-        Their median distance over that of all pairs, and the probability that a pair of the group is nearer than one outside
-        it (ties count half): 1 / 2 if they are like the others.
+        Their median distance over that of all pairs, and the probability that a pair of the group
+        is nearer than one outside it (ties count half): 1 / 2 if they are like the others.
     """
     rows, columns = np.tril_indices(len(table), -1)
     wanted = {frozenset(pair) for pair in pairs}

@@ -16,7 +16,9 @@ from blockspec.numerics.ranks import Ranks
 
 
 def block_like(size, *, seed, kind):
-    """A dense symmetric matrix: a bulk near zero and outliers, like a trained block, or a wide bulk, like a new one."""
+    """A dense symmetric matrix: a bulk near zero and outliers, like a trained block, or a wide
+    bulk, like a new one.
+    """
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(size, generator=generator, dtype=torch.float64)
     if kind == "trained":
@@ -53,7 +55,9 @@ def rademacher(probes, size, *, seed):
 
 
 def estimate(matrix, accuracy, *, seed, **probing):
-    """What the schedule does for one block, without a model; the spectrum, and the number of products."""
+    """What the schedule does for one block, without a model; the spectrum, and the number of
+    products.
+    """
     task = Task(
         Block("a", "other", None, len(matrix)),
         matrix.dtype,

@@ -271,7 +271,7 @@ def test_numpy_integers_are_whole_numbers():
         ),
         (
             {"distribution": "normal"},
-            r"distribution is one of \('rademacher', 'gaussian'\), got 'normal'",
+            r"distribution is one of \('gaussian', 'rademacher'\), got 'normal'",
         ),
     ],
 )

@@ -1,4 +1,6 @@
-"""Estimates through the public names: quadrature identities, scales, seeds, breakdown, float32 on a trained model."""
+"""Estimates through the public names: quadrature identities, scales, seeds, breakdown, float32 on a
+trained model.
+"""
 
 import copy
 from functools import cache
@@ -123,7 +125,9 @@ def test_the_scale_of_the_loss_scales_the_eigenvalues_and_nothing_else(scale, dt
 
 @cache
 def trained():
-    """A GPT-2 of 2 layers after 100 steps on sequences with a rule, in float32 with its default attention."""
+    """A GPT-2 of 2 layers after 100 steps on sequences with a rule, in float32 with its default
+    attention.
+    """
     settings = {"n_embd": 16, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = models.tiny_gpt2(dtype=torch.float32, layers=2, **settings)
     generator = torch.Generator().manual_seed(0)
@@ -419,7 +423,9 @@ def test_all_blocks_share_one_pass_over_the_batches():
 
 
 def test_parameters_outside_the_blocks_cost_no_gradient():
-    """Only the blocks' own parameters are differentiated by, but for the checks before the first sweep."""
+    """Only the blocks' own parameters are differentiated by, but for the checks before the first
+    sweep.
+    """
     it = gpt2()
     seen = []
     it.model.transformer.wpe.weight.register_hook(lambda gradient: seen.append(gradient))

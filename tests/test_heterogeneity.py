@@ -1,4 +1,6 @@
-"""Distances between spectra against formulas written out, their invariances and their error bars."""
+"""Distances between spectra against formulas written out, their invariances and their error
+bars.
+"""
 
 import dataclasses
 import math
@@ -199,7 +201,9 @@ def mean_of(spectra, definition):
 @pytest.mark.parametrize("definition", ["jensen-shannon", "resolved", "wasserstein"])
 @pytest.mark.parametrize("num_probes", [2, 5])
 def test_value_and_standard_error_are_those_of_the_jackknife_over_probes(definition, num_probes):
-    """Every block leaves out the same probe, and the scale is that of the rest; a block that was done exactly stays whole."""
+    """Every block leaves out the same probe, and the scale is that of the rest; a block that was
+    done exactly stays whole.
+    """
     spectra = made(num_probes=num_probes)
     result = js0(spectra, definition)
     values = []

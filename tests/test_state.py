@@ -183,7 +183,9 @@ def test_damaged_states_are_never_taken(tmp_path, caplog):
 
 
 def begins(path):
-    """Where each tensor of a state begins in its file, to 64 bytes: there, new tensors begin in memory."""
+    """Where each tensor of a state begins in its file, to 64 bytes: there, new tensors begin in
+    memory.
+    """
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     entries = json.loads(content[8 : 8 + length])
@@ -254,7 +256,9 @@ def misaligned(tensor):
 
 
 def wait_for_a_state(folder, process):
-    """Until there is a state that was not there at first: a busy machine takes its time, and a kill before it meets none."""
+    """Until there is a state that was not there at first: a busy machine takes its time, and a kill
+    before it meets none.
+    """
     before = set(folder.glob("state-*.safetensors"))
     while process.poll() is None and not set(folder.glob("state-*.safetensors")) - before:
         time.sleep(0.01)

@@ -154,7 +154,9 @@ def test_the_environment_file_is_short_and_installs_the_package():
 
 
 def test_functions_and_files_stay_small():
-    """Median file around 100 lines, rarely over 400; the ugly spot is always the one that is ten times its neighbours."""
+    """Median file around 100 lines, rarely over 400; the ugly spot is always the one that is ten
+    times its neighbours.
+    """
     lengths, functions = [], []
     for path in MODULES:
         text = path.read_text()
@@ -170,3 +172,22 @@ def test_functions_and_files_stay_small():
                 )
     assert max(lengths) <= 500  # at 100 columns; it was 450 at 130
     assert sorted(functions)[-1][0] <= 60, sorted(functions)[-3:]
+
+
+def undocumented_way(node):
+    """Lines of a docstring that explain an argument outside of ``Args:``."""
+    names = set()
+    if isinstance(node, ast.FunctionDef):
+        names = {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
+    else:
+        names = {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
+    lines = (ast.get_docstring(node) or "").splitlines()
+    return [line for line in lines if line.split(":")[0] in names and ": " in line]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_docstrings_explain_arguments_under_args(path):
+    """Google's dialect, which tools that make references read."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert not undocumented_way(node), f"{path.stem}.{node.name}"

@@ -174,7 +174,9 @@ def test_low_rank_is_exact(method):
 
 
 def test_leaving_one_out_is_what_it_says():
-    """Against the definition: a QR factorisation of all other images, for each probe anew (equation 2.3 of the paper)."""
+    """Against the definition: a QR factorisation of all other images, for each probe anew (equation
+    2.3 of the paper).
+    """
     matrix = matrix_with_decay(40)
     drawn = torch.randn(
         7, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64

@@ -1,9 +1,11 @@
-"""How far an estimated spectrum is from the true one, as Wasserstein-1 distances in units of an eigenvalue.
+"""How far an estimated spectrum is from the true one, as Wasserstein-1 distances in units of an
+eigenvalue.
 
-Two errors add up, like the legs of a right triangle, since they are independent. A probe's quadrature after m steps differs from
-the probe's own spectral measure (more steps help), and that measure differs from the block's (more probes help). The first
-one is bounded by theory and, closer, foreseen by what the residuals and gaps of the Ritz values say. The second one is played
-through, see :mod:`blockspec.numerics.measures`.
+Two errors add up, like the legs of a right triangle, since they are independent. A probe's
+quadrature after m steps differs from the probe's own spectral measure (more steps help), and that
+measure differs from the block's (more probes help). The first one is bounded by theory and, closer,
+foreseen by what the residuals and gaps of the Ritz values say. The second one is played through,
+see :mod:`blockspec.numerics.measures`.
 """
 
 from __future__ import annotations
@@ -22,12 +24,18 @@ NORM_KNOWN = (
     1e-2  # residual of the extreme Ritz value, relative: the tolerance is relative to the norm
 )
 STEPS_SHARE = 3**-0.5
-"""What the steps may leave of the tolerance where several probes are needed. Their error falls like 1 / m, the noise like
-1 / sqrt(K); so K m is smallest where the square of the error of the steps is a third of the tolerance's."""
+"""What the steps may leave of the tolerance where several probes are needed.
+
+Their error falls like 1 / m, the noise like 1 / sqrt(K); so K m is smallest where the square of the
+error of the steps is a third of the tolerance's.
+"""
 WITHIN_GAPS, MOVED = 1.25, 1.0
-"""Factors of the two estimates of the error of the steps. On 752 quadratures the first one alone was
-1.05 times the error at the median and 0.72 at worst, the second one 2.1 times and 0.08; the larger one
-with these factors was never below the error: see LOG.md."""
+"""Factors of the two estimates of the error of the steps.
+
+On 752 quadratures the first one alone was 1.05 times the error at the median and 0.72 at worst, the
+second one 2.1 times and 0.08; the larger one with these factors was never below the error: see
+LOG.md.
+"""
 FEWEST_STEPS = 4  # before the quadrature of half as many steps says anything
 
 
@@ -35,9 +43,10 @@ FEWEST_STEPS = 4  # before the quadrature of half as many steps says anything
 class Accuracy:
     """What is asked for; None leaves a number as it is set.
 
-    tolerance: Wasserstein-1 error, relative to the block's spectral norm.
-    num_steps, num_probes: fixed numbers, or None: as many as the tolerance needs, with at most ``max_steps`` a probe and
-        ``max_products`` in all, then a warning says what was reached.
+    Args:
+        tolerance: Wasserstein-1 error, relative to the block's spectral norm.
+        num_steps, num_probes: Fixed numbers, or None: as many as the tolerance needs, with at most
+            ``max_steps`` a probe and ``max_products`` in all, then a warning says what was reached.
     """
 
     num_steps: int | None
@@ -52,11 +61,13 @@ class Accuracy:
 
 
 def steps_error(tridiagonal: Tridiagonal) -> float:
-    """Distance between a probe's quadrature and its spectral measure: the smallest of two bounds and an estimate.
+    """Distance between a probe's quadrature and its spectral measure: the smallest of two bounds
+    and an estimate.
 
-    The estimate has two parts, of which the larger one counts. Each Ritz value's share is as far away from it as its residual
-    says, or, where neighbours are nearer, a quarter of the harmonic mean of the gaps to both: between evenly spaced nodes, that
-    is the mean distance to the nearest one. And the quadrature of half as many steps is about twice as far away.
+    The estimate has two parts, of which the larger one counts. Each Ritz value's share is as far
+    away from it as its residual says, or, where neighbours are nearer, a quarter of the harmonic
+    mean of the gaps to both: between evenly spaced nodes, that is the mean distance to the nearest
+    one. And the quadrature of half as many steps is about twice as far away.
     """
     if tridiagonal.breakdown:
         return 0.0
@@ -78,15 +89,18 @@ def _gaps(nodes: np.ndarray) -> np.ndarray:
 
 
 def _separation_bound(nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray) -> float:
-    """By the Chebyshev-Markov-Stieltjes inequalities the true distribution function lies between the partial sums of the
-    weights (Szego, "Orthogonal Polynomials", section 3.41): between two nodes it is off by the larger of their weights at most.
+    """By the Chebyshev-Markov-Stieltjes inequalities the true distribution function lies between
+    the partial sums of the weights (Szego, "Orthogonal Polynomials", section 3.41): between two
+    nodes it is off by the larger of their weights at most.
 
-    Beyond the first node x with weight w and residual r, what counts is the integral of x - t over the measure m there. Its
-    mass is at most w. The Lagrange polynomial l of x is at least 1 there, and w r^2 is the integral of (t - x)^2 l^2 over all
-    of m; so that of (x - t)^2 is at most w r^2, and by Cauchy-Schwarz that of x - t at most w r. Likewise beyond the last one.
+    Beyond the first node x with weight w and residual r, what counts is the integral of x - t over
+    the measure m there. Its mass is at most w. The Lagrange polynomial l of x is at least 1 there,
+    and w r^2 is the integral of (t - x)^2 l^2 over all of m; so that of (x - t)^2 is at most w r^2,
+    and by Cauchy-Schwarz that of x - t at most w r. Likewise beyond the last one.
 
-    The other bound, sum of sqrt(w) r: with y the Ritz vectors, v = sum of sqrt(w) y, and for a function f of slope 1 at most,
-    v'f(A)v - sum of w f(x) is the sum of sqrt(w) v'(f(A) - f(x))y, where the length of (f(A) - f(x))y is at most r.
+    The other bound, sum of sqrt(w) r: with y the Ritz vectors, v = sum of sqrt(w) y, and for a
+    function f of slope 1 at most, v'f(A)v - sum of w f(x) is the sum of sqrt(w) v'(f(A) - f(x))y,
+    where the length of (f(A) - f(x))y is at most r.
     """
     ends = weights[[0, -1]] @ residuals[[0, -1]]
     return float(np.diff(nodes) @ np.maximum(weights[:-1], weights[1:]) + ends)
@@ -95,10 +109,11 @@ def _separation_bound(nodes: np.ndarray, weights: np.ndarray, residuals: np.ndar
 def stands_still(
     tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy, known: np.ndarray = NOTHING
 ) -> bool:
-    """Whether one probe has taken enough steps: the spectral norm is known, and their error fits into what the probe's own error
-    leaves of the tolerance, or into ``STEPS_SHARE`` of it.
+    """Whether one probe has taken enough steps: the spectral norm is known, and their error fits
+    into what the probe's own error leaves of the tolerance, or into ``STEPS_SHARE`` of it.
 
-    known: (c,) eigenvalues in whose complement the probe is.
+    Args:
+        known: (c,) eigenvalues in whose complement the probe is.
     """
     nodes, _, residuals = quadrature(tridiagonal)
     extreme = int(np.argmax(np.abs(nodes)))
@@ -126,7 +141,9 @@ def steps_needed(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> in
 def probes_needed(
     tridiagonals: Sequence[Tridiagonal], numel: int, accuracy: Accuracy, known: np.ndarray = NOTHING
 ) -> int:
-    """Number of probes that the tolerance needs, going by those that are done; ``known`` as in :func:`stands_still`."""
+    """Number of probes that the tolerance needs, going by those that are done; ``known`` as in
+    :func:`stands_still`.
+    """
     return _of(tridiagonals, numel, accuracy, known).probes()
 
 
@@ -140,8 +157,9 @@ def probes_needed_beyond(
 
 @dataclass(frozen=True, eq=False)
 class _Errors:
-    """Of the whole spectrum: the error of the steps, what is allowed for it and the noise of the probes together, and what is
-    noisy: ``share`` of the eigenvalues."""
+    """Of the whole spectrum: the error of the steps, what is allowed for it and the noise of the
+    probes together, and what is noisy: ``share`` of the eigenvalues.
+    """
 
     steps: float
     allowed: float
@@ -153,8 +171,11 @@ class _Errors:
         return self.share * self.seen.noise(probes)
 
     def probes(self) -> int:
-        """How many probes bring the noise below what the steps leave. It falls like one over the root of their number, and at
-        first, where few eigenvalues make most of it, somewhat faster."""
+        """How many probes bring the noise below what the steps leave.
+
+        It falls like one over the root of their number, and at first, where few eigenvalues make
+        most of it, somewhat faster.
+        """
         room = math.sqrt(max(self.allowed**2 - self.steps**2, self.allowed**2 / 4))
         wanted = 1.0
         for _ in range(4):

@@ -1,8 +1,10 @@
-"""Eigenvalues that the first probe of a block has found, so that further probes need not find them again.
+"""Eigenvalues that the first probe of a block has found, so that further probes need not find them
+again.
 
-Most of a probe's noise is the random share that each of the largest eigenvalues has in it. Once their vectors are known they
-count with their exact weight 1 / P, and further probes stay in the orthogonal complement, where the rest of the spectrum is,
-other copies of a repeated eigenvalue among it. The idea is that of Hutch++ (Meyer et al. 2021), for a density.
+Most of a probe's noise is the random share that each of the largest eigenvalues has in it. Once
+their vectors are known they count with their exact weight 1 / P, and further probes stay in the
+orthogonal complement, where the rest of the spectrum is, other copies of a repeated eigenvalue
+among it. The idea is that of Hutch++ (Meyer et al. 2021), for a density.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ from blockspec.engine.accuracy import (
 from blockspec.numerics.lanczos import Lanczos, Tridiagonal
 from blockspec.numerics.quadrature import quadrature, ritz_pairs
 
-CONVERGED = 1e-5  # residual, relative to the norm: together they move the spectrum by less than twice that over P
-SIMPLE = 8.0  # a single eigenvalue's share of a probe exceeds this many times 1 / P once in 200; more are several in one
+# residual, relative to the norm: together they move the spectrum by less than twice that over P
+CONVERGED = 1e-5
+# a single eigenvalue's share of a probe exceeds this many times 1 / P once in 200; more are several
+# in one
+SIMPLE = 8.0
 MOST_VECTORS = 128
 LARGEST = 2**16  # parameters: larger blocks need few probes
 FEWEST_PROBES = 3  # that the first one is given up for
@@ -37,10 +42,11 @@ LONGEST = 4  # times as many parameters as the first probe takes steps, at least
 class Deflation:
     """c eigenpairs of a block.
 
-    values, residuals: (c,) unit of an eigenvalue.
-    leak: what leads from the complement to the vectors, at most: the norm of all residuals.
-    vectors: (c, P) orthonormal; (0, P) when no run will need them.
-    steps: after which the run that found them stood still: about as many as another one takes.
+    Args:
+        values, residuals: (c,) unit of an eigenvalue.
+        leak: What leads from the complement to the vectors, at most: the norm of all residuals.
+        vectors: (c, P) orthonormal; (0, P) when no run will need them.
+        steps: After which the run that found them stood still: about as many as another one takes.
     """
 
     values: np.ndarray
@@ -51,8 +57,9 @@ class Deflation:
 
 
 def pays(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> bool:
-    """Whether the first probe, which stands still, should go on, to find more eigenvalues: while it has taken fewer products than
-    the probes beyond it would."""
+    """Whether the first probe, which stands still, should go on, to find more eigenvalues: while it
+    has taken fewer products than the probes beyond it would.
+    """
     steps = len(tridiagonal.alphas)
     if LONGEST * steps >= numel or _needed(tridiagonal, numel, accuracy) < FEWEST_PROBES:
         return False
@@ -65,8 +72,9 @@ def pays(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> bool:
 
 
 def deflation(run: Lanczos, numel: int, accuracy: Accuracy) -> tuple[Deflation, int] | None:
-    """What the first probe of a block has found, before its vectors are let go, and how many probes are needed beyond it; None
-    where that saves no probe."""
+    """What the first probe of a block has found, before its vectors are let go, and how many probes
+    are needed beyond it; None where that saves no probe.
+    """
     tridiagonal = run.tridiagonal()
     needed = _needed(tridiagonal, numel, accuracy)
     if needed < FEWEST_PROBES:
@@ -93,7 +101,9 @@ def longest_first_probe(numel: int, accuracy: Accuracy) -> int:
 
 
 def _needed(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> int:
-    """Probes that are needed without a deflation; 0 of a block that is too large for one, and after a breakdown."""
+    """Probes that are needed without a deflation; 0 of a block that is too large for one, and after
+    a breakdown.
+    """
     return (
         0
         if numel > LARGEST or tridiagonal.breakdown
@@ -102,7 +112,9 @@ def _needed(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> int:
 
 
 def _found(tridiagonal: Tridiagonal, numel: int) -> np.ndarray:
-    """(m,) which Ritz pairs are eigenpairs, of single eigenvalues: the largest in magnitude, ``MOST_VECTORS`` at most."""
+    """(m,) which Ritz pairs are eigenpairs, of single eigenvalues: the largest in magnitude,
+    ``MOST_VECTORS`` at most.
+    """
     nodes, weights, residuals = quadrature(tridiagonal)
     found = (residuals <= CONVERGED * np.abs(nodes).max()) & (weights <= SIMPLE / numel)
     found[np.argsort(-np.abs(nodes) * found)[MOST_VECTORS:]] = False

@@ -50,25 +50,29 @@ def estimate_spectra(
     keep_state: bool = False,
     progress: Progress | None = None,
 ) -> Spectra:
-    """Spectra of blocks of a curvature matrix by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017).
+    """Spectra of blocks of a curvature matrix by stochastic Lanczos quadrature (Ubaru, Chen, Saad
+    2017).
 
     Args:
-        objective: What is differentiated; it is checked to be deterministic first. None where ``curvature`` is an operator
-            that belongs to no model.
+        objective: What is differentiated; it is checked to be deterministic first. None where
+            ``curvature`` is an operator that belongs to no model.
         blocks: From :func:`blockspec.partition`; they may overlap (``model`` beside its parts).
         [settings]
-        state: A folder for what a killed estimate goes on from; the same call then gives the same numbers, bit by bit on the
-            same machine. It is saved every ``state_every`` seconds, and removed at the end.
-        keep_state: Leave the state, saved once more after the last sweep, for a caller who saves the result first;
-            :func:`blockspec.engine.state.clear` removes it.
+        state: A folder for what a killed estimate goes on from; the same call then gives the same
+            numbers, bit by bit on the same machine. It is saved every ``state_every`` seconds, and
+            removed at the end.
+        keep_state: Leave the state, saved once more after the last sweep, for a caller who saves
+            the result first; :func:`blockspec.engine.state.clear` removes it.
         progress: Called with (products done, products in all as far as known) after each sweep.
 
     Returns:
-        A read-only mapping from block name to :class:`blockspec.Spectrum`, in the order of the blocks.
+        A read-only mapping from block name to :class:`blockspec.Spectrum`, in the order of the
+        blocks.
 
     Raises:
-        ValueError: A setting is out of range, the objective cannot be differentiated twice or is not deterministic (both
-            before the expensive part), or a product is not finite (with the block's name).
+        ValueError: A setting is out of range, the objective cannot be differentiated twice or is
+            not deterministic (both before the expensive part), or a product is not finite (with the
+            block's name).
         TypeError: A setting is of another type.
     """
     prepared = _prepare(objective, blocks, settings, columns=execution.columns)
@@ -114,7 +118,8 @@ def plan_spectra(
 ) -> Plan:
     """What :func:`estimate_spectra` with the same arguments would cost on one process.
 
-    It takes a gradient and one product of each block on one micro-batch, and changes nothing of what it measures.
+    It takes a gradient and one product of each block on one micro-batch, and changes nothing of
+    what it measures.
 
     Args:
         objective: As for :func:`estimate_spectra`.
@@ -122,7 +127,8 @@ def plan_spectra(
         [settings]
 
     Raises:
-        ValueError: As :func:`estimate_spectra` does before its expensive part; or it would not fit into ``memory``.
+        ValueError: As :func:`estimate_spectra` does before its expensive part; or it would not fit
+            into ``memory``.
     """
     prepared = _prepare(objective, blocks, settings, ranks=Ranks())
     device = prepared.operator.device
@@ -132,7 +138,9 @@ def plan_spectra(
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that is known before the first sweep: the operator, all blocks, and the schedule of this process's own."""
+    """All that is known before the first sweep: the operator, all blocks, and the schedule of this
+    process's own.
+    """
 
     operator: Operator
     blocks: tuple[Block, ...]
@@ -151,7 +159,8 @@ def _prepare(
     if objective is not None and objective.sharded:
         if columns not in (None, 1):
             raise ValueError(
-                f"columns={columns} splits the blocks over processes, but with Objective(..., sharded=True) every process is "
+                f"columns={columns} splits the blocks over processes, but with Objective(..., "
+                "sharded=True) every process is "
                 "needed for every block: leave out columns"
             )
         columns = 1
@@ -194,11 +203,11 @@ def _identity(
 
 
 def precision_errors(operator: Operator, schedule: Schedule) -> dict[str, float]:
-    """By block, the root mean square length of (A - B) q with A the matrix in reduced precision, B in the parameters' own, and q
-    random of length 1.
+    """By block, the root mean square length of (A - B) q with A the matrix in reduced precision, B
+    in the parameters' own, and q random of length 1.
 
-    The mean square is the squared Frobenius norm of A - B over P, whose root bounds the Wasserstein distance between the two
-    spectra (Hoffman and Wielandt 1953). One q does for a large block.
+    The mean square is the squared Frobenius norm of A - B over P, whose root bounds the Wasserstein
+    distance between the two spectra (Hoffman and Wielandt 1953). One q does for a large block.
     """
     assert isinstance(operator, Products)  # no other has a precision: see open_operator
     wide = Products(operator.objective, operator.curvature, ranks=operator.ranks)
@@ -239,14 +248,20 @@ def _spectrum(task: Task, curvature: str, precision_error: float) -> Spectrum:
 
 
 def _warn_of_missed_tolerance(accuracy: Accuracy, spectrum: Spectrum) -> None:
-    """Where the number of probes is free and the tolerance is not met all the same: a limit was reached."""
+    """Where the number of probes is free and the tolerance is not met all the same: a limit was
+    reached.
+    """
     reached = replace(spectrum, precision_error=0.0).error
     allowed = accuracy.tolerance * spectrum.norm
     if accuracy.num_probes is None and reached > SLACK * allowed:
         warnings.warn(
-            f"{spectrum.block.name!r}: the tolerance {accuracy.tolerance:g} was not reached; the error is "
-            f"{reached / spectrum.norm:.1e} of the norm after {spectrum.num_probes} probes of up to "
-            f"{int(spectrum.steps.max())} steps. More than {accuracy.max_products} products or {accuracy.max_steps} steps a "
-            "probe are not taken: ask for a larger tolerance, or give num_probes and num_steps as numbers",
+            f"{spectrum.block.name!r}: the tolerance {accuracy.tolerance:g} was not reached; the "
+            "error is "
+            f"{reached / spectrum.norm:.1e} of the norm after {spectrum.num_probes} probes of up "
+            "to "
+            f"{int(spectrum.steps.max())} steps. More than {accuracy.max_products} products or "
+            f"{accuracy.max_steps} steps a "
+            "probe are not taken: ask for a larger tolerance, or give num_probes and num_steps as "
+            "numbers",
             stacklevel=3,
         )

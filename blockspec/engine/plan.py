@@ -1,4 +1,6 @@
-"""What an estimate will cost, before it is made: a short calibration on one micro-batch, and arithmetic."""
+"""What an estimate will cost, before it is made: a short calibration on one micro-batch, and
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,16 @@ MARGIN = 1.05  # on measured growth: allocators round up
 class Plan:
     """The cost of an estimate.
 
-    table: a row a block: products (one vector through all batches), gradients (the same in units of one gradient of the whole
-        objective), flops, seconds, basis (bytes of Krylov vectors).
-    gradient_seconds: one gradient of the whole objective.
-    seconds: in total, the shared passes included; adaptive numbers of steps and probes are counted at their typical values.
-    micro_batch: examples at once; None: batches as they come.
-    peak: bytes at most, what is in use already included; limit: what it may be, or None.
-    passes: sweeps over the data, where the processes do not all fit at once.
+    Args:
+        table: A row a block: products (one vector through all batches), gradients (the same in
+            units of one gradient of the whole objective), flops, seconds, basis (bytes of Krylov
+            vectors).
+        gradient_seconds: One gradient of the whole objective.
+        seconds: In total, the shared passes included; adaptive numbers of steps and probes are
+            counted at their typical values.
+        micro_batch: Examples at once; None: batches as they come.
+        peak: Bytes at most, what is in use already included; limit: what it may be, or None.
+        passes: Sweeps over the data, where the processes do not all fit at once.
     """
 
     table: pd.DataFrame
@@ -86,11 +91,12 @@ def _table(
 
 
 def fit(schedule: Schedule, operator: Operator, limit: int) -> int:
-    """Chooses the operator's micro-batch so that the estimate stays within ``limit`` bytes, and how many graphs are kept.
+    """Chooses the operator's micro-batch so that the estimate stays within ``limit`` bytes, and how
+    many graphs are kept.
 
     Returns:
-        What is left for the recurrences under way: all of them at once if that leaves room for one example at a time, else as
-        many as fit.
+        What is left for the recurrences under way: all of them at once if that leaves room for one
+        example at a time, else as many as fit.
 
     Raises:
         ValueError: Not even one recurrence fits beside one example; the message says what would.
@@ -107,9 +113,12 @@ def fit(schedule: Schedule, operator: Operator, limit: int) -> int:
     room = limit - used - int(MARGIN * one)
     if room < single:
         raise ValueError(
-            f"memory of {memory.readable(limit)} is too little: {memory.readable(used)} are in use, one example takes "
-            f"{memory.readable(one)} and one recurrence on the largest block {memory.readable(single)}; "
-            f"{memory.readable(used + MARGIN * one + single)} would fit, or fewer steps, basis_dtype='bfloat16', "
+            f"memory of {memory.readable(limit)} is too little: {memory.readable(used)} are in "
+            "use, one example takes "
+            f"{memory.readable(one)} and one recurrence on the largest block "
+            f"{memory.readable(single)}; "
+            f"{memory.readable(used + MARGIN * one + single)} would fit, or fewer steps, "
+            "basis_dtype='bfloat16', "
             "basis_device='cpu', or reorthogonalize=False"
         )
     spare = max(room - at_once, 0)
@@ -132,7 +141,8 @@ def agree(schedule: Schedule, operator: Operator) -> None:
 def _calibrated(operator: Operator) -> Calibrated:
     if not isinstance(operator, Calibrated):
         raise ValueError(
-            f"the operator {operator.curvature!r} cannot be planned: what its products cost is not known; leave out memory="
+            f"the operator {operator.curvature!r} cannot be planned: what its products cost is not "
+            "known; leave out memory="
         )
     return operator
 

@@ -17,8 +17,10 @@ from blockspec.numerics.quadrature import cut, quadrature
 from blockspec.spectra.spectrum import Spectrum
 
 MATRIX_ROUNDING = 128
-"""Roundings of a forward and two backward passes move eigenvalues by this many eps of the norm, at most: up to 9e-6 were seen in
-float32 on trained models (two CPUs). Symmetric ones do not show in ``Tridiagonal.asymmetry``."""
+"""Roundings of a forward and two backward passes move eigenvalues by this many eps of the norm, at
+most: up to 9e-6 were seen in float32 on trained models (two CPUs). Symmetric ones do not show in
+``Tridiagonal.asymmetry``.
+"""
 
 PADDING: dict[str, Literal["edge", "constant"]] = {
     "nodes": "edge",
@@ -37,8 +39,9 @@ def lanczos_spectrum(
     deflation: Deflation | None = None,
     **settings: object,
 ) -> Spectrum:
-    """The spectrum of one block from the tridiagonal matrices of its K probes, padded to ``num_steps``, in the complement of a
-    deflation, whose eigenvalues each row has too."""
+    """The spectrum of one block from the tridiagonal matrices of its K probes, padded to
+    ``num_steps``, in the complement of a deflation, whose eigenvalues each row has too.
+    """
     known, known_residuals = (
         (NOTHING, NOTHING) if deflation is None else (deflation.values, deflation.residuals)
     )
@@ -86,9 +89,11 @@ def exact_spectrum(
     dtype: torch.dtype,
     **settings: object,
 ) -> Spectrum:
-    """The spectrum of a block whose P eigenvalues are all known: weight 1/P each, the same row for each probe.
+    """The spectrum of a block whose P eigenvalues are all known: weight 1/P each, the same row for
+    each probe.
 
-    shape: (K, M) of the result, M >= P.
+    Args:
+        shape: (K, M) of the result, M >= P.
     """
     num_probes, num_steps = shape
     size = len(eigenvalues)

@@ -1,4 +1,6 @@
-"""Which products are asked for next: the jobs of all blocks, all of them through the same sweeps."""
+"""Which products are asked for next: the jobs of all blocks, all of them through the same
+sweeps.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ from blockspec.products.operators import Operator
 
 @dataclass(eq=False)
 class Schedule:
-    """All tasks and the jobs under way. ``budget`` (bytes) bounds what jobs under way take; None: all at once."""
+    """All tasks and the jobs under way.
+
+    ``budget`` (bytes) bounds what jobs under way take; None: all at once.
+    """
 
     tasks: Sequence[Task]
     budget: int | None = None
@@ -55,7 +60,9 @@ class Schedule:
 
     @property
     def remaining(self) -> int:
-        """Products still to come, as far as is known: adaptive jobs are counted at their typical length."""
+        """Products still to come, as far as is known: adaptive jobs are counted at their typical
+        length.
+        """
         return sum(self._left(job) for job in self.active) + sum(
             self.waiting(task) for task in self.tasks
         )
@@ -99,8 +106,9 @@ class Schedule:
 
 
 def deal(blocks: Sequence[Block], parameters: Sequence[str], columns: int) -> list[list[Block]]:
-    """Blocks for each column, balanced by what a product costs: it runs through the network above the block's first
-    parameter, and once more for each parameter that it ends at."""
+    """Blocks for each group, balanced by what a product costs: it runs through the network above
+    the block's first parameter, and once more for each parameter that it ends at.
+    """
     depth = {name: i / len(parameters) for i, name in enumerate(parameters)}
 
     def cost(block: Block) -> float:

@@ -1,4 +1,6 @@
-"""The settings of an estimate: the one list that functions, the command line, plug-ins and the record of a run are fed from."""
+"""The settings of an estimate: the one list that functions, the command line, plug-ins and the
+record of a run are fed from.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +28,28 @@ class EstimateSettings(OperatorSettings):
     """What the numbers of an estimate depend on.
 
     Args:
-        num_probes: Random start vectors a block, or auto: per block, as many as the tolerance needs (large blocks need one).
-            The error of a mean falls with the square root of their number.
-        num_steps: Lanczos steps a probe, or auto: per block, until its spectrum stands still. A block with at most so many
-            parameters is done exactly: all of its eigenvalues. With auto, so is every block for which that is cheaper.
-        tolerance: Wasserstein-1 distance that is allowed between the estimated and the true spectrum, relative to the block's
-            spectral norm. It is used where num_probes or num_steps is auto, and held in at least 95 % of seeds.
-        seed: Of the probes. A block's probes do not depend on which other blocks are estimated beside it.
-        distribution: Of the entries of the probes: gaussian or rademacher. Gaussian probes have a part along every eigenvector;
-            Rademacher ones (+1 or -1) may miss one that lies along few parameters, and a block's curvature with it.
-        reorthogonalize: False saves memory; counts of eigenvalues must then not be read from the result.
-        basis_dtype: Of the Krylov vectors that are kept: float32, bfloat16 or float64; that of the parameters if left out.
-        basis_device: Where the Krylov vectors are kept, for example cpu; with the parameters if left out.
-        precision: tf32 or bfloat16 products are faster on GPUs that have them. The error that they cause is measured with two
-            more products a block (eight for small ones), and is a part of the stated error. If left out, products have the
-            precision of the parameters.
+        num_probes: Random start vectors of each block, or auto: as many as the tolerance needs for
+            the block (a large block needs one). The error of a mean falls with the square root of
+            their number.
+        num_steps: Lanczos steps a probe, or auto: per block, until its spectrum stands still. A
+            block with at most so many parameters is done exactly: all of its eigenvalues. With
+            auto, so is every block for which that is cheaper.
+        tolerance: Wasserstein-1 distance that is allowed between the estimated and the true
+            spectrum, relative to the block's spectral norm. It is used where num_probes or
+            num_steps is auto, and held in at least 95 % of seeds.
+        seed: Seed of the probes, a whole number. The probes of a block do not depend on which other
+            blocks are estimated beside it.
+        distribution: How the entries of the probes are drawn: rademacher (+1 or -1) or gaussian.
+        reorthogonalize: Keep every Krylov vector orthogonal to those before. Without this the
+            estimate takes less memory, but converged eigenvalues may appear several times: do not
+            count eigenvalues then.
+        basis_dtype: Type of the Krylov vectors that are kept: float32, bfloat16 or float64. If left
+            out, they have the type of the parameters.
+        basis_device: Device where the Krylov vectors are kept, for example cpu. If left out, they
+            are kept beside the parameters.
+        precision: tf32 or bfloat16 products are faster on GPUs that have them. The error that they
+            cause is measured with two more products a block (eight for small ones), and is a part
+            of the stated error. If left out, products have the precision of the parameters.
     """
 
     num_probes: int | Literal["auto"] = 4
@@ -54,7 +63,9 @@ class EstimateSettings(OperatorSettings):
     precision: Literal["tf32", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError or TypeError for a setting out of range, before anything is measured or written."""
+        """Raises ValueError or TypeError for a setting out of range, before anything is measured or
+        written.
+        """
         _ = self.accuracy
         _check_choice("distribution", self.distribution, DISTRIBUTIONS)
         if self.basis_dtype is not None:
@@ -72,7 +83,9 @@ class EstimateSettings(OperatorSettings):
         return Accuracy(steps, probes, _tolerance(self.tolerance))
 
     def storage(self, device: torch.device) -> Storage:
-        """The dtype and device of the Krylov vectors; None: those of the parameters, on ``device``."""
+        """The dtype and device of the Krylov vectors; None: those of the parameters, on
+        ``device``.
+        """
         if self.basis_dtype is None and self.basis_device is None:
             return None
         return STORED[self.basis_dtype or "float32"], torch.device(self.basis_device or device)
@@ -83,11 +96,13 @@ class Execution:
     """What an estimate may take; its numbers depend on this by rounding alone.
 
     Args:
-        memory: What the estimate may take: bytes, a share of the device (0.8) or a size (20GiB). The micro-batch and the number
-            of recurrences under way at once are chosen to fit. No bound is kept if left out.
-        columns: With several processes, how many ways the blocks are split; the batches are split the remaining ways. If left
-            out, blocks are split where there are many, else batches.
-        state_every: Seconds between the states that a killed estimate goes on from.
+        memory: What the estimate may take: bytes, a share of the device (0.8) or a size (20GiB).
+            The micro-batch and the number of recurrences under way at once are chosen to fit. No
+            bound is kept if left out.
+        columns: With several processes: into how many groups the blocks are dealt. The processes of
+            one group split the batches. If left out, blocks are dealt where there are many, and
+            batches are split otherwise.
+        state_every: Seconds between two saved states. A killed estimate goes on from the last one.
     """
 
     memory: int | float | str | None = None
@@ -95,7 +110,9 @@ class Execution:
     state_every: float = 300.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError or TypeError for a setting out of range, before anything is measured or written."""
+        """Raises ValueError or TypeError for a setting out of range, before anything is measured or
+        written.
+        """
         if self.memory is not None:
             parse(self.memory, torch.device("cpu"))
         if self.columns is not None and operator.index(self.columns) < 1:
@@ -120,7 +137,8 @@ def _count(name: str, value: int | str) -> int | None:
 def _tolerance(tolerance: float) -> float:
     if not (math.isfinite(tolerance) and LEAST_TOLERANCE <= tolerance < 1):
         raise ValueError(
-            f"tolerance is relative to the spectral norm, at least {LEAST_TOLERANCE} and below 1, got {tolerance}"
+            f"tolerance is relative to the spectral norm, at least {LEAST_TOLERANCE} and below 1, "
+            f"got {tolerance}"
         )
     return float(tolerance)
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = re.compile(
     r"\.?(state-\d+of\d+-\d+of\d+-)\d{8}\.safetensors(?:\.[0-9a-f]{8}\.partial)?"
 )
-KEPT = 2  # states of one process: another of its column may be killed between its own two
+KEPT = 2  # states of one process: another of its group may be killed between its own two
 
 Content = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -39,8 +39,9 @@ Content = tuple[dict[str, Tensor], dict[str, Any]]
 class Keeper:
     """Saves a schedule's state every ``interval`` seconds, and restores it.
 
-    folder: of the state files; None saves nothing.
-    identity: what the numbers depend on, by name; a state of another identity is refused.
+    Args:
+        folder: Of the state files; None saves nothing.
+        identity: What the numbers depend on, by name; a state of another identity is refused.
     """
 
     folder: Path | None
@@ -52,7 +53,7 @@ class Keeper:
     _saved: int = -1
 
     def after_sweep(self, schedule: Schedule) -> None:
-        """Saves if it is time to: all processes of a column after the same sweep."""
+        """Saves if it is time to: all processes of a group after the same sweep."""
         self._sweep += 1
         if self.folder is None or not self.ranks.first_of_column(
             time.monotonic() - self._last >= self.interval
@@ -77,11 +78,12 @@ class Keeper:
             self.save(schedule)
 
     def restore(self, schedule: Schedule) -> bool:
-        """Goes on from the newest sound state that all processes of the column have; False where there is none.
+        """Goes on from the newest sound state that all processes of the group have; False where
+        there is none.
 
         Raises:
-            ValueError: On every process, if on one of them all states are damaged, or the newest sound one is of other
-                settings, weights, data, blocks or code; with the difference.
+            ValueError: On every process, if on one of them all states are damaged, or the newest
+                sound one is of other settings, weights, data, blocks or code; with the difference.
         """
         if self.folder is None:
             return False
@@ -103,9 +105,10 @@ class Keeper:
     def _newest_sound(
         self, sweeps: Sequence[int], *, rounds: int
     ) -> tuple[Content | None, str | None]:
-        """The newest state that is sound on all processes of the column, or what is wrong with the newest one.
+        """The newest state that is sound on all processes of the group, or what is wrong with the
+        newest one.
 
-        rounds: of messages, on every process as many: the longest list of sweeps of any column.
+        rounds: of messages, on every process as many: the longest list of sweeps of any group.
         """
         found, first_problem = None, None
         for attempt in range(rounds):
@@ -151,7 +154,9 @@ class Keeper:
         return {int(name[-8:]) for name in names if name[-8:].isdigit()}
 
     def _tell_of_other_processes(self) -> None:
-        """States of another number of processes are of no use, and a user should know before hours of work."""
+        """States of another number of processes are of no use, and a user should know before hours
+        of work.
+        """
         assert self.folder is not None
         others = [
             path.name for path in self.folder.glob("state-*") if STATE_FILE.fullmatch(path.name)
@@ -160,8 +165,10 @@ class Keeper:
         if others and self.ranks.column == self.ranks.row == 0:
             columns, rows = re.findall(r"\d+of(\d+)", others[0])
             logger.warning(
-                f"the state in {self.folder} is of {int(columns) * int(rows)} processes ({columns} x {rows}), and these are "
-                f"{self.ranks.columns} x {self.ranks.rows}: the estimate begins anew. Start as many processes to go on from it",
+                f"the state in {self.folder} is of {int(columns) * int(rows)} processes ({columns} "
+                f"x {rows}), and these are "
+                f"{self.ranks.columns} x {self.ranks.rows}: the estimate begins anew. Start as "
+                "many processes to go on from it",
             )
 
     def _path(self, sweep: int) -> Path:

@@ -1,18 +1,23 @@
 """What is done and to do for one block.
 
-The idea. A block is done by runs: each run is the Lanczos recurrence of one probe, and its result is a tridiagonal matrix. With
-fixed numbers, all runs of a block start at once, and that is all. With a tolerance, they come in waves:
+The idea. A block is done by runs: each run is the Lanczos recurrence of one probe, and its result
+is a tridiagonal matrix. With fixed numbers, all runs of a block start at once, and that is all.
+With a tolerance, they come in waves:
 
-1. One probe runs until its spectrum stands still. Its result tells how noisy a probe is, so how many are needed.
-2. Where many are, the first probe goes on for a while, as long as that costs less than the runs that it saves. Then its result is
-   not used as a sample. It is given up for the eigenvalues that it has found: these are known from now on (see
-   :mod:`blockspec.engine.deflation`), and all further probes run in the complement of their vectors, where they need fewer.
-3. The missing probes run together, ``WAVE`` of them at most. After each wave the results say again how many are missing.
-4. Wherever the runs to come would take more products than the block has parameters, all columns of its matrix are computed
+1. One probe runs until its spectrum stands still. Its result tells how noisy a probe is, so how
+many are needed. 2. Where many are, the first probe goes on for a while, as long as that costs less
+than the runs that it saves. Then its result is
+   not used as a sample. It is given up for the eigenvalues that it has found: these are known from
+   now on (see :mod:`blockspec.engine.deflation`), and all further probes run in the complement of
+   their vectors, where they need fewer.
+3. The missing probes run together, ``WAVE`` of them at most. After each wave the results say again
+how many are missing. 4. Wherever the runs to come would take more products than the block has
+parameters, all columns of its matrix are computed
    instead: they give every eigenvalue exactly.
 
-Probes are numbered 0, 1, 2, ... in the order in which they start, whatever their results are used for, because a probe's random
-vector depends on its number. Everything else is counted in runs: ``to_start`` and ``running``.
+Probes are numbered 0, 1, 2, ... in the order in which they start, whatever their results are used
+for, because a probe's random vector depends on its number. Everything else is counted in runs:
+``to_start`` and ``running``.
 """
 
 from __future__ import annotations
@@ -39,7 +44,9 @@ from blockspec.numerics.measures import NOTHING
 from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.ranks import Ranks
 
-ALWAYS_EXACT = 64  # parameters: where numbers are chosen by tolerance, blocks this small would need more products otherwise
+# parameters: where numbers are chosen by tolerance, blocks this small would need more products
+# otherwise
+ALWAYS_EXACT = 64
 TYPICAL_STEPS = 40  # of a run that ends by itself, to foresee its memory
 WAVE = 64  # runs of one block that are started before their results are looked at
 
@@ -57,7 +64,9 @@ class Probing:
 
 @dataclass(eq=False)
 class Job:
-    """Work on one block that takes one product a sweep: the run of a probe, or all columns of the matrix (no probe)."""
+    """Work on one block that takes one product a sweep: the run of a probe, or all columns of the
+    matrix (no probe).
+    """
 
     block: Block
     probe: int | None
@@ -102,7 +111,9 @@ class Task:
         return NOTHING if self.deflation is None else self.deflation.values
 
     def pending(self) -> Iterator[Job]:
-        """Starts the jobs that are known to be needed and not started, one at each step of the iteration."""
+        """Starts the jobs that are known to be needed and not started, one at each step of the
+        iteration.
+        """
         if self.exact and self.columns is None:
             yield self.begin_columns()
         while not self.exact and self.to_start > 0:
@@ -149,7 +160,9 @@ class Task:
         return not (self._may_deflate and pays(found, numel, self.accuracy))
 
     def collect(self, job: Job) -> None:
-        """Takes the result of a job that is done, and after the last one of a wave decides what comes next."""
+        """Takes the result of a job that is done, and after the last one of a wave decides what
+        comes next.
+        """
         if isinstance(job.recurrence, Columns):
             return
         assert job.probe is not None
@@ -165,8 +178,11 @@ class Task:
             self._go_on(self._needed() - len(self.tridiagonals))
 
     def _needed(self) -> int:
-        """Probes whose results the tolerance needs. A probe that broke down may have missed what it is orthogonal to, where
-        probes are no Gaussian ones: a second one looks again."""
+        """Probes whose results the tolerance needs.
+
+        A probe that broke down may have missed what it is orthogonal to, where probes are no
+        Gaussian ones: a second one looks again.
+        """
         results = self.results()
         needed = probes_needed(results, self.block.numel, self.accuracy, self.known)
         return max(needed, 2) if results[0].breakdown else needed
@@ -188,7 +204,9 @@ class Task:
 
     @property
     def _may_deflate(self) -> bool:
-        """Whether this is the first run, the number of probes is free, and Ritz vectors can be made from what a run keeps."""
+        """Whether this is the first run, the number of probes is free, and Ritz vectors can be made
+        from what a run keeps.
+        """
         return (
             self._is_first
             and self.accuracy.num_probes is None
@@ -205,7 +223,9 @@ class Task:
         return [self.tridiagonals[probe] for probe in sorted(self.tridiagonals)]
 
     def job_bytes(self) -> int:
-        """Memory that one more job takes at the end of its last sweep: its vector, the product, and what it keeps."""
+        """Memory that one more job takes at the end of its last sweep: its vector, the product, and
+        what it keeps.
+        """
         size = self.block.numel * self.dtype.itemsize
         if self.exact:
             return (2 + self.block.numel) * size

@@ -11,7 +11,8 @@ WIDTH = (
     0.1  # of a node in a density, relative to its value: outliers a quarter apart are seen apart
 )
 REACHES = 2.0  # residuals: how far around a node what it stands for may lie
-SMOOTH = 400.0  # eigenvalues times probes that a width holds: their random weights then move a curve by 4 %
+# eigenvalues times probes that a width holds: their random weights then move a curve by 4 %
+SMOOTH = 400.0
 AT_ONCE = 4096  # nodes
 REACH = 8.5  # widths: beyond, a Gaussian is below 1e-15 of its peak
 # points a width between which a cubic spline is right to 3e-9 of the peak: finer grids are
@@ -20,7 +21,9 @@ PER_WIDTH = 64
 
 
 def spacing(nodes: np.ndarray) -> np.ndarray:
-    """(K, M) of the nodes of K probes, ascending: the mean of the gaps to both neighbours, at the ends the gap to the one."""
+    """(K, M) of the nodes of K probes, ascending: the mean of the gaps to both neighbours, at the
+    ends the gap to the one.
+    """
     if nodes.shape[1] < 2:
         return np.full(nodes.shape, np.inf)
     gaps = np.diff(nodes, axis=1)
@@ -36,11 +39,12 @@ def node_widths(
 ) -> np.ndarray:
     """(K, M) how wide each node of K probes is drawn.
 
-    ``WIDTH`` times its value, or around zero times ``linear``, which suits outliers. But a Ritz value that has not converged
-    stands for all eigenvalues between its neighbours: it is as wide as the gaps to them (``apart``, see :func:`spacing`), else
-    these would look like gaps of the spectrum, and every node like a peak. It is wider where it stands for few eigenvalues
-    (``counts``, those of all probes together), since their random weights would look like peaks too. Where its residual is
-    smaller, the eigenvalues are that near, and the residual counts.
+    ``WIDTH`` times its value, or around zero times ``linear``, which suits outliers. But a Ritz
+    value that has not converged stands for all eigenvalues between its neighbours: it is as wide as
+    the gaps to them (``apart``, see :func:`spacing`), else these would look like gaps of the
+    spectrum, and every node like a peak. It is wider where it stands for few eigenvalues
+    (``counts``, those of all probes together), since their random weights would look like peaks
+    too. Where its residual is smaller, the eigenvalues are that near, and the residual counts.
     """
     unresolved = apart * np.maximum(1.0, SMOOTH / np.maximum(counts, 1e-9 * SMOOTH))
     return np.maximum(WIDTH * np.hypot(nodes, linear), np.minimum(REACHES * residuals, unresolved))
@@ -49,7 +53,9 @@ def node_widths(
 def mixture(
     nodes: np.ndarray, weights: np.ndarray, widths: np.ndarray, grid: np.ndarray
 ) -> np.ndarray:
-    """(G,) sum of weighted normal densities, each with its own width; some nodes at a time, since mixtures have many."""
+    """(G,) sum of weighted normal densities, each with its own width; some nodes at a time, since
+    mixtures have many.
+    """
     total = np.zeros(len(grid))
     for start in range(0, len(nodes), AT_ONCE):
         node, weight, width = (a[start : start + AT_ONCE] for a in (nodes, weights, widths))

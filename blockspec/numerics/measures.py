@@ -1,13 +1,17 @@
-"""Discrete measures: how far two are apart, and how far a random one is likely to be from what it samples.
+"""Discrete measures: how far two are apart, and how far a random one is likely to be from what it
+samples.
 
-A random start vector gives an eigenvalue the weight ``g^2 / sum of g^2`` with g normal, and a group of n eigenvalues the sum of n
-of these: gamma variables of shape n / 2, divided by their sum. So the noise of an estimated measure can be played through:
-draw gamma weights around the ones that were found, many times, and see how far the drawn measures are from it.
+A random start vector gives an eigenvalue the weight ``g^2 / sum of g^2`` with g normal, and a group
+of n eigenvalues the sum of n of these: gamma variables of shape n / 2, divided by their sum. So the
+noise of an estimated measure can be played through: draw gamma weights around the ones that were
+found, many times, and see how far the drawn measures are from it.
 
-A measure that gives an outlier too little weight by chance foresees too little noise as well. So distances are not taken as they
-are, but in units of a spread that every measure foresees for itself, the integral of sqrt(F (1 - F)) with F its distribution
-function (the bootstrap-t of Efron, 1979). The quantile in these units is right whether one gap dominates (a normal
-variable's 1.96), a wide bulk (little more than the mean) or one outlier (a chi-square variable with one degree of freedom).
+A measure that gives an outlier too little weight by chance foresees too little noise as well. So
+distances are not taken as they are, but in units of a spread that every measure foresees for
+itself, the integral of sqrt(F (1 - F)) with F its distribution function (the bootstrap-t of Efron,
+1979). The quantile in these units is right whether one gap dominates (a normal variable's 1.96), a
+wide bulk (little more than the mean) or one outlier (a chi-square variable with one degree of
+freedom).
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ PLACES = 128  # that the nodes are put into before drawing, so that it takes 2 m
 NOTHING = np.empty(0)
 
 CERTAIN = 1e-3  # residual of an eigenvalue, relative to the norm
-SAME = 2e-5  # how far two probes' values of one eigenvalue may be apart, relative to the norm: roundings of float32
+# how far two probes' values of one eigenvalue may be apart, relative to the norm: roundings of
+# float32
+SAME = 2e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +52,11 @@ class Noisy:
     numel: float
 
     def noise(self, probes: float) -> float:
-        """Distance between the mean measure of so many random probes and the true one, which 95 % of them keep.
+        """Distance between the mean measure of so many random probes and the true one, which 95 %
+        of them keep.
 
-        Probes are Gaussian, or uniform on the sphere; Rademacher ones have this noise in a random basis, and less where
-        eigenvectors are axes.
+        Probes are Gaussian, or uniform on the sphere; Rademacher ones have this noise in a random
+        basis, and less where eigenvectors are axes.
         """
         if len(self.nodes) < 2 or self.nodes[0] == self.nodes[-1]:
             return 0.0
@@ -63,7 +70,9 @@ class Noisy:
         return float(np.quantile(own, LEVEL) * _spread(self.weights, gaps))
 
     def merged(self) -> Noisy:
-        """The same in at most ``PLACES`` places: nodes between which little of the noise arises are put together."""
+        """The same in at most ``PLACES`` places: nodes between which little of the noise arises are
+        put together.
+        """
         if len(self.nodes) <= PLACES:
             return self
         below = np.clip(np.cumsum(self.weights)[:-1], 0, 1)
@@ -77,8 +86,10 @@ class Noisy:
 def noisy(
     nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, numel: float, probes: int
 ) -> Noisy:
-    """What ``probes`` probes have seen. An eigenvalue that is certain has the weight 1 / P at least, however little of it they
-    have seen; nodes that are equal within their residuals are the same eigenvalue.
+    """What ``probes`` probes have seen.
+
+    An eigenvalue that is certain has the weight 1 / P at least, however little of it they have
+    seen; nodes that are equal within their residuals are the same eigenvalue.
 
     Args:
         nodes, weights, residuals: Of all probes, of any shape.
@@ -99,7 +110,9 @@ def noisy(
 
 
 def _spread(weights: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    """(...,) integral of sqrt(F (1 - F)) of measures with weights (..., n) at places with these gaps (n - 1,)."""
+    """(...,) integral of sqrt(F (1 - F)) of measures with weights (..., n) at places with these
+    gaps (n - 1,).
+    """
     below = np.cumsum(weights, axis=-1)
     below /= below[..., -1:]
     return np.sqrt(np.clip(below * (1 - below), 0, None))[..., :-1] @ gaps

@@ -16,10 +16,12 @@ def draw_probe(
     """(numel,) float32 on the CPU: depends on the block's name, the seed and the probe's number
     alone.
 
-    ``"gaussian"`` entries (the default) almost surely have a part along every eigenvector: what they do not see is not there.
-    With ``"rademacher"`` entries (+1 or -1) the variance of ``v' f(A) v`` is ``2 sum_{i != j} f(A)_ij^2``, less than the ``2
-    ||f(A)||_F^2`` of Gaussian ones (Hutchinson 1990; Avron and Toledo 2011), so that traces and diagonals take them. But half of
-    them are orthogonal to an eigenvector such as (e_i - e_j) / sqrt(2), and a spectrum would lack its eigenvalue.
+    ``"gaussian"`` entries (the default) almost surely have a part along every eigenvector: what
+    they do not see is not there. With ``"rademacher"`` entries (+1 or -1) the variance of ``v' f(A)
+    v`` is ``2 sum_{i != j} f(A)_ij^2``, less than the ``2 ||f(A)||_F^2`` of Gaussian ones
+    (Hutchinson 1990; Avron and Toledo 2011), so that traces and diagonals take them. But half of
+    them are orthogonal to an eigenvector such as (e_i - e_j) / sqrt(2), and a spectrum would lack
+    its eigenvalue.
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution is one of {DISTRIBUTIONS}, got {distribution!r}")

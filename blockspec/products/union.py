@@ -20,7 +20,9 @@ MOST_AT_ONCE = (
 
 
 class Union:
-    """The parameters that the blocks, which may overlap, have pieces of; whole tensors, so that products need no copies."""
+    """The parameters that the blocks, which may overlap, have pieces of; whole tensors, so that
+    products need no copies.
+    """
 
     def __init__(self, operator: Operator, blocks: Sequence[Block]) -> None:
         held = {name for block in blocks for name in block.parameters}
@@ -35,7 +37,9 @@ class Union:
         self._inside = self._mask()
 
     def _mask(self) -> Tensor | None:
-        """(P,) 1 where a block has the entry, 0 elsewhere; None where the blocks have all of them."""
+        """(P,) 1 where a block has the entry, 0 elsewhere; None where the blocks have all of
+        them.
+        """
         tensors = {
             name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()
         }
@@ -54,7 +58,8 @@ class Union:
     def probe(self, number: int, *, seed: int, distribution: str = "rademacher") -> Tensor:
         """(P,) random entries, +1 or -1 unless told otherwise, 0 outside of the blocks.
 
-        They depend on the seed, the number and the parameters' names alone, however these are cut into blocks.
+        They depend on the seed, the number and the parameters' names alone, however these are cut
+        into blocks.
         """
         parts = [
             draw_probe(name, p.numel(), seed=seed, probe=number, distribution=distribution)

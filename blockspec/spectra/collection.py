@@ -20,9 +20,12 @@ from blockspec.spectra.spectrum import Spectrum
 
 @dataclass(frozen=True)
 class Cost:
-    """What an estimate took: shared forward-and-backward passes, and products of one vector, each over one batch.
+    """What an estimate took: shared forward-and-backward passes, and products of one vector, each
+    over one batch.
 
-    check: What is known of these products: ``passed``, ``off``, or ``unchecked`` with the reason; with what to bear in mind.
+    Args:
+        check: What is known of these products: ``passed``, ``off``, or ``unchecked`` with the
+            reason; with what to bear in mind.
     """
 
     gradients: int
@@ -59,7 +62,9 @@ class Spectra(Mapping[str, Spectrum]):
 
     @property
     def check(self) -> str:
-        """What is known of the products behind the spectra, see :class:`Cost`; "" where they were loaded from a table."""
+        """What is known of the products behind the spectra, see :class:`Cost`; "" where they were
+        loaded from a table.
+        """
         return self.cost.check if self.cost else ""
 
     def select(
@@ -69,7 +74,9 @@ class Spectra(Mapping[str, Spectrum]):
         return Spectra(s for name, s in self.items() if _kept(name, include, exclude))
 
     def frame(self, *, step: int = 0) -> pd.DataFrame:
-        """The tidy table that :meth:`save` writes: one row per node of each probe of each block; ``step`` is a column."""
+        """The tidy table that :meth:`save` writes: one row per node of each probe of each block;
+        ``step`` is a column.
+        """
         return pd.concat([_frame(spectrum, step) for spectrum in self.values()], ignore_index=True)
 
     def save(self, path: str | os.PathLike[str], *, step: int = 0) -> None:
@@ -82,19 +89,20 @@ class Spectra(Mapping[str, Spectrum]):
 
 
 def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
-    """The mixture of the blocks' spectra by number of parameters: what the full spectrum would be if the matrix were block
-    diagonal. Blocks must be disjoint: leave ``model`` out.
+    """The mixture of the blocks' spectra by number of parameters: what the full spectrum would be
+    if the matrix were block diagonal. Blocks must be disjoint: leave ``model`` out.
 
-    The probes of different blocks are independent, so the k-th probe of the mixture is made of the k-th of each block, and
-    its spread over k is its error. Blocks that were done with different numbers of probes are averaged into one row, whose
-    standard error cannot be known.
+    The probes of different blocks are independent, so the k-th probe of the mixture is made of the
+    k-th of each block, and its spread over k is its error. Blocks that were done with different
+    numbers of probes are averaged into one row, whose standard error cannot be known.
     """
     parts = list(spectra.values())
     if not parts:
         raise ValueError("no spectra to mix: the mapping is empty")
     if len(parts) > 1 and any(part.block.name == "model" for part in parts):
         raise ValueError(
-            "'model' overlaps the other blocks: mix disjoint ones, e.g. spectra.select(exclude='model')"
+            "'model' overlaps the other blocks: mix disjoint ones, e.g. "
+            "spectra.select(exclude='model')"
         )
     total = sum(part.block.numel for part in parts)
     counts = {part.num_probes for part in parts if not part.exact}
@@ -128,7 +136,9 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
 
 
 def _rows(part: Spectrum, probes: int) -> tuple[np.ndarray, ...]:
-    """Nodes, weights, residuals, known, apart of ``probes`` rows: an exact row repeated, the probes themselves, or all in one."""
+    """Nodes, weights, residuals, known, apart of ``probes`` rows: an exact row repeated, the probes
+    themselves, or all in one.
+    """
     arrays = (part.nodes, part.weights, part.residuals, part.known, _apart(part))
     if part.exact:
         return tuple(np.tile(array[:1], (probes, 1)) for array in arrays)
@@ -143,9 +153,11 @@ def _apart(part: Spectrum) -> np.ndarray:
 
 
 def load_spectra(path: str | os.PathLike[str], *, step: int | None = None) -> Spectra:
-    """The spectra of a file that :meth:`Spectra.save` or a run wrote; ``step`` chooses one where it holds several.
+    """The spectra of a file that :meth:`Spectra.save` or a run wrote; ``step`` chooses one where it
+    holds several.
 
-    Raises FileNotFoundError, and ValueError for a file that is no table of spectra or a step that it does not hold.
+    Raises FileNotFoundError, and ValueError for a file that is no table of spectra or a step that
+    it does not hold.
     """
     table = read_table(path)
     steps = table["step"].unique().tolist()

@@ -16,7 +16,8 @@ from blockspec.spectra.spectrum import Estimate
 class Estimates(Mapping[str, Estimate]):
     """Estimates by block name, in the order of the blocks; read-only.
 
-    cost: products and gradients that they took. probes: of each block, how many samples its standard error rests on.
+    cost: products and gradients that they took.
+    probes: of each block, how many samples its standard error rests on.
     one_sign: of each block, whether all samples had the same sign.
     """
 
@@ -68,7 +69,9 @@ def frame_of(blocks: Sequence[Block], values: Iterable[Estimate]) -> pd.DataFram
 
 
 PRIOR, MOST_VARIABLE = 3.0, 2.0
-"""Samples that each have the squared coefficient of variation of a chi-square variable with one degree of freedom."""
+"""Samples that each have the squared coefficient of variation of a chi-square variable with one
+degree of freedom.
+"""
 
 
 def interval(
@@ -81,11 +84,12 @@ def interval(
         value: A mean of independent samples.
         samples: How many.
         confidence: Between 0 and 1.
-        one_sign: All samples have the same sign. They may then be skewed, at worst like a chi-square variable with one degree
-            of freedom, where one eigenvalue dominates. So the interval is taken on the logarithmic scale, and the samples'
-            relative variance is drawn a little towards that of such a variable, as a few more samples would do. From 4 to 32
-            samples of sums of one to eight equal eigenvalues it held the truth in 93 to 98 % of trials, the plain interval in
-            82 to 95 %.
+        one_sign: All samples have the same sign. They may then be skewed, at worst like a
+            chi-square variable with one degree of freedom, where one eigenvalue dominates. So the
+            interval is taken on the logarithmic scale, and the samples' relative variance is drawn
+            a little towards that of such a variable, as a few more samples would do. From 4 to 32
+            samples of sums of one to eight equal eigenvalues it held the truth in 93 to 98 % of
+            trials, the plain interval in 82 to 95 %.
     """
     if value.stderr is None:
         return np.nan, np.nan

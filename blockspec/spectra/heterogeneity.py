@@ -42,26 +42,34 @@ def js_distances(
     """Distances between the spectra of blocks: (blocks x blocks), symmetric, zero on the diagonal.
 
     Args:
-        spectra: Leave ``model`` out (``spectra.select(exclude="model")``): the full spectrum is no block beside the others.
-        definition:
-            ``"jensen-shannon"``: the Jensen-Shannon divergence in nats, between 0 and ln 2. Each spectrum is smoothed with a
-                Gaussian of width 0.2 on the scale asinh(eigenvalue / linear), on one grid of 2000 even points that covers all
-                blocks. It does not change if all blocks (the loss) are scaled by one factor; it does if one block is.
-            ``"resolved"``: the same divergence, but two blocks are compared at the resolution of the coarser one. Each node is
-                drawn as in figures (see :func:`blockspec.spectra.resolved.resolved_density`), but at least as wide as the other
-                block's nodes there. Where few steps do not resolve a bulk, the other definitions compare the places of
-                single Ritz values. It takes time: half a second for ten blocks.
-            ``"symmetrised-kl"``: (KL(p||q) + KL(q||p)) / 2 in nats, unbounded: the scale of the published heat maps of "Why
-                Transformers Need Adam", which call it JS distance. Each spectrum is smoothed with a Gaussian of ``width``
-                on ``points`` even points over the range of all blocks, raised to ``floor``, and normalised. It depends on
-                width, points and floor, and on the scale of the loss.
-            ``"wasserstein"``: Wasserstein-1 between the raw measures, without any smoothing, in units of an eigenvalue. It
-                scales with the loss. Values can be divided by a norm to compare models.
-        linear: Of the first two: where the scale turns from linear to logarithmic, in units of an eigenvalue. If left out, it is
-            the median over the blocks of their root mean square eigenvalue.
-        width: Of ``"symmetrised-kl"``, in units of an eigenvalue; ``points`` and ``floor`` likewise.
+        spectra: Leave ``model`` out (``spectra.select(exclude="model")``): the full spectrum is no
+        block beside the others. definition:
+            ``"jensen-shannon"``: the Jensen-Shannon divergence in nats, between 0 and ln 2. Each
+                spectrum is smoothed with a Gaussian of width 0.2 on the scale asinh(eigenvalue /
+                linear), on one grid of 2000 even points that covers all blocks. It does not change
+                if all blocks (the loss) are scaled by one factor; it does if one block is.
+            ``"resolved"``: the same divergence, but two blocks are compared at the resolution of
+                the coarser one. Each node is drawn as in figures (see
+                :func:`blockspec.spectra.resolved.resolved_density`), but at least as wide as the
+                other block's nodes there. Where few steps do not resolve a bulk, the other
+                definitions compare the places of single Ritz values. It takes time: half a second
+                for ten blocks.
+            ``"symmetrised-kl"``: (KL(p||q) + KL(q||p)) / 2 in nats, unbounded: the scale of the
+                published heat maps of "Why Transformers Need Adam", which call it JS distance. Each
+                spectrum is smoothed with a Gaussian of ``width`` on ``points`` even points over the
+                range of all blocks, raised to ``floor``, and normalised. It depends on width,
+                points and floor, and on the scale of the loss.
+            ``"wasserstein"``: Wasserstein-1 between the raw measures, without any smoothing, in
+                units of an eigenvalue. It scales with the loss. Values can be divided by a norm to
+                compare models.
+        linear: Of the first two: where the scale turns from linear to logarithmic, in units of an
+            eigenvalue. If left out, it is the median over the blocks of their root mean square
+            eigenvalue.
+        width: Of ``"symmetrised-kl"``, in units of an eigenvalue; ``points`` and ``floor``
+            likewise.
 
-    Distances between estimated spectra are biased upwards by their noise; :func:`js0` corrects for it.
+    Distances between estimated spectra are biased upwards by their noise; :func:`js0` corrects for
+    it.
 
     Raises:
         ValueError: The definition is unknown, or there are no spectra.
@@ -74,19 +82,22 @@ def js_distances(
 def js0(
     spectra: Mapping[str, Spectrum], definition: str = "jensen-shannon", **settings: float
 ) -> Estimate:
-    """Heterogeneity of a model: the mean distance over all pairs of blocks (JS^0 of arXiv 2402.16788, there at initialisation).
+    """Heterogeneity of a model: the mean distance over all pairs of blocks (JS^0 of arXiv
+    2402.16788, there at initialisation).
 
-    The noise of probes makes spectra look different, so that the mean of :func:`js_distances` is too large, by an amount that
-    falls like one over the number of probes. The jackknife takes most of that away and gives the standard error: everything,
-    the scale too, is computed again without one probe of each block. Where blocks have different numbers of probes, these are
-    dealt into as many groups as the fewest, and a group is left out.
+    The noise of probes makes spectra look different, so that the mean of :func:`js_distances` is
+    too large, by an amount that falls like one over the number of probes. The jackknife takes most
+    of that away and gives the standard error: everything, the scale too, is computed again without
+    one probe of each block. Where blocks have different numbers of probes, these are dealt into as
+    many groups as the fewest, and a group is left out.
 
     Args:
         spectra, definition, settings: See :func:`js_distances`.
 
     Returns:
-        The corrected mean. With one probe it is not corrected, and its standard error is None; it is 0 where all blocks are
-        exact. An interval takes Student's t with one degree of freedom less than the fewest probes.
+        The corrected mean. With one probe it is not corrected, and its standard error is None; it
+        is 0 where all blocks are exact. An interval takes Student's t with one degree of freedom
+        less than the fewest probes.
     """
     parts = list(spectra.values())
     if len(parts) < 2:
@@ -105,7 +116,9 @@ def js0(
 def mean_over_probes(
     parts: Sequence[Spectrum], statistic: Callable[[list[Spectrum]], float]
 ) -> Estimate:
-    """A number that is not negative, made of spectra, by the jackknife over their probes; see :func:`js0`."""
+    """A number that is not negative, made of spectra, by the jackknife over their probes; see
+    :func:`js0`.
+    """
     value = statistic(list(parts))
     groups = min((part.num_probes for part in parts if not part.exact), default=0)
     if groups < 2:

@@ -20,7 +20,8 @@ def even_grid(low: float, high: float, linear: float, points: int = POINTS) -> n
 
 
 def resolution(spectrum: Spectrum) -> float:
-    """How closely the bulk is known, in units of an eigenvalue: the mean residual of its nodes by weight.
+    """How closely the bulk is known, in units of an eigenvalue: the mean residual of its nodes by
+    weight.
 
     It is at least ``RESOLUTION`` of the largest magnitude, and 1 for a block of zeros.
     """
@@ -31,13 +32,15 @@ def resolution(spectrum: Spectrum) -> float:
 def resolved_density(
     spectrum: Spectrum, grid: np.ndarray, linear: float, *, like: Spectrum | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The density at the eigenvalues ``grid`` (G,), as it is drawn: that of :meth:`Spectrum.density` with its error.
+    """The density at the eigenvalues ``grid`` (G,), as it is drawn: that of
+    :meth:`Spectrum.density` with its error.
 
     Args:
         spectrum: Of one block, or a mixture.
-        grid: In units of an eigenvalue. The density is per unit of eigenvalue, whatever the scale of an axis.
-        linear: Where the scale of the axis turns from linear to logarithmic; around zero no node is drawn finer than a tenth
-            of it.
+        grid: In units of an eigenvalue. The density is per unit of eigenvalue, whatever the scale
+            of an axis.
+        linear: Where the scale of the axis turns from linear to logarithmic; around zero no node is
+            drawn finer than a tenth of it.
         like: A spectrum to compare with: the density is not drawn finer than that one is.
 
     Returns:

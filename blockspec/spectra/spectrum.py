@@ -1,4 +1,6 @@
-"""The spectrum of one block: quadrature nodes and weights, and what is read off them: moments, extreme eigenvalues, densities."""
+"""The spectrum of one block: quadrature nodes and weights, and what is read off them: moments,
+extreme eigenvalues, densities.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from blockspec.model.pieces import Block
 from blockspec.numerics.density import gaussians, mixture, node_widths, spacing
 from blockspec.numerics.measures import CONFIDENCE, noisy
 
-RESOLUTION = 1e-4  # eigenvalues closer to zero than this, relative to the largest one, are one point on the default scale
+# eigenvalues closer to zero than this, relative to the largest one, are one point on the default
+# scale
+RESOLUTION = 1e-4
 
 
 class Estimate(NamedTuple):
@@ -21,10 +25,11 @@ class Estimate(NamedTuple):
 
     Attributes:
         value: The number.
-        stderr: Over probes, for the given batches. None where it cannot be known (one probe), 0 where the value is exact. Over
-            K probes it has K - 1 degrees of freedom: intervals take Student's t.
-        data_stderr: Over the sample of data: how far the value for the whole population may lie. None where it cannot be
-            known (fewer than 8 units of data, or it was not measured).
+        stderr: Over probes, for the given batches. None where it cannot be known (one probe), 0
+            where the value is exact. Over K probes it has K - 1 degrees of freedom: intervals take
+            Student's t.
+        data_stderr: Over the sample of data: how far the value for the whole population may lie.
+            None where it cannot be known (fewer than 8 units of data, or it was not measured).
     """
 
     value: float
@@ -43,7 +48,8 @@ class Estimate(NamedTuple):
 
 
 class RitzValue(NamedTuple):
-    """An approximate eigenvalue: a true one, of the given batches, lies within ``residual`` of ``value``.
+    """An approximate eigenvalue: a true one, of the given batches, lies within ``residual`` of
+    ``value``.
 
     ``data_stderr`` is its standard error over the sample of data; None where it cannot be known.
     """
@@ -58,27 +64,34 @@ class RitzValue(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The spectrum of one block as K quadratures: ``sum_i weights[k, i] f(nodes[k, i])`` estimates tr f(H_bb) / P.
+    """The spectrum of one block as K quadratures: ``sum_i weights[k, i] f(nodes[k, i])`` estimates
+    tr f(H_bb) / P.
 
-    block: name, kind, layer, numel (P).
-    nodes: (K, M) Ritz values in ascending order, in units of the loss over squared parameters.
-    weights: (K, M) quadrature weights; each row sums to 1. Places that an ended probe did not use have weight 0 and
-        repeat its last node.
-    residuals: (K, M) an eigenvalue lies within residual of the node.
-    known: (K, M) True where a node is an eigenvalue that has its exact weight 1/P, the same in all rows, because its vector is
-        known; only the rest is noisy. Left out: everywhere where ``exact``, else nowhere.
-    apart: (K, M) of a mixture of blocks: the mean of the gaps between a node and its neighbours of its own block. Else None: what
-        the nodes say.
-    steps: (K,) Lanczos steps done; without those of a probe that found what is known, and is no part of this.
-    breakdown: (K,) True where the probe ended in an invariant subspace: its nodes are eigenvalues.
-    orthogonality: (K,) max |Q'Q - I| of the Krylov basis; nan where it was not kept.
-    steps_error: (K,) how far each probe's quadrature is from the probe's spectral measure: Wasserstein-1 distance, in units of
-        an eigenvalue; see :func:`blockspec.engine.accuracy.steps_error`.
-    reorthogonalized: False: converged eigenvalues may appear several times; do not count them.
-    exact: True: all P eigenvalues, weight 1/P each; nothing is estimated.
-    curvature, dtype, distribution, seed: which matrix, in which precision, and how the probes were drawn.
-    precision_error: expected distance between the spectra of the products as they were computed (``tf32``, ``bfloat16``) and in
-        the parameters' precision; 0 where that was used.
+    Args:
+        block: Name, kind, layer, numel (P).
+        nodes: (K, M) Ritz values in ascending order, in units of the loss over squared parameters.
+        weights: (K, M) quadrature weights; each row sums to 1. Places that an ended probe did not
+            use have weight 0 and repeat its last node.
+        residuals: (K, M) an eigenvalue lies within residual of the node.
+        known: (K, M) True where a node is an eigenvalue that has its exact weight 1/P, the same in
+            all rows, because its vector is known; only the rest is noisy. Left out: everywhere
+            where ``exact``, else nowhere.
+        apart: (K, M) of a mixture of blocks: the mean of the gaps between a node and its neighbours
+            of its own block. Else None: what the nodes say.
+        steps: (K,) Lanczos steps done; without those of a probe that found what is known, and is no
+            part of this.
+        breakdown: (K,) True where the probe ended in an invariant subspace: its nodes are
+            eigenvalues.
+        orthogonality: (K,) max |Q'Q - I| of the Krylov basis; nan where it was not kept.
+        steps_error: (K,) how far each probe's quadrature is from the probe's spectral measure:
+            Wasserstein-1 distance, in units of an eigenvalue; see
+            :func:`blockspec.engine.accuracy.steps_error`.
+        reorthogonalized: False: converged eigenvalues may appear several times; do not count them.
+        exact: True: all P eigenvalues, weight 1/P each; nothing is estimated.
+        curvature, dtype, distribution, seed: Which matrix, in which precision, and how the probes
+            were drawn.
+        precision_error: Expected distance between the spectra of the products as they were computed
+            (``tf32``, ``bfloat16``) and in the parameters' precision; 0 where that was used.
     """
 
     block: Block
@@ -121,7 +134,9 @@ class Spectrum:
 
     @property
     def largest(self) -> RitzValue:
-        """The algebraically largest Ritz value of all probes: a lower bound, up to its residual and rounding."""
+        """The algebraically largest Ritz value of all probes: a lower bound, up to its residual and
+        rounding.
+        """
         return self._ritz(np.argmax(self.nodes))
 
     @property
@@ -136,12 +151,13 @@ class Spectrum:
 
     @property
     def error(self) -> float:
-        """The estimated spectrum is within this Wasserstein-1 distance of the true one, in units of an eigenvalue, with 95 %
-        confidence. Divide by :attr:`norm` to compare with a tolerance.
+        """The estimated spectrum is within this Wasserstein-1 distance of the true one, in units of
+        an eigenvalue, with 95 % confidence. Divide by :attr:`norm` to compare with a tolerance.
 
-        It is made of the error of the steps, estimated from above, and the noise of the probes. They are independent: they
-        add like the legs of a right triangle (``python -m benchmarks.coverage`` tries it). 0 for exact spectra; reduced
-        precision adds its own error to all.
+        It is made of the error of the steps, estimated from above, and the noise of the probes.
+        They are independent: they add like the legs of a right triangle (``python -m
+        benchmarks.coverage`` tries it). 0 for exact spectra; reduced precision adds its own error
+        to all.
         """
         precision = CONFIDENCE * self.precision_error
         if self.exact:
@@ -162,8 +178,9 @@ class Spectrum:
         return RitzValue(float(self.nodes.flat[place]), float(self.residuals.flat[place]))
 
     def moment(self, k: int) -> Estimate:
-        """tr(H^k) / P: the mean over probes of ``v' H^k v`` with v of norm 1; exact per probe for k <= 2M - 1,
-        without known eigenvalues."""
+        """tr(H^k) / P: the mean over probes of ``v' H^k v`` with v of norm 1; exact per probe for k
+        <= 2M - 1, without known eigenvalues.
+        """
         return self.mean(lambda nodes: nodes**k)
 
     def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
@@ -180,9 +197,11 @@ class Spectrum:
 
     @property
     def linear(self) -> float:
-        """Where the default scale turns from linear to logarithmic: the median magnitude of the eigenvalues, but at least
-        ``RESOLUTION`` of the largest; 1 for a block of zeros. (It is the mean of the middle fifth, by magnitude: where half of
-        the eigenvalues are zero, the median would jump between runs.)"""
+        """Where the default scale turns from linear to logarithmic: the median magnitude of the
+        eigenvalues, but at least ``RESOLUTION`` of the largest; 1 for a block of zeros. (It is the
+        mean of the middle fifth, by magnitude: where half of the eigenvalues are zero, the median
+        would jump between runs.)
+        """
         sizes = np.abs(self.nodes).ravel()
         order = np.argsort(sizes)
         below = np.cumsum(self.weights.ravel()[order]) / self.num_probes
@@ -190,7 +209,9 @@ class Spectrum:
         return max(5 * float(sizes[order] @ inside), RESOLUTION * self.norm) or 1.0
 
     def grid(self, points: int = 2000, *, linear: float | None = None) -> np.ndarray:
-        """(points,) eigenvalues that cover the spectrum and its smoothed edges, even on the scale asinh(x / linear)."""
+        """(points,) eigenvalues that cover the spectrum and its smoothed edges, even on the scale
+        asinh(x / linear).
+        """
         linear = linear or self.linear
         reach = 5 * self.widths(linear)
         low, high = (self.nodes - reach).min(), (self.nodes + reach).max()
@@ -199,7 +220,9 @@ class Spectrum:
         )
 
     def widths(self, linear: float) -> np.ndarray:
-        """(K, M) how wide each node is drawn on a scale that is linear up to ``linear``, in units of an eigenvalue."""
+        """(K, M) how wide each node is drawn on a scale that is linear up to ``linear``, in units
+        of an eigenvalue.
+        """
         apart = spacing(self.nodes) if self.apart is None else self.apart
         counts = self.weights * self.block.numel * self.num_probes
         return node_widths(self.nodes, self.residuals, apart, counts, linear)
@@ -207,7 +230,10 @@ class Spectrum:
     def densities(
         self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None
     ) -> np.ndarray:
-        """(K, G) the density of each probe; see :meth:`density`. Their spread over probes is its error bar."""
+        """(K, G) the density of each probe; see :meth:`density`.
+
+        Their spread over probes is its error bar.
+        """
         if width is None:
             widths = self.widths(linear or self.linear)
             rows = zip(self.nodes, self.weights, widths, strict=True)
@@ -220,14 +246,16 @@ class Spectrum:
     def density(
         self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None
     ) -> np.ndarray:
-        """(G,) spectral density at the eigenvalues ``grid`` (G,), mean over probes; it integrates to 1 over all eigenvalues.
+        """(G,) spectral density at the eigenvalues ``grid`` (G,), mean over probes; it integrates
+        to 1 over all eigenvalues.
 
         Args:
             grid: In any order.
-            width: Standard deviation of a Gaussian kernel in units of an eigenvalue. If left out, each node is a Gaussian of a
-                tenth of its value, or around zero of ``linear``, and where Lanczos has not converged at least as wide as the gaps
-                between nodes: what is not resolved is a flat top, not a row of peaks. Figures show the same curve. A single
-                width that suits the outliers hides the bulk: it is never the default.
+            width: Standard deviation of a Gaussian kernel in units of an eigenvalue. If left out,
+                each node is a Gaussian of a tenth of its value, or around zero of ``linear``, and
+                where Lanczos has not converged at least as wide as the gaps between nodes: what is
+                not resolved is a flat top, not a row of peaks. Figures show the same curve. A
+                single width that suits the outliers hides the bulk: it is never the default.
             linear: See :attr:`linear`, its default; only used where ``width`` is left out.
         """
         return self.densities(grid, width, linear=linear).mean(0)

@@ -1,4 +1,6 @@
-"""How far a curvature matrix is from block diagonal: Frobenius norms of all blocks, on and off the diagonal."""
+"""How far a curvature matrix is from block diagonal: Frobenius norms of all blocks, on and off the
+diagonal.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,11 @@ MOST_AT_ONCE = 16  # products of one sweep
 class Coupling:
     """Squared Frobenius norms of the blocks H_bc between n disjoint blocks, from K probes.
 
-    samples: (K, n, n) symmetric; each probe's estimates of ``||H_bc||_F^2``.
-    blocks: what rows and columns stand for.
-    curvature: of which matrix. cost: what it took.
+    Args:
+        samples: (K, n, n) symmetric; each probe's estimates of ``||H_bc||_F^2``.
+        blocks: What rows and columns stand for.
+        curvature: Of which matrix.
+        cost: What it took.
     """
 
     blocks: tuple[Block, ...]
@@ -74,18 +78,21 @@ class Coupling:
 
     @property
     def relative(self) -> pd.DataFrame:
-        """(n, n) ``||H_bc|| / sqrt(||H_bb|| ||H_cc||)``: 1 on the diagonal; at most about 1 off it where the matrix is positive
-        semi-definite (Cauchy-Schwarz), however different the blocks' own scales are. 0 for blocks of zeros."""
+        """(n, n) ``||H_bc|| / sqrt(||H_bb|| ||H_cc||)``: 1 on the diagonal; at most about 1 off it
+        where the matrix is positive semi-definite (Cauchy-Schwarz), however different the blocks'
+        own scales are. 0 for blocks of zeros.
+        """
         norms = self.norms.to_numpy()
         own = np.sqrt(np.outer(norms.diagonal(), norms.diagonal()))
         return self._table(np.divide(norms, own, out=np.zeros_like(norms), where=own > 0))
 
     @property
     def off_diagonal_share(self) -> Estimate:
-        """Share of the squared Frobenius norm that lies off the block diagonal: 0 for a block diagonal matrix.
+        """Share of the squared Frobenius norm that lies off the block diagonal: 0 for a block
+        diagonal matrix.
 
-        A share of few random samples is biased: with one probe it can be twice the truth. With two probes and more, the
-        jackknife takes most of that away and gives the standard error.
+        A share of few random samples is biased: with one probe it can be twice the truth. With two
+        probes and more, the jackknife takes most of that away and gives the standard error.
         """
         total = self.samples.sum((1, 2))
         off = total - np.trace(self.samples, axis1=1, axis2=2)
@@ -100,8 +107,9 @@ class Coupling:
         return Estimate(min(max(corrected, 0.0), 1.0), stderr)
 
     def grouped(self, key: Callable[[Block], Hashable]) -> Coupling:
-        """The same between groups of blocks, those with equal ``key(block)``: their squared norms add up. For example
-        ``lambda block: block.kind`` or ``lambda block: block.layer``."""
+        """The same between groups of blocks, those with equal ``key(block)``: their squared norms
+        add up. For example ``lambda block: block.kind`` or ``lambda block: block.layer``.
+        """
         groups: dict[Hashable, list[int]] = {}
         for place, block in enumerate(self.blocks):
             groups.setdefault(key(block), []).append(place)
@@ -114,7 +122,9 @@ class Coupling:
         return replace(self, blocks=blocks, samples=member @ self.samples @ member.T)
 
     def frame(self) -> pd.DataFrame:
-        """A row a pair of blocks: row, column, their kinds and layers, norm, stderr, squared_norm, squared_stderr, relative."""
+        """A row a pair of blocks: row, column, their kinds and layers, norm, stderr, squared_norm,
+        squared_stderr, relative.
+        """
         columns = {"norm": self.norms, "stderr": self.stderrs}
         columns |= {
             "squared_norm": self.squared_norms,
@@ -158,26 +168,31 @@ def coupling(
     settings: OperatorSettings,
     progress: Progress | None = None,
 ) -> Coupling:
-    """Frobenius norms of all cross blocks H_bc: the mean of ``||H_bc v||^2`` over Gaussian probes v on block c. One product of
-    the full matrix with a probe that lives on c gives column c for all b at once, and both halves of the symmetric matrix are
-    averaged.
+    """Frobenius norms of all cross blocks H_bc: the mean of ``||H_bc v||^2`` over Gaussian probes v
+    on block c. One product of the full matrix with a probe that lives on c gives column c for all b
+    at once, and both halves of the symmetric matrix are averaged.
 
-    blocks: disjoint, from :func:`blockspec.partition`; what lies outside of them is left out of every number.
-    num_probes: of each block: the estimate takes ``num_probes * len(blocks)`` full products. Where one eigenvalue of
-        ``H_cb H_bc`` dominates, a squared norm has a relative standard error of up to ``sqrt(2 / num_probes)``, and less where
-        more share it. Sums of many blocks, such as :attr:`Coupling.off_diagonal_share`, are known better.
-    seed: as for :func:`blockspec.trace`.
-    [settings]
-    progress: called with (products done, products in all).
+    Args:
+        blocks: Disjoint, from :func:`blockspec.partition`; what lies outside of them is left out of
+            every number.
+        num_probes: Of each block: the estimate takes ``num_probes * len(blocks)`` full products.
+            Where one eigenvalue of ``H_cb H_bc`` dominates, a squared norm has a relative standard
+            error of up to ``sqrt(2 / num_probes)``, and less where more share it. Sums of many
+            blocks, such as :attr:`Coupling.off_diagonal_share`, are known better.
+        seed: As for :func:`blockspec.trace`.
+        [settings]
+        progress: Called with (products done, products in all).
 
-    Raises ValueError for overlapping blocks, and as :func:`blockspec.estimate_spectra` does.
+    Raises:
+        ValueError: Overlapping blocks, and as :func:`blockspec.estimate_spectra` does.
     """
     sampling = Sampling(num_probes, seed=seed)
     operator, blocks = open_operator(objective, blocks, settings)
     union = Union(operator, blocks)
     if sum(block.numel for block in blocks) > union.covered:
         raise ValueError(
-            "blocks overlap (is 'model' beside its parts?): coupling needs disjoint ones, e.g. of one partition"
+            "blocks overlap (is 'model' beside its parts?): coupling needs disjoint ones, e.g. of "
+            "one partition"
         )
     samples = np.empty((sampling.num_probes, len(blocks), len(blocks)))
     requests = [(probe, place) for probe in range(num_probes) for place in range(len(blocks))]
@@ -200,7 +215,9 @@ def _columns(
     requests: Sequence[tuple[int, int]],
     seed: int,
 ) -> Iterator[tuple[int, tuple[int, int], np.ndarray]]:
-    """For each (probe, block c): products done, the request, and ``||H_bc v||^2`` (n,) of all blocks b."""
+    """For each (probe, block c): products done, the request, and ``||H_bc v||^2`` (n,) of all
+    blocks b.
+    """
     together = union.at_once(MOST_AT_ONCE)
     for start in range(0, len(requests), together):
         group = requests[start : start + together]

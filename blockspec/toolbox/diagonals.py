@@ -27,10 +27,12 @@ from blockspec.toolbox.traces import certain, hutchinson_samples
 class Diagonal:
     """The diagonal, entry by entry and on average.
 
-    values: parameter name -> estimate of the diagonal, in the parameter's shape; 0 outside of the blocks.
-    stderrs: their standard errors over probes; None for one probe.
-    means: block name -> mean of the diagonal over the block.
-    sums: (K, n) each probe's sum over each block.
+    Args:
+        values: Parameter name -> estimate of the diagonal, in the parameter's shape; 0 outside of
+            the blocks.
+        stderrs: Their standard errors over probes; None for one probe.
+        means: Block name -> mean of the diagonal over the block.
+        sums: (K, n) each probe's sum over each block.
     """
 
     values: dict[str, Tensor] = field(repr=False)
@@ -40,8 +42,10 @@ class Diagonal:
     blocks: tuple[Block, ...] = field(repr=False)
 
     def grouped(self, key: Callable[[Block], Hashable] = lambda block: block.kind) -> pd.DataFrame:
-        """Mean and standard error over the parameters of all blocks with the same key: their kind, if left out. Errors of
-        blocks are correlated, so theirs do not follow from those of the blocks."""
+        """Mean and standard error over the parameters of all blocks with the same key: their kind,
+        if left out. Errors of blocks are correlated, so theirs do not follow from those of the
+        blocks.
+        """
         groups: dict[Hashable, list[int]] = {}
         for place, block in enumerate(self.blocks):
             groups.setdefault(key(block), []).append(place)
@@ -73,24 +77,28 @@ def diagonal(
     settings: OperatorSettings,
     progress: Progress | None = None,
 ) -> Diagonal:
-    """The diagonal of a curvature matrix: the mean of ``v * (H v)`` over Rademacher probes v (Bekas, Kokiopoulou, Saad 2007).
+    """The diagonal of a curvature matrix: the mean of ``v * (H v)`` over Rademacher probes v
+    (Bekas, Kokiopoulou, Saad 2007).
 
-    The variance of an entry is the sum of the squares of the other entries of its row. Single entries therefore need many
-    probes, and means over blocks few. The probes are those of :func:`blockspec.trace` with the same seed: a block's mean
-    times its ``numel`` is its trace.
+    The variance of an entry is the sum of the squares of the other entries of its row. Single
+    entries therefore need many probes, and means over blocks few. The probes are those of
+    :func:`blockspec.trace` with the same seed: a block's mean times its ``numel`` is its trace.
 
     Args:
-        objective: What is differentiated. None where ``curvature`` is an operator that belongs to no model.
-        blocks: Whose means are wanted, from :func:`blockspec.partition`. Blocks of several partitions may be given at once
-            (``[*partition(model, "head"), *partition(model, "neuron")]``). Parameters outside of them are left alone.
+        objective: What is differentiated. None where ``curvature`` is an operator that belongs to
+            no model.
+        blocks: Whose means are wanted, from :func:`blockspec.partition`. Blocks of several
+            partitions may be given at once (``[*partition(model, "head"), *partition(model,
+            "neuron")]``). Parameters outside of them are left alone.
         [settings]
         progress: Called with (products done, products in all or None where that is unknown).
 
-    The size that ``tolerance`` is relative to is the larger of the mean's magnitude and the Frobenius norm of the block's
-    rows over the number of its parameters.
+    The size that ``tolerance`` is relative to is the larger of the mean's magnitude and the
+    Frobenius norm of the block's rows over the number of its parameters.
 
     Returns:
-        The diagonal in the shapes of the parameters, and its mean over each block, with standard errors.
+        The diagonal in the shapes of the parameters, and its mean over each block, with standard
+        errors.
 
     Raises:
         ValueError: A setting is out of range; and as :func:`blockspec.estimate_spectra` does.
@@ -120,8 +128,11 @@ def diagonal(
 
 
 def _stderrs(union: Union, spread: Tensor, count: int) -> Tensor:
-    """(P,) from the sums of squared deviations. Samples of an entry may be equal by chance; so the mean variance of its
-    parameter tensor counts with one degree of freedom beside the entry's own."""
+    """(P,) from the sums of squared deviations.
+
+    Samples of an entry may be equal by chance; so the mean variance of its parameter tensor counts
+    with one degree of freedom beside the entry's own.
+    """
     pooled = torch.cat(
         [part.mean().expand(part.numel()) for part in union.tensors(spread).values()]
     )

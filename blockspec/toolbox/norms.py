@@ -1,4 +1,6 @@
-"""Sizes of blocks: Frobenius norms by random probes, and ranks that say how few eigenvalues carry them."""
+"""Sizes of blocks: Frobenius norms by random probes, and ranks that say how few eigenvalues carry
+them.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,15 @@ def squared_norms(
     settings: OperatorSettings,
     progress: Progress | None = None,
 ) -> Estimates:
-    """Squared Frobenius norms of diagonal blocks: the mean of ``||H_bb v||^2`` over Gaussian probes v.
+    """Squared Frobenius norms of diagonal blocks: the mean of ``||H_bb v||^2`` over Gaussian probes
+    v.
 
-    This takes products of every block by itself; a block with at most ``num_probes`` parameters is done exactly. For norms
-    of the blocks off the diagonal see :func:`blockspec.coupling`.
+    This takes products of every block by itself; a block with at most ``num_probes`` parameters is
+    done exactly. For norms of the blocks off the diagonal see :func:`blockspec.coupling`.
 
     Args:
-        objective: What is differentiated. None where ``curvature`` is an operator that belongs to no model.
+        objective: What is differentiated. None where ``curvature`` is an operator that belongs to
+            no model.
         blocks: From :func:`blockspec.partition`; they may overlap.
         [settings]
         progress: Called with (products done, products in all or None where that is unknown).
@@ -93,11 +97,13 @@ def sampled(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
 def norms(spectra: Mapping[str, Spectrum]) -> pd.DataFrame:
     """A row a block, out of spectra: no more products are needed.
 
-    ``squared_norm``: squared Frobenius norm, the sum of squared eigenvalues. ``norm``: the largest Ritz value in magnitude, a
-    lower bound. ``nuclear_norm``: the sum of the magnitudes. ``stable_rank``: squared_norm / norm^2. ``effective_rank``:
-    nuclear_norm / norm, which is trace / norm where all eigenvalues are positive (Vershynin 2018, section 5.6). Both ranks lie
-    between 1 and the rank, and are upper estimates as long as the norm has not converged. The columns ``..._stderr`` are
-    nan where they cannot be known; those of the ranks leave out the error of the norm.
+    ``squared_norm``: squared Frobenius norm, the sum of squared eigenvalues. ``norm``: the largest
+    Ritz value in magnitude, a lower bound. ``nuclear_norm``: the sum of the magnitudes.
+    ``stable_rank``: squared_norm / norm^2. ``effective_rank``: nuclear_norm / norm, which is trace
+    / norm where all eigenvalues are positive (Vershynin 2018, section 5.6). Both ranks lie between
+    1 and the rank, and are upper estimates as long as the norm has not converged. The columns
+    ``..._stderr`` are nan where they cannot be known; those of the ranks leave out the error of the
+    norm.
     """
     return (
         pd.DataFrame([_row(spectrum) for spectrum in spectra.values()])

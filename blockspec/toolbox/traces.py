@@ -30,9 +30,10 @@ from blockspec.spectra.spectrum import Estimate, estimate
 from blockspec.toolbox.sampling import FEWEST_SAMPLES, Sampling
 
 CORRELATION = math.sqrt(2)
-"""The leave-one-out samples of xtrace share their probes, so that their spread is too small: 95 % intervals from it held the
-truth in 74 to 95 % of 300 trials, for 20 pairs of a matrix and a number of probes; with this factor in 85 to 99 %, and for
-18 of the 20 in more than 90 %."""
+"""The leave-one-out samples of xtrace share their probes, so that their spread is too small: 95 %
+intervals from it held the truth in 74 to 95 % of 300 trials, for 20 pairs of a matrix and a number
+of probes; with this factor in 85 to 99 %, and for 18 of the 20 in more than 90 %.
+"""
 
 
 @takes(sampling=Sampling, settings=OperatorSettings)
@@ -47,29 +48,33 @@ def trace(
 ) -> Estimates:
     """Traces of blocks of a curvature matrix, each with its standard error.
 
-    ``"hutchinson"`` (1990) is the mean of v'Hv. One product of the full matrix serves all blocks: ``v_b' (H v)_b`` has
-    the mean tr H_bb, since the cross terms ``v_b' H_bc v_c`` have the mean 0; they add ``||H_bc||_F^2`` to its variance.
-    The traces of a partition add up to that of the whole with the same seed, whichever the partition.
+    ``"hutchinson"`` (1990) is the mean of v'Hv. One product of the full matrix serves all blocks:
+    ``v_b' (H v)_b`` has the mean tr H_bb, since the cross terms ``v_b' H_bc v_c`` have the mean 0;
+    they add ``||H_bc||_F^2`` to its variance. The traces of a partition add up to that of the whole
+    with the same seed, whichever the partition.
 
-    ``"hutch++"`` (Meyer, Musco, Musco, Woodruff 2021) finds the dominant subspace with a third of the products, traces it
-    exactly with a third, and probes what is left with a third. In ``"xtrace"`` (Epperly, Tropp, Webber 2024) every probe
-    serves for both, and is left out in turn. These two are better where few eigenvalues dominate. They take products of
-    every block by itself; a block with at most ``num_probes`` parameters is done exactly. Their memory is 2 (hutch++) or 4
-    (xtrace) vectors of a block for each of their probes.
+    ``"hutch++"`` (Meyer, Musco, Musco, Woodruff 2021) finds the dominant subspace with a third of
+    the products, traces it exactly with a third, and probes what is left with a third. In
+    ``"xtrace"`` (Epperly, Tropp, Webber 2024) every probe serves for both, and is left out in turn.
+    These two are better where few eigenvalues dominate. They take products of every block by
+    itself; a block with at most ``num_probes`` parameters is done exactly. Their memory is 2
+    (hutch++) or 4 (xtrace) vectors of a block for each of their probes.
 
     Args:
-        objective: What is differentiated. None where ``curvature`` is an operator that belongs to no model.
+        objective: What is differentiated. None where ``curvature`` is an operator that belongs to
+            no model.
         blocks: From :func:`blockspec.partition`; they may overlap.
         method: ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``.
         [settings]
         progress: Called with (products done, products in all or None where that is unknown).
 
-    The size that ``tolerance`` is relative to is the larger of the trace's magnitude and a Frobenius norm: of the block;
-    for Hutchinson's method, of the block's rows in the union of the blocks.
+    The size that ``tolerance`` is relative to is the larger of the trace's magnitude and a
+    Frobenius norm: of the block; for Hutchinson's method, of the block's rows in the union of the
+    blocks.
 
     Returns:
-        A mapping from block name to :class:`blockspec.Estimate`, with ``frame()``, ``cost``, ``probes`` and
-        ``interval(name)``. The unit is that of an eigenvalue.
+        A mapping from block name to :class:`blockspec.Estimate`, with ``frame()``, ``cost``,
+        ``probes`` and ``interval(name)``. The unit is that of an eigenvalue.
 
     Raises:
         ValueError: A setting is out of range; and as :func:`blockspec.estimate_spectra` does.
@@ -90,7 +95,9 @@ def trace(
 
 
 class Result(NamedTuple):
-    """An estimate, the number of samples that it rests on, and these, where they are independent."""
+    """An estimate, the number of samples that it rests on, and these, where they are
+    independent.
+    """
 
     estimate: Estimate
     probes: int
@@ -117,8 +124,10 @@ def _hutchinson(
 def certain(
     union: Union, operator: Operator, sampling: Sampling, sums: np.ndarray
 ) -> list[Estimate]:
-    """Of samples (K, n) of Rademacher probes, their means, where equal ones are no proof of exactness: each of a few probes may
-    have missed the same thing. A Gaussian probe then says how large the matrix is, and so the standard error at most."""
+    """Of samples (K, n) of Rademacher probes, their means, where equal ones are no proof of
+    exactness: each of a few probes may have missed the same thing. A Gaussian probe then says how
+    large the matrix is, and so the standard error at most.
+    """
     values = [estimate(block) for block in sums.T]
     count = len(sums)
     equal = np.ptp(sums, axis=0) <= ROUNDING[union.dtype] * np.abs(sums).max(axis=0)
@@ -136,7 +145,9 @@ def certain(
 def hutchinson_samples(
     union: Union, operator: Operator, sampling: Sampling, progress: Progress | None
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """(P,) v * Hv and its (n,) sums over the blocks, probe after probe until these are known well enough."""
+    """(P,) v * Hv and its (n,) sums over the blocks, probe after probe until these are known well
+    enough.
+    """
     sums: list[np.ndarray] = []
     squares: list[np.ndarray] = []
     for group in union.products(operator, sampling.num_probes, seed=sampling.seed):
@@ -231,7 +242,9 @@ def hutch_plus_plus(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
 
 
 def xtrace(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
-    """Algorithm 2.1 of Epperly, Tropp, Webber (2024), with probes added until the tolerance is met."""
+    """Algorithm 2.1 of Epperly, Tropp, Webber (2024), with probes added until the tolerance is
+    met.
+    """
     most = sampling.num_probes // 2
     drawn = images = basis = basis_images = probes.draw(0, 0)
     samples = np.empty(0)
@@ -253,9 +266,12 @@ def xtrace(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
 
 
 def leave_one_out(drawn: Tensor, images: Tensor, basis: Tensor, basis_images: Tensor) -> np.ndarray:
-    """(n,) for each probe: the trace in the space of all other images, and the probe's sample of the rest.
+    """(n,) for each probe: the trace in the space of all other images, and the probe's sample of
+    the rest.
 
-    drawn, images: (n, P) probes and their products; basis, basis_images: (r, P) orthonormal basis of the images and its products.
+    Args:
+        drawn, images: (n, P) probes and their products; basis, basis_images: (r, P) orthonormal
+            basis of the images and its products.
     """
     within = _small(basis, basis_images)  # (r, r)
     within = (within + within.T) / 2
@@ -271,7 +287,9 @@ def leave_one_out(drawn: Tensor, images: Tensor, basis: Tensor, basis_images: Te
 
 
 def extend(basis: Tensor, vectors: Tensor) -> Tensor:
-    """Orthonormal rows (at most as many as ``vectors``) that span what ``vectors`` (n, P) have beyond ``basis`` (r, P)."""
+    """Orthonormal rows (at most as many as ``vectors``) that span what ``vectors`` (n, P) have
+    beyond ``basis`` (r, P).
+    """
     sizes = vectors.norm(dim=1, keepdim=True)
     rest = vectors / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
     for _ in range(2):
