@@ -14,6 +14,8 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_terms(terms: Tensor) -> None:
-    """Raises ArithmeticError for a loss that is not finite: its gradient may be, and means nothing there."""
+    """Raises ArithmeticError for a loss that is not finite: its gradient may be, and means nothing
+    there.
+    """
     if not is_finite(terms.detach()):
         raise ArithmeticError(f"the loss is {terms.detach().sum().item()}")
