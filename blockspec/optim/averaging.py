@@ -100,7 +100,7 @@ def _rows_of_blocks(blocks: Sequence[Block], named: Mapping[str, Tensor]) -> dic
             if known.axes != axes:
                 raise ValueError(
                     f"the blocks cut {piece.parameter} along more than one axis: "
-                    f"{known.axes} and {axes}; pass the blocks of one partition"
+                    f"{_written(known.axes)} and {_written(axes)}; pass the blocks of one partition"
                 )
             known.block[_positions(piece)] = number
     if not rows:
@@ -118,6 +118,10 @@ def _axes(piece: Piece) -> tuple[int, ...]:
     """
     outer = () if piece.first is None else (0,)
     return outer if piece.axis is None else (*outer, piece.axis + len(outer))
+
+
+def _written(axes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, axes)) or "none"
 
 
 def _positions(piece: Piece) -> Any:
