@@ -47,7 +47,7 @@ CASES = [(name, curvature) for name, fault in FAULTS.items() for curvature in fa
 SLOW = {"compiled cross entropy"}  # compiling takes seconds
 
 
-@pytest.mark.filterwarnings("ignore:.*quantized")
+@pytest.mark.filterwarnings("ignore:.*quantized", "ignore:The .grad attribute")
 @pytest.mark.parametrize(
     ("name", "curvature"),
     [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] in SLOW)) for case in CASES],
@@ -56,6 +56,16 @@ def test_a_fault_is_found_and_its_place_and_remedy_named(name, curvature):
     with pytest.raises(ValueError, match=r"check=False goes on") as error:
         check(FAULTS[name].objective(), curvature)
     assert re.search(FAULTS[name].blamed, str(error.value)), str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled_code_that_was_used_for_a_gradient_before():
+    """It is compiled for one backward pass then, and says so in words of its own."""
+    objective = FAULTS["compiled cross entropy"].objective()
+    objective.gradient()
+    with pytest.raises(ValueError, match=r"compiled.*torch\.compile"):
+        check(objective)
 
 
 @pytest.mark.parametrize(

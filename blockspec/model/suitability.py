@@ -141,7 +141,7 @@ def explanation(text: str) -> str | None:
         return remedy(text)
     if "Expected mat_a to be" in text:
         return f"fused experts ({text}): call model.set_experts_implementation('eager') first"
-    if "does not currently support double backward" in text:
+    if "does not currently support double backward" in text or "donated buffers" in text:
         return (
             f"a part of the model or of the loss is compiled ({text}): use it as it was before "
             "torch.compile, or measure "

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,7 +166,8 @@ def _tried(
             trial = trial_of(objective, batch, blocks, curvature, way)
             found = _compared(trial, make)
         except (WrongProduct, Unreached) as error:
-            check_twice_differentiable(trial.objective, trial.scales)  # knows what it is called
+            with suppress(RuntimeError):  # of what is to blame, on the way to its name
+                check_twice_differentiable(trial.objective, trial.scales)
             text = str(error)
             explained = isinstance(error, Unreached)
             raise ValueError(
@@ -303,6 +304,6 @@ def _hook(trial: Trial, make: Make) -> tuple[str, str] | None:
     without_hooks(trial.objective.model)
     try:
         _compared(trial, make)
-    except (WrongProduct, Unreached):
+    except (WrongProduct, Unreached, RuntimeError):
         return None
     return "a hook on gradients", HOOKS.format(where=", ".join(hooked[:3]))
