@@ -356,13 +356,8 @@ def test_band_is_the_standard_error_over_probes(by_step: dict[int, Spectra]) -> 
     spectrum = by_step[0]["model"]
     grid = np.linspace(-0.1, 0.1, 5)
     _, error = resolved_density(spectrum, grid, 1e-3)
-    probes = [resolved_density(one_probe(spectrum, k), grid, 1e-3)[0] for k in range(3)]
+    probes = spectrum.densities(grid, linear=1e-3)
     np.testing.assert_allclose(error, pd.DataFrame(probes).sem(), rtol=1e-9)
-
-
-def one_probe(spectrum: Spectrum, k: int) -> Spectrum:
-    rows = {name: getattr(spectrum, name)[[k]] for name in ("nodes", "weights", "residuals")}
-    return replace(spectrum, **rows)
 
 
 def test_panels_share_their_axes(figures: dict[str, Figure]) -> None:

@@ -66,7 +66,10 @@ def test_the_default_density_is_a_sum_of_normal_densities_as_wide_as_what_is_not
             gaps = [abs(near[near < x] - x).min(initial=9), abs(near[near > x] - x).min(initial=9)]
             apart = np.mean([gap for gap in gaps if gap < 9])
             wider = max(1, 400 / (180 * w)) if w > 0 else np.inf  # 60 parameters, 3 probes
-            width = max(0.1 * np.sqrt(x * x + linear * linear), min(2 * r, apart * wider))
+            width = max(
+                0.1 * np.sqrt(x * x + linear * linear),
+                min((2 if r > apart else 1) * r, apart * wider),
+            )
             expected = expected + w * normal(grid, x, width) / 3
     np.testing.assert_allclose(spectrum.density(grid, linear=linear), expected, rtol=1e-9)
 

@@ -38,6 +38,9 @@ class Measure:
 
 MEASURES = {
     "jensen-shannon": Measure("Jensen-Shannon divergence\n(nats; at most ln 2)", bound=math.log(2)),
+    "resolved": Measure(
+        "Jensen-Shannon divergence\nat the coarser resolution (nats)", bound=math.log(2)
+    ),
     "symmetrised-kl": Measure("symmetrised KL divergence\n(nats; unbounded)"),
     "wasserstein": Measure("Wasserstein-1 distance\n(loss / parameter²)", logarithmic=True),
 }

@@ -363,7 +363,8 @@ def edges(panels: Sequence[Panel]) -> pd.DataFrame:
     cannot be known).
     """
     columns = ("smallest", "smallest_error", "mean", "mean_error", "largest", "largest_error")
-    rows = [(*p.spectrum.smallest, *p.spectrum.moment(1), *p.spectrum.largest) for p in panels]
+    parts = [p.spectrum for p in panels]
+    rows = [(*s.smallest[:2], *s.moment(1)[:2], *s.largest[:2]) for s in parts]
     return pd.DataFrame(rows, columns=columns).astype(float)
 
 

@@ -10,7 +10,7 @@ RELATIVE_WIDTH = 0.2  # of distances, on the scale asinh(x / linear)
 WIDTH = (
     0.1  # of a node in a density, relative to its value: outliers a quarter apart are seen apart
 )
-REACHES = 2.0  # residuals: how far around a node what it stands for may lie
+REACHES = 2.0  # residuals, where these overlap those of the neighbours: as wide as a node may be
 # eigenvalues times probes that a width holds: their random weights then move a curve by 4 %
 SMOOTH = 400.0
 AT_ONCE = 4096  # nodes
@@ -47,7 +47,8 @@ def node_widths(
     too. Where its residual is smaller, the eigenvalues are that near, and the residual counts.
     """
     unresolved = apart * np.maximum(1.0, SMOOTH / np.maximum(counts, 1e-9 * SMOOTH))
-    return np.maximum(WIDTH * np.hypot(nodes, linear), np.minimum(REACHES * residuals, unresolved))
+    reach = np.where(residuals > apart, REACHES, 1.0) * residuals
+    return np.maximum(WIDTH * np.hypot(nodes, linear), np.minimum(reach, unresolved))
 
 
 def mixture(
