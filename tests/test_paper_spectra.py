@@ -64,7 +64,7 @@ def test_equal_spectra_are_near_and_disjoint_ones_at_the_bound():
     table = distances(found, RESOLVED)
     np.testing.assert_allclose(table, table.T)
     assert table.loc["a", "b"] == pytest.approx(0, abs=1e-12)
-    assert table.loc["a", "c"] == pytest.approx(math.log(2), abs=1e-6)
+    assert table.loc["a", "c"] == pytest.approx(math.log(2), abs=1e-5)  # the tails of kernels meet
 
 
 def test_places_of_nodes_that_lanczos_does_not_resolve_are_no_distance():
