@@ -72,7 +72,8 @@ def test_places_of_nodes_that_lanczos_does_not_resolve_are_no_distance():
     fine = Spectra(
         [spectrum("a", nodes), spectrum("b", 2**0.5 * nodes)]
     )  # half a gap further, with the same moments but for that
-    coarse = Spectra([replace(s, residuals=s.nodes) for s in fine.values()])
+    wide = np.full_like(fine["a"].nodes, np.inf)  # gaps between nodes that say nothing
+    coarse = Spectra([replace(s, residuals=s.nodes, apart=wide) for s in fine.values()])
     assert (
         distances(coarse, RESOLVED).loc["a", "b"] < 0.05 * distances(fine, RESOLVED).loc["a", "b"]
     )
@@ -105,7 +106,8 @@ def test_heterogeneity_has_the_error_of_its_probes():
     for found, low, high in ((quiet, 0, 1e-4), (noisy, 1e-3, 1)):
         table = heterogeneity(found).set_index("definition")
         assert list(table.index) == list(DEFINITIONS)
-        assert table.loc[RESOLVED, "js0"] == pytest.approx(distances(found, RESOLVED).loc["a", "b"])
+        plain = distances(found, RESOLVED).loc["a", "b"]  # js0 is corrected for its bias
+        assert abs(table.loc[RESOLVED, "js0"] - plain) <= 3 * table.loc[RESOLVED, "stderr"] + 1e-6
         assert low <= table.loc[RESOLVED, "stderr"] < high
     single = heterogeneity(
         Spectra([spectrum("a", BULK, probes=1), spectrum("b", 5 * BULK, probes=1)])
