@@ -190,7 +190,7 @@ def _estimate(objective, blocks, **settings):
 CALLERS = {
     "estimate_spectra": _estimate,
     "trace": lambda o, b, **s: blockspec.trace(o, b, num_probes=4, **s).cost,
-    "xtrace": lambda o, b, **s: blockspec.trace(o, b, "xtrace", num_probes=4, **s).cost,
+    "xtrace": lambda o, b, **s: blockspec.trace(o, b, "xtrace", num_probes=8, **s).cost,
     "diagonal": lambda o, b, **s: blockspec.diagonal(o, b, num_probes=2, **s).means.cost,
     "coupling": lambda o, b, **s: blockspec.coupling(o, b, num_probes=2, **s).cost,
     "squared_norms": lambda o, b, **s: blockspec.squared_norms(o, b, num_probes=4, **s).cost,

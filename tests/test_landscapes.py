@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from coupled import coupled, matrix_with_decay
-from problems import problem
+from problems import problem, resnet
 
 import blockspec
 from blockspec import Objective, partition
@@ -90,7 +90,7 @@ def test_random_directions_have_the_norms_of_neurons():
 def test_random_directions_have_the_norm_of_every_filter(name):
     """Li et al.: |d| = |w| for each filter; whole convolutions had ratios from 0.4 to 777."""
     if name == "resnet":
-        objective = problem("resnet").objective()
+        objective = resnet().objective()  # not the shared one: its weights are changed
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

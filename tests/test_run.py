@@ -20,6 +20,7 @@ from blockspec.products.curvature import Products
 from blockspec.runs import run as runs
 from blockspec.runs.record import git_commit
 from blockspec.runs.run import BlockSettings, RunSettings, measure
+from blockspec.spectra.heterogeneity import DEFINITIONS
 
 LOOKED_AT = (
     6  # losses to know a model by: of two batches, one example with slopes; three to cut it off
@@ -136,7 +137,7 @@ def test_tables_are_tidy(tmp_path):
     assert {"block", "other", "distance", "step", "definition", "js0", "js0_stderr"} == set(
         distances.columns
     )
-    assert set(distances["definition"]) == {"jensen-shannon", "symmetrised-kl", "wasserstein"}
+    assert set(distances["definition"]) == set(DEFINITIONS)
     assert "model" not in set(distances["block"])
     rows = distances[
         (distances["definition"] == "wasserstein") & (distances["block"] < distances["other"])
