@@ -142,7 +142,8 @@ def test_tables_are_tidy(tmp_path):
     rows = distances[
         (distances["definition"] == "wasserstein") & (distances["block"] < distances["other"])
     ]
-    assert rows["js0"].iloc[0] == pytest.approx(rows["distance"].mean(), rel=1e-9)
+    plain = rows["distance"].mean()  # js0 is corrected for its bias
+    assert abs(rows["js0"].iloc[0] - plain) <= 3 * rows["js0_stderr"].iloc[0]
 
 
 def test_stages_are_in_the_order_of_their_steps(tmp_path):
