@@ -9,7 +9,8 @@ from problems import problem, resnet
 import blockspec
 from blockspec import Objective, partition
 from blockspec.model.blocks import gather, scatter
-from blockspec.toolbox.landscapes import filter_normalised, moved
+from blockspec.toolbox.landscapes import filter_normalised
+from blockspec.toolbox.moves import shifted
 
 SIZES = (3, 4)
 
@@ -180,10 +181,12 @@ def test_parameters_come_back_after_an_exception():
 
 def test_moves_do_not_add_up():
     objective, blocks = coupled(matrix_with_decay(7), SIZES)
-    with moved(objective, blocks[0]) as move:
-        move([(1.0, torch.ones(3).double())])
-        move([(2.0, torch.ones(3).double())])
-        assert objective.model.parts[0].tolist() == [2, 2, 2]
+    parameters = objective.parameters()
+    change = scatter(blocks[0], torch.ones(3).double(), parameters)
+    for step in (1.0, 2.0):
+        with shifted(parameters, change, step):
+            moved = objective.model.parts[0].tolist()
+    assert moved == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ units, and a jackknife over the units says how far the value for the whole popul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -380,14 +380,3 @@ def _dot(a: Tensor, b: Tensor) -> float:
 def _written(estimate: Estimate) -> str:
     error = "" if estimate.data_stderr is None else f" ± {estimate.data_stderr:.2g}"
     return f"{estimate.value:.4g}{error}"
-
-
-def pairs(table: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
-    """(row, column, value) of the couplings between different blocks, the largest in magnitude
-    first.
-    """
-    values = table.to_numpy()
-    rows, columns = np.triu_indices(len(table), k=1)
-    for place in np.argsort(-np.abs(values[rows, columns])):
-        i, j = int(rows[place]), int(columns[place])
-        yield str(table.index[i]), str(table.columns[j]), float(values[i, j])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blockspec.model.blocks import Block, gather, partition, scatter
 from blockspec.model.objective import Objective
@@ -20,6 +19,7 @@ from blockspec.products.requests import checked_blocks
 from blockspec.products.selection import OperatorSettings
 from blockspec.products.settings import takes
 from blockspec.toolbox.eigenpairs import top_eigenpairs
+from blockspec.toolbox.moves import shifted
 
 UNSCALED = (
     "norm",
@@ -120,45 +120,16 @@ def landscape(
         )
     steps = tuple(np.linspace(-r, r, points) for r in radii)
     losses = np.empty([points] * len(vectors))
-    with moved(objective, block) as move:
-        for done, place in enumerate(np.ndindex(*losses.shape), start=1):
-            move(
-                [
-                    (float(axis[i]), vector)
-                    for axis, i, vector in zip(steps, place, vectors, strict=True)
-                ]
-            )
+    parameters = {name: objective.parameters()[name] for name in block.parameters}
+    for done, place in enumerate(np.ndindex(*losses.shape), start=1):
+        multiples = [float(axis[i]) for axis, i in zip(steps, place, strict=True)]
+        change = sum(step * vector for step, vector in zip(multiples, vectors, strict=True))
+        assert isinstance(change, Tensor)
+        with shifted(parameters, scatter(block, change.to(objective.device), parameters)):
             losses[place] = objective.value()
-            if progress is not None:
-                progress(done, losses.size)
+        if progress is not None:
+            progress(done, losses.size)
     return Landscape(steps, losses, tuple(names))
-
-
-@contextmanager
-def moved(
-    objective: Objective, block: Block
-) -> Iterator[Callable[[Sequence[tuple[float, Tensor]]], None]]:
-    """A function that moves the block's parameters to their first values plus multiples of vectors
-    (P,); puts them back.
-    """
-    parameters: dict[str, nn.Parameter] = {
-        name: objective.parameters()[name] for name in block.parameters
-    }
-    first = {name: p.detach().clone() for name, p in parameters.items()}
-
-    def move(multiples: Sequence[tuple[float, Tensor]]) -> None:
-        with torch.no_grad():
-            vector = sum(step * direction for step, direction in multiples)
-            assert isinstance(vector, Tensor)
-            for name, change in scatter(block, vector.to(objective.device), first).items():
-                parameters[name].copy_(first[name] + change)
-
-    try:
-        yield move
-    finally:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(first[name])
 
 
 def _eigenvectors(
