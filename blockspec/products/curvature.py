@@ -1,15 +1,15 @@
 """Products with blocks of a curvature matrix.
 
-All blocks of a micro-batch share one forward and one first backward pass (:func:`linearise`); each
-product then runs only through the part of the graph between the block's gradient and the block
-itself (``autograd.grad(g_b, p_b, v_b)``). The full matrix is the same code with one block that
+All blocks of a micro-batch share one forward and one first backward pass, see
+:mod:`blockspec.products.linearisations`; each product then runs only through the part of the graph
+between the block's gradient and the block itself. The full matrix is the same code with one block that
 holds every parameter.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -24,19 +24,12 @@ from blockspec.model.suitability import check_unsharded, explained
 from blockspec.numerics import memory
 from blockspec.numerics.ranks import Ranks
 from blockspec.products.calibration import Costs, seconds_of, time_products
-from blockspec.products.finiteness import check_terms, is_finite
+from blockspec.products.finiteness import is_finite
 from blockspec.products.guard import OFF, checked
+from blockspec.products.linearisations import LINEARISATIONS, Apply, Tensors
 from blockspec.products.precision import check, reduced_model, reduced_multiplication
 
-Tensors = Mapping[str, Tensor]
 Request = tuple[Block, Tensor, Sequence[Block]]
-Apply = Callable[[Tensors, Sequence[str]], dict[str, Tensor]]
-"""``apply(direction, targets)``: product with a direction (parameter name -> tensor; zero
-elsewhere), restricted to the parameters named in ``targets``; summed over the loss terms of the
-batch it was made from. Absent names are zeros.
-"""
-
-
 Reduce = Callable[[int, list[Tensor]], Any]
 """``each(number, parts)``: what to keep of the products of one unit with the request of that
 number.
@@ -376,105 +369,7 @@ class Products:
         return [part(target) for target in targets]
 
 
-def _hessian(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
-    total, count = objective.loss_sum(batch)
-    check_terms(total)
-    return _slopes(_grad([total], parameters, create_graph=True), parameters), count
-
-
-def _residual(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
-    outputs = objective.loss.outputs(objective.model, batch)
-    leaf = outputs.detach().requires_grad_()
-    terms = objective.loss.terms(leaf, batch)
-    check_terms(terms)
-    (slope,) = torch.autograd.grad(
-        terms.sum(), leaf
-    )  # held fixed: the outputs' own curvature is left
-    gradients = _grad([outputs], parameters, grad_outputs=[slope], create_graph=True)
-    return _slopes(gradients, parameters), float(terms.numel())
-
-
-def _slopes(gradients: Tensors, parameters: Tensors) -> Apply:
-    """Products with the derivative of gradients that have a graph."""
-
-    def apply(direction: Tensors, targets: Sequence[str]) -> dict[str, Tensor]:
-        sources = [
-            name for name in direction if name in gradients and gradients[name].requires_grad
-        ]
-        return _grad(
-            [gradients[name] for name in sources],
-            {name: parameters[name] for name in targets},
-            grad_outputs=[direction[name] for name in sources],
-            retain_graph=True,
-        )
-
-    return apply
-
-
-def _ggn(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
-    outputs = objective.loss.outputs(objective.model, batch)
-    leaf = outputs.detach().requires_grad_()
-    terms = objective.loss.terms(leaf, batch)
-    check_terms(terms)
-    (slope,) = torch.autograd.grad(terms.sum(), leaf, create_graph=True)
-
-    def middle(tangent: Tensor) -> Tensor:
-        if not slope.requires_grad:  # terms linear in the outputs
-            return torch.zeros_like(leaf)
-        return _grad([slope], {"": leaf}, grad_outputs=[tangent], retain_graph=True).get(
-            "", torch.zeros_like(leaf)
-        )
-
-    return _gauss_newton(outputs, parameters, middle), float(terms.numel())
-
-
-def _fisher(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
-    terms = objective.loss.terms(objective.loss.outputs(objective.model, batch), batch)
-    check_terms(terms)
-    return _gauss_newton(terms, parameters, lambda tangent: tangent), float(terms.numel())
-
-
-def _gauss_newton(
-    outputs: Tensor, parameters: Tensors, middle: Callable[[Tensor], Tensor]
-) -> Apply:
-    """J' M J with J the Jacobian of ``outputs``; J v is the derivative of J' u with respect to u,
-    so it shares a pass too.
-    """
-    dual = torch.zeros_like(outputs, requires_grad=True)
-    transposed = _grad([outputs], parameters, grad_outputs=[dual], create_graph=True)
-
-    def apply(direction: Tensors, targets: Sequence[str]) -> dict[str, Tensor]:
-        sources = [name for name in direction if name in transposed]
-        tangent = _grad(
-            [transposed[name] for name in sources],
-            {"": dual},
-            grad_outputs=[direction[name] for name in sources],
-            retain_graph=True,
-        )
-        if not tangent:
-            return {}
-        wanted = {name: parameters[name] for name in targets}
-        return _grad([outputs], wanted, grad_outputs=[middle(tangent[""])], retain_graph=True)
-
-    return apply
-
-
 def _trace_of(vector: Tensor) -> str:
     """What tells a vector from others, from its first entries."""
     first = vector[:64].double().cpu()
     return f"{len(vector)} {float(first @ torch.arange(1.0, len(first) + 1).double()):.6g}"
-
-
-LINEARISATIONS = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher, "residual": _residual}
-
-
-def _grad(outputs: Sequence[Tensor], inputs: Tensors, **settings: Any) -> dict[str, Tensor]:
-    """``torch.autograd.grad`` by name; without the inputs that the outputs do not depend on."""
-    if not outputs or not inputs:
-        return {}
-    gradients = torch.autograd.grad(outputs, list(inputs.values()), allow_unused=True, **settings)
-    return {
-        name: gradient
-        for name, gradient in zip(inputs, gradients, strict=True)
-        if gradient is not None
-    }
