@@ -1,9 +1,9 @@
 """Products with blocks of a curvature matrix.
 
 All blocks of a micro-batch share one forward and one first backward pass, see
-:mod:`blockspec.products.linearisations`; each product then runs only through the part of the graph
-between the block's gradient and the block itself. The full matrix is the same code with one block that
-holds every parameter.
+:mod:`blockspec.products.linearisations`. Each product then runs only through the part of the graph
+between the block's gradient and the block itself. The full matrix is the same code with one block
+that holds every parameter.
 """
 
 from __future__ import annotations
