@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from blockspec.model.architectures import Names, layer_key, layer_prefix, unit
 from blockspec.model.pieces import Block as Block
+from blockspec.model.pieces import Blocks as Blocks
 from blockspec.model.pieces import Piece as Piece
 from blockspec.model.roles import Layout, layouts, watch_example
 from blockspec.model.row_gradients import Seen
@@ -65,7 +66,7 @@ def partition(
     *,
     example: Any = None,
     names: Names | None = None,
-) -> tuple[Block, ...]:
+) -> Blocks:
     """Cut the parameters that require gradients into blocks.
 
     Args:
@@ -92,9 +93,9 @@ def partition(
             be one of your own.
 
     Returns:
-        Blocks in the order of ``named_parameters()``; without ``include`` and ``exclude`` disjoint
-        and complete. A tied tensor is in one block, under its first name. Where a number of heads
-        is not found, a matrix stays whole.
+        Blocks, a tuple, in the order of ``named_parameters()``; without ``include`` and ``exclude``
+        disjoint and complete. A tied tensor is in one block, under its first name. Where a number
+        of heads is not found, a matrix stays whole.
 
     Raises:
         ValueError: Unknown ``by``, a pattern that matches nothing, blocks of one's own that overlap
@@ -252,14 +253,12 @@ def _merged(blocks: Sequence[Block], sizes: Mapping[str, int]) -> list[Block]:
     ]
 
 
-def _selected(
-    blocks: list[Block], include: Patterns | None, exclude: Patterns | None
-) -> tuple[Block, ...]:
+def _selected(blocks: list[Block], include: Patterns | None, exclude: Patterns | None) -> Blocks:
     wanted = blocks if include is None else _matches(blocks, include, "include")
     unwanted = (
         set() if exclude is None else {block.name for block in _matches(blocks, exclude, "exclude")}
     )
-    chosen = tuple(block for block in wanted if block.name not in unwanted)
+    chosen = Blocks(block for block in wanted if block.name not in unwanted)
     if not chosen:
         raise ValueError(
             f"the partition is empty: include={include!r} without exclude={exclude!r} leaves none "

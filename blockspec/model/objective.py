@@ -25,7 +25,7 @@ from blockspec.numerics.content import fingerprint
 from blockspec.numerics.ranks import Ranks, arrange
 
 if TYPE_CHECKING:
-    from blockspec.model.pieces import Block
+    from blockspec.model.pieces import Blocks
 
 BATCH_NORMS = ("eval", "train")
 SAVED = "saved tensor"
@@ -206,7 +206,7 @@ class Objective:
         """
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def partition(self, by: Any = "matrix", **arguments: Any) -> tuple[Block, ...]:
+    def partition(self, by: Any = "matrix", **arguments: Any) -> Blocks:
         """The blocks of :func:`blockspec.partition`, their roles found by watching the first batch.
 
         Where the model cannot be watched, names alone decide, and a warning says so.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
 
@@ -91,3 +92,28 @@ class Block:
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters that the block has pieces of, each once, in order."""
         return tuple(dict.fromkeys(piece.parameter for piece in self.pieces))
+
+
+class Blocks(tuple[Block, ...]):
+    """Blocks in their order, as a tuple that a notebook shows as a table."""
+
+    __slots__ = ()
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a block: kind, layer, numel and, where there is one, a note."""
+        return frame_of(self)
+
+    def _repr_html_(self) -> str:
+        total = sum(block.numel for block in self)
+        table = frame_of(self).to_html(max_rows=60)
+        return f"<p>{len(self)} blocks, {total:,} parameters</p>{table}"
+
+
+def frame_of(blocks: Sequence[Block]) -> pd.DataFrame:
+    """A row a block: kind, layer, numel and, where there is one, a note."""
+    import pandas as pd
+
+    rows = [(b.name, b.kind, b.layer, b.numel, b.note) for b in blocks]
+    table = pd.DataFrame(rows, columns=["block", "kind", "layer", "numel", "note"])
+    table = table.astype({"layer": "Int64"}).set_index("block")
+    return table if table["note"].any() else table.drop(columns="note")

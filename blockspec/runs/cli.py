@@ -1,4 +1,4 @@
-"""The command line: ``blockspec run|plan|plot|compare|show|sensitivity``."""
+"""The command line: ``blockspec run|plan|blocks|plot|compare|show|sensitivity``."""
 
 from __future__ import annotations
 
@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
 COMMANDS = {
     "run": "estimate spectra and leave a run folder; a second call does what is not done yet",
     "plan": "print what a run would cost: products, gradients, operations, time, peak memory",
+    "blocks": "list the blocks of a model before anything is computed: name, kind, layer, size",
     "plot": "draw the figures of a run anew; needs no model",
     "show": "print what a run found",
     "compare": "set runs side by side: heterogeneity and spectra",
@@ -119,6 +120,13 @@ def _add_settings(command: ArgumentParser, name: str) -> None:
         command.add_argument("folders", type=Path, nargs="+", help="folders of runs")
         command.add_argument(
             "--out", type=Path, required=True, help="folder for the table and the figure"
+        )
+    elif name == "blocks":
+        from blockspec.runs.listing import ListingSettings
+
+        command.add_class_arguments(ListingSettings, skip={"model"})
+        command.add_argument(
+            "model", help="a factory module:function, or a Hugging Face name or folder"
         )
     elif name == "sensitivity":
         from blockspec.runs.sensitivity import SensitivitySettings
@@ -155,6 +163,10 @@ def _dispatch(command: str, given: Namespace) -> None:
             plan(settings, resources)
     elif command == "compare":
         report.compare(given.folders, given.out)
+    elif command == "blocks":
+        from blockspec.runs import listing
+
+        listing.run(_build(listing.ListingSettings, given))
     elif command == "sensitivity":
         from blockspec.runs import sensitivity
 
