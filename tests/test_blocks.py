@@ -21,7 +21,7 @@ from blockspec.model.architectures import role
 from blockspec.model.blocks import GRANULARITIES, Block, gather, partition, scatter
 
 KINDS = {"query", "key", "value", "qkv", "attention_output", "mlp_in", "mlp_out", "mlp_gate"}
-KINDS |= {"embedding", "position", "norm", "head", "conv", "bias", "other"}
+KINDS |= {"embedding", "position", "norm", "head", "conv", "bias", "other", "layer", "full"}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
 QUIET = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
@@ -436,7 +436,7 @@ def test_fused_tensors_stay_whole_by_tensor():
     assert blocks["transformer.h.0.attn.c_attn.weight"].kind == "qkv"
     assert blocks["transformer.h.0.attn.c_attn.bias"].kind == "bias"
     (model,) = partition(tiny_gpt2(), by="model")
-    assert (model.name, model.kind, model.layer) == ("model", "other", None)
+    assert (model.name, model.kind, model.layer) == ("model", "full", None)
 
 
 def test_without_a_number_of_heads_matrices_stay_whole():
@@ -501,8 +501,8 @@ def test_layers_are_numbered_in_order_and_frozen_ones_count():
     blocks = partition(model, by="layer")
     assert [(b.name, b.kind, b.layer) for b in blocks] == [
         ("transformer.wpe.weight", "position", None),
-        ("transformer.h.1", "other", 1),
-        ("transformer.h.2", "other", 2),
+        ("transformer.h.1", "layer", 1),
+        ("transformer.h.2", "layer", 2),
         ("transformer.ln_f.weight", "norm", None),
         ("transformer.ln_f.bias", "norm", None),
     ]

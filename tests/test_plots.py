@@ -487,7 +487,7 @@ def test_edges_as_drawn(figures: dict[str, Figure], by_step: dict[int, Spectra])
 
 
 def test_normalised_by_the_tenth_largest() -> None:
-    spectrum = exact("model", "other", None, np.arange(-3.0, 21.0))
+    spectrum = exact("model", "full", None, np.arange(-3.0, 21.0))
     assert plots.tenth_largest(spectrum) == 11
     axes = plots.esd_stages({0: Spectra([spectrum])}, normalised="tenth").axes[0]
     grid, density = axes.lines[0].get_data()
@@ -498,7 +498,7 @@ def test_normalised_by_the_tenth_largest() -> None:
 
 def test_normalised_residuals() -> None:
     coarse = replace(
-        exact("model", "other", None, np.arange(-3.0, 21.0)), residuals=np.full((1, 24), 4.0)
+        exact("model", "full", None, np.arange(-3.0, 21.0)), residuals=np.full((1, 24), 4.0)
     )
     peaks = [
         plots.esd_stages({0: Spectra([coarse])}, normalised=normalised)
@@ -524,7 +524,7 @@ def test_normalised_residuals() -> None:
 )
 def test_tenth_largest_that_cannot_be_told(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plots.tenth_largest(replace(exact("model", "other", None, np.arange(24.0)), **changes))
+        plots.tenth_largest(replace(exact("model", "full", None, np.arange(24.0)), **changes))
 
 
 @pytest.mark.parametrize(
@@ -598,7 +598,7 @@ def test_short_names_stay_different() -> None:
 
 
 def test_every_kind_has_a_look_of_its_own() -> None:
-    assert set(KINDS) == {*ENDINGS, "adapter", "norm", "conv", "bias", "other"}
+    assert set(KINDS) == {*ENDINGS, "adapter", "norm", "conv", "bias", "other", "full", "layer"}
     assert len({(look.colour, look.marker) for look in KINDS.values()}) == len(KINDS)
 
 
@@ -606,7 +606,7 @@ def test_a_kind_of_ones_own_is_drawn() -> None:
     """It comes after the known kinds, with a look that does not depend on what else there is."""
     both = looks_of(["my_expert", "bias", "full", "query", "bias"])
     assert list(both) == ["full", "query", "bias", "my_expert"]
-    assert both["my_expert"] == looks_of(["my_expert"])["my_expert"] == look("a/b", "my_expert")
+    assert both["my_expert"] == looks_of(["my_expert"])["my_expert"] == look("my_expert")
     assert both["my_expert"].label == "my expert"
 
 

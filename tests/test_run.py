@@ -13,7 +13,15 @@ import pytest
 import torch
 from test_cli import invoke, run_arguments
 
-from blockspec import Objective, estimate_spectra, load_spectra, losses, partition
+from blockspec import (
+    Objective,
+    estimate_spectra,
+    js0,
+    js_distances,
+    load_spectra,
+    losses,
+    partition,
+)
 from blockspec.engine.settings import EstimateSettings
 from blockspec.numerics.files import only_writer
 from blockspec.products.curvature import Products
@@ -144,6 +152,20 @@ def test_tables_are_tidy(tmp_path):
     ]
     plain = rows["distance"].mean()  # js0 is corrected for its bias
     assert abs(rows["js0"].iloc[0] - plain) <= 3 * rows["js0_stderr"].iloc[0]
+
+
+def test_numbers_of_a_loaded_run_are_those_that_the_run_says(tmp_path):
+    """The full matrix is a kind of its own in the table, and no block beside the others."""
+    out = tmp_path / "run"
+    run(out)
+    table, loaded = table_of(out), load_spectra(out / "spectra.parquet")
+    assert set(table.loc[table["block"] == "model", "kind"]) == {"full"}
+    assert "full" not in set(table.loc[table["block"] != "model", "kind"])
+    means = pd.read_parquet(out / "heterogeneity.parquet").groupby("definition")["js0"].first()
+    for definition in DEFINITIONS:
+        assert js0(loaded, definition).value == pytest.approx(means[definition], rel=1e-12)
+    assert list(js_distances(loaded)) == list(loaded.parts) == list(loaded)[:-1]
+    assert list(js_distances({"one": loaded["model"], "two": loaded["model"]})) == ["one", "two"]
 
 
 def test_stages_are_in_the_order_of_their_steps(tmp_path):

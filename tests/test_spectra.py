@@ -349,7 +349,7 @@ def test_mixtures_of_nothing_or_of_overlapping_blocks_are_errors():
     it = problem("nanogpt")
     blocks = [*partition(it.model, include="*c_fc.bias"), *partition(it.model, "model")]
     spectra = estimate_spectra(it.objective(), blocks, num_probes=1, num_steps=2)
-    with pytest.raises(ValueError, match=r"'model' overlaps.*exclude='model'"):
+    with pytest.raises(ValueError, match=r"'model'\) overlaps.*spectra.parts"):
         block_diagonal(spectra)
 
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
 from blockspec.figures.style import Look, eigenvalue_axis, look, short_name
+from blockspec.model.pieces import FULL
 from blockspec.spectra.collection import block_diagonal
 from blockspec.spectra.resolved import even_grid, resolution, resolved_density
 from blockspec.spectra.spectrum import Spectrum
@@ -115,7 +116,8 @@ def panel_of(
     of several.
     """
     first = next(iter(parts))
-    shown = look(first, parts[first].block.kind)
+    kind = parts[first].block.kind
+    shown = look(kind)
     if len(parts) > 1:
         layers = {part.block.layer for part in parts.values()}
         layer = (
@@ -124,7 +126,7 @@ def panel_of(
             else ""
         )
         return Panel(f"{layer}{shown.label} ({len(parts)} blocks)", block_diagonal(parts), shown)
-    return Panel(shown.label if by_kind or first == "model" else names[first], parts[first], shown)
+    return Panel(shown.label if by_kind or kind == FULL else names[first], parts[first], shown)
 
 
 def label_outer(axes: np.ndarray) -> None:

@@ -68,6 +68,8 @@ class Look:
 # Paul Tol's muted scheme, safe for colour blindness, its pale ones darkened. Kinds of like
 # lightness differ in markers.
 KINDS: dict[str, Look] = {
+    "full": Look("full", "full", "#000000", "+"),
+    "layer": Look("layer", "layer", "#4477AA", "H"),
     "query": Look("query", "query", "#332288", "o"),
     "key": Look("key", "key", "#3A9BD0", "s"),
     "value": Look("value", "value", "#117777", "^"),
@@ -110,7 +112,6 @@ MATRIX_KINDS = (
 )
 """What short names call a layer's matrices by."""
 
-FULL = Look("full", "full", "#000000", "+")
 RUNS = (
     "#004488",
     "#BB5566",
@@ -128,9 +129,9 @@ MATRICES = {
 }
 
 
-def look(name: str, kind: str) -> Look:
-    """The look of a block by its name and kind."""
-    return FULL if name == "model" else looks_of([kind])[kind]
+def look(kind: str) -> Look:
+    """The look of a block of that kind."""
+    return looks_of([kind])[kind]
 
 
 def looks_of(kinds: Iterable[str]) -> dict[str, Look]:
@@ -140,9 +141,9 @@ def looks_of(kinds: Iterable[str]) -> dict[str, Look]:
     every figure.
     """
     present = set(kinds)
-    own = sorted(present - set(KINDS) - {"full"})
+    own = sorted(present - set(KINDS))
     known = {kind: KINDS[kind] for kind in KINDS if kind in present}
-    return ({"full": FULL} if "full" in present else {}) | known | {k: _own_look(k) for k in own}
+    return known | {k: _own_look(k) for k in own}
 
 
 def _own_look(kind: str) -> Look:

@@ -33,6 +33,7 @@ from blockspec.figures.style import (
     step_axis,
     styled,
 )
+from blockspec.model.pieces import FULL
 from blockspec.spectra.collection import block_diagonal, spectra_of
 from blockspec.spectra.heterogeneity import js0
 from blockspec.spectra.spectrum import Spectrum
@@ -95,7 +96,6 @@ def kinds_over_training(table: pd.DataFrame, quantity: str = "mean") -> pd.DataF
     keys = ["step", "block", "kind", "numel", "exact"]
     probes = moments.groupby([*keys, "probe"], sort=False)["moment"].sum()
     traces = probes.groupby(keys, sort=False).agg(["mean", "sem"]).reset_index()
-    traces["kind"] = traces["kind"].where(traces["block"] != "model", "full")
     traces["variance"] = (traces["sem"] ** 2).where(~traces["exact"], 0.0)
     groups = traces.groupby(["step", "kind"], sort=False)
     unit = groups["numel"].sum() if quantity == "mean" else 1
@@ -204,14 +204,9 @@ def _kinds_of_last_step(tables: Mapping[str, pd.DataFrame]) -> dict[str, dict[st
     found: dict[str, dict[str, Spectrum]] = {}
     for run, table in tables.items():
         spectra = spectra_of(table[table["step"] == table["step"].max()])
-        for kind in looks_of(("full", *(s.block.kind for s in spectra.values()))):
-            parts = {
-                n: s
-                for n, s in spectra.items()
-                if (n == "model") == (kind == "full") and kind in ("full", s.block.kind)
-            }
-            if parts:
-                found.setdefault(kind, {})[run] = block_diagonal(parts)
+        for kind in looks_of(s.block.kind for s in spectra.values()):
+            parts = {n: s for n, s in spectra.items() if s.block.kind == kind}
+            found.setdefault(kind, {})[run] = block_diagonal(parts)
     return {kind: found[kind] for kind in looks_of(found)}
 
 
@@ -220,7 +215,7 @@ def _heterogeneity_of_runs(
 ) -> None:
     steps: set[int] = set()
     for name, table in tables.items():
-        parts = table[table["block"] != "model"]
+        parts = table[table["kind"] != FULL]
         course = {
             step: js0(spectra_of(parts[parts["step"] == step]))
             for step in sorted(parts["step"].unique().tolist())

@@ -176,7 +176,7 @@ def _check_training(out: Path, content: Record, training: Mapping[str, Any]) -> 
 def scalars(spectra: Spectra, heterogeneity: pd.DataFrame | None) -> dict[str, float]:
     """The largest eigenvalue and the trace by kind of block, and the heterogeneity."""
     table = spectra.summary().reset_index()
-    groups = table.groupby(table["kind"].where(table["block"] != "model", "full"), sort=False)
+    groups = table.groupby("kind", sort=False)
     found = {
         f"spectrum/largest/{kind}": float(value) for kind, value in groups["largest"].max().items()
     }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blockspec.model.architectures import Names, layer_key, layer_prefix, unit
+from blockspec.model.pieces import FULL, LAYER
 from blockspec.model.pieces import Block as Block
 from blockspec.model.pieces import Blocks as Blocks
 from blockspec.model.pieces import Piece as Piece
@@ -125,7 +126,7 @@ def _blocks(
     model: nn.Module, by: str, known: Names | None, seen: Mapping[str, Seen]
 ) -> list[Block]:
     if by == "model":
-        return [_union("model", _blocks(model, "tensor", known, seen))]
+        return [_union("model", _blocks(model, "tensor", known, seen), FULL)]
     prefixes, numbers = _layers(model)
     wanted = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
     found = layouts(model, wanted, known, seen)
@@ -172,7 +173,8 @@ def _by_layer(blocks: Sequence[Block], prefixes: Mapping[str, str]) -> list[Bloc
     for block in blocks:
         groups[prefixes.get(block.name, block.name)].append(block)
     return [
-        group[0] if name == group[0].name else _union(name, group) for name, group in groups.items()
+        group[0] if name == group[0].name else _union(name, group, LAYER)
+        for name, group in groups.items()
     ]
 
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FULL, LAYER = "full", "layer"
+"""Kinds of blocks that are no part of a layer: the whole model, and a layer."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A parameter, or the rows ``index`` of it along ``axis``.

@@ -35,7 +35,7 @@ def draw(run: Path) -> list[Path]:
         for step in sorted(table["step"].unique().tolist())
     }
     last = max(by_step)
-    parts = by_step[last].select(exclude="model")
+    parts = by_step[last].parts
     figures = {
         "esd_by_block": plots.esd_by_block(parts),
         "edges_by_block": plots.edges_by_block(parts),
@@ -84,7 +84,6 @@ def summary(spectra: Spectra) -> pd.DataFrame:
     mean eigenvalue.
     """
     table = spectra.summary().reset_index()
-    table["kind"] = table["kind"].where(table["block"] != "model", "full")
     groups = table.groupby("kind", sort=False)
     return pd.DataFrame(
         {

@@ -144,7 +144,7 @@ def rows_digest(rows: pd.DataFrame, file: str) -> str:
 
 def heterogeneity_of(spectra: Spectra, *, step: int) -> pd.DataFrame | None:
     """A step's part of heterogeneity.parquet; None for a single block."""
-    parts = spectra.select(exclude="model")
+    parts = spectra.parts
     if len(parts) < 2:
         return None
     tables = [heterogeneity_table(parts, definition, step=step) for definition in DEFINITIONS]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from blockspec.model.pieces import Block
+from blockspec.model.pieces import FULL, Block
 from blockspec.numerics.density import spacing
 from blockspec.numerics.files import whole_file
 from blockspec.spectra.spectrum import Spectrum
@@ -73,6 +73,11 @@ class Spectra(Mapping[str, Spectrum]):
         """The spectra whose block names match a glob of ``include`` and none of ``exclude``."""
         return Spectra(s for name, s in self.items() if _kept(name, include, exclude))
 
+    @property
+    def parts(self) -> Spectra:
+        """Without the full matrix, which is no block beside the others."""
+        return Spectra(s for s in self.values() if s.block.kind != FULL)
+
     def frame(self, *, step: int = 0) -> pd.DataFrame:
         """The tidy table that :meth:`save` writes: one row per node of each probe of each block;
         ``step`` is a column.
@@ -90,7 +95,8 @@ class Spectra(Mapping[str, Spectrum]):
 
 def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
     """The mixture of the blocks' spectra by number of parameters: what the full spectrum would be
-    if the matrix were block diagonal. Blocks must be disjoint: leave ``model`` out.
+    if the matrix were block diagonal. Blocks must be disjoint: ``spectra.parts`` leaves the full
+    matrix out.
 
     The probes of different blocks are independent, so the k-th probe of the mixture is made of the
     k-th of each block, and its spread over k is its error. Blocks that were done with different
@@ -99,10 +105,9 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
     parts = list(spectra.values())
     if not parts:
         raise ValueError("no spectra to mix: the mapping is empty")
-    if len(parts) > 1 and any(part.block.name == "model" for part in parts):
+    if len(parts) > 1 and any(part.block.kind == FULL for part in parts):
         raise ValueError(
-            "'model' overlaps the other blocks: mix disjoint ones, e.g. "
-            "spectra.select(exclude='model')"
+            "the full matrix ('model') overlaps the other blocks: mix disjoint ones, spectra.parts"
         )
     total = sum(part.block.numel for part in parts)
     counts = {part.num_probes for part in parts if not part.exact}

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import xlogy
 
+from blockspec.model.pieces import FULL
 from blockspec.numerics.density import RELATIVE_WIDTH, gaussians
 from blockspec.numerics.measures import wasserstein
 from blockspec.spectra.resolved import even_grid, resolved_density
@@ -42,8 +43,8 @@ def js_distances(
     """Distances between the spectra of blocks: (blocks x blocks), symmetric, zero on the diagonal.
 
     Args:
-        spectra: Leave ``model`` out (``spectra.select(exclude="model")``): the full spectrum is no
-        block beside the others. definition:
+        spectra: Of blocks. The full matrix is no block beside others, and is left out.
+        definition: One of these.
             ``"jensen-shannon"``: the Jensen-Shannon divergence in nats, between 0 and ln 2. Each
                 spectrum is smoothed with a Gaussian of width 0.2 on the scale asinh(eigenvalue /
                 linear), on one grid of 2000 even points that covers all blocks. It does not change
@@ -75,8 +76,9 @@ def js_distances(
         ValueError: The definition is unknown, or there are no spectra.
     """
     settings = {"linear": linear, "width": width, "points": points, "floor": floor}
-    distances = _distances(list(spectra.values()), definition, settings)
-    return pd.DataFrame(distances, index=list(spectra), columns=list(spectra))
+    parts = _beside_each_other(spectra)
+    distances = _distances(list(parts.values()), definition, settings)
+    return pd.DataFrame(distances, index=list(parts), columns=list(parts))
 
 
 def js0(
@@ -99,7 +101,7 @@ def js0(
         is 0 where all blocks are exact. An interval takes Student's t with one degree of freedom
         less than the fewest probes.
     """
-    parts = list(spectra.values())
+    parts = list(_beside_each_other(spectra).values())
     if len(parts) < 2:
         raise ValueError(f"a mean over pairs needs at least 2 blocks, got {len(parts)}")
     options = {
@@ -128,6 +130,12 @@ def mean_over_probes(
     )
     corrected = groups * value - (groups - 1) * float(left_out.mean())
     return Estimate(max(corrected, 0.0), math.sqrt((groups - 1) * left_out.var()))
+
+
+def _beside_each_other(spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
+    """Without the full matrix, where there are other blocks: it overlaps each of them."""
+    parts = {name: part for name, part in spectra.items() if part.block.kind != FULL}
+    return parts or dict(spectra)
 
 
 PER_PROBE = (
