@@ -260,6 +260,61 @@ def test_what_would_fail_on_the_way_fails_before_training(trained, tmp_path):
         other.train()
 
 
+def folder_as_it_is(out):
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [({"seed": 4}, "seed is '3' there, '4' here"), ({"learning_rate": 1e-3}, "learning_rate is")],
+    ids=str,
+)
+def test_another_training_is_refused_where_a_folder_holds_one(trained, tmp_path, other, told):
+    """Else the first training's numbers would go to the second one's tracker."""
+    before = folder_as_it_is(trained[1])
+    it = with_spectra(trainer(tmp_path, **other), trained[1])
+    with pytest.raises(ValueError, match=rf"{told}.*give each training a folder of its own"):
+        it.train()
+    assert it.state.global_step == 0
+    assert not [entry for entry in it.tracker.logged if "spectrum/loss" in entry]
+    assert folder_as_it_is(trained[1]) == before
+
+
+def test_the_same_arguments_with_other_weights_are_refused(trained, tmp_path):
+    """What the arguments do not say, the weights do."""
+    before = folder_as_it_is(trained[1])
+    it = with_spectra(trainer(tmp_path), trained[1])
+    with torch.no_grad():
+        next(it.model.parameters()).add_(0.01)
+    with pytest.raises(ValueError, match=r"step 0 of .* was measured of other content .*weights is"):
+        it.train()
+    assert folder_as_it_is(trained[1]) == before
+
+
+def test_record_refuses_another_training_and_measures_anew_where_told(tmp_path, caplog):
+    it, other = problems.nanogpt(), problems.nanogpt()
+    blocks = partition(it.model, include="*ln_f*")
+    found = record(tmp_path, 5, it.objective(), blocks, **QUICK)
+    assert record(tmp_path, 5, it.objective(), blocks, **QUICK) == found
+    with torch.no_grad():
+        next(other.model.parameters()).mul_(1.5)
+    before = folder_as_it_is(tmp_path)
+    with pytest.raises(ValueError, match=r"step 5 of .*weights is"):
+        record(tmp_path, 5, other.objective(), blocks, **QUICK)
+    for refused in (
+        {"objective": Objective(it.model, it.batches[:1], it.loss)},
+        {"blocks": partition(it.model, include="*ln_1*")},
+        {"seed": 1},
+    ):
+        given = {"objective": it.objective(), "blocks": blocks, **QUICK} | refused
+        with pytest.raises(ValueError, match=r"other data|other settings"):
+            record(tmp_path, 6, **given)
+    assert folder_as_it_is(tmp_path) == before
+    anew = record(tmp_path, 5, other.objective(), blocks, replace=True, **QUICK)
+    assert anew["spectrum/loss"] != found["spectrum/loss"]
+    assert "measured anew" in caplog.text
+
+
 def test_steps_that_are_due():
     assert due_steps((5,), (0, 0.001, 0.25, 1.0), total=10) == {0, 1, 2, 5, 10}
     with pytest.raises(ValueError, match=r"got 5: give numbers of updates as steps"):

@@ -3,6 +3,7 @@ give one process's numbers.
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -132,6 +133,27 @@ def groups_made(count):
     return len(made)
 
 
+def left_open(count):
+    """Files and threads that so many further estimates leave behind, after those of the first."""
+    held = []
+    for _ in range(2):
+        for _ in range(count // 2):
+            nodes(*problem(batches=2), columns=dist.get_world_size(), num_steps=1, check=False)
+        held.append([len(os.listdir(f"/proc/self/{kind}")) for kind in ("fd", "task")])
+    return [after - before for before, after in zip(*held, strict=True)]
+
+
+def stopped(folder):
+    """An estimate on both processes that ends after its third sweep, and leaves its state."""
+
+    def progress(done, total):
+        left.pop()
+
+    left = [0, 0]
+    with pytest.raises(IndexError):
+        nodes(*problem(), state=folder, state_every=0, progress=progress)
+
+
 def stages_of_first(rank, folder):
     """Two nodes without a common disk: the second one's folder is empty, or holds another run's
     record.
@@ -156,6 +178,8 @@ def process(rank, world, folder):
     if world == 2:
         found = {"differing": differing(rank), "files": stages_of_first(rank, folder)}
         found["groups"] = groups_made(3)
+        found["left open"] = left_open(int(os.environ.get("ESTIMATES", "10")))
+        stopped(f"{folder}/state")
         np.save(f"{folder}/memory{rank}.npy", out_of_memory_once(rank))
         unequal, seen = of_unequal_memory(rank)
         np.save(f"{folder}/unequal{rank}.npy", unequal)
@@ -175,11 +199,11 @@ def found(request, tmp_path_factory):
     torch.multiprocessing.spawn(process, (world, str(folder)), nprocs=world)
     told = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
     arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
-    return world, told, arrays
+    return world, told, arrays, folder
 
 
 def test_processes_that_hold_their_own_batches_give_the_numbers_of_all(found):
-    world, told, arrays = found
+    world, told, arrays, _ = found
     objective, blocks = problem()
     expected = nodes(objective, blocks)
     norms = {name: float(g.norm()) for name, g in objective.gradient().items()}
@@ -191,7 +215,7 @@ def test_processes_that_hold_their_own_batches_give_the_numbers_of_all(found):
 
 
 def test_processes_that_differ_say_so_on_every_one(found):
-    world, told, _ = found
+    world, told, *_ = found
     if world == 3:
         return
     naming = {
@@ -216,7 +240,7 @@ def test_processes_that_differ_say_so_on_every_one(found):
 
 
 def test_a_process_that_is_short_of_memory_changes_nothing(found):
-    world, told, arrays = found
+    world, told, arrays, _ = found
     if world == 3:
         return
     for rank in range(2):
@@ -230,16 +254,38 @@ def test_a_process_that_is_short_of_memory_changes_nothing(found):
 
 
 def test_the_first_process_decides_and_writes(found):
-    world, told, _ = found
+    world, told, *_ = found
     if world == 2:
         assert "spectra.parquet" in told[0]["files"]
         assert told[1]["files"] == []
 
 
 def test_groups_are_made_once(found):
-    world, told, _ = found
+    world, told, *_ = found
     if world == 2:
         assert [process["groups"] for process in told] == [2, 2]
+
+
+def test_estimates_leave_no_files_and_threads_open(found):
+    """ESTIMATES=202 is the long version: a group for each would end at the 202nd."""
+    world, told, *_ = found
+    if world == 2:
+        assert [process["left open"] for process in told] == [[0, 0], [0, 0]]
+
+
+def test_one_process_begins_anew_beside_the_state_of_two_and_says_so(found, caplog):
+    """A state is of a number of processes: the numbers are the same, and the two can still go
+    on.
+    """
+    world, _, _, folder = found
+    if world == 3:
+        return
+    left = {path.name: path.read_bytes() for path in (folder / "state").iterdir()}
+    assert len({name.rsplit("-", 1)[0] for name in left}) == 2
+    alone = nodes(*problem(), state=folder / "state")
+    np.testing.assert_array_equal(alone, nodes(*problem()))
+    assert "is of 2 processes (1 x 2), and these are 1 x 1: the estimate begins anew" in caplog.text
+    assert {path.name: path.read_bytes() for path in (folder / "state").iterdir()} == left
 
 
 def test_one_process_alone_sends_nothing():

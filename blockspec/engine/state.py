@@ -263,16 +263,12 @@ def _tridiagonal(plain: dict[str, Any]) -> Tridiagonal:
 
 def _write(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
     text = json.dumps(record)
-    try:
-        with whole_file(path) as partial:
-            save_file(
-                tensors, partial, metadata={"record": text, "digest": _checksum(tensors, text)}
-            )
-    except SafetensorError as error:  # its own class for a full disk too
-        raise OSError(
-            f"the state {path} cannot be written ({error}); what was saved before is kept: "
-            "make room, and the same command goes on from there"
-        ) from error
+    metadata = {"record": text, "digest": _checksum(tensors, text)}
+    with whole_file(path) as partial:
+        try:
+            save_file(tensors, partial, metadata=metadata)
+        except SafetensorError as error:  # its own class for a full disk too
+            raise OSError(str(error)) from error
 
 
 def _read(path: Path) -> Content:

@@ -33,7 +33,13 @@ from torch import nn
 
 from blockspec.engine.settings import EstimateSettings
 from blockspec.model.blocks import Block
-from blockspec.model.identity import Identity, differences, identity_of, same_everywhere
+from blockspec.model.identity import (
+    Identity,
+    differences,
+    identity_of,
+    remembered,
+    same_everywhere,
+)
 from blockspec.model.objective import Objective
 from blockspec.numerics.content import fingerprint
 from blockspec.numerics.ranks import Ranks, everywhere, from_first
@@ -96,7 +102,7 @@ def record(
     out, estimate = Path(out), EstimateSettings(**settings)
     resources = Resources(memory=memory, columns=columns)
     refuse_wrapped(objective.model)
-    with undisturbed(objective.model), held(out):
+    with undisturbed(objective.model), held(out), remembered():
         content = from_first(lambda: _opened(out, objective, blocks, estimate))
         content.setdefault("training", training)
         identity = everywhere(lambda: identity_of(objective, blocks, {}))

@@ -10,7 +10,9 @@ activation, another number of heads show there, at the cost of two forward passe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,6 +25,9 @@ from blockspec.numerics.ranks import gathered
 
 Identity = dict[str, Any]
 MEASURED = "objective"  # the part of an identity that rounds: loss, gradient, product
+_REMEMBERED: ContextVar[dict[int, tuple[Objective, Identity]] | None] = ContextVar(
+    "identities", default=None
+)
 
 
 def identity_of(
@@ -39,12 +44,37 @@ def identity_of(
         The settings, digests ``weights``, ``data``, ``blocks``, and the numbers of ``objective``;
         fit for JSON.
     """
-    return dict(settings) | {
+    content = _content(objective)
+    order = ("weights", "data", "blocks", MEASURED)
+    found = content | {"blocks": blocks_digest(blocks)}
+    return dict(settings) | {name: found[name] for name in order}
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """While this is open nobody changes a model or its data: each objective is hashed and looked at
+    once, however often its identity is asked for.
+    """
+    token = _REMEMBERED.set({})
+    try:
+        yield
+    finally:
+        _REMEMBERED.reset(token)
+
+
+def _content(objective: Objective) -> Identity:
+    """What an identity says of the objective alone: all that costs passes over weights or data."""
+    known = _REMEMBERED.get()
+    if known is not None and id(objective) in known:
+        return known[id(objective)][1]
+    content = {
         "weights": weights_digest(objective.model),
         "data": _data_digest(objective),
-        "blocks": blocks_digest(blocks),
         MEASURED: _measured(objective),
     }
+    if known is not None:
+        known[id(objective)] = (objective, content)  # held, so that no other one gets its id
+    return content
 
 
 def same_everywhere(identity: Identity) -> None:

@@ -24,15 +24,23 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Nobody else's file is written through: the name is new, so a symbolic link cannot lie in wait
     there.
+
+    Raises:
+        OSError: The disk is full, read-only, limited or gone; with the path and the remedy.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         yield partial
         _to_disk(partial)
         partial.replace(path)
+    except OSError as error:  # most of them name neither the file nor a remedy
+        raise OSError(
+            f"{path} cannot be written ({error}); what was saved before is kept: make the folder "
+            "writable and large enough, and the same command goes on from there"
+        ) from error
     finally:
         with suppress(OSError):  # the folder may be gone: the error under way tells
             partial.unlink(missing_ok=True)

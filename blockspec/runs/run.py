@@ -26,7 +26,14 @@ from blockspec.engine.plan import Plan
 from blockspec.engine.settings import EstimateSettings
 from blockspec.engine.state import clear
 from blockspec.model.blocks import Block
-from blockspec.model.identity import MEASURED, Identity, differences, identity_of, same_everywhere
+from blockspec.model.identity import (
+    MEASURED,
+    Identity,
+    differences,
+    identity_of,
+    remembered,
+    same_everywhere,
+)
 from blockspec.model.objective import Objective, fingerprint
 from blockspec.numerics import memory
 from blockspec.numerics.files import only_writer
@@ -111,27 +118,34 @@ class _Run:
         _remove_state(self._state(stage))  # a run that was killed after its record has left it
 
     def measure(self, rest: Sequence[Stage], announce: Announce | None) -> None:
-        planned = None
+        planned: dict[str, Any] | None = None
         for number, stage in enumerate(rest):
-            objective, blocks, identity = self._ready(stage)
-            from_first(lambda i=identity: check_data(self.out, i, self.record))  # type: ignore[misc]
-            if announce is not None and number == 0:
-                planned = self._plan(objective, blocks, len(rest), announce)
-            with memory.watched(objective.device) as peak:
-                spectra, entry = measure_stage(
-                    objective,
-                    blocks,
-                    self.settings.estimate,
-                    identity,
-                    step=stage.step,
-                    checkpoint=stage.checkpoint,
-                    state=self._state(stage),
-                    resources=self.resources,
-                    progress=self._first_writes_the_record(stage),
-                )
-            entry |= {"peak": peak.peak, "planned": planned}
+            with remembered():
+                objective, blocks, identity = self._ready(stage)
+                from_first(lambda i=identity: check_data(self.out, i, self.record))  # type: ignore[misc]
+                if announce is not None and number == 0:
+                    planned = self._plan(objective, blocks, len(rest), announce)
+                spectra, entry = self._measured(stage, objective, blocks, identity)
+            entry["planned"] = planned
             from_first(lambda s=spectra, e=entry: self._complete(s, e))  # type: ignore[misc]
             _remove_state(self._state(stage))
+
+    def _measured(
+        self, stage: Stage, objective: Objective, blocks: Sequence[Block], identity: Identity
+    ) -> tuple[Spectra, dict[str, Any]]:
+        with memory.watched(objective.device) as peak:
+            spectra, entry = measure_stage(
+                objective,
+                blocks,
+                self.settings.estimate,
+                identity,
+                step=stage.step,
+                checkpoint=stage.checkpoint,
+                state=self._state(stage),
+                resources=self.resources,
+                progress=self._first_writes_the_record(stage),
+            )
+        return spectra, entry | {"peak": peak.peak}
 
     def _state(self, stage: Stage) -> Path:
         return self.out / "state" / f"step_{stage.step}"
