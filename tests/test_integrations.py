@@ -286,7 +286,9 @@ def test_the_same_arguments_with_other_weights_are_refused(trained, tmp_path):
     it = with_spectra(trainer(tmp_path), trained[1])
     with torch.no_grad():
         next(it.model.parameters()).add_(0.01)
-    with pytest.raises(ValueError, match=r"step 0 of .* was measured of other content .*weights is"):
+    with pytest.raises(
+        ValueError, match=r"step 0 of .* was measured of other content .*weights is"
+    ):
         it.train()
     assert folder_as_it_is(trained[1]) == before
 
