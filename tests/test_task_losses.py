@@ -8,7 +8,7 @@ from torch import nn
 
 from blockspec import losses
 from blockspec.model.task_losses import _ctc
-from blockspec.runs.factories import _task
+from blockspec.runs.hugging_face import _task
 
 SIZES = {"vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 1}
 

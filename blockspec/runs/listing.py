@@ -19,8 +19,6 @@ from blockspec.runs.settings import BlockSettings, RunSettings
 from blockspec.runs.stages import Stage, prepare
 
 SHOWN = 5  # names in the warning
-UNNAMED = ("tensor", "matrix", "head", "neuron")
-"""Granularities whose blocks have a kind each; a whole layer is of kind ``other`` by its nature."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def run(settings: ListingSettings) -> None:
     _, blocks = prepare(model, stage, find_factory(settings.model), "cpu")
     {"table": _table, "csv": _csv, "json": _json}[settings.format](blocks)
     told = [_counted(blocks)] if settings.format == "csv" else []
-    told += [unnamed(blocks)] if settings.by in UNNAMED else []
+    told.append(unnamed(blocks))
     for line in filter(None, told):
         Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
 

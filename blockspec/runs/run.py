@@ -96,6 +96,7 @@ def measure(
         record = from_first(lambda: opened(dataclasses.asdict(settings), out))
         run = _Run(out, record, settings, factory, resources, progress)
         done = {entry["step"]: entry for entry in record["stages"]}
+        from_first(lambda: check_numbering(out, todo, record))
         for stage in todo:
             if stage.step in done:
                 run.check(stage, done[stage.step])
@@ -126,7 +127,7 @@ class _Run:
                 if announce is not None and number == 0:
                     planned = self._plan(objective, blocks, len(rest), announce)
                 spectra, entry = self._measured(stage, objective, blocks, identity)
-            entry["planned"] = planned
+            entry |= {"planned": planned, "label": stage.label}
             from_first(lambda s=spectra, e=entry: self._complete(s, e))  # type: ignore[misc]
             _remove_state(self._state(stage))
 
@@ -206,6 +207,27 @@ def opened(settings: dict[str, Any], out: Path) -> Record:
     if changed or mended or lost:
         write_record(out, record)
     return record
+
+
+def check_numbering(out: Path, todo: Sequence[Stage], record: Record) -> None:
+    """Stages are numbered by training steps, or all of them by their order: never both ways.
+
+    Raises:
+        ValueError: With a checkpoint whose step is not known.
+    """
+    known = {entry.get("label") is None for entry in record["stages"]}
+    unknown = [stage.checkpoint for stage in todo if stage.label is not None]
+    if known == {True} and unknown:
+        raise ValueError(
+            f"{out} holds stages by their training step, and not every checkpoint that is asked "
+            f"for has a step of its own ({', '.join(map(str, unknown[:3]))}): name them by their "
+            "steps (step_500), or choose another --out"
+        )
+    if False in known and not unknown:
+        raise ValueError(
+            f"{out} holds stages in the order in which they were given, and the checkpoints that "
+            "are asked for now have training steps: choose another --out"
+        )
 
 
 def check_same(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import re
 from dataclasses import dataclass
@@ -14,14 +15,22 @@ from blockspec.model.blocks import Block, partition
 from blockspec.model.objective import Objective
 from blockspec.runs.factories import Factory
 from blockspec.runs.settings import BlockSettings, RunSettings, find_device
+from blockspec.runs.steps import step_of
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One model to measure: a training step and the factory's keyword arguments."""
+    """One model to measure: a training step and the factory's keyword arguments.
+
+    Attributes:
+        step: The training step; where it is not known, the place in the order as given.
+        arguments: Keyword arguments of the factory.
+        label: What it is called where its step is not known; else None.
+    """
 
     step: int
     arguments: dict[str, Any]
+    label: str | None = None
 
     @property
     def checkpoint(self) -> str | None:
@@ -55,24 +64,44 @@ def choose_blocks(objective: Objective, settings: BlockSettings) -> tuple[Block,
 def stages(settings: RunSettings) -> list[Stage]:
     """The stages in order of their step: one per checkpoint, or the model as the factory makes it
     as step 0.
+
+    Where a step is not known, or two checkpoints have the same one, all of them are numbered in the
+    order in which they are given, and each keeps its name as a label.
     """
     if not settings.checkpoints:
         return [Stage(0, dict(settings.model_args))]
-    paths = [
-        path for pattern in settings.checkpoints for path in sorted(glob.glob(pattern)) or [pattern]
-    ]
+    paths = [path for pattern in settings.checkpoints for path in _paths(pattern)]
     if missing := [path for path in paths if not Path(path).exists()]:
-        raise ValueError(f"no checkpoint at {missing[0]!r}: give files, folders or globs of them")
+        near = difflib.get_close_matches(missing[0], glob.glob(str(Path(missing[0]).parent / "*")))
+        told = f"; paths like it: {', '.join(near)}" if near else ""
+        raise ValueError(
+            f"no checkpoint at {missing[0]!r}{told}: give files, folders or globs of them"
+        )
     steps = [step_of(path) for path in paths]
-    if None in steps or len(set(steps)) < len(steps):
-        steps = list(range(len(paths)))
-    pairs = sorted(zip(steps, paths, strict=True), key=lambda pair: pair[0] or 0)
-    return [Stage(step or 0, settings.model_args | {"checkpoint": path}) for step, path in pairs]
+    known = [step for step in steps if step is not None]
+    if len(set(known)) == len(paths):
+        pairs = sorted(zip(known, paths, strict=True))
+        return [Stage(step, settings.model_args | {"checkpoint": path}) for step, path in pairs]
+    labels = _labels(paths)
+    return [
+        Stage(place, settings.model_args | {"checkpoint": path}, label)
+        for place, (path, label) in enumerate(zip(paths, labels, strict=True))
+    ]
 
 
-def step_of(path: str) -> int | None:
-    """The training step in a checkpoint's name: its last whole number (``step_000100``,
-    ``checkpoint-500``).
+def _paths(pattern: str) -> list[str]:
+    """What a pattern matches, numbers in the order of their values: ``epoch=2`` before
+    ``epoch=10``.
     """
-    numbers = re.findall(r"\d+", Path(path).name)
-    return int(numbers[-1]) if numbers else None
+
+    def key(path: str) -> list[tuple[bool, int, str]]:
+        parts = re.split(r"(\d+)", path)
+        return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+    return sorted(glob.glob(pattern), key=key) or [pattern]
+
+
+def _labels(paths: list[str]) -> list[str]:
+    """The checkpoints' names, or their paths where names repeat."""
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else paths
