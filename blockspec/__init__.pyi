@@ -36,5 +36,7 @@ from blockspec.toolbox.matrices import dense as dense
 from blockspec.toolbox.norms import norms as norms
 from blockspec.toolbox.norms import squared_norms as squared_norms
 from blockspec.toolbox.traces import trace as trace
+from blockspec.toolbox.tracking import Tracker as Tracker
+from blockspec.toolbox.tracking import track as track
 
 __version__: str

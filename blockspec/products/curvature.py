@@ -257,7 +257,7 @@ class Products:
         if parameters.keys() <= self._kept_parameters:
             yield from self._kept
             return
-        self._forget()
+        self.forget()
         batches = self.objective.dealt_batches(
             self.micro_batch, row=self.ranks.row, rows=self.ranks.rows
         )
@@ -338,11 +338,12 @@ class Products:
     def _named(self, blocks: Sequence[Block]) -> Tensors:
         return {name: self._parameters[name] for block in blocks for name in block.parameters}
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drops the graphs that are kept; they belong to the parameters' values of then."""
         self._kept, self._kept_parameters = [], frozenset()
 
     def _halve_micro_batch(self) -> bool:
-        self._forget()
+        self.forget()
         size = self.micro_batch or self.largest_batch()
         if size <= 1 or self.objective.batch_norm == "train":
             return False

@@ -83,6 +83,15 @@ class Operator(Protocol):
         ...
 
 
+def forget(operator: Operator) -> None:
+    """Tells an operator that the parameters have new values: what it keeps from one call to the
+    next must not depend on the old ones. An operator that keeps such things has a method
+    ``forget()``; the protocol does not ask for it.
+    """
+    if callable(own := getattr(operator, "forget", None)):
+        own()
+
+
 class FunctionOperator:
     """A symmetric matrix of one's own, given as the function v (P,) -> A v (P,).
 

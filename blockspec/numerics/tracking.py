@@ -1,0 +1,139 @@
+"""The extreme eigenpairs of a matrix that changes a little, from those that it had before.
+
+The idea. A step of training hardly turns the eigenvectors. So the last step's Ritz vectors X, with
+a few more than are wanted (the guards), are multiplied by the new matrix, and the best combinations
+of them are found by Rayleigh and Ritz. Each pair's residual is known from the same products. It
+says how good the pair is, and it is the best direction to look for a better one. So the residuals
+of the pairs that are not good enough join the basis, are multiplied in turn, and so on: a block
+Davidson method whose basis lasts for one step of training. It finds at least what block Lanczos
+from the same vectors would find.
+
+The guards are for crossings. A pair that is about to overtake the last wanted one is orthogonal to
+it, so its residual would not show it. As a guard it is in the basis already.
+
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockspec.numerics.algorithms import Algorithm
+from blockspec.numerics.lanczos import ROUNDING
+
+SCOUTED = 5  # rounds: a random vector is amplified by the ratio of eigenvalues in each
+Order = Callable[[np.ndarray], np.ndarray]
+"""Of eigenvalues: what is to be large."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ritz:
+    """Ritz pairs, the wanted ones first.
+
+    Args:
+        values: (n,) Ritz values.
+        vectors: (n, P) orthonormal.
+        residuals: (n,) ``||A u - value u||``.
+        products: How many were taken.
+        rounds: In how many rounds; the products of one round share a pass over the data.
+    """
+
+    values: np.ndarray
+    vectors: Tensor
+    residuals: np.ndarray
+    products: int
+    rounds: int
+
+
+def refine(
+    start: Tensor,
+    wanted: int,
+    order: Order,
+    *,
+    kept: int,
+    tolerance: float,
+    max_rounds: int,
+    scout: Tensor | None = None,
+) -> Algorithm[Ritz]:
+    """The best Ritz pairs that a few rounds of products find from ``start``.
+
+    Args:
+        start: (m, P) with m >= ``wanted``: independent vectors, of any lengths.
+        wanted: Pairs whose residuals have to fall below ``tolerance``.
+        order: The pairs with the largest ``order(value)`` are wanted.
+        kept: n, pairs that are returned.
+        tolerance: Bound on a residual, relative to the magnitude of the Ritz value.
+        max_rounds: Rounds of products at most; each takes the residuals of the pairs that are not
+            good enough.
+        scout: (P,) a random vector. Its Krylov space is looked through beside, for
+            ``SCOUTED`` rounds at least, for what is orthogonal to all of ``start``.
+
+    Returns:
+        n pairs, or fewer where ``start`` spans less.
+    """
+    looked = start[:0] if scout is None else scout[None]
+    basis = new = orthonormal(torch.cat([start, looked]), start[:0])
+    kept, products = min(kept, len(basis)), 0
+    images = basis[:0]
+    rounds = max(max_rounds, SCOUTED if len(looked) else 0)
+    for done in range(1, rounds + 1):
+        images = torch.cat([images, (yield new)])
+        products += len(new)
+        values, turns = _ritz(basis, images, order)
+        turned = torch.as_tensor(turns[:, :kept].T.copy()).to(basis)
+        vectors = turned @ basis
+        left = (turned @ images).addcmul_(vectors, _column(values[:kept], basis), value=-1)
+        residuals = left.norm(dim=1).double().cpu().numpy()
+        rough = residuals[:wanted] > tolerance * np.abs(values[:wanted])
+        looked = images[-1:] if len(looked) and done < SCOUTED else looked[:0]
+        if done == rounds or not (rough.any() or len(looked)):
+            break
+        new = orthonormal(torch.cat([left[:wanted][torch.from_numpy(rough)], looked]), basis)
+        if len(new) == 0:  # the basis spans an invariant space: nothing better is within reach
+            break
+        basis = torch.cat([basis, new])
+    rounding = ROUNDING[basis.dtype] * np.abs(values).max()
+    return Ritz(values[:kept], vectors, np.hypot(residuals, rounding), products, done)
+
+
+def orthonormal(vectors: Tensor, basis: Tensor) -> Tensor:
+    """(m, P) orthonormal rows that span what ``vectors`` (n, P) add to the orthonormal rows of
+    ``basis``, m <= n.
+
+    Rows are taken one at a time, each projected twice, because what is left of a residual is small
+    against what is taken away. A row that adds nothing but rounding is left out.
+    """
+    rows: list[Tensor] = []
+    for vector in vectors:
+        length = vector.norm()
+        if not float(length) > 0:
+            continue
+        row = vector / length
+        for _ in range(2):
+            row = row - basis.T @ (basis @ row)
+            for other in rows:
+                row = row - other * (other @ row)
+            left = row.norm()
+            if float(left) <= ROUNDING[row.dtype]:
+                break
+            row = row / left
+        else:
+            rows.append(row)
+    return torch.stack(rows) if rows else vectors[:0]
+
+
+def _ritz(basis: Tensor, images: Tensor, order: Order) -> tuple[np.ndarray, np.ndarray]:
+    """Ritz values (n,), the best first, and their vectors' coefficients (n, n) as columns."""
+    projected = (images @ basis.T).double().cpu().numpy()
+    values, turns = np.linalg.eigh((projected + projected.T) / 2)
+    best = np.argsort(-order(values), kind="stable")
+    return values[best], turns[:, best]
+
+
+def _column(values: np.ndarray, like: Tensor) -> Tensor:
+    return torch.as_tensor(values).to(like)[:, None]

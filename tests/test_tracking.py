@@ -1,0 +1,298 @@
+"""Eigenvalues followed through a training: against dense truth at every step, through crossings,
+and without training noticing.
+"""
+
+import numpy as np
+import pandas as pd
+import problems
+import pytest
+import torch
+from quadratics import objective_of
+from test_integrations import assert_identical, state_of_everything
+
+import blockspec
+from blockspec import FunctionOperator, partition
+from blockspec.figures.style import save
+from blockspec.figures.tracking import tracked_eigenvalues
+from blockspec.numerics.algorithms import run
+from blockspec.numerics.tracking import orthonormal, refine
+from blockspec.toolbox.localisation import by_kind, inverse_participation, kinds_of
+from blockspec.toolbox.tracking import Tracking
+
+CROSSING = np.linspace(0, 1, 40)
+
+
+def crossing(t, *, size=50):
+    """A symmetric matrix whose first eigenvalue falls from 5 to 3 while the second rises from 2 to
+    6, in a frame that turns; and its eigenvalues, the largest first.
+    """
+    generator = np.random.default_rng(0)
+    frame, turn = (generator.standard_normal((size, size)) for _ in range(2))
+    q = np.linalg.qr(frame + 0.3 * t * turn)[0]
+    values = generator.uniform(-1, 1, size)
+    values[:2] = 5 - 2 * t, 2 + 4 * t
+    return torch.from_numpy(q @ np.diag(values) @ q.T), np.sort(values)[::-1]
+
+
+class Moving:
+    """An operator whose matrix is whatever ``matrix`` is now."""
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+        self.operator = FunctionOperator(lambda v: self.matrix @ v, len(matrix))
+
+
+@pytest.mark.parametrize(("k", "guards"), [(1, 1), (2, 1), (3, 2)])
+def test_eigenvalues_are_followed_through_a_crossing(k, guards):
+    moving = Moving(crossing(0)[0])
+    tracker = blockspec.track(
+        None, moving.operator.block(), k=k, guards=guards, look_again=0, curvature=moving.operator
+    )
+    for step, t in enumerate(CROSSING):
+        moving.matrix, truth = crossing(t)
+        tracker(step)
+        rows = tracker.table.query("step == @step")
+        np.testing.assert_allclose(rows["value"][: min(k, 2)], truth[: min(k, 2)], rtol=0.02)
+    table = tracker.table.query("step > 0")
+    assert table["products"].mean() <= 3 * k + guards + 1
+    if k == 2:  # the crossing is seen: the first eigenvector was the second one before
+        assert (table.query("rank == 1")["rank_before"] == 2).sum() == 1
+
+
+def test_without_a_guard_the_crossing_would_be_missed():
+    """What the guards are for."""
+    moving = Moving(crossing(0)[0])
+    block = moving.operator.block()
+    tracker = blockspec.track(None, block, guards=0, look_again=0, curvature=moving.operator)
+    for step, t in enumerate(CROSSING[:27]):
+        moving.matrix, truth = crossing(t)
+        tracker(step)
+    assert truth[0] > 1.2 * tracker.table["value"].iloc[-1]
+
+
+@pytest.mark.parametrize("which", ["largest", "magnitude", "smallest"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_refined_pairs_are_as_good_as_their_residuals(which, dtype):
+    matrix = crossing(0.3)[0].to(dtype)
+    order = {"largest": np.positive, "magnitude": np.abs, "smallest": np.negative}[which]
+    start = torch.randn(4, len(matrix), generator=torch.Generator().manual_seed(1), dtype=dtype)
+    exact = np.linalg.eigvalsh(matrix.double())
+    best = exact[np.argsort(-order(exact))]
+    for rounds in (1, 3, 40):
+        found = run(
+            refine(start, 2, order, kept=3, tolerance=1e-4, max_rounds=rounds), lambda v: v @ matrix
+        )
+        assert found.vectors.shape == (3, len(matrix))
+        assert found.rounds <= rounds
+        identity = torch.eye(3, dtype=dtype)
+        torch.testing.assert_close(found.vectors @ found.vectors.T, identity, atol=1e-5, rtol=0)
+        distances = np.abs(exact[:, None] - found.values).min(0)
+        assert (distances <= found.residuals).all()
+    np.testing.assert_allclose(found.values[:2], best[:2], rtol=1e-5)
+    assert found.products < len(matrix)
+
+
+def test_refining_ends_in_an_invariant_space_and_with_a_matrix_of_zeros():
+    matrix = torch.diag(torch.arange(6, dtype=torch.float64))
+    found = run(
+        refine(torch.eye(6).double()[4:], 1, np.positive, kept=2, tolerance=1e-9, max_rounds=9),
+        lambda v: v @ matrix,
+    )
+    assert found.values.tolist() == [5, 4]
+    assert found.products == 2
+    zeros = run(
+        refine(torch.eye(6).double()[4:], 1, np.positive, kept=2, tolerance=1e-9, max_rounds=9),
+        lambda v: 0 * v,
+    )
+    assert zeros.values.tolist() == [0, 0]
+    assert zeros.residuals.tolist() == [0, 0]
+
+
+def test_orthonormal_leaves_out_what_adds_nothing():
+    basis = torch.eye(5).double()[:2]
+    rows = torch.tensor([[1, 2, 0, 0, 0], [1, 2, 3, 0, 0], [0, 0, 5, 0, 0], [0, 0, 0, 0, 0]])
+    found = orthonormal(rows.double(), basis)
+    torch.testing.assert_close(found, torch.eye(5).double()[2:3])
+
+
+def test_what_is_missed_is_said(caplog):
+    moving = Moving(crossing(0)[0])
+    tracker = blockspec.track(
+        None, moving.operator.block(), max_rounds=1, curvature=moving.operator
+    )
+    tracker(0)
+    moving.matrix = moving.matrix.roll((7, 7), (0, 1))  # all eigenvectors at once
+    tracker(1), tracker(2)
+    table = tracker.table
+    assert table["converged"].tolist() == [True, False, False]
+    assert (table["residual"] > 0.03 * table["value"].abs())[1:].all()
+    assert len(caplog.records) == 1
+    assert "step 1, block 'matrix'" in caplog.text
+    assert "max_rounds" in caplog.text
+
+
+def test_a_random_vector_finds_what_the_residual_cannot_see():
+    """A direction that is exactly orthogonal to all that is followed."""
+    values = torch.linspace(-1, 1, 200, dtype=torch.float64)
+    values[:2] = torch.tensor([5.0, 4.0])
+    found = {}
+    for look_again in (0, 2):
+        moving = Moving(torch.diag(values))
+        tracker = blockspec.track(
+            None, moving.operator.block(), look_again=look_again, curvature=moving.operator
+        )
+        for step in range(6):
+            moving.matrix[150, 150] = 1.0 + 3 * step
+            tracker(step)
+        found[look_again] = tracker.table["value"].iloc[-1]
+    assert found[0] == pytest.approx(5)
+    assert found[2] == pytest.approx(16, rel=1e-3)
+
+
+def train(it, steps, *, lr, each):
+    """Trains a problem's model by SGD with momentum on its own batches."""
+    optimizer = torch.optim.SGD(it.model.parameters(), lr=lr, momentum=0.9)
+    for step in range(steps):
+        each(step)
+        total, terms = it.loss(it.model, it.batches[step % len(it.batches)])
+        optimizer.zero_grad()
+        (total / terms).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("name", "lr"), [("gpt2", 0.05), ("resnet", 0.02)])
+def test_within_two_percent_of_converged_lanczos_along_a_training(name, lr):
+    it = problems.PROBLEMS[name]()
+    objective = blockspec.Objective(it.model, it.batches[:1], it.loss)
+    tracker = blockspec.track(objective, k=2, guards=2)
+    whole = partition(it.model, "model")[0]
+    exact = {}
+
+    def each(step):
+        tracker(step)
+        if step % 3:
+            return
+        found = blockspec.top_eigenpairs(
+            objective, whole, 2, "largest", tolerance=1e-3, check=False, seed=7
+        )
+        exact[step] = found.values
+
+    train(it, 31, lr=lr, each=each)
+    table = tracker.table.pivot(index="step", columns="rank", values="value")
+    truth = np.array(list(exact.values()))
+    errors = np.abs(table.loc[list(exact)].to_numpy() - truth) / np.abs(truth)
+    assert np.ptp(truth, axis=0).max() > 0.2 * truth.max()  # there is something to follow
+    assert (errors <= 0.02).mean() >= 0.95
+    assert tracker.table.query("step > 0")["products"].mean() < 10
+
+
+def test_training_does_not_notice():
+    left = {}
+    for tracked in (False, True):
+        torch.manual_seed(1)
+        it = problems.nanogpt(dropout=0.2)
+        it.model.train()
+        optimizer = torch.optim.AdamW(it.model.parameters(), lr=1e-2)
+        tracker = blockspec.track(it.objective(), every=2) if tracked else lambda step: None
+        for step in range(5):
+            tracker(step)
+            total, terms = it.loss(it.model, it.batches[0])
+            (total / terms).backward()
+            tracker(step)  # in the middle of an update too: gradients are left alone
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        left[tracked] = state_of_everything(it.model, optimizer)
+    assert_identical(left[False], left[True])
+    assert tracker.table["step"].tolist() == [0, 0, 2, 2, 4, 4]
+
+
+def test_several_blocks_share_the_passes_over_the_data(tmp_path):
+    it = problems.problem("gpt2")
+    blocks = partition(it.model, include=["*c_attn.weight/*", "*wpe.weight"])
+    tracker = blockspec.track(it.objective(), blocks, k=2, curvature="ggn")
+    scalars = tracker(0)
+    before = tracker._operator.gradients
+    tracker(1)
+    rounds = tracker.table.query("step == 1")["rounds"].max()
+    assert tracker._operator.gradients - before == len(it.batches) * rounds
+    table = tracker.table
+    for block in blocks:
+        rows = table[(table["block"] == block.name) & (table["step"] == 1)]
+        exact = blockspec.top_eigenpairs(it.objective(), block, 2, "largest", curvature="ggn")
+        np.testing.assert_allclose(rows["value"], exact.values, rtol=0.02)
+        assert scalars[f"track/ggn/{block.name}/1"] == pytest.approx(rows["value"].iloc[0])
+    tracker.save(tmp_path)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "tracking.parquet"), table)
+    assert len(pd.read_parquet(tmp_path / "localisation.parquet")) == 2 * 2 * len(blocks)
+
+
+def test_participation_by_kind():
+    it = problems.problem("gpt2")
+    whole = partition(it.model, "model")[0]
+    parameters = it.objective().parameters()
+    kinds = kinds_of(whole, it.objective(), parameters)
+    matrices = partition(it.model, "matrix")
+    assert set(kinds.names) == {block.kind for block in matrices}
+    tensors = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    query = next(block for block in matrices if block.kind == "query")
+    query.pieces[0].fill(tensors[query.parameters[0]], torch.full((query.numel,), 3.0).double())
+    tensors["transformer.wpe.weight"][0, 0] = 4 * query.numel**0.5
+    vector = torch.cat([tensors[name].flatten() for name in parameters])[None]
+    share, within = by_kind(vector, kinds)
+    found = dict(zip(kinds.names, zip(share[0], within[0], strict=True), strict=True))
+    assert found["query"] == pytest.approx((9 / 25, 1 / query.numel))
+    assert found["position"] == pytest.approx((16 / 25, 1.0))
+    assert found["norm"][0] == 0
+    assert np.isnan(found["norm"][1])
+    expected = (16 / 25) ** 2 + (9 / 25) ** 2 / query.numel
+    assert inverse_participation(vector)[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": 0}, "k is a whole number >= 1, got 0"),
+        ({"which": "top"}, "which is one of"),
+        ({"tolerance": 2}, "between 0 and 1"),
+        ({"guards": -1}, "guards is a whole number >= 0"),
+        ({"every": 0}, "every is a whole number >= 1"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Tracking(**settings)
+
+
+def test_more_eigenvalues_than_parameters_are_refused():
+    objective = objective_of({"a": torch.eye(3)})
+    with pytest.raises(ValueError, match=r"k is at most the 3 parameters of block 'model', got 4"):
+        blockspec.track(objective, k=4)
+
+
+def test_the_figure_shows_values_thresholds_and_what_is_rough(tmp_path):
+    table = pd.DataFrame(
+        {
+            "step": np.tile(np.arange(4), 2),
+            "matrix": "hessian",
+            "block": "model",
+            "rank": np.repeat([1, 2], 4),
+            "value": [1.0, 2, 3, 4, 0.5, 1, 1, 1],
+            "residual": 0.1,
+            "converged": [True, True, False, True, True, True, True, True],
+            "overlap": 0.9,
+            "ipr": 0.01,
+        }
+    )
+    course = pd.Series([3.0, 2.0], index=[0, 3])
+    figure = tracked_eigenvalues(table, {"2/lr": 3.5, "falling": course})
+    axes = figure.axes[0]
+    dashed = [line for line in axes.lines if line.get_color() == "0.35"]
+    assert [line.get_ydata()[0] for line in dashed] == [3.5, 3.0]
+    assert {text.get_text() for text in axes.texts} == {"2/lr", "falling"}
+    circles = [line for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert [line.get_xdata().tolist() for line in circles] == [[2]]
+    assert save(figure, tmp_path, "tracking").stat().st_size > 10_000
+    nested = tracked_eigenvalues(table, {"ggn": {"other": 1.0}, "hessian": {"own": 2.0}})
+    assert {text.get_text() for text in nested.axes[0].texts} == {"own"}
+    with pytest.raises(ValueError, match="no measurements"):
+        tracked_eigenvalues(table[:0])
