@@ -1,0 +1,170 @@
+"""P^(-1/2) H P^(-1/2) as an operator around another one.
+
+A product takes three steps: P^(-1/2) v, the product of the inner operator, and P^(-1/2) again. The
+number of products stays the same. Everything else that the inner operator can do (plan its cost,
+cut its batches, keep graphs) stays its own, and is reached through this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockspec.model.blocks import Block
+from blockspec.products.operators import Operator
+from blockspec.products.preconditioning.preconditioner import Preconditioner
+from blockspec.products.preconditioning.scalings import Diagonal, Scaling, cuts, piece_shape
+
+PASSED_ON = ("num_batches", "largest_batch", "rehearse", "calibrate", "batches")
+"""Methods that an inner operator may have. They are set on each object, because protocols look for
+members without asking ``__getattr__``.
+"""
+KEPT = 4  # entries of diagonals that are kept ready, per parameter of the model
+
+
+def _inner(name: str) -> Any:
+    """A property that is read and written on the inner operator."""
+
+    def get(self: Preconditioned) -> Any:
+        return getattr(self.inner, name)
+
+    def put(self: Preconditioned, value: Any) -> None:
+        setattr(self.inner, name, value)
+
+    return property(get, put)
+
+
+class Preconditioned:
+    """P^(-1/2) H P^(-1/2), where H is another operator.
+
+    Args:
+        inner: H.
+        preconditioner: P; of every parameter of the blocks that products are asked for.
+    """
+
+    objective = _inner("objective")
+    parameters = _inner("parameters")
+    device = _inner("device")
+    ranks = _inner("ranks")
+    gradients = _inner("gradients")
+    products = _inner("products")
+    micro_batch = _inner("micro_batch")
+    graphs = _inner("graphs")
+
+    def __init__(self, inner: Operator, preconditioner: Preconditioner) -> None:
+        self.inner = inner
+        self.preconditioner = preconditioner
+        self._roots: dict[tuple[str, torch.dtype], Scaling] = {}
+        self._ready: dict[int, tuple[Block, Tensor]] = {}
+        for name in PASSED_ON:
+            if hasattr(inner, name):
+                setattr(self, name, getattr(inner, name))
+        if hasattr(inner, "columns_by_unit"):
+            self.columns_by_unit = self._columns_by_unit
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # an object that is just being made
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    @property
+    def curvature(self) -> str:
+        """What results call the matrix."""
+        return f"preconditioned {self.inner.curvature} ({self.preconditioner.name})"
+
+    def check(self, blocks: Sequence[Block]) -> None:
+        """That P is known of the blocks and not cut by them; then the inner operator's guards.
+
+        Raises:
+            ValueError: As said; the message names the parameter and the block.
+        """
+        for block in blocks:
+            for piece in block.pieces:
+                self._check_piece(block, piece)
+        self.inner.check(blocks)
+
+    def _check_piece(self, block: Block, piece: Any) -> None:
+        name = piece.parameter
+        title = self.preconditioner.name
+        scaling = self.preconditioner.scalings.get(name)
+        if scaling is None:
+            raise ValueError(
+                f"block {block.name!r} holds {name!r}, which {title} does not step, so that it "
+                "has no preconditioner: leave the block out (exclude=), or give all optimizers of "
+                "the model, Preconditioner.from_optimizer([muon, adamw], model)"
+            )
+        if cuts(scaling, piece):
+            raise ValueError(
+                f"block {block.name!r} cuts {name!r} where {title} mixes its entries: its "
+                "preconditioner is a matrix that acts on the whole, and a part of it is no "
+                "preconditioner of a part. Take whole matrices: by='tensor' or by='layer'"
+            )
+
+    def sweep(self, requests: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
+        """For each (block b, v (P_b,)): P_b^(-1/2) H_bb P_b^(-1/2) v (P_b,)."""
+        found = self.inner.sweep(self._before(requests))
+        return [self._root(b, product) for (b, _), product in zip(requests, found, strict=True)]
+
+    def columns(
+        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block]
+    ) -> list[list[Tensor]]:
+        """For each (block b, v (P_b,)): P_c^(-1/2) H_cb P_b^(-1/2) v (P_c,) of every block c in
+        ``targets``.
+        """
+        found = self.inner.columns(self._before(requests), targets)
+        return [self._after(targets, parts) for parts in found]
+
+    def _columns_by_unit(
+        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Any
+    ) -> tuple[list[list[Tensor]], Any]:
+        """:meth:`columns`, and what ``each`` makes of every unit's products."""
+
+        def each_of_ours(number: int, parts: list[Tensor]) -> Any:
+            return each(number, self._after(targets, parts))
+
+        found, units = self.inner.columns_by_unit(  # type: ignore[attr-defined]
+            self._before(requests), targets, each_of_ours
+        )
+        return [self._after(targets, parts) for parts in found], units
+
+    def _before(self, requests: Sequence[tuple[Block, Tensor]]) -> list[tuple[Block, Tensor]]:
+        return [(block, self._root(block, vector)) for block, vector in requests]
+
+    def _after(self, targets: Sequence[Block], parts: Sequence[Tensor]) -> list[Tensor]:
+        return [self._root(block, part) for block, part in zip(targets, parts, strict=True)]
+
+    def _root(self, block: Block, vector: Tensor) -> Tensor:
+        """P_b^(-1/2) v (P_b,)."""
+        kept = self._ready.get(id(block))
+        if kept is not None:
+            return vector * kept[1]
+        pieces = [self._piece(piece, vector) for piece in block.pieces]
+        if all(isinstance(scaling, Diagonal) for scaling, _ in pieces):
+            values = torch.cat([s.values.reshape(-1) for s, _ in pieces if isinstance(s, Diagonal)])
+            self._keep(block, values)
+            return vector * values
+        sizes = [torch.Size(shape).numel() for _, shape in pieces]
+        parts = [
+            scaling(part.view(shape)).reshape(-1)
+            for (scaling, shape), part in zip(pieces, vector.split(sizes), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _piece(self, piece: Any, vector: Tensor) -> tuple[Scaling, tuple[int, ...]]:
+        """P^(-1/2) of one piece, and its shape."""
+        name, key = piece.parameter, (piece.parameter, vector.dtype)
+        if key not in self._roots:
+            root = self.preconditioner.scalings[name].power(0.5)
+            self._roots[key] = root.to(vector.dtype, vector.device)
+        root, shape = self._roots[key], tuple(self.inner.parameters[name].shape)
+        return (root, shape) if piece.whole else (root.cut(piece), piece_shape(piece, shape))
+
+    def _keep(self, block: Block, values: Tensor) -> None:
+        """The block is kept too: its address is its name only while it lives."""
+        most = KEPT * sum(p.numel() for p in self.inner.parameters.values())
+        if sum(len(kept) for _, kept in self._ready.values()) + len(values) > most:
+            self._ready.clear()
+        self._ready[id(block)] = (block, values)
