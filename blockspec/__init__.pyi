@@ -11,6 +11,8 @@ from blockspec.model.pieces import Block as Block
 from blockspec.numerics.probes import draw_probe as draw_probe
 from blockspec.products.operators import FunctionOperator as FunctionOperator
 from blockspec.products.operators import Operator as Operator
+from blockspec.products.preconditioning.operator import Preconditioned as Preconditioned
+from blockspec.products.preconditioning.preconditioner import Preconditioner as Preconditioner
 from blockspec.runs.progress import progress_bar as progress_bar
 from blockspec.spectra.collection import Spectra as Spectra
 from blockspec.spectra.collection import block_diagonal as block_diagonal

@@ -26,8 +26,9 @@ from blockspec.numerics.memory import parse
 from blockspec.numerics.ranks import Ranks, arrange, everywhere
 from blockspec.products.curvature import Products
 from blockspec.products.operators import Operator
+from blockspec.products.preconditioning.operator import Preconditioned
 from blockspec.products.requests import block_dtype
-from blockspec.products.selection import check_of, open_operator
+from blockspec.products.selection import check_of, open_operator, told
 from blockspec.products.settings import takes
 from blockspec.spectra.collection import Cost, Spectra
 from blockspec.spectra.spectrum import Spectrum
@@ -196,10 +197,9 @@ def _identity(
         )
     numbers = {
         name: value if isinstance(value, int | float) else str(value)
-        for name, value in vars(settings).items()
-        if name != "curvature"
+        for name, value in told(settings, operator).items()
     }
-    return identity_of(operator.objective, blocks, numbers | {"curvature": operator.curvature})
+    return identity_of(operator.objective, blocks, numbers)
 
 
 def precision_errors(operator: Operator, schedule: Schedule) -> dict[str, float]:
@@ -209,8 +209,7 @@ def precision_errors(operator: Operator, schedule: Schedule) -> dict[str, float]
     The mean square is the squared Frobenius norm of A - B over P, whose root bounds the Wasserstein
     distance between the two spectra (Hoffman and Wielandt 1953). One q does for a large block.
     """
-    assert isinstance(operator, Products)  # no other has a precision: see open_operator
-    wide = Products(operator.objective, operator.curvature, ranks=operator.ranks)
+    wide = _in_own_precision(operator)
     squares: dict[str, list[float]] = {}
     for tasks in schedule.groups():
         for probe in range(PROBES_OF_SMALL):
@@ -222,9 +221,17 @@ def precision_errors(operator: Operator, schedule: Schedule) -> dict[str, float]
                 squares.setdefault(block.name, []).append(
                     float((a - b).square().sum() / q.square().sum())
                 )
-    operator.gradients += wide.gradients
-    operator.products += wide.products
+    operator.gradients += wide.gradients  # type: ignore[misc]  # counters of its class
+    operator.products += wide.products  # type: ignore[misc]
     return {name: math.sqrt(statistics.fmean(values)) for name, values in squares.items()}
+
+
+def _in_own_precision(operator: Operator) -> Operator:
+    """The same matrix by products in the parameters' own precision."""
+    if isinstance(operator, Preconditioned):
+        return Preconditioned(_in_own_precision(operator.inner), operator.preconditioner)
+    assert isinstance(operator, Products)  # no other has a precision: see open_operator
+    return Products(operator.objective, operator.curvature, ranks=operator.ranks)
 
 
 def _spectrum(task: Task, curvature: str, precision_error: float) -> Spectrum:

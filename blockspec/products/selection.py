@@ -4,8 +4,10 @@ it works with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from blockspec.model.blocks import Block
 from blockspec.model.identity import Identity, blocks_digest, identity_of, same_everywhere
@@ -13,6 +15,8 @@ from blockspec.model.objective import Objective
 from blockspec.numerics.ranks import Ranks, arrange, everywhere
 from blockspec.products.curvature import Products
 from blockspec.products.operators import Operator
+from blockspec.products.preconditioning.operator import Preconditioned
+from blockspec.products.preconditioning.preconditioner import Preconditioner
 from blockspec.products.requests import checked_blocks
 
 
@@ -28,10 +32,14 @@ class OperatorSettings:
             gradients of one batch and finds functions whose second derivative is silently wrong;
             see :mod:`blockspec.products.guard`. What came out is ``cost.check`` of the result, also
             where it was left out.
+        precondition: Measure P^(-1/2) H P^(-1/2), the curvature that an optimizer sees, instead of
+            H. Give a file or a folder with the optimizer's state, such as optimizer.pt; in Python
+            it may also be a blockspec.Preconditioner. If left out, H itself is measured.
     """
 
     curvature: str | Operator = "hessian"
     check: bool = True
+    precondition: str | Preconditioner | None = None
 
 
 def open_operator(
@@ -81,6 +89,7 @@ def open_operator(
         raise ValueError(
             f"precision={precision!r} goes with the name of a matrix, not with an operator"
         )
+    operator = _preconditioned(operator, settings)
     chosen = everywhere(lambda: checked_blocks(operator.parameters, blocks))
     if operator.ranks.rows * operator.ranks.columns > 1:
         same_everywhere(_identity(operator, chosen, settings))
@@ -88,13 +97,53 @@ def open_operator(
     return operator, chosen
 
 
+def _preconditioned(operator: Operator, settings: OperatorSettings) -> Operator:
+    if settings.precondition is None:
+        return operator
+    return Preconditioned(operator, opened_preconditioner(settings, operator.objective))
+
+
+def opened_preconditioner(
+    settings: OperatorSettings, objective: Objective | None
+) -> Preconditioner:
+    """The preconditioner that the settings name; a file is read.
+
+    Raises:
+        ValueError: The file is none, or not of this model.
+        TypeError: It is neither a path nor a preconditioner, or a path without a model.
+    """
+    given = settings.precondition
+    if isinstance(given, Preconditioner):
+        return given
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(
+            "precondition is a blockspec.Preconditioner or the path of an optimizer's state, got "
+            f"a {type(given).__name__}; from an optimizer: "
+            "Preconditioner.from_optimizer(optimizer, model)"
+        )
+    if objective is None:
+        raise TypeError(
+            f"precondition={str(given)!r} is read for a model, and an operator of your own has "
+            "none: give a blockspec.Preconditioner"
+        )
+    model = objective.model
+    return everywhere(lambda: Preconditioner.from_state(given, model))
+
+
+def told(settings: OperatorSettings, operator: Operator) -> dict[str, Any]:
+    """The settings as what numbers depend on: what stands for a matrix is named by its content."""
+    named: dict[str, Any] = dict(vars(settings)) | {"curvature": operator.curvature}
+    if isinstance(operator, Preconditioned):
+        named["precondition"] = operator.preconditioner.digest
+    return named
+
+
 def _identity(operator: Operator, blocks: Sequence[Block], settings: OperatorSettings) -> Identity:
     """What all processes must agree on before the first of them waits for another."""
-    named = {name: str(value) for name, value in vars(settings).items() if name != "curvature"}
-    named["curvature"] = operator.curvature
+    named: Mapping[str, str] = {n: str(value) for n, value in told(settings, operator).items()}
     objective = operator.objective
     if objective is None:
-        return named | {"blocks": blocks_digest(blocks)}
+        return {**named, "blocks": blocks_digest(blocks)}
     return everywhere(lambda: identity_of(objective, blocks, named))
 
 

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from blockspec.model.blocks import Block, gather
 from blockspec.model.objective import Objective
-from blockspec.products.curvature import Products
 from blockspec.products.operators import Operator
 from blockspec.products.selection import OperatorSettings, open_operator
 from blockspec.products.settings import takes
@@ -311,8 +310,9 @@ def _units(
     each: Callable[[int, list[Tensor]], np.ndarray],
 ) -> Sequence[tuple[float, list[np.ndarray]]]:
     """(terms, values) of every unit; an operator that does not tell units apart is one unit."""
-    if isinstance(operator, Products):
-        return operator.columns_by_unit(requests, blocks, each)[1]
+    by_unit = getattr(operator, "columns_by_unit", None)
+    if by_unit is not None:
+        return by_unit(requests, blocks, each)[1]
     found = operator.columns(requests, blocks)
     return [(1.0, [each(number, parts) for number, parts in enumerate(found)])]
 

@@ -46,9 +46,7 @@ class Preconditioner:
         self.digest = content.text()
 
     @classmethod
-    def diagonal(
-        cls, values: Mapping[str, Tensor], *, name: str = "diagonal"
-    ) -> Preconditioner:
+    def diagonal(cls, values: Mapping[str, Tensor], *, name: str = "diagonal") -> Preconditioner:
         """A diagonal P of one's own.
 
         Args:

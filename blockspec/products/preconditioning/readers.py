@@ -19,7 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockspec.products.preconditioning.scalings import Diagonal, Factor, Kronecker, Rotated, Scaling
+from blockspec.products.preconditioning.scalings import (
+    Diagonal,
+    Factor,
+    Kronecker,
+    Rotated,
+    Scaling,
+)
 
 State = Mapping[str, Any]
 
@@ -164,12 +170,11 @@ def _soap(held: Held) -> Scaling:
     if held.group.get("merge_dims"):
         square = square.reshape(_merged(turned, square))
     bias = held.bias(held.group["betas"][1], steps) if corrected else 1.0
-    values = 1 / (_eps_inside(held, square, bias))
-    own = values.shape == held.shape
-    return Rotated(tuple(turned), values, own)
+    values = 1 / _soaps_denominator(held, square, bias)
+    return Rotated(tuple(turned), values, values.shape == held.shape)
 
 
-def _eps_inside(held: Held, square: Tensor, bias: float) -> Tensor:
+def _soaps_denominator(held: Held, square: Tensor, bias: float) -> Tensor:
     """pytorch_optimizer corrects the whole denominator, NVIDIA's package the square alone."""
     if "step" in held.state:
         return (square / bias).sqrt() + held.group["eps"]
@@ -185,14 +190,17 @@ def _merged(bases: Sequence[Tensor | None], square: Tensor) -> list[int]:
 
 
 def _heavyball_soap(held: Held) -> Scaling:
-    names = {name.rsplit("_", 1)[0]: name for name in held.state}
-    square = held.wide(names["scale_by_soap_exp_avg_sq"])
-    if len(square) != 1:
+    """Its state is that of views of the parameter; the number of its place in a chain ends each
+    name.
+    """
+    views = [value for value in held.state.values() if isinstance(value, Mapping)]
+    state = {str(name).rsplit("_", 1)[0]: value for name, value in views[0].items()}
+    square = state["scale_by_soap_exp_avg_sq"].detach().double()
+    if len(views) > 1 or len(square) != 1:
         raise NotReady("it was split into several tensors: take split=False")
-    bases = [None if b is None else b[0].double() for b in held.state[names["scale_by_soap_Q"]]]
+    bases = [None if b is None else b[0].double() for b in state["scale_by_soap_Q"]]
     values = 1 / square[0].sqrt().clamp(min=held.group["eps"])
-    own = values.shape == held.shape
-    return Rotated(tuple(bases), values, own)
+    return Rotated(tuple(bases), values, values.shape == held.shape)
 
 
 class NotReady(Exception):
