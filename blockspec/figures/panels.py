@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
-from blockspec.figures.style import Look, eigenvalue_axis, look, short_name
+from blockspec.figures.style import Look, column_of, eigenvalue_axis, look, short_name
 from blockspec.model.pieces import FULL
 from blockspec.spectra.collection import block_diagonal
 from blockspec.spectra.resolved import even_grid, resolution, resolved_density
@@ -116,7 +116,7 @@ def panel_of(
     of several.
     """
     first = next(iter(parts))
-    kind = parts[first].block.kind
+    kind = column_of(parts[first].block)
     shown = look(kind)
     if len(parts) > 1:
         layers = {part.block.layer for part in parts.values()}

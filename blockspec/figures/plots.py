@@ -33,6 +33,7 @@ from blockspec.figures.panels import (
 )
 from blockspec.figures.style import (
     Look,
+    column_of,
     eigenvalue_axis,
     looks_of,
     matrix_name,
@@ -105,7 +106,7 @@ def _rows(spectra: Mapping[str, Spectrum], max_layers: int) -> tuple[list[Row], 
         raise ValueError("no spectra to draw: the mapping is empty")
     names = short_names(spectra)
     layers = sorted({s.block.layer for s in spectra.values() if s.block.layer is not None})
-    present = {s.block.kind for s in spectra.values() if s.block.layer is not None}
+    present = {column_of(s.block) for s in spectra.values() if s.block.layer is not None}
     kinds = list(looks_of(present))
     if len(present - {"norm", "bias"}) < 3:
         panels = [panel_of(parts, names) for parts in _cells(spectra, by_layer=False).values()]
@@ -147,7 +148,7 @@ def _cells(
     counts = Counter(name.split("/")[0] for name in spectra)
     cells: dict[tuple[int | None, str], dict[str, Spectrum]] = {}
     for name, spectrum in spectra.items():
-        layer, kind, matrix = layer_of[name], spectrum.block.kind, name.split("/")[0]
+        layer, kind, matrix = layer_of[name], column_of(spectrum.block), name.split("/")[0]
         together = layer is not None or kind in ("norm", "bias")
         key = kind if together else matrix if counts[matrix] > 4 else name
         cells.setdefault((layer, key), {})[name] = spectrum

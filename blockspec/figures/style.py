@@ -23,7 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 from torch import nn
 
-from blockspec.model.architectures import layer_prefix, role
+from blockspec.model.architectures import ADAPTERS, layer_prefix, role
+from blockspec.model.pieces import Block
+from blockspec.model.places import ATTENDING, CROSS, SIDE, Places
 
 RC: Any = {
     # of figures 7 to 9 inches wide, so that they are legible across a paper's two columns
@@ -135,20 +137,37 @@ def look(kind: str) -> Look:
 
 
 def looks_of(kinds: Iterable[str]) -> dict[str, Look]:
-    """Kind -> look for the kinds given, each once, in the order in which they stand in figures.
+    """Kind or role -> look for those given, each once, in the order in which they stand in figures:
+    roles after their kind.
 
-    A kind that is not in KINDS has a look that depends on its name alone, so that it is the same in
-    every figure.
+    What is not in KINDS has a look that depends on its name alone, so that it is the same in every
+    figure.
     """
-    present = set(kinds)
-    own = sorted(present - set(KINDS))
-    known = {kind: KINDS[kind] for kind in KINDS if kind in present}
-    return known | {k: _own_look(k) for k in own}
+    places = list(KINDS)
+
+    def order(kind: str) -> tuple[int, bool, str]:
+        base = _kind_of(kind)
+        return (places.index(base) if base else len(places), kind != base, kind)
+
+    return {kind: KINDS.get(kind) or _own_look(kind) for kind in sorted(set(kinds), key=order)}
+
+
+def _kind_of(role: str) -> str | None:
+    """The longest kind of KINDS that a role ends in: ``query`` of ``decoder_cross_query``."""
+    ends = [kind for kind in KINDS if role == kind or role.endswith(f"_{kind}")]
+    return max(ends, key=len, default=None)
+
+
+def column_of(block: Block) -> str:
+    """What a block is among those of its layer: its role, less the side that the layer is on."""
+    return block.role.removeprefix("encoder_").removeprefix("decoder_")
 
 
 def _own_look(kind: str) -> Look:
     number = zlib.crc32(kind.encode())
-    label = kind.replace("_", " ")
+    base = _kind_of(kind)
+    label = kind if base is None else kind.removesuffix(base) + KINDS[base].label
+    label = label.replace("_", " ")
     return Look(label, kind, OWN[number % len(OWN)], OWN_MARKERS[number // 7 % len(OWN_MARKERS)])
 
 
@@ -185,19 +204,25 @@ def save(figure: Figure, folder: str | os.PathLike[str], name: str) -> Path:
 def short_name(name: str) -> str:
     """A block's name for an axis: ``transformer.h.0.attn.c_attn.weight/query`` is ``h0.query``.
 
-    A matrix within a layer is called by its kind where its architecture is known, anything else by
-    its module.
+    A matrix within a layer is called by its kind where its architecture is known, with ``cross_``
+    before it in cross-attention; anything else by its module.
     """
     path, *parts = name.split("/")
-    kind = role(path, nn.Identity()).matrix
+    found = role(path, nn.Identity())
+    kind, adapter = found.matrix, ADAPTERS.search(path)
     if parts and kind == "qkv":
-        middle = [parts.pop(0)]
+        middle = [_crossed(path, parts.pop(0))]
     elif layer_prefix(path) and kind in MATRIX_KINDS:
-        middle = [KINDS[kind].short]
+        middle = [_crossed(path, kind), *([adapter[1]] if adapter else [])]
     else:
         below = _below_layer(path)
         middle = below[-2:] if below and below[-1].isdigit() else below[-1:]
     return _joined(path, middle, parts)
+
+
+def _crossed(path: str, kind: str) -> str:
+    short = KINDS[kind].short
+    return f"cross_{short}" if kind in ATTENDING and CROSS.search(path) else short
 
 
 def _longer_name(name: str) -> str:
@@ -207,7 +232,7 @@ def _longer_name(name: str) -> str:
 
 
 def _joined(path: str, middle: Sequence[str], parts: Sequence[str]) -> str:
-    suffix = ["bias"] if path.endswith(".bias") else []
+    suffix = ["bias"] if path.endswith((".bias", "in_proj_bias")) else []
     name = (
         ".".join([*_layer(path), *middle, *suffix, *(part.replace("_", "") for part in parts)])
         or path
@@ -232,11 +257,21 @@ def _layer(path: str) -> list[str]:
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
     """Name -> short name; names whose short names coincide are spelled longer, so that all stay
-    different.
+    different. Where there are layers of an encoder and of a decoder, the side comes first.
     """
     names = list(names)
-    short = {name: short_name(name) for name in names}
-    for longer in (_longer_name, lambda name: name.replace(".weight", ""), lambda name: name):
+    sides = Places.of(map(layer_prefix, names)).sides
+
+    def with_side(name: str, label: str) -> str:
+        side = SIDE.search(layer_prefix(name) or "") if sides else None
+        return f"{side[1]}.{label}" if side else label
+
+    short = {name: with_side(name, short_name(name)) for name in names}
+    for longer in (
+        lambda name: with_side(name, _longer_name(name)),
+        lambda name: name.replace(".weight", ""),
+        lambda name: name,
+    ):
         counts = Counter(short.values())
         short = {
             name: label if counts[label] == 1 else longer(name) for name, label in short.items()

@@ -86,13 +86,16 @@ def kinds_over_training(table: pd.DataFrame, quantity: str = "mean") -> pd.DataF
     its standard error.
 
     Returns:
-        Columns step, kind, value, stderr; kind ``full`` is the block ``model``. The traces of
+        Columns step, kind, value, stderr; kind ``full`` is the block ``model``, and others are
+        roles where a model has several of a kind (``decoder_cross_query``). The traces of
         different blocks are independent, so that their variances add; stderr is nan where it cannot
         be known (one probe).
     """
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity is one of {tuple(QUANTITIES)}, got {quantity!r}")
-    moments = table.assign(moment=table["node"] * table["weight"] * table["numel"])
+    moments = table.assign(
+        kind=table["role"], moment=table["node"] * table["weight"] * table["numel"]
+    )
     keys = ["step", "block", "kind", "numel", "exact"]
     probes = moments.groupby([*keys, "probe"], sort=False)["moment"].sum()
     traces = probes.groupby(keys, sort=False).agg(["mean", "sem"]).reset_index()
@@ -204,8 +207,8 @@ def _kinds_of_last_step(tables: Mapping[str, pd.DataFrame]) -> dict[str, dict[st
     found: dict[str, dict[str, Spectrum]] = {}
     for run, table in tables.items():
         spectra = spectra_of(table[table["step"] == table["step"].max()])
-        for kind in looks_of(s.block.kind for s in spectra.values()):
-            parts = {n: s for n, s in spectra.items() if s.block.kind == kind}
+        for kind in looks_of(s.block.role for s in spectra.values()):
+            parts = {n: s for n, s in spectra.items() if s.block.role == kind}
             found.setdefault(kind, {})[run] = block_diagonal(parts)
     return {kind: found[kind] for kind in looks_of(found)}
 

@@ -82,7 +82,8 @@ def record(
     Returns:
         The step's scalars by name, for one's own tracker: the loss, ``spectrum/js0`` (mean
         Jensen-Shannon divergence over all pairs of blocks, nats), ``spectrum/largest/<kind>`` and
-        ``spectrum/trace/<kind>``; kind ``full`` is the block ``model``.
+        ``spectrum/trace/<kind>``; kind ``full`` is the block ``model``. Kinds are told apart where
+        a model has several of them: ``decoder_cross_query``, ``query_adapter``.
 
     Raises:
         what: :func:`blockspec.estimate_spectra` raises; ValueError for a wrapped model, a folder of
@@ -170,9 +171,10 @@ def _check_training(out: Path, content: Record, training: Mapping[str, Any]) -> 
 
 
 def scalars(spectra: Spectra, heterogeneity: pd.DataFrame | None) -> dict[str, float]:
-    """The largest eigenvalue and the trace by kind of block, and the heterogeneity."""
+    """The largest eigenvalue and the trace by role of block, and the heterogeneity."""
     table = spectra.summary().reset_index()
-    groups = table.groupby("kind", sort=False)
+    roles = [spectrum.block.role for spectrum in spectra.values()]
+    groups = table.groupby(pd.Series(roles), sort=False)
     found = {
         f"spectrum/largest/{kind}": float(value) for kind, value in groups["largest"].max().items()
     }

@@ -165,8 +165,9 @@ TOKENS = frozenset(
 """Endings of the matrices that hold one row per token of the vocabulary."""
 
 ADAPTERS = re.compile(
-    r"\.(lora_[A-Za-z_]+|hada_w\w+|lokr_w\w+|ia3_l|vera_lambda_[bd]|oft_[rs]|boft_[RS]|"
-    r"adapter_modules|adapters?)(\.|$)"
+    r"\.((?:gra|rand|vb|de|poly_)?lora_[A-Za-z_]+|hada_w\w+|lokr_w\w+|ia3_l|vera_lambda_[bd]|"
+    r"b?oft_[rRsS]|fourierft_\w+|waveft_\w+|hra_u|(?:bone|miss)_block|road_\w+|c3a_kernel|"
+    r"shira_weight|ranknum|trainable_tokens_\w+|adapter_modules|adapters?)(\.|$)"
 )
 """What stands between the name of a matrix and the names of the parameters that adapt it (PEFT,
 X-MOD).

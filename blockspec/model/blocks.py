@@ -18,6 +18,7 @@ from blockspec.model.pieces import FULL, LAYER
 from blockspec.model.pieces import Block as Block
 from blockspec.model.pieces import Blocks as Blocks
 from blockspec.model.pieces import Piece as Piece
+from blockspec.model.places import Places
 from blockspec.model.roles import Layout, layouts, watch_example
 from blockspec.model.row_gradients import Seen
 
@@ -130,6 +131,7 @@ def _blocks(
     prefixes, numbers = _layers(model)
     wanted = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
     found = layouts(model, wanted, known, seen)
+    places = Places.of(prefixes.values())
     pieces = [
         Block(
             name,
@@ -138,11 +140,12 @@ def _blocks(
             piece.size(tensor.shape),
             (piece,),
             found[parameter].note,
+            places.role(parameter, kind, found[parameter].matrix),
         )
         for parameter, tensor in wanted.items()
         for name, kind, piece in _cut(parameter, tensor, found[parameter], by)
     ]
-    return _by_layer(pieces, prefixes) if by == "layer" else pieces
+    return _by_layer(pieces, prefixes, places) if by == "layer" else pieces
 
 
 def _layers(model: nn.Module) -> tuple[dict[str, str], dict[str, int]]:
@@ -160,20 +163,21 @@ def _layers(model: nn.Module) -> tuple[dict[str, str], dict[str, int]]:
     }
 
 
-def _union(name: str, blocks: Sequence[Block], kind: str = "other") -> Block:
+def _union(name: str, blocks: Sequence[Block], kind: str = "other", role: str = "") -> Block:
     layers = {block.layer for block in blocks}
     pieces = tuple(piece for block in blocks for piece in block.pieces)
-    return Block(
-        name, kind, layers.pop() if len(layers) == 1 else None, sum(b.numel for b in blocks), pieces
-    )
+    layer = layers.pop() if len(layers) == 1 else None
+    return Block(name, kind, layer, sum(b.numel for b in blocks), pieces, role=role)
 
 
-def _by_layer(blocks: Sequence[Block], prefixes: Mapping[str, str]) -> list[Block]:
+def _by_layer(blocks: Sequence[Block], prefixes: Mapping[str, str], places: Places) -> list[Block]:
     groups: dict[str, list[Block]] = defaultdict(list)
     for block in blocks:
         groups[prefixes.get(block.name, block.name)].append(block)
     return [
-        group[0] if name == group[0].name else _union(name, group, LAYER)
+        group[0]
+        if name == group[0].name
+        else _union(name, group, LAYER, places.role(name, LAYER, LAYER))
         for name, group in groups.items()
     ]
 

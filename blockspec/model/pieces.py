@@ -91,6 +91,13 @@ class Block:
     """What is to be said of the block's kind or cut: where its name and the forward pass disagree,
     and why a fused tensor stayed whole.
     """
+    role: str = field(default="", repr=False, compare=False)
+    """What it is among others of its kind, see :mod:`blockspec.model.places`: figures and logs go
+    by it. The kind itself where there is nothing to tell apart.
+    """
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "role", self.role or self.kind)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -104,7 +111,7 @@ class Blocks(tuple[Block, ...]):
     __slots__ = ()
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a block: kind, layer, numel and, where there is one, a note."""
+        """A row a block: kind, layer, numel and, where there are any, roles and notes."""
         return frame_of(self)
 
     def _repr_html_(self) -> str:
@@ -114,10 +121,11 @@ class Blocks(tuple[Block, ...]):
 
 
 def frame_of(blocks: Sequence[Block]) -> pd.DataFrame:
-    """A row a block: kind, layer, numel and, where there is one, a note."""
+    """A row a block: kind, layer, numel and, where there are any, roles and notes."""
     import pandas as pd
 
-    rows = [(b.name, b.kind, b.layer, b.numel, b.note) for b in blocks]
-    table = pd.DataFrame(rows, columns=["block", "kind", "layer", "numel", "note"])
+    rows = [(b.name, b.kind, b.role, b.layer, b.numel, b.note) for b in blocks]
+    table = pd.DataFrame(rows, columns=["block", "kind", "role", "layer", "numel", "note"])
     table = table.astype({"layer": "Int64"}).set_index("block")
-    return table if table["note"].any() else table.drop(columns="note")
+    table = table if table["note"].any() else table.drop(columns="note")
+    return table if (table["role"] != table["kind"]).any() else table.drop(columns="role")

@@ -80,11 +80,12 @@ def _distances(table: pd.DataFrame) -> dict[int, pd.DataFrame]:
 
 
 def summary(spectra: Spectra) -> pd.DataFrame:
-    """A row a kind of block, and one for the full matrix: number, largest and smallest eigenvalue,
-    mean eigenvalue.
+    """A row a role of block (its kind, where there is nothing to tell apart), and one for the full
+    matrix: number, largest and smallest eigenvalue, mean eigenvalue.
     """
     table = spectra.summary().reset_index()
-    groups = table.groupby("kind", sort=False)
+    roles = [spectrum.block.role for spectrum in spectra.values()]
+    groups = table.groupby(pd.Series(roles, name="kind"), sort=False)
     return pd.DataFrame(
         {
             "blocks": groups.size(),

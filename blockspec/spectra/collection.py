@@ -227,6 +227,7 @@ COLUMNS = (
     *PER_NODE,
     *PER_PROBE,
     *PER_BLOCK,
+    "role",
 )
 
 
@@ -237,6 +238,7 @@ def _frame(spectrum: Spectrum, step: int) -> pd.DataFrame:
         "step": step,
         "block": block.name,
         "kind": block.kind,
+        "role": block.role,
         "layer": block.layer,
     }
     columns |= {"numel": block.numel, "probe": np.repeat(np.arange(probes), places)}
@@ -259,7 +261,9 @@ def _spectrum(rows: pd.DataFrame) -> Spectrum:
         name: first[name].item() if hasattr(first[name], "item") else first[name]
         for name in PER_BLOCK
     }
-    block = Block(name=first["block"], kind=first["kind"], layer=layer, numel=int(first["numel"]))
+    block = Block(
+        first["block"], first["kind"], layer, int(first["numel"]), role=str(first["role"])
+    )
     return Spectrum(block=block, **arrays)
 
 
