@@ -46,7 +46,7 @@ def test_the_table_names_every_block():
     assert "20blocks" not in out
     for block in partition(problems.nanogpt().model, by="layer"):
         assert f"{block.numel:,}" in out
-    assert "kinds:1embedding,1position,1other,2norm" in out
+    assert "kinds:1embedding,1position,1layer,2norm" in out
 
 
 def test_blocks_of_kind_other_are_warned_of():
