@@ -101,6 +101,14 @@ def figures(
     few = blockspec.js_distances(last.select("*h.0.mlp*"), "wasserstein")
     layers = deep(layers=12)
     return {
+        "tails_by_block": plots.tails_by_block(parts),
+        "tails_by_block of 12 layers": plots.tails_by_block(layers, columns=2),
+        "tails_by_block of convolutions": plots.tails_by_block(convolutional()),
+        "tails_by_block of one block": plots.tails_by_block(last.select("model")),
+        "tails_of_full": plots.tails_of_full(by_step),
+        "quantiles_by_block": plots.quantiles_by_block(parts),
+        "quantiles_by_block of 12 layers": plots.quantiles_by_block(layers),
+        "quantiles_by_block of neurons": plots.quantiles_by_block(neurons()),
         "esd_by_block": plots.esd_by_block(parts),
         "esd_by_block of 12 layers": plots.esd_by_block(layers),
         "esd_by_block of convolutions": plots.esd_by_block(convolutional()),
@@ -206,7 +214,17 @@ def square(names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(np.tril(values, -1) + np.tril(values, -1).T, index=names, columns=names)
 
 
+def neurons() -> Spectra:
+    names = [f"h.{i}.mlp.c_fc.weight/neuron_{j}" for i in (0, 1) for j in range(100)]
+    return Spectra(
+        exact(name, "mlp_in", int(name[2]), random_eigenvalues(i)) for i, name in enumerate(names)
+    )
+
+
 FIGURES = (
+    "tails_by_block", "tails_by_block of 12 layers", "tails_by_block of convolutions",
+    "tails_by_block of one block", "tails_of_full", "quantiles_by_block",
+    "quantiles_by_block of 12 layers", "quantiles_by_block of neurons",
     "esd_by_block", "esd_by_block of 12 "
                     "layers", "esd_by_block of "
                               "convolutions", "esd_by_block of one block", "esd_stages",
@@ -307,6 +325,61 @@ def test_matplotlib_is_left_as_it_was(by_step: dict[int, Spectra]) -> None:
 
 
 # --- what is drawn is what the tables hold ---
+
+
+@pytest.mark.parametrize(("columns", "width"), [(1, 3.35), (2, 6.95)])
+def test_figures_are_as_wide_as_columns(
+    by_step: dict[int, Spectra], columns: int, width: float
+) -> None:
+    parts = by_step[0].select("*h.0*")
+    for draw in (plots.tails_by_block, plots.quantiles_by_block):
+        assert draw(parts, columns=columns).get_figwidth() == pytest.approx(width)
+    full = plots.tails_of_full(by_step, columns=columns)
+    assert full.get_figwidth() == pytest.approx(width)
+
+
+def test_tails_as_drawn_are_the_counts_of_the_eigenvalues() -> None:
+    values = np.array([-3.0, -0.2, -0.1, 0.05, 0.4, 0.5, 7.0])
+    negative, positive = plots.tails_by_block(Spectra([exact("a", "query", 0, values)])).axes[:2]
+    for axes, signed in ((negative, -values), (positive, values)):
+        x, count = axes.lines[0].get_data()
+        np.testing.assert_allclose(count, (signed[:, None] > x).sum(0))
+        assert axes.lines[1].get_xdata() == [signed.max()]  # the marker at the last eigenvalue
+    assert negative.get_xlim()[0] > negative.get_xlim()[1]  # as on the line of numbers
+    labels = [label.get_text() for label in negative.get_xticklabels()]
+    assert all(text.startswith("$-10^") for text in labels)
+
+
+def test_a_positive_matrix_has_no_negative_side() -> None:
+    spectra = Spectra([exact("a", "query", 0, np.array([-1e-9, 0.1, 1.0]))])
+    axes = [place for place in plots.tails_by_block(spectra).axes if place.lines]
+    assert len(axes) == 1
+
+
+def test_heads_are_curves_of_their_own() -> None:
+    names = [f"h.0.attn.c_attn.weight/query/head_{i}" for i in range(4)]
+    heads = Spectra(exact(n, "query", 0, random_eigenvalues(i)) for i, n in enumerate(names))
+    axes = plots.tails_by_block(heads).axes[1]
+    assert len([line for line in axes.lines if len(line.get_xdata()) > 1]) == 4
+    assert "at most 12 pieces of a matrix" in plots.tails_by_block(neurons()).get_suptitle()
+
+
+def test_quantiles_as_drawn() -> None:
+    values = np.arange(1.0, 101.0)
+    spectra = Spectra([exact("a", "query", 0, values), exact("b", "key", 0, -2 * values)])
+    drawn = plots.quantiles_by_block(spectra).axes[0].collections[0].get_array()
+    np.testing.assert_allclose(drawn[0], [51, 76, 91, 100, 100], rtol=0.03)
+    np.testing.assert_allclose(drawn[1], 2 * drawn[0], rtol=0.03)
+
+
+def test_what_is_not_known_is_crossed_out(by_step: dict[int, Spectra]) -> None:
+    known = exact("a", "query", 0, np.linspace(1, 2, 40))
+    unknown = replace(known, residuals=np.full((1, 40), 5.0), exact=False)
+    unknown = replace(unknown, known=np.zeros((1, 40), bool), nodes=np.geomspace(1e-9, 1, 40)[None])
+    axes = plots.quantiles_by_block({"a": known, "b": unknown}).axes[0]
+    crossed = ~np.ma.getmaskarray(axes.collections[1].get_array())
+    assert not crossed[0].any()
+    assert crossed[1, 0]
 
 
 def test_density_as_drawn_integrates_to_one(
@@ -528,7 +601,16 @@ def test_tenth_largest_that_cannot_be_told(changes: dict[str, object], message: 
 
 
 @pytest.mark.parametrize(
-    "draw", [plots.esd_by_block, plots.edges_by_block, plots.esd_stages, plots.distance_heatmaps]
+    "draw",
+    [
+        plots.tails_by_block,
+        plots.tails_of_full,
+        plots.quantiles_by_block,
+        plots.esd_by_block,
+        plots.edges_by_block,
+        plots.esd_stages,
+        plots.distance_heatmaps,
+    ],
 )
 def test_nothing_to_draw(draw: object) -> None:
     with pytest.raises(ValueError, match=r"no .* to draw: the mapping is empty"):
@@ -537,7 +619,9 @@ def test_nothing_to_draw(draw: object) -> None:
 
 def test_zero_blocks_are_drawn() -> None:
     spectra = Spectra([exact("a", "query", 0, np.zeros(5)), exact("b", "key", 0, np.zeros(5))])
-    for figure in (plots.esd_by_block(spectra), plots.edges_by_block(spectra)):
+    drawn = (plots.tails_by_block, plots.quantiles_by_block, plots.esd_by_block)
+    for draw in (*drawn, plots.edges_by_block):
+        figure = draw(spectra)
         figure.draw_without_rendering()
 
 

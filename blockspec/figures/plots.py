@@ -31,6 +31,7 @@ from blockspec.figures.panels import (
     scale_of,
     smoothing_note,
 )
+from blockspec.figures.quantiles import quantiles_by_block as quantiles_by_block
 from blockspec.figures.style import (
     Look,
     column_of,
@@ -43,6 +44,8 @@ from blockspec.figures.style import (
     styled,
 )
 from blockspec.figures.style import save as save
+from blockspec.figures.tails import tails_by_block as tails_by_block
+from blockspec.figures.tails import tails_of_full as tails_of_full
 from blockspec.figures.trends import compare_runs as compare_runs
 from blockspec.figures.trends import heterogeneity_over_training as heterogeneity_over_training
 from blockspec.figures.trends import trace_by_kind_over_training as trace_by_kind_over_training

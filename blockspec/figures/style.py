@@ -54,6 +54,7 @@ RC: Any = {
     "axes.unicode_minus": True,
 }
 DPI = 200
+COLUMN, GUTTER = 3.35, 0.25  # inches: a column of a paper, and what is between two
 LN10 = math.log(10)
 
 
@@ -277,6 +278,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
             name: label if counts[label] == 1 else longer(name) for name, label in short.items()
         }
     return {name: label.replace("$", r"\$") for name, label in short.items()}  # no formulas
+
+
+def inches(columns: float) -> float:
+    """Width of so many columns of a paper."""
+    return columns * COLUMN + (columns - 1) * GUTTER
 
 
 def spread(items: Sequence, count: int) -> list:

@@ -37,10 +37,13 @@ def draw(run: Path) -> list[Path]:
     last = max(by_step)
     parts = by_step[last].parts
     figures = {
+        "tails_by_block": plots.tails_by_block(parts),
+        "quantiles_by_block": plots.quantiles_by_block(parts),
         "esd_by_block": plots.esd_by_block(parts),
         "edges_by_block": plots.edges_by_block(parts),
     }
     if "model" in by_step[last]:
+        figures["tails_full"] = plots.tails_of_full(by_step)
         figures["esd_full"] = plots.esd_stages(by_step)
         figures["full_and_block_diagonal"] = plots.full_and_block_diagonal(by_step[last])
     if (run / "heterogeneity.parquet").exists():
