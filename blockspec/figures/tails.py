@@ -19,7 +19,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
 from blockspec.figures.style import (
-    FULL,
     Look,
     inches,
     look,
@@ -29,6 +28,7 @@ from blockspec.figures.style import (
     step_label,
     styled,
 )
+from blockspec.model.pieces import FULL
 from blockspec.spectra.collection import Spectra, block_diagonal
 from blockspec.spectra.spectrum import Spectrum
 from blockspec.spectra.tails import SIDES, magnitudes_of, tail
@@ -104,12 +104,12 @@ def tails_of_full(
         for step, shade, marker in zip(steps, shades, STAGE_MARKERS, strict=False)
     ]
     last = spectra_by_step[steps[-1]]
-    called = "full spectrum" if block == "model" else f"spectrum of {block}"
+    called = "full spectrum" if last[block].block.kind == FULL else f"spectrum of {block}"
     panels = {"along training" if len(steps) > 1 else "": stages}
-    if block == "model" and len(last) > 1:
-        mixture = block_diagonal(last.select(exclude=block))
+    if last[block].block.kind == FULL and len(last) > 1:
+        mixture = block_diagonal(last.parts)
         panels["last step" if len(steps) > 1 else ""] = [
-            Curve(last[block], FULL),
+            Curve(last[block], look(FULL)),
             Curve(mixture, Look("if block diagonal", "", "#AA3377", "s")),
         ]
     return _figure(panels, f"{matrix_name(last)}: {called}", columns)
@@ -146,7 +146,7 @@ def _panels(spectra: Mapping[str, Spectrum], max_layers: int) -> tuple[dict[str,
         layer = spectrum.block.layer
         if layer is None or layer in chosen:
             title = f"layer {layer}" if layer is not None else "outside layers" if layers else ""
-            panels.setdefault(title, []).append(Curve(spectrum, look(name, spectrum.block.kind)))
+            panels.setdefault(title, []).append(Curve(spectrum, look(spectrum.block.kind)))
     if outside := panels.pop("outside layers", []):  # last, wherever they stand in the model
         panels["outside layers"] = outside
     notes = []
