@@ -126,7 +126,7 @@ def _figure(panels: Mapping[str, Sequence[Curve]], title: str, columns: float) -
     for place in axes[len(panels) :].flat:
         place.set_axis_off()
     for places, (name, curves) in zip(axes, panels.items(), strict=False):
-        _panel(places, name, curves, field)
+        _panel(list(places), name, curves, field)
     _labels(figure, axes[: len(panels)], per_row)
     _legend(figure, (curve for curves in panels.values() for curve in curves), columns)
     figure.suptitle(f"{title}\n{_band_note(panels)}")
@@ -222,7 +222,7 @@ def _axis(axes: Axes, side: str, field: Field) -> None:
     axes.xaxis.set_major_formatter(
         FixedFormatter([power_of_ten(SIDES[side] * tick) for tick in ticks])
     )
-    axes.xaxis.set_minor_locator(FixedLocator(10.0**powers))
+    axes.xaxis.set_minor_locator(FixedLocator([10.0**e for e in powers]))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(color="0.92", linewidth=0.4)
