@@ -4,6 +4,7 @@ import csv
 import io
 import json
 
+import pandas as pd
 import problems
 import pytest
 import torch
@@ -81,3 +82,36 @@ def test_a_notebook_shows_blocks_as_a_table_with_names_escaped():
     assert "<i>" not in html
     assert isinstance(partition(unknown()[0]), Blocks)
     assert list(blocks.to_frame()["note"]) == ["", "say"]
+
+
+class Widening(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.widen, self.narrow = torch.nn.Linear(3, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.narrow(self.widen(x).tanh())
+
+
+def widening():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Widening()
+    return model, [(torch.eye(3), torch.ones(3, 3))], losses.regression
+
+
+def test_names_are_taught_on_the_command_line(tmp_path):
+    """And they stand, whatever a forward pass looks like."""
+    names = '{"spread": "widen", "mlp_out": ["narrow"]}'
+    told = json.loads(
+        invoke("blocks", "test_listing:widening", "--names", names, "--format", "json").out
+    )
+    assert [block["kind"] for block in told["blocks"]] == ["spread", "bias", "mlp_out", "bias"]
+    settings = ("--blocks.names", names, "--blocks.full", "false", "--plots", "false")
+    few = ("--estimate.num_probes", "1", "--estimate.num_steps", "2", "--plan", "false")
+    model = ("--model", "test_listing:widening", "--out", str(tmp_path / "run"))
+    assert invoke("run", *model, *settings, *few).code == 0
+    kinds = pd.read_parquet(tmp_path / "run/spectra.parquet")["kind"].unique().tolist()
+    assert kinds == ["spread", "bias", "mlp_out"]
+    other = invoke("run", *model, *few, "--blocks.full", "false")
+    assert "blocks.names" in other.err

@@ -91,8 +91,8 @@ def partition(
             names, it wins, and ``Block.note`` says so. Without it, names alone decide.
         names: What the parts of your model are called, kind -> endings of names: ``{"query":
             ["attn.my_q"], "mlp_in": ["@mlp.first"]}``; see
-            ``blockspec.model.architectures.ENDINGS``. They come before the known ones. A kind may
-            be one of your own.
+            ``blockspec.model.architectures.ENDINGS``. They come before the known ones, and before
+            what is seen in a forward pass. A kind may be one of your own.
 
     Returns:
         Blocks, a tuple, in the order of ``named_parameters()``; without ``include`` and ``exclude``

@@ -57,6 +57,7 @@ class Layout:
         tokens: Whether it has one row for each token.
         experts: Whether its first axis counts experts.
         note: What is to be said of it.
+        taught: Whether its kind is one that the user named.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Layout:
     experts: bool = False
     cuttable: bool = True
     note: str = ""
+    taught: bool = False
 
 
 def layouts(
@@ -90,6 +92,13 @@ def named(
     """The layout of a parameter as its name and the attributes around it tell."""
     path = name.rpartition(".")[0]
     part = role(name, modules[path], names)
+    found = _named(name, tensor, part, modules)
+    own = {ending for endings in (names or {}).values() for ending in endings}
+    return replace(found, taught=part.ending in own)
+
+
+def _named(name: str, tensor: Tensor, part: Role, modules: Mapping[str, nn.Module]) -> Layout:
+    path = name.rpartition(".")[0]
     if part.kind in ("norm", "adapter") or tensor.ndim == 0:
         return Layout(part.kind, part.matrix, None, cuttable=False)
     if tensor.ndim > 2:
@@ -169,11 +178,12 @@ def corrected(layout: Layout, seen: Mapping[str, Seen], name: str, tensor: Tenso
     if layout.kind == "bias":
         beside = re.sub("bias$", "weight", name)
         found = seen.get(beside, seen.get(re.sub("_bias$", "", name)))
-        if found is None or layout.experts or tensor.ndim != 1:
+        untold = layout.taught and found is not None and found.kind != layout.matrix
+        if found is None or untold or layout.experts or tensor.ndim != 1:
             return layout
         return _as_seen(replace(layout, axis=0), replace(found, axis=0))
     found = seen.get(name)
-    if found is None or layout.kind == "adapter":
+    if found is None or layout.kind == "adapter" or (layout.taught and found.kind != layout.kind):
         return layout
     if layout.kind == "norm" or found.kind == "norm":
         unknown = layout.kind == "other"

@@ -33,6 +33,8 @@ class ListingSettings:
         include: Keep the blocks whose names match one of these patterns, such as *attn*weight*. If
             left out, every block is kept.
         exclude: Leave out the blocks whose names match one of these patterns. If left out, none is.
+        names: What the parts of your model are called, kind to endings of names, for example
+            '{"query": ["attn.my_q"]}'. They come before the names that are known.
         format: A table to read, or csv or json for a program.
     """
 
@@ -41,13 +43,14 @@ class ListingSettings:
     by: str = "matrix"
     include: list[str] | str | None = None
     exclude: list[str] | str | None = None
+    names: dict[str, str | list[str]] | None = None
     format: Literal["table", "csv", "json"] = "table"
 
 
 def run(settings: ListingSettings) -> None:
     """Prints the blocks that ``blockspec run`` would measure, the kinds counted."""
     chosen = BlockSettings(
-        by=settings.by, include=settings.include, exclude=settings.exclude, full=False
+        settings.by, settings.include, settings.exclude, full=False, names=settings.names
     )
     model = RunSettings(settings.model, model_args=settings.model_args, blocks=chosen)
     stage = Stage(0, dict(settings.model_args))

@@ -24,15 +24,22 @@ class BlockSettings:
             left out, every block is kept.
         exclude: Leave out the blocks whose names match one of these patterns. If left out, none is.
         full: Measure the full matrix too, as a block that is named model.
+        names: What the parts of your model are called, kind to endings of names, for example
+            '{"query": ["attn.my_q"], "mlp_in": ["ff.first"]}'. They come before the names that are
+            known. If left out, the known ones decide.
     """
 
     by: str | dict[str, str | list[str]] = "matrix"
     include: list[str] | str | None = None
     exclude: list[str] | str | None = None
     full: bool = True
+    names: dict[str, str | list[str]] | None = None
 
     def __post_init__(self) -> None:
         _list_patterns(self, "include", "exclude")
+        if self.names is not None:
+            listed = {kind: [e] if isinstance(e, str) else e for kind, e in self.names.items()}
+            object.__setattr__(self, "names", listed)
 
 
 @dataclass(frozen=True)

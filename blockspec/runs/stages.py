@@ -56,7 +56,8 @@ def choose_blocks(objective: Objective, settings: BlockSettings) -> tuple[Block,
     """The blocks, the full matrix among them if it is wanted; roles are found by watching the first
     batch.
     """
-    blocks = objective.partition(settings.by, include=settings.include, exclude=settings.exclude)
+    chosen = {"include": settings.include, "exclude": settings.exclude, "names": settings.names}
+    blocks = objective.partition(settings.by, **chosen)
     full = settings.full and settings.by != "model"
     return blocks + partition(objective.model, "model") if full else blocks
 
