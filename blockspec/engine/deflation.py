@@ -47,6 +47,7 @@ class Deflation:
         leak: What leads from the complement to the vectors, at most: the norm of all residuals.
         vectors: (c, P) orthonormal; (0, P) when no run will need them.
         steps: After which the run that found them stood still: about as many as another one takes.
+        left_out: (n, c) the values without each group of data; None where they are not known.
     """
 
     values: np.ndarray
@@ -54,6 +55,7 @@ class Deflation:
     leak: float
     vectors: Tensor
     steps: int
+    left_out: np.ndarray | None = None
 
 
 def pays(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> bool:
@@ -71,9 +73,17 @@ def pays(tridiagonal: Tridiagonal, numel: int, accuracy: Accuracy) -> bool:
     return steps < beyond and not hopeless
 
 
-def deflation(run: Lanczos, numel: int, accuracy: Accuracy) -> tuple[Deflation, int] | None:
+def deflation(
+    run: Lanczos, numel: int, accuracy: Accuracy, changed: np.ndarray | None = None
+) -> tuple[Deflation, int] | None:
     """What the first probe of a block has found, before its vectors are let go, and how many probes
     are needed beyond it; None where that saves no probe.
+
+    Args:
+        run: Of the first probe.
+        numel: P.
+        accuracy: What is asked for.
+        changed: (n, m, m) by which the run's matrix changes without each group of data.
     """
     tridiagonal = run.tridiagonal()
     needed = _needed(tridiagonal, numel, accuracy)
@@ -91,8 +101,16 @@ def deflation(run: Lanczos, numel: int, accuracy: Accuracy) -> tuple[Deflation, 
         leak=float(np.linalg.norm(residuals[found])),
         vectors=torch.linalg.qr(pairs.T).Q.T.contiguous(),
         steps=steps_needed(tridiagonal, numel, accuracy),
+        left_out=None if changed is None else _without(nodes[found], vectors[:, found], changed),
     )
     return known, beyond
+
+
+def _without(values: np.ndarray, vectors: np.ndarray, changed: np.ndarray) -> np.ndarray:
+    """(n, c) eigenvalues, within the span of the vectors (m, c), of the matrix without each
+    group.
+    """
+    return np.linalg.eigvalsh(np.diag(values) + vectors.T @ changed @ vectors)
 
 
 def longest_first_probe(numel: int, accuracy: Accuracy) -> int:

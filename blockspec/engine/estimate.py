@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from blockspec.engine.accuracy import Accuracy
 from blockspec.engine.plan import Plan, agree, fit, plan
-from blockspec.engine.results import exact_spectrum, lanczos_spectrum
+from blockspec.engine.results import spectrum_of
+from blockspec.engine.sampling import Sampling
 from blockspec.engine.schedule import Schedule, deal
 from blockspec.engine.settings import EstimateSettings, Execution
 from blockspec.engine.state import Keeper
@@ -30,6 +30,7 @@ from blockspec.products.preconditioning.operator import Preconditioned
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import check_of, open_operator, told
 from blockspec.products.settings import takes
+from blockspec.products.units import ByUnit
 from blockspec.spectra.collection import Cost, Spectra
 from blockspec.spectra.spectrum import Spectrum
 
@@ -98,7 +99,11 @@ def estimate_spectra(
     if keep_state:
         keeper.save_last(schedule)
     errors = {} if settings.precision is None else precision_errors(operator, schedule)
-    own = [_spectrum(t, operator.curvature, errors.get(t.block.name, 0.0)) for t in schedule.tasks]
+    units = 0 if schedule.sampling is None else schedule.sampling.units
+    own = [
+        spectrum_of(t, operator.curvature, errors.get(t.block.name, 0.0), units)
+        for t in schedule.tasks
+    ]
     for task, spectrum in zip(schedule.tasks, own, strict=True):
         _warn_of_missed_tolerance(task.accuracy, spectrum)
     found = operator.ranks.all_of(own)
@@ -173,18 +178,21 @@ def _prepare(
     own: Sequence[Block] = chosen
     if ranks.columns > 1:
         own = deal(chosen, list(operator.parameters), ranks.columns)[ranks.column]
+    by_unit = operator if settings.data_errors and settings.reorthogonalize else None
+    sampling = Sampling(by_unit, ranks) if isinstance(by_unit, ByUnit) else None
     probing = Probing(
         settings.seed,
         settings.distribution,
         settings.reorthogonalize,
         settings.storage(device),
         ranks,
+        sampling is not None,
     )
     tasks = [
         Task(b, block_dtype(operator.parameters, b), device, settings.accuracy, probing)
         for b in own
     ]
-    return Prepared(operator, chosen, Schedule(tasks))
+    return Prepared(operator, chosen, Schedule(tasks, sampling=sampling))
 
 
 def _identity(
@@ -232,26 +240,6 @@ def _in_own_precision(operator: Operator) -> Operator:
         return Preconditioned(_in_own_precision(operator.inner), operator.preconditioner)
     assert isinstance(operator, Products)  # no other has a precision: see open_operator
     return Products(operator.objective, operator.curvature, ranks=operator.ranks)
-
-
-def _spectrum(task: Task, curvature: str, precision_error: float) -> Spectrum:
-    settings: dict[str, Any] = {
-        "precision_error": precision_error,
-        "dtype": task.dtype,
-        "curvature": curvature,
-        "reorthogonalized": task.probing.reorthogonalize,
-        "distribution": task.probing.distribution,
-        "seed": task.probing.seed,
-    }
-    if task.columns is not None:
-        probes, steps = task.accuracy.num_probes or 1, task.accuracy.num_steps or task.block.numel
-        shape = (1, task.block.numel) if task.accuracy.adaptive else (probes, steps)
-        return exact_spectrum(task.block, task.columns.eigenvalues(), shape=shape, **settings)
-    results = task.results()
-    steps = task.accuracy.num_steps or max(len(t.alphas) for t in results)
-    return lanczos_spectrum(
-        task.block, results, num_steps=steps, deflation=task.deflation, **settings
-    )
 
 
 def _warn_of_missed_tolerance(accuracy: Accuracy, spectrum: Spectrum) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch
 
 from blockspec.engine.accuracy import steps_error
 from blockspec.engine.deflation import Deflation
+from blockspec.engine.task import Task
 from blockspec.model.blocks import Block
 from blockspec.numerics.lanczos import Tridiagonal
-from blockspec.numerics.measures import NOTHING
+from blockspec.numerics.measures import NOTHING, transport
 from blockspec.numerics.quadrature import cut, quadrature
+from blockspec.numerics.units import LeftOut
+from blockspec.spectra.data import Sample
 from blockspec.spectra.spectrum import Spectrum
 
 MATRIX_ROUNDING = 128
@@ -21,6 +25,56 @@ MATRIX_ROUNDING = 128
 most: up to 9e-6 were seen in float32 on trained models (two CPUs). Symmetric ones do not show in
 ``Tridiagonal.asymmetry``.
 """
+
+
+def spectrum_of(
+    task: Task, curvature: str, precision_error: float = 0.0, units: int = 0
+) -> Spectrum:
+    """The spectrum of a block whose work is done.
+
+    Args:
+        task: Of the block.
+        curvature: Which matrix.
+        precision_error: See :class:`blockspec.Spectrum`.
+        units: Of data; 0 where they were not told apart.
+    """
+    settings: dict[str, Any] = {
+        "precision_error": precision_error,
+        "dtype": task.dtype,
+        "curvature": curvature,
+        "reorthogonalized": task.probing.reorthogonalize,
+        "distribution": task.probing.distribution,
+        "seed": task.probing.seed,
+        "units": units,
+    }
+    if task.columns is None:
+        return _of_probes(task, settings)
+    size = task.block.numel
+    probes, steps = task.accuracy.num_probes or 1, task.accuracy.num_steps or size
+    found = exact_spectrum(
+        task.block,
+        task.columns.eigenvalues(),
+        shape=(1, size) if task.accuracy.adaptive else (probes, steps),
+        **settings,
+    )
+    if task.columns_left_out is not None:
+        return replace(found, sample=_exact_sample(task.columns_left_out, found))
+    if task.left_out:
+        return replace(found, sample=transported(_of_probes(task, settings), found))
+    return found
+
+
+def _of_probes(task: Task, settings: Mapping[str, Any]) -> Spectrum:
+    results = task.results()
+    return lanczos_spectrum(
+        task.block,
+        results,
+        num_steps=task.accuracy.num_steps or max(len(t.alphas) for t in results),
+        deflation=task.deflation,
+        left_out=task.results_left_out(),
+        **settings,
+    )
+
 
 PADDING: dict[str, Literal["edge", "constant"]] = {
     "nodes": "edge",
@@ -37,10 +91,13 @@ def lanczos_spectrum(
     num_steps: int,
     dtype: torch.dtype,
     deflation: Deflation | None = None,
+    left_out: Sequence[LeftOut] = (),
     **settings: object,
 ) -> Spectrum:
     """The spectrum of one block from the tridiagonal matrices of its K probes, padded to
     ``num_steps``, in the complement of a deflation, whose eigenvalues each row has too.
+
+    ``left_out``: the same of every probe without each group of units of data.
     """
     known, known_residuals = (
         (NOTHING, NOTHING) if deflation is None else (deflation.values, deflation.residuals)
@@ -52,8 +109,8 @@ def lanczos_spectrum(
     ended = [cut(t, 32 * torch.finfo(dtype).eps * scale) for t in tridiagonals]
     noise = MATRIX_ROUNDING * torch.finfo(dtype).eps * scale
     left = 1 - len(known) / block.numel
-    rows = []
-    for t in ended:
+    rows, without = [], []
+    for number, t in enumerate(ended):
         nodes, weights, residuals = quadrature(t)
         row = {
             "nodes": np.concatenate([known, nodes]),
@@ -66,6 +123,9 @@ def lanczos_spectrum(
         }
         order = np.argsort(row["nodes"], kind="stable")
         rows.append({name: array[order] for name, array in row.items()})
+        if left_out:
+            part = _beside(left_out[number], nodes, weights)
+            without.append(_with_known(part, deflation, left, order))
     return Spectrum(
         block=block,
         **_padded(rows, num_steps + len(known)),
@@ -77,7 +137,73 @@ def lanczos_spectrum(
         steps_error=left * np.array([steps_error(t) for t in ended]),
         exact=False,
         dtype=str(dtype).removeprefix("torch."),
+        sample=_sample(without, num_steps + len(known)),
         **settings,  # type: ignore[arg-type]
+    )
+
+
+def _beside(part: LeftOut, nodes: np.ndarray, weights: np.ndarray) -> LeftOut:
+    """Place by place beside the quadrature of the probe (m,).
+
+    A run that was cut at its end has fewer places than its units were followed for: what changed is
+    carried over to them.
+    """
+    if part.nodes.shape[1] == len(nodes):
+        return part
+    moved = [transport(n, w, nodes, weights) for n, w in zip(part.nodes, part.weights, strict=True)]
+    return LeftOut(np.stack(moved), np.broadcast_to(weights, (len(moved), len(weights))))
+
+
+def _with_known(
+    part: LeftOut, deflation: Deflation | None, left: float, order: np.ndarray
+) -> LeftOut:
+    """(n, c + m) with the known eigenvalues of a deflation, in this order."""
+    known = np.empty((len(part.nodes), 0))
+    if deflation is not None:
+        assert deflation.left_out is not None
+        known = deflation.left_out
+    shares = np.full(known.shape, (1 - left) / max(known.shape[1], 1))
+    nodes = np.concatenate([known, part.nodes], 1)
+    weights = np.concatenate([shares, left * part.weights], 1)
+    return LeftOut(nodes[:, order], weights[:, order])
+
+
+def _sample(parts: Sequence[LeftOut], width: int) -> Sample | None:
+    """Of K probes, padded like them."""
+    if not parts:
+        return None
+
+    def padded(array: np.ndarray, mode: Literal["edge", "constant"]) -> np.ndarray:
+        return np.pad(array, ((0, 0), (0, width - array.shape[1])), mode=mode)
+
+    return Sample(
+        nodes=np.stack([padded(part.nodes, PADDING["nodes"]) for part in parts], 1),
+        weights=np.stack([padded(part.weights, PADDING["weights"]) for part in parts], 1),
+    )
+
+
+def _exact_sample(left_out: np.ndarray, whole: Spectrum) -> Sample:
+    """From all eigenvalues (n, P) without each group; the rows of an exact spectrum are equal."""
+    weights = np.full(left_out.shape, 1 / left_out.shape[1])
+    sample = _sample([LeftOut(left_out, weights)], whole.nodes.shape[1])
+    assert sample is not None
+    return sample
+
+
+def transported(probes: Spectrum, whole: Spectrum) -> Sample:
+    """What units of data change in a block whose eigenvalues are all known, as its probes have
+    seen it: every eigenvalue moves as the same share of the probes' spectrum does.
+    """
+    assert probes.sample is not None
+    old = probes.nodes.ravel(), probes.weights.ravel() / probes.num_probes
+    row, weights = whole.nodes[0], whole.weights[0]
+    still = transport(*old, row, weights)
+    without = zip(probes.sample.nodes, probes.sample.weights, strict=True)
+    moved = [transport(n.ravel(), w.ravel(), row, weights) for n, w in without]
+    nodes = np.stack(moved) - still + row
+    return Sample(
+        nodes=nodes[:, None],
+        weights=np.broadcast_to(weights, (len(nodes), 1, len(weights))),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from blockspec.engine.sampling import Sampling
 from blockspec.engine.task import TYPICAL_STEPS, Job, Task
 from blockspec.model.blocks import Block
 from blockspec.products.operators import Operator
@@ -16,13 +17,15 @@ from blockspec.products.operators import Operator
 class Schedule:
     """All tasks and the jobs under way.
 
-    ``budget`` (bytes) bounds what jobs under way take; None: all at once.
+    ``budget`` (bytes) bounds what jobs under way take; None: all at once. ``sampling`` keeps what
+    units of data have in the products; None: it is not asked for.
     """
 
     tasks: Sequence[Task]
     budget: int | None = None
     active: list[Job] = field(default_factory=list)
     products: int = 0
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         self._task = {task.block.name: task for task in self.tasks}
@@ -31,7 +34,12 @@ class Schedule:
         """Drives every task to its end."""
         self._admit()
         while self.active:
-            results = operator.sweep([(job.block, job.recurrence.vector) for job in self.active])
+            if self.sampling is not None:
+                results = self.sampling.sweep(self.active)
+            else:
+                results = operator.sweep(
+                    [(job.block, job.recurrence.vector) for job in self.active]
+                )
             self.products += len(self.active)
             operator.ranks.together(
                 [
@@ -86,7 +94,7 @@ class Schedule:
         for job in self.active:
             task = self._task[job.block.name]
             if task.is_done(job):
-                task.collect(job)
+                task.collect(job, None if self.sampling is None else self.sampling.changes(job))
             else:
                 still.append(job)
         self.active = still

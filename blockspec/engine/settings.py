@@ -50,6 +50,10 @@ class EstimateSettings(OperatorSettings):
         precision: tf32 or bfloat16 products are faster on GPUs that have them. The error that they
             cause is measured with two more products a block (eight for small ones), and is a part
             of the stated error. If left out, products have the precision of the parameters.
+        data_errors: Measure also how far the numbers of the population that the batches are drawn
+            from may lie, see :mod:`blockspec.spectra.data`. No product more is needed. The units
+            are the micro-batches as they go through the model; they must have been drawn
+            independently.
     """
 
     num_probes: int | Literal["auto"] = 4
@@ -61,6 +65,7 @@ class EstimateSettings(OperatorSettings):
     basis_dtype: Literal["bfloat16", "float32", "float64"] | None = None
     basis_device: str | None = None
     precision: Literal["tf32", "bfloat16"] | None = None
+    data_errors: bool = True
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for a setting out of range, before anything is measured or

@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from blockspec.engine.deflation import Deflation
 from blockspec.engine.schedule import Schedule
-from blockspec.engine.task import Job
+from blockspec.engine.task import Job, Task
 from blockspec.model.identity import differences
 from blockspec.numerics.basis import fresh
 from blockspec.numerics.content import Digest
 from blockspec.numerics.files import whole_file
 from blockspec.numerics.lanczos import Tridiagonal
 from blockspec.numerics.ranks import Ranks
+from blockspec.numerics.units import Layout, LeftOut
 
 logger = logging.getLogger(__name__)
 STATE_FILE = re.compile(
@@ -194,6 +196,8 @@ def _content(schedule: Schedule) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for index, job in enumerate(schedule.active):
         kept, numbers = job.recurrence.state()
         tensors |= {f"{index}/{name}": tensor.cpu().contiguous() for name, tensor in kept.items()}
+        if job.projections is not None:
+            tensors[f"units/{index}"] = job.projections.state()
         jobs.append({"block": job.block.name, "probe": job.probe, "numbers": numbers})
     tasks = {}
     for task in schedule.tasks:
@@ -214,11 +218,28 @@ def _content(schedule: Schedule) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 if name != "vectors"
             }
         tasks[task.block.name] = entry
-    return tensors, {"jobs": jobs, "tasks": tasks, "products": schedule.products}
+        tensors |= _left_out(task)
+    record = {"jobs": jobs, "tasks": tasks, "products": schedule.products}
+    if schedule.sampling is not None and schedule.sampling.layout is not None:
+        record["units"] = schedule.sampling.layout.ends.tolist()
+    return tensors, record
+
+
+def _left_out(task: Task) -> dict[str, Tensor]:
+    """The quadratures of a block's finished probes without each group of data."""
+    found = {
+        f"left_out/{task.block.name}/{probe}": np.stack([part.nodes, part.weights])
+        for probe, part in task.left_out.items()
+    }
+    if task.columns_left_out is not None:
+        found[f"left_out/{task.block.name}/columns"] = task.columns_left_out
+    return {name: torch.from_numpy(array) for name, array in found.items()}
 
 
 def _restore(schedule: Schedule, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
     by_name = {task.block.name: task for task in schedule.tasks}
+    if (ends := record.get("units")) is not None and schedule.sampling is not None:
+        schedule.sampling.layout = Layout.of(np.diff(ends, prepend=0.0))
     for name, entry in record["tasks"].items():
         task = by_name[name]
         task.next_probe, task.to_start = entry["next_probe"], entry["to_start"]
@@ -227,11 +248,16 @@ def _restore(schedule: Schedule, tensors: dict[str, Tensor], record: dict[str, A
             int(probe): _tridiagonal(plain) for probe, plain in entry["results"].items()
         }
         if found := entry.get("deflation"):
-            arrays = {key: np.array(found[key]) for key in ("values", "residuals")}
+            arrays = {
+                key: np.array(found[key])
+                for key in ("values", "residuals", "left_out")
+                if found[key] is not None
+            }
             vectors = fresh(tensors[f"deflation/{name}"]).to(task.device)
             task.deflation = Deflation(**(found | arrays), vectors=vectors)
         if (columns := tensors.get(f"columns/{name}")) is not None:
             task.begin_columns().recurrence.restore({"columns": columns}, {})
+        _restore_left_out(task, tensors)
     for index, entry in enumerate(record["jobs"]):
         task = by_name[entry["block"]]
         probe = entry["probe"]
@@ -244,8 +270,20 @@ def _restore(schedule: Schedule, tensors: dict[str, Tensor], record: dict[str, A
             if name.startswith(prefix)
         }
         job.recurrence.restore(kept, entry["numbers"])
+        if job.projections is not None:
+            job.projections.restore(tensors[f"units/{index}"])
         schedule.active.append(job)
     schedule.products = record["products"]
+
+
+def _restore_left_out(task: Task, tensors: Mapping[str, Tensor]) -> None:
+    prefix = f"left_out/{task.block.name}/"
+    for name, tensor in tensors.items():
+        if name.startswith(prefix) and "/" not in (place := name.removeprefix(prefix)):
+            if place == "columns":
+                task.columns_left_out = tensor.numpy().copy()
+            else:
+                task.left_out[int(place)] = LeftOut(*tensor.numpy().copy())
 
 
 def _plain(tridiagonal: Tridiagonal) -> dict[str, Any]:

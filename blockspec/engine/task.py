@@ -43,11 +43,15 @@ from blockspec.numerics.lanczos import Lanczos, Tridiagonal
 from blockspec.numerics.measures import NOTHING
 from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.ranks import Ranks
+from blockspec.numerics.units import MOST_GROUPS, LeftOut, Projections, left_out
 
 # parameters: where numbers are chosen by tolerance, blocks this small would need more products
 # otherwise
 ALWAYS_EXACT = 64
 TYPICAL_STEPS = 40  # of a run that ends by itself, to foresee its memory
+# parameters: larger blocks whose columns are computed after all keep no matrix for every unit (here
+# 4 MiB in float32), but what their first probes have told of the units, which is less certain
+WHOLE_BY_UNIT = 256
 WAVE = 64  # runs of one block that are started before their results are looked at
 
 
@@ -60,6 +64,8 @@ class Probing:
     reorthogonalize: bool
     storage: tuple[torch.dtype, torch.device] | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    by_unit: bool = False
+    """Coefficients of units of data are kept, for the data's error."""
 
 
 @dataclass(eq=False)
@@ -71,6 +77,14 @@ class Job:
     block: Block
     probe: int | None
     recurrence: Lanczos | Columns
+    projections: Projections | None = None
+    """Of units of data; None where they are not wanted."""
+
+    @property
+    def length(self) -> int:
+        """Krylov vectors, or columns, up to the one whose product comes next."""
+        run = self.recurrence
+        return 1 + (len(run) if isinstance(run, Columns) else len(run.alphas))
 
 
 @dataclass(eq=False)
@@ -85,6 +99,8 @@ class Task:
         deflation: What a probe was given up for.
         exact: All eigenvalues are computed: they cost fewer products.
         columns: Where they are computed, once that has begun.
+        left_out: By probe, its quadrature without each group of data.
+        columns_left_out: (n, P) all eigenvalues without each group of data.
     """
 
     block: Block
@@ -99,6 +115,8 @@ class Task:
     deflation: Deflation | None = None
     exact: bool = False
     columns: Columns | None = None
+    left_out: dict[int, LeftOut] = field(default_factory=dict)
+    columns_left_out: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.to_start = self.accuracy.num_probes or 1
@@ -126,7 +144,10 @@ class Task:
     def begin_columns(self) -> Job:
         """The job of all columns, at its beginning."""
         self.columns = Columns(self.block.numel, dtype=self.dtype, device=self.device)
-        return Job(self.block, None, self.columns)
+        whole = self.probing.by_unit and (
+            self.block.numel <= WHOLE_BY_UNIT or not self.accuracy.adaptive
+        )
+        return Job(self.block, None, self.columns, Projections() if whole else None)
 
     def run(self, probe: int) -> Job:
         """The job of one probe, at its beginning."""
@@ -138,8 +159,9 @@ class Task:
             deflated=None if self.deflation is None else self.deflation.vectors,
             storage=p.storage,
             ranks=p.ranks,
+            by_unit=p.by_unit,
         )
-        return Job(self.block, probe, recurrence)
+        return Job(self.block, probe, recurrence, Projections() if p.by_unit else None)
 
     def probe(self, probe: int) -> Tensor:
         """(P,) the start vector of that number."""
@@ -159,21 +181,32 @@ class Task:
             return False
         return not (self._may_deflate and pays(found, numel, self.accuracy))
 
-    def collect(self, job: Job) -> None:
+    def collect(self, job: Job, changed: np.ndarray | None = None) -> None:
         """Takes the result of a job that is done, and after the last one of a wave decides what
         comes next.
+
+        Args:
+            job: Of this block.
+            changed: (n, m, m) by which its small matrix changes without each group of data.
         """
         if isinstance(job.recurrence, Columns):
+            if changed is not None:
+                matrix = job.recurrence.matrix()
+                self.columns_left_out = np.linalg.eigvalsh(matrix + changed)
             return
         assert job.probe is not None
         self.running -= 1
         if self._may_deflate:
-            found = deflation(job.recurrence, self.block.numel, self.accuracy)
+            found = deflation(job.recurrence, self.block.numel, self.accuracy, changed)
             if found is not None:
                 self.deflation, beyond = found
                 self._go_on(beyond)
-                return
+                if not (self.exact and changed is not None):
+                    return
+                self.deflation = None  # all columns follow; this run tells of the units of data
         self.tridiagonals[job.probe] = job.recurrence.finish()
+        if changed is not None:
+            self.left_out[job.probe] = left_out(self.tridiagonals[job.probe], changed)
         if self.accuracy.num_probes is None and self.running == 0 and self.to_start == 0:
             self._go_on(self._needed() - len(self.tridiagonals))
 
@@ -222,13 +255,17 @@ class Task:
         """The tridiagonal matrices in the order of the probes."""
         return [self.tridiagonals[probe] for probe in sorted(self.tridiagonals)]
 
+    def results_left_out(self) -> list[LeftOut]:
+        """The same without each group of data; empty where that was not asked for."""
+        return [self.left_out[probe] for probe in sorted(self.left_out)]
+
     def job_bytes(self) -> int:
         """Memory that one more job takes at the end of its last sweep: its vector, the product, and
         what it keeps.
         """
         size = self.block.numel * self.dtype.itemsize
         if self.exact:
-            return (2 + self.block.numel) * size
+            return (2 + self.block.numel) * size + self._unit_bytes(self.block.numel)
         if not self.probing.reorthogonalize:
             return 3 * size
         dtype = self.probing.storage[0] if self.probing.storage else self.dtype
@@ -236,7 +273,14 @@ class Task:
         steps = self.accuracy.num_steps or TYPICAL_STEPS
         if self.accuracy.num_steps is None and self._may_deflate and self.block.numel <= LARGEST:
             steps = max(steps, longest_first_probe(self.block.numel, self.accuracy))
-        return 2 * size + steps * kept // self.probing.ranks.rows
+        shared = steps * kept // self.probing.ranks.rows
+        if self.probing.by_unit and self.probing.ranks.rows > 1:
+            shared += steps * kept  # each process keeps all of every vector too
+        return 2 * size + shared + self._unit_bytes(steps)
+
+    def _unit_bytes(self, steps: int) -> int:
+        """Memory of the coefficients of units along so many vectors."""
+        return self.probing.by_unit * MOST_GROUPS * self.dtype.itemsize * steps * (steps + 1) // 2
 
     @property
     def waiting_bytes(self) -> int:

@@ -257,7 +257,10 @@ def divided(spectrum: Spectrum, unit: float) -> Spectrum:
     }
     if spectrum.apart is not None:  # a mixture
         lengths["apart"] = spectrum.apart / unit
-    return replace(spectrum, **lengths)
+    sample = spectrum.sample
+    if sample is not None:
+        sample = replace(sample, nodes=sample.nodes / unit)
+    return replace(spectrum, **lengths, sample=sample)
 
 
 @styled

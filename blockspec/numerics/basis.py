@@ -78,6 +78,16 @@ class Basis:
             vector.copy_((yield vector))
         return coefficients
 
+    def along(self, vector: Tensor) -> Tensor:
+        """(m,) coefficients of ``vector`` (P,), which is left alone, along all that were appended.
+
+        The vectors stay where they are kept, because there is more of them.
+        """
+        assert self._ranks.rows == 1
+        part = vector.to(self._device)
+        rows = [rows.to(part.dtype) @ part for rows in self._appended()]
+        return torch.cat(rows).to(vector) if rows else vector[:0]
+
     def orthogonality(self) -> float:
         """max |Q'Q - I|, of the vectors as they are stored, the fixed ones among them."""
         wide = torch.promote_types(self._dtype, torch.float32)

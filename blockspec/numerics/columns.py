@@ -37,6 +37,16 @@ class Columns:
         unit[len(self._columns)] = 1
         return unit
 
+    def __len__(self) -> int:
+        """Columns so far."""
+        return len(self._columns)
+
+    def along(self, product: Tensor) -> Tensor:
+        """(j + 1,) what a unit's symmetric matrix is filled in with: its column up to the
+        diagonal.
+        """
+        return product[: len(self._columns) + 1].cpu()
+
     def step(self, product: Tensor) -> Shared[None]:
         """Takes the product with :attr:`vector`.
 

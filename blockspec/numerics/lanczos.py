@@ -67,6 +67,8 @@ class Lanczos:
     storage: dtype and device of the kept vectors; None takes those of ``start``.
     ranks: processes that run this recurrence together, with equal products, and share the kept
         vectors.
+    by_unit: products of units of data will be asked for :meth:`along`. With several ``ranks`` each
+        process then keeps all of every vector.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Lanczos:
         deflated: Tensor | None = None,
         storage: tuple[torch.dtype, torch.device] | None = None,
         ranks: Ranks | None = None,
+        by_unit: bool = False,
     ) -> None:
         given = () if deflated is None else deflated
         self._deflated = len(given)
@@ -101,6 +104,9 @@ class Lanczos:
             self._basis = Basis(
                 start.numel(), dtype=dtype, device=device, fixed=deflated, ranks=ranks
             )
+        self._whole = self._basis
+        if by_unit and ranks is not None and ranks.rows > 1:
+            self._whole = Basis(start.numel(), dtype=dtype, device=device)
 
     @property
     def done(self) -> bool:
@@ -148,6 +154,13 @@ class Lanczos:
             asymmetry=self.asymmetry,
         )
 
+    def along(self, product: Tensor) -> Tensor:
+        """(j + 1,) coefficients of a part of the product with :attr:`vector`, along the j Krylov
+        vectors so far and this one.
+        """
+        assert self._whole is not None
+        return torch.cat([self._whole.along(product), (self.vector @ product)[None]])
+
     def combined(self, coefficients: np.ndarray) -> Tensor:
         """(c, m) -> (c, P) combinations of the m Krylov vectors, which :meth:`finish` lets go."""
         assert self._basis is not None
@@ -156,7 +169,7 @@ class Lanczos:
     def finish(self) -> Tridiagonal:
         """The final result; the vectors are let go."""
         orthogonality = None if self._basis is None else self._basis.orthogonality()
-        self._basis = self._previous = None
+        self._basis = self._whole = self._previous = None
         self.vector = self.vector[:0]
         return replace(self.tridiagonal(), orthogonality=orthogonality)
 
@@ -167,6 +180,8 @@ class Lanczos:
             tensors["previous"] = self._previous
         if self._basis is not None:
             tensors["basis"] = self._basis.matrix()
+        if self._whole is not None and self._whole is not self._basis:
+            tensors["whole"] = self._whole.matrix()
         return tensors, {"alphas": self.alphas, "betas": self.betas, "asymmetry": self.asymmetry}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -181,6 +196,8 @@ class Lanczos:
         self._previous = None if kept is None else fresh(kept).to(self.vector)
         if self._basis is not None:
             self._basis.restore(tensors["basis"])
+        if self._whole is not None and self._whole is not self._basis:
+            self._whole.restore(tensors["whole"])
 
     def _project(self, product: Tensor, basis: Basis) -> Shared[float]:
         """Removes the basis from ``product`` in two passes; returns alpha.
@@ -188,6 +205,8 @@ class Lanczos:
         What leads out of the complement of the deflated vectors is no asymmetry.
         """
         basis.append(self.vector)
+        if self._whole is not None and self._whole is not basis:
+            self._whole.append(self.vector)
         coefficients = (yield from basis.project_out(product)).tolist()
         self.asymmetry = max(self.asymmetry, math.hypot(*coefficients[self._deflated : -2]))
         return coefficients[-1]

@@ -124,3 +124,24 @@ def wasserstein(p: tuple[np.ndarray, np.ndarray], q: tuple[np.ndarray, np.ndarra
     order = np.argsort(nodes)
     difference = np.cumsum(np.concatenate([p[1], -q[1]])[order])[:-1]
     return float(np.abs(difference) @ np.diff(nodes[order]))
+
+
+def transport(
+    nodes: np.ndarray, weights: np.ndarray, places: np.ndarray, shares: np.ndarray
+) -> np.ndarray:
+    """(m,) the means of a measure over the shares of another one: what lies, in ascending order,
+    where the shares (m,) of the places (m,) lie.
+
+    It has the measure's mean, and moves ``places`` by the Wasserstein-1 distance at most. A place
+    without a share stays.
+    """
+    order = np.argsort(nodes, kind="stable")
+    ends = np.concatenate([[0.0], np.cumsum(weights[order])])
+    sums = np.concatenate([[0.0], np.cumsum(weights[order] * nodes[order])])
+    own = np.argsort(places, kind="stable")
+    borders = np.concatenate([[0.0], np.cumsum(shares[own])])
+    parts = np.diff(np.interp(borders / borders[-1], ends / ends[-1], sums / ends[-1]))
+    found = places.astype(np.float64)
+    filled = shares[own] > 0
+    found[own[filled]] = parts[filled] * borders[-1] / shares[own][filled]
+    return found

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,21 +28,9 @@ from blockspec.products.finiteness import is_finite
 from blockspec.products.guard import OFF, checked
 from blockspec.products.linearisations import LINEARISATIONS, Apply, Tensors
 from blockspec.products.precision import check, reduced_model, reduced_multiplication
+from blockspec.products.units import Reduce, Unit
 
 Request = tuple[Block, Tensor, Sequence[Block]]
-Reduce = Callable[[int, list[Tensor]], Any]
-"""``each(number, parts)``: what to keep of the products of one unit with the request of that
-number.
-"""
-
-
-class Unit(NamedTuple):
-    """One micro-batch: its number of loss terms, and what was kept of its products, request by
-    request.
-    """
-
-    terms: float
-    values: list[Any]
 
 
 class Products:
@@ -141,6 +129,14 @@ class Products:
             parts[0]
             for parts in self._pass([(block, vector, (block,)) for block, vector in requests])
         ]
+
+    def sweep_by_unit(
+        self, requests: Sequence[tuple[Block, Tensor]], each: Reduce
+    ) -> tuple[list[Tensor], list[tuple[int, Unit]]]:
+        """See :class:`blockspec.products.units.ByUnit`."""
+        units: list[tuple[int, Unit]] = []
+        found = self._pass([(block, vector, (block,)) for block, vector in requests], each, units)
+        return [parts[0] for parts in found], units
 
     def columns(
         self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block]

@@ -15,6 +15,8 @@ import pandas as pd
 from blockspec.model.pieces import FULL, Block
 from blockspec.numerics.density import spacing
 from blockspec.numerics.files import whole_file
+from blockspec.numerics.jackknife import FEWEST_UNITS
+from blockspec.spectra.data import Sample
 from blockspec.spectra.spectrum import Spectrum
 
 
@@ -58,7 +60,7 @@ class Spectra(Mapping[str, Spectrum]):
     def __repr__(self) -> str:
         unsure = "" if self.check in ("", "passed") else f" (products {self.check})"
         names = ", ".join(list(self)[:3]) + (", ..." if len(self) > 3 else "")
-        return f"Spectra of {len(self)} blocks: {names}{unsure}"
+        return f"Spectra of {len(self)} blocks: {names}{unsure}; {self.data}"
 
     @property
     def check(self) -> str:
@@ -66,6 +68,21 @@ class Spectra(Mapping[str, Spectrum]):
         loaded from a table.
         """
         return self.cost.check if self.cost else ""
+
+    @property
+    def data(self) -> str:
+        """Which units of data the data's errors rest on, or why there are none."""
+        units = {spectrum.units for spectrum in self.values()}
+        if units <= {0}:
+            return "no errors of the data: its units were not told apart"
+        fewest = min(units)
+        if fewest < FEWEST_UNITS:
+            return (
+                f"no errors of the data: it went through the model in {fewest} units, and "
+                f"{FEWEST_UNITS} are needed: cut it finer with Objective(..., micro_batch=1), or "
+                "give more"
+            )
+        return f"errors of the data from {fewest} units"
 
     def select(
         self, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
@@ -137,7 +154,33 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
         reorthogonalized=all(part.reorthogonalized for part in parts),
         exact=all(part.exact for part in parts),
         precision_error=sum(part.precision_error * part.block.numel for part in parts) / total,
+        units=parts[0].units if len({part.units for part in parts}) == 1 else 0,
+        sample=_mixed_samples(parts, probes, order),
     )
+
+
+def _mixed_samples(parts: list[Spectrum], probes: int, order: np.ndarray) -> Sample | None:
+    """Of the mixture, in the order (K, M) of its nodes; None where the parts do not have the same
+    groups of data.
+    """
+    samples = [part.sample for part in parts]
+    if len({0 if sample is None else len(sample) for sample in samples}) > 1:
+        return None
+    total = sum(part.block.numel for part in parts)
+    nodes, weights = [], []
+    for part, sample in zip(parts, samples, strict=True):
+        if sample is None:
+            return None
+        rows = sample.nodes, sample.weights * part.block.numel / total
+        if part.exact:
+            rows = tuple(np.repeat(array[:, :1], probes, 1) for array in rows)
+        elif part.num_probes != probes:
+            rows = tuple(array.reshape(len(sample), 1, -1) for array in rows)
+            rows = rows[0], rows[1] / part.num_probes
+        nodes.append(rows[0])
+        weights.append(rows[1])
+    found = (np.concatenate(arrays, 2) for arrays in (nodes, weights))
+    return Sample(*(np.take_along_axis(array, order[None], 2) for array in found))
 
 
 def _rows(part: Spectrum, probes: int) -> tuple[np.ndarray, ...]:

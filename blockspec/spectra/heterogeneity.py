@@ -14,6 +14,7 @@ from scipy.special import xlogy
 
 from blockspec.model.pieces import FULL
 from blockspec.numerics.density import RELATIVE_WIDTH, gaussians
+from blockspec.numerics.jackknife import jackknife_error
 from blockspec.numerics.measures import wasserstein
 from blockspec.spectra.resolved import even_grid, resolved_density
 from blockspec.spectra.spectrum import Estimate, Spectrum
@@ -118,10 +119,31 @@ def js0(
 def mean_over_probes(
     parts: Sequence[Spectrum], statistic: Callable[[list[Spectrum]], float]
 ) -> Estimate:
-    """A number that is not negative, made of spectra, by the jackknife over their probes; see
-    :func:`js0`.
+    """A number that is not negative, made of spectra, by the jackknife over their probes, and over
+    the data; see :func:`js0`.
     """
     value = statistic(list(parts))
+    return _over_probes(parts, statistic, value)._replace(
+        data_stderr=_over_data(parts, statistic, value)
+    )
+
+
+def _over_data(
+    parts: Sequence[Spectrum], statistic: Callable[[list[Spectrum]], float], value: float
+) -> float | None:
+    """The error of the number that comes from the data: all spectra without the same group of data,
+    one group after the other; None where they do not have the same groups.
+    """
+    without = [part.without_groups() for part in parts]
+    if len({len(part) for part in without}) > 1:
+        return None
+    left_out = np.array([statistic(list(group)) for group in zip(*without, strict=True)])
+    return jackknife_error(value, left_out)
+
+
+def _over_probes(
+    parts: Sequence[Spectrum], statistic: Callable[[list[Spectrum]], float], value: float
+) -> Estimate:
     groups = min((part.num_probes for part in parts if not part.exact), default=0)
     if groups < 2:
         return Estimate(value, 0.0 if groups == 0 else None)
@@ -156,7 +178,8 @@ def _without(part: Spectrum, group: int, groups: int) -> Spectrum:
         return part
     kept = np.arange(part.num_probes) % groups != group
     rows = {name: getattr(part, name)[kept] for name in PER_PROBE}
-    return replace(part, **rows, apart=None if part.apart is None else part.apart[kept])
+    rows |= {} if part.apart is None else {"apart": part.apart[kept]}
+    return replace(part, **rows, sample=None)
 
 
 def _mean_over_pairs(distances: np.ndarray) -> float:

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from blockspec.model.pieces import Block
 from blockspec.numerics.density import gaussians, mixture, node_widths, spacing
+from blockspec.numerics.jackknife import jackknife_error
 from blockspec.numerics.measures import CONFIDENCE, noisy
+from blockspec.spectra.data import Sample
 
 # eigenvalues closer to zero than this, relative to the largest one, are one point on the default
 # scale
@@ -92,6 +94,10 @@ class Spectrum:
             were drawn.
         precision_error: Expected distance between the spectra of the products as they were computed
             (``tf32``, ``bfloat16``) and in the parameters' precision; 0 where that was used.
+        units: Units of data (micro-batches) that went through the model; 0 where they were not told
+            apart. Neighbours were put together into groups where there were many.
+        sample: The same without each group of data, from which the data's errors come; None where
+            units of data were not told apart.
     """
 
     block: Block
@@ -111,6 +117,8 @@ class Spectrum:
     precision_error: float = 0.0
     known: np.ndarray = field(default=None)  # type: ignore[arg-type]
     apart: np.ndarray | None = None
+    units: int = 0
+    sample: Sample | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.known is None:
@@ -128,21 +136,20 @@ class Spectrum:
     @property
     def trace(self) -> Estimate:
         """Trace of the block; unit of an eigenvalue."""
-        mean = self.moment(1)
-        numel = self.block.numel
-        return Estimate(numel * mean.value, None if mean.stderr is None else numel * mean.stderr)
+        mean, numel = self.moment(1), self.block.numel
+        return Estimate(*(None if x is None else numel * x for x in mean))  # type: ignore[arg-type]
 
     @property
     def largest(self) -> RitzValue:
         """The algebraically largest Ritz value of all probes: a lower bound, up to its residual and
         rounding.
         """
-        return self._ritz(np.argmax(self.nodes))
+        return self._ritz(np.argmax(self.nodes), np.max)
 
     @property
     def smallest(self) -> RitzValue:
         """The algebraically smallest (most negative) Ritz value of all probes."""
-        return self._ritz(np.argmin(self.nodes))
+        return self._ritz(np.argmin(self.nodes), np.min)
 
     @property
     def norm(self) -> float:
@@ -174,8 +181,47 @@ class Spectrum:
         noise = share * seen.noise(self.num_probes)
         return math.hypot(self.steps_error.mean(), noise) + precision
 
-    def _ritz(self, place: np.intp) -> RitzValue:
-        return RitzValue(float(self.nodes.flat[place]), float(self.residuals.flat[place]))
+    @property
+    def data_error(self) -> float | None:
+        """The spectrum of the population that the data is a sample of is within this Wasserstein-1
+        distance of that of the data, with 95 % confidence; None where there are fewer than 8 units
+        of data, or they were not told apart.
+        """
+        return None if self.sample is None else self.sample.distance(self.nodes, self.weights)
+
+    @property
+    def total_error(self) -> float | None:
+        """:attr:`error` and :attr:`data_error` together, which are independent: the estimated
+        spectrum is within this Wasserstein-1 distance of that of the population, with 95 %
+        confidence.
+        """
+        data = self.data_error
+        return None if data is None else math.hypot(self.error, data)
+
+    def without_groups(self) -> list[Spectrum]:
+        """What it would be without each group of data; empty where these were not told apart."""
+        if self.sample is None:
+            return []
+        parts = []
+        for nodes, weights in zip(self.sample.nodes, self.sample.weights, strict=True):
+            order = np.argsort(np.broadcast_to(nodes, self.nodes.shape), axis=1)
+            arrays = {"nodes": nodes, "weights": weights, "known": self.known}
+            arrays |= {"residuals": self.residuals}
+            arrays |= {} if self.apart is None else {"apart": self.apart}
+            rows: dict[str, Any] = {
+                name: np.take_along_axis(np.broadcast_to(array, self.nodes.shape), order, 1)
+                for name, array in arrays.items()
+            }
+            parts.append(replace(self, **rows, sample=None))
+        return parts
+
+    def _ritz(self, place: np.intp, extreme: Callable[..., np.ndarray]) -> RitzValue:
+        value, residual = float(self.nodes.flat[place]), float(self.residuals.flat[place])
+        if self.sample is None:
+            return RitzValue(value, residual)
+        return RitzValue(
+            value, residual, jackknife_error(value, extreme(self.sample.nodes, (1, 2)))
+        )
 
     def moment(self, k: int) -> Estimate:
         """tr(H^k) / P: the mean over probes of ``v' H^k v`` with v of norm 1; exact per probe for k
@@ -185,7 +231,11 @@ class Spectrum:
 
     def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
         """tr f(H) / P for a function f of an array of eigenvalues."""
-        return estimate((self.weights * function(self.nodes)).sum(1), exact=self.exact)
+        found = estimate((self.weights * function(self.nodes)).sum(1), exact=self.exact)
+        if self.sample is None:
+            return found
+        without = (self.sample.weights * function(self.sample.nodes)).sum(2).mean(1)
+        return found._replace(data_stderr=jackknife_error(found.value, without))
 
     def cdf(self, points: np.ndarray) -> np.ndarray:
         """(G,) share of the eigenvalues that are at most ``points`` (G,), mean over probes."""

@@ -17,6 +17,7 @@ from blockspec.model.blocks import Block
 from blockspec.products.operators import Operator
 from blockspec.products.preconditioning.preconditioner import Preconditioner
 from blockspec.products.preconditioning.scalings import Diagonal, Scaling, cuts, piece_shape
+from blockspec.products.units import Reduce, Unit
 
 PASSED_ON = ("num_batches", "largest_batch", "rehearse", "calibrate", "batches")
 """Methods that an inner operator may have. They are set on each object, because protocols look for
@@ -64,6 +65,8 @@ class Preconditioned:
                 setattr(self, name, getattr(inner, name))
         if hasattr(inner, "columns_by_unit"):
             self.columns_by_unit = self._columns_by_unit
+        if hasattr(inner, "sweep_by_unit"):
+            self.sweep_by_unit = self._sweep_by_unit
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # an object that is just being made
@@ -129,6 +132,20 @@ class Preconditioned:
             self._before(requests), targets, each_of_ours
         )
         return [self._after(targets, parts) for parts in found], units
+
+    def _sweep_by_unit(
+        self, requests: Sequence[tuple[Block, Tensor]], each: Reduce
+    ) -> tuple[list[Tensor], list[tuple[int, Unit]]]:
+        """:meth:`sweep`, and what ``each`` makes of every unit's products."""
+        blocks = [block for block, _ in requests]
+
+        def each_of_ours(number: int, parts: list[Tensor]) -> Any:
+            return each(number, [self._root(blocks[number], part) for part in parts])
+
+        found, units = self.inner.sweep_by_unit(  # type: ignore[attr-defined]
+            self._before(requests), each_of_ours
+        )
+        return [self._root(b, part) for b, part in zip(blocks, found, strict=True)], units
 
     def _before(self, requests: Sequence[tuple[Block, Tensor]]) -> list[tuple[Block, Tensor]]:
         return [(block, self._root(block, vector)) for block, vector in requests]

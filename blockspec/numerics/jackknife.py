@@ -1,0 +1,36 @@
+"""The jackknife: how much a number would differ on another sample of units of data.
+
+The number is computed again without each unit. The spread of these values says how far the number
+lies from that of another sample (Tukey 1958). It is on the safe side: its mean is at least the
+variance, for any function of independent units (Efron and Stein 1981).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+FEWEST_UNITS = 8  # before a standard error over units is believed
+
+
+def jackknife_stderr(left_out: np.ndarray) -> float | None:
+    """Standard error over units of a number, from its values (n,) without each of them; None where
+    the units are too few.
+    """
+    if len(left_out) < FEWEST_UNITS:
+        return None
+    return math.sqrt((len(left_out) - 1) * float(np.var(left_out)))
+
+
+def jackknife_error(value: float, left_out: np.ndarray) -> float | None:
+    """Root mean square error over samples of units: :func:`jackknife_stderr` and, where the number
+    is no mean over units, its bias.
+
+    An extreme eigenvalue is further out on few data than on many, and a second moment larger. The
+    bias is how much the number grows when a unit is left out, times the units that are left.
+    """
+    stderr = jackknife_stderr(left_out)
+    if stderr is None:
+        return None
+    return math.hypot(stderr, (len(left_out) - 1) * (float(np.mean(left_out)) - value))
