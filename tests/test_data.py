@@ -119,6 +119,30 @@ def test_numbers_are_the_same_to_the_bit_with_and_without_errors_of_the_data(set
     assert with_errors.cost == without.cost
 
 
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_an_exact_block_without_a_unit_is_that_of_the_other_batches(preconditioned):
+    whole = objective(8, micro_batch=1, dtype=torch.float64)
+    settings = {"num_probes": 1, "num_steps": 16}
+    if preconditioned:
+        optimizer = torch.optim.AdamW(whole.model.parameters())
+        whole.model(**next(whole.batches())).loss.backward()
+        optimizer.step()
+        whole.model.zero_grad()
+        settings["precondition"] = blockspec.Preconditioner.from_optimizer(optimizer, whole.model)
+    blocks = blockspec.partition(whole.model, "matrix", include="*h.0.ln_2.bias")
+    ((_, found),) = blockspec.estimate_spectra(whole, blocks, **settings).items()
+    assert found.exact
+    batches = list(whole.batches())
+    for unit in (0, 5):
+        rest = blockspec.Objective(
+            whole.model, batches[:unit] + batches[unit + 1 :], blockspec.losses.next_token
+        )
+        ((_, other),) = blockspec.estimate_spectra(rest, blocks, **settings).items()
+        np.testing.assert_allclose(
+            found.sample.nodes[unit, 0], other.nodes[0], rtol=1e-9, atol=1e-9 * other.norm
+        )
+
+
 def test_few_units_have_no_error_and_the_result_says_so():
     found = estimated(objective())
     assert all(s.trace.data_stderr is None and s.data_error is None for s in found.values())

@@ -171,14 +171,14 @@ def _mixed_samples(parts: list[Spectrum], probes: int, order: np.ndarray) -> Sam
     for part, sample in zip(parts, samples, strict=True):
         if sample is None:
             return None
-        rows = sample.nodes, sample.weights * part.block.numel / total
+        shape = (len(sample), probes, -1)
         if part.exact:
-            rows = tuple(np.repeat(array[:, :1], probes, 1) for array in rows)
-        elif part.num_probes != probes:
-            rows = tuple(array.reshape(len(sample), 1, -1) for array in rows)
-            rows = rows[0], rows[1] / part.num_probes
-        nodes.append(rows[0])
-        weights.append(rows[1])
+            own, shares = (np.repeat(a[:, :1], probes, 1) for a in (sample.nodes, sample.weights))
+        else:
+            own, shares = sample.nodes.reshape(shape), sample.weights.reshape(shape)
+            shares = shares * probes / part.num_probes
+        nodes.append(own)
+        weights.append(shares * part.block.numel / total)
     found = (np.concatenate(arrays, 2) for arrays in (nodes, weights))
     return Sample(*(np.take_along_axis(array, order[None], 2) for array in found))
 
