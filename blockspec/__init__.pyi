@@ -13,6 +13,10 @@ from blockspec.products.operators import FunctionOperator as FunctionOperator
 from blockspec.products.operators import Operator as Operator
 from blockspec.products.preconditioning.operator import Preconditioned as Preconditioned
 from blockspec.products.preconditioning.preconditioner import Preconditioner as Preconditioner
+from blockspec.products.preconditioning.stability import Threshold as Threshold
+from blockspec.products.preconditioning.stability import (
+    stability_thresholds as stability_thresholds,
+)
 from blockspec.runs.progress import progress_bar as progress_bar
 from blockspec.spectra.collection import Spectra as Spectra
 from blockspec.spectra.collection import block_diagonal as block_diagonal

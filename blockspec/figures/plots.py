@@ -5,7 +5,7 @@ figure.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -36,6 +36,7 @@ from blockspec.figures.style import (
     Look,
     column_of,
     eigenvalue_axis,
+    in_units_of,
     looks_of,
     matrix_name,
     short_names,
@@ -95,8 +96,8 @@ def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Fig
             above[j] = panel.title
         next(place for place in line if place.axison).set_ylabel(row.label)
     label_outer(axes)
-    figure.supxlabel(EIGENVALUE, fontsize=8)
-    figure.supylabel(DENSITY, fontsize=8)
+    figure.supxlabel(in_units_of(EIGENVALUE, spectra), fontsize=8)
+    figure.supylabel(in_units_of(DENSITY, spectra), fontsize=8)
     figure.suptitle(
         f"{matrix_name(spectra)}: spectrum of each block{note}\n{smoothing_note(spectra.values())}"
     )
@@ -204,9 +205,13 @@ def esd_stages(
             )
         mark_eigenvalues(place, parts[step], colour="0.2")
         place.set_title(f"step {step_label(step)}", loc="right", y=0.72)
-    figure.supylabel("spectral density (no unit)" if normalised else DENSITY, fontsize=8)
+    figure.supylabel(
+        "spectral density (no unit)" if normalised else in_units_of(DENSITY, parts), fontsize=8
+    )
     axes[-1].set_xlabel(
-        "eigenvalue / 10th largest eigenvalue (no unit)" if normalised else EIGENVALUE
+        "eigenvalue / 10th largest eigenvalue (no unit)"
+        if normalised
+        else in_units_of(EIGENVALUE, parts)
     )
     note = (
         f" ({len(steps)} of {len(spectra_by_step)} stages)"
@@ -277,8 +282,8 @@ def full_and_block_diagonal(spectra: Spectra, *, full: str = "model") -> Figure:
     label = f"block diagonal, {len(spectra) - 1} blocks: {_ends(mixture)}"
     mean, error = resolved_density(mixture, scale.grid, scale.linear, like=whole)
     draw_line(axes, scale, mean, error, colour="#AA3377", linestyle=(0, (4, 1.5)), label=label)
-    axes.set_xlabel(EIGENVALUE)
-    axes.set_ylabel(DENSITY)
+    axes.set_xlabel(in_units_of(EIGENVALUE, spectra))
+    axes.set_ylabel(in_units_of(DENSITY, spectra))
     figure.legend(loc="outside lower center")
     figure.suptitle(
         f"{matrix_name(spectra)}: full, and block diagonal at the same "
@@ -293,13 +298,24 @@ def _ends(spectrum: Spectrum) -> str:
 
 
 @styled
-def edges_by_block(spectra: Mapping[str, Spectrum], *, max_blocks: int = 60) -> Figure:
+def edges_by_block(
+    spectra: Mapping[str, Spectrum],
+    *,
+    max_blocks: int = 60,
+    thresholds: Mapping[str, float] | None = None,
+) -> Figure:
     """Smallest, mean and largest eigenvalue of each block: how different the blocks are, at a
     glance.
 
     Bars are residuals of the extreme Ritz values and the standard error of the mean. Of models with
     more than ``max_blocks`` blocks, the blocks of one kind in one layer share a line, and evenly
     spread layers are drawn.
+
+    Args:
+        spectra: Of all blocks.
+        max_blocks: Lines at most.
+        thresholds: Label -> eigenvalue where a dashed line stands, such as the edge of stability:
+            ``{t.label: t.value for t in blockspec.stability_thresholds(optimizer)}``.
     """
     panels, note = _lines(spectra, max_blocks)
     table = edges(panels)
@@ -328,10 +344,12 @@ def edges_by_block(spectra: Mapping[str, Spectrum], *, max_blocks: int = 60) -> 
     axes.set_yticks(range(len(panels)), [panel.title for panel in panels], fontsize=6.5)
     axes.set_ylim(len(panels) - 0.4, -0.6)
     axes.axvline(0, color="0.7", linewidth=0.5, zorder=0)
+    for label, value in (thresholds or {}).items():
+        axes.axvline(value, color="0.2", linewidth=0.8, linestyle=(0, (4, 2)), label=label)
     axes.grid(axis="x", color="0.92", linewidth=0.5)
     axes.set_axisbelow(True)
-    _edge_scale(axes, table)
-    axes.set_xlabel(EIGENVALUE)
+    _edge_scale(axes, table, (thresholds or {}).values())
+    axes.set_xlabel(in_units_of(EIGENVALUE, spectra))
     axes.set_ylabel("block")
     figure.legend(loc="outside lower center", ncols=3)
     figure.suptitle(
@@ -397,10 +415,10 @@ def _lines(spectra: Mapping[str, Spectrum], max_blocks: int) -> tuple[list[Panel
     return [panel_of(cell, names) for cell in shown], note
 
 
-def _edge_scale(axes: Axes, table: pd.DataFrame) -> None:
+def _edge_scale(axes: Axes, table: pd.DataFrame, lines: Iterable[float] = ()) -> None:
     sizes = table[["smallest", "mean", "largest"]].abs().to_numpy()
     norm = float(sizes.max()) or 1.0
     linear = max(float(np.quantile(sizes[sizes > 0], 0.1)) if sizes.any() else 1.0, norm * 1e-8)
-    ends = np.array([min(0.0, table["smallest"].min()), max(0.0, table["largest"].max())])
+    ends = np.array([min(0.0, table["smallest"].min()), max(0.0, table["largest"].max(), *lines)])
     low, high = linear * np.sinh(np.arcsinh(ends / linear) + np.array([-0.6, 0.6]))
     eigenvalue_axis(axes, "x", low, high, linear, room=0.11)

@@ -371,4 +371,25 @@ def step_label(step: int) -> str:
 
 def matrix_name(spectra: Mapping) -> str:
     """What the spectra are of, for a title."""
-    return MATRICES.get(next(iter(spectra.values())).curvature, "matrix")
+    return matrix_called(next(iter(spectra.values())).curvature)
+
+
+def matrix_called(curvature: str) -> str:
+    """What a matrix is called in a title; ``preconditioned hessian (AdamW)`` is one too."""
+    inner = re.fullmatch(r"preconditioned (\w+) \((.+)\)", curvature)
+    if inner:
+        return f"{MATRICES.get(inner[1], 'matrix')} as {inner[2]} sees it"
+    return MATRICES.get(curvature, "matrix")
+
+
+def in_units_of(label: str, spectra: Mapping) -> str:
+    """A label for these spectra: P^-1 H has the unit of 1 / learning rate, and not that of H."""
+    if not next(iter(spectra.values())).curvature.startswith("preconditioned "):
+        return label
+    for plain, seen in UNITS.items():
+        label = label.replace(plain, seen)
+    return label
+
+
+UNITS = {"parameter² / loss": "learning rate", "loss / parameter²": "1 / learning rate"}
+"""Unit of the curvature -> unit of the preconditioned one."""

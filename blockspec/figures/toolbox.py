@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap, LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from blockspec.figures.style import KINDS, MATRICES, short_names, styled
+from blockspec.figures.style import KINDS, matrix_called, short_names, styled
 from blockspec.figures.style import save as save
 from blockspec.toolbox.couplings import Coupling
 from blockspec.toolbox.directional import Directional
@@ -78,7 +78,7 @@ def coupling_heatmap(found: Coupling, *, relative: bool = True) -> Figure:
     bar.outline.set_visible(False)
     share, stderr, _ = found.off_diagonal_share
     known = "" if stderr is None else f" ± {100 * stderr:.2g}"
-    matrix = MATRICES.get(found.curvature, "matrix")
+    matrix = matrix_called(found.curvature)
     probes = len(found.samples)
     figure.suptitle(
         f"{matrix}: Frobenius norms of {size} x {size} blocks, {probes} probe{'s' * (probes > 1)}\n"

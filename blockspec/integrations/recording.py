@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +38,10 @@ from blockspec.model.objective import Objective
 from blockspec.model.training import refuse_wrapped, undisturbed
 from blockspec.numerics.content import fingerprint
 from blockspec.numerics.ranks import Ranks, everywhere, from_first
-from blockspec.products.selection import open_operator
+from blockspec.products.selection import content_of, open_operator
 from blockspec.runs.record import Record
 from blockspec.runs.run import check_data, check_same, complete, held, measure_stage, opened
-from blockspec.runs.settings import Resources
+from blockspec.runs.settings import Resources, recorded
 from blockspec.runs.tables import heterogeneity_of
 from blockspec.spectra.collection import Spectra
 
@@ -96,7 +95,7 @@ def record(
     with undisturbed(objective.model), held(out), remembered():
         content = from_first(lambda: _opened(out, objective, blocks, estimate))
         content.setdefault("training", training)
-        identity = everywhere(lambda: identity_of(objective, blocks, {}))
+        identity = everywhere(lambda: identity_of(objective, blocks, content_of(estimate)))
         same_everywhere(identity)
         known = from_first(lambda: _known(out, content, step, identity, replace=replace))
         if known is not None:
@@ -198,6 +197,6 @@ def _opened(
     settings = {
         "model": type(objective.model).__name__,
         "blocks": chosen,
-        "estimate": asdict(estimate),
+        "estimate": recorded(estimate),
     }
     return opened(settings, out)

@@ -130,6 +130,12 @@ def opened_preconditioner(
     return everywhere(lambda: Preconditioner.from_state(given, model))
 
 
+def content_of(settings: OperatorSettings) -> dict[str, str]:
+    """What the identity of a model has to name beside weights, data and blocks."""
+    given = settings.precondition
+    return {"precondition": str(given)} if isinstance(given, Preconditioner) else {}
+
+
 def told(settings: OperatorSettings, operator: Operator) -> dict[str, Any]:
     """The settings as what numbers depend on: what stands for a matrix is named by its content."""
     named: dict[str, Any] = dict(vars(settings)) | {"curvature": operator.curvature}

@@ -49,11 +49,12 @@ def plan(settings: RunSettings, resources: Resources) -> None:
     """Prints what a run would cost, going by its first stage."""
     from blockspec.engine.estimate import plan_spectra
     from blockspec.runs.factories import find_factory
-    from blockspec.runs.run import prepare, stages
+    from blockspec.runs.stages import prepare, stages, with_preconditioner
 
     todo = stages(settings)
     objective, blocks = prepare(settings, todo[0], find_factory(settings.model), resources.device)
-    cost = plan_spectra(objective, blocks, **asdict(settings.estimate), memory=resources.memory)
+    estimate = with_preconditioner(settings.estimate, todo[0], objective)
+    cost = plan_spectra(objective, blocks, **asdict(estimate), memory=resources.memory)
     report.show_plan(cost, stages=len(todo))
 
 
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     try:
         given = [argument for argument in arguments if argument != "--debug"]
-        parsed = _parser(given).parse_args(given)
+        parsed = _parser(given).parse_args(_spelled_out(given))
         _dispatch(parsed.subcommand, parsed[parsed.subcommand])
     except KeyboardInterrupt:
         told = " (another process has ended: its message says why)" if _launched() else ""
@@ -94,6 +95,21 @@ COMMANDS = {
     "compare": "set runs side by side: heterogeneity and spectra",
     "sensitivity": "measure which matrices survive few bits, and deal bits out under a budget",
 }
+
+
+def _spelled_out(arguments: list[str]) -> list[str]:
+    """``--precondition optimizer.pt`` is short for ``--estimate.precondition optimizer.pt``: a
+    setting of the estimate or of the blocks may stand without its group's name.
+    """
+    if not {"run", "plan"} & set(arguments[:1]):
+        return arguments
+    from blockspec.engine.settings import EstimateSettings
+    from blockspec.runs.settings import BlockSettings
+
+    groups = {"estimate": EstimateSettings, "blocks": BlockSettings}
+    long = {f"--{f.name}": f"--{g}.{f.name}" for g, kind in groups.items() for f in fields(kind)}
+    split = [argument.partition("=") for argument in arguments]
+    return [long.get(name, name) + equals + value for name, equals, value in split]
 
 
 def _parser(arguments: list[str]) -> ArgumentParser:

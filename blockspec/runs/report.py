@@ -129,6 +129,8 @@ def _origin(stage: Mapping[str, Any]) -> str:
     words = [f"{name} {identity[name][:8]}" for name in ("weights", "data") if name in identity]
     if stage.get("checkpoint"):
         words.insert(0, f"of {stage['checkpoint']}")
+    if "precondition" in identity:
+        words.append(f"seen by {identity['precondition'][:-8]}")
     commit = stage.get("git_commit")
     versions = stage.get("versions", {})
     words.append(f"commit {commit}" if commit else "no commit")

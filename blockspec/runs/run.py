@@ -38,6 +38,7 @@ from blockspec.model.objective import Objective, fingerprint
 from blockspec.numerics import memory
 from blockspec.numerics.files import only_writer
 from blockspec.numerics.ranks import everywhere, from_first, is_first
+from blockspec.products.selection import content_of
 from blockspec.runs.factories import Factory
 from blockspec.runs.record import (
     Record,
@@ -47,8 +48,8 @@ from blockspec.runs.record import (
     write_record,
 )
 from blockspec.runs.settings import BlockSettings as BlockSettings
-from blockspec.runs.settings import Resources, RunSettings
-from blockspec.runs.stages import Stage, prepare, stages
+from blockspec.runs.settings import Resources, RunSettings, recorded
+from blockspec.runs.stages import Stage, prepare, stages, with_preconditioner
 from blockspec.runs.tables import (
     append_rows,
     check_tables,
@@ -93,7 +94,7 @@ def measure(
     out = Path(out)
     with held(out):
         todo = from_first(lambda: stages(settings))
-        record = from_first(lambda: opened(dataclasses.asdict(settings), out))
+        record = from_first(lambda: opened(recorded(settings), out))
         run = _Run(out, record, settings, factory, resources, progress)
         done = {entry["step"]: entry for entry in record["stages"]}
         from_first(lambda: check_numbering(out, todo, record))
@@ -114,7 +115,7 @@ class _Run:
 
     def check(self, stage: Stage, done: dict[str, Any]) -> None:
         """That a stage which is done is still of the same content."""
-        _, _, identity = self._ready(stage)
+        *_, identity = self._ready(stage)
         from_first(lambda: check_same(self.out, identity, done, stage.checkpoint))
         _remove_state(self._state(stage))  # a run that was killed after its record has left it
 
@@ -122,23 +123,28 @@ class _Run:
         planned: dict[str, Any] | None = None
         for number, stage in enumerate(rest):
             with remembered():
-                objective, blocks, identity = self._ready(stage)
+                objective, blocks, estimate, identity = self._ready(stage)
                 from_first(lambda i=identity: check_data(self.out, i, self.record))  # type: ignore[misc]
                 if announce is not None and number == 0:
-                    planned = self._plan(objective, blocks, len(rest), announce)
-                spectra, entry = self._measured(stage, objective, blocks, identity)
+                    planned = self._plan(objective, blocks, estimate, len(rest), announce)
+                spectra, entry = self._measured(stage, objective, blocks, estimate, identity)
             entry |= {"planned": planned, "label": stage.label}
             from_first(lambda s=spectra, e=entry: self._complete(s, e))  # type: ignore[misc]
             _remove_state(self._state(stage))
 
     def _measured(
-        self, stage: Stage, objective: Objective, blocks: Sequence[Block], identity: Identity
+        self,
+        stage: Stage,
+        objective: Objective,
+        blocks: Sequence[Block],
+        estimate: EstimateSettings,
+        identity: Identity,
     ) -> tuple[Spectra, dict[str, Any]]:
         with memory.watched(objective.device) as peak:
             spectra, entry = measure_stage(
                 objective,
                 blocks,
-                self.settings.estimate,
+                estimate,
                 identity,
                 step=stage.step,
                 checkpoint=stage.checkpoint,
@@ -155,22 +161,30 @@ class _Run:
         rows = heterogeneity_of(spectra, step=entry["step"])
         complete(self.out, self.record, spectra, entry, rows)
 
-    def _ready(self, stage: Stage) -> tuple[Objective, tuple[Block, ...], Identity]:
-        """The objective of a stage, its blocks and their identity, which is the same on all
-        processes.
+    def _ready(
+        self, stage: Stage
+    ) -> tuple[Objective, tuple[Block, ...], EstimateSettings, Identity]:
+        """The objective of a stage, its blocks, the settings with what they name read, and the
+        identity of all, which is the same on all processes.
         """
         objective, blocks = everywhere(
             lambda: prepare(self.settings, stage, self.factory, self.resources.device)
         )
-        identity = everywhere(lambda: identity_of(objective, blocks, {}))
+        estimate = with_preconditioner(self.settings.estimate, stage, objective)
+        identity = everywhere(lambda: identity_of(objective, blocks, content_of(estimate)))
         same_everywhere(identity)
-        return objective, blocks, identity
+        return objective, blocks, estimate, identity
 
     def _plan(
-        self, objective: Objective, blocks: Sequence[Block], number: int, announce: Announce
+        self,
+        objective: Objective,
+        blocks: Sequence[Block],
+        estimate: EstimateSettings,
+        number: int,
+        announce: Announce,
     ) -> dict[str, Any]:
-        estimate = dataclasses.asdict(self.settings.estimate)
-        plan = plan_spectra(objective, blocks, **estimate, memory=self.resources.memory)
+        settings = dataclasses.asdict(estimate)
+        plan = plan_spectra(objective, blocks, **settings, memory=self.resources.memory)
         announce(plan, number)
         return {"products": plan.products, "seconds": round(plan.seconds, 2), "peak": plan.peak}
 

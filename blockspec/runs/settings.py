@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from blockspec.engine.settings import EstimateSettings, Execution
+from blockspec.products.preconditioning.preconditioner import Preconditioner
 
 DTYPES = ("float32", "float64", "bfloat16")
 
@@ -92,6 +93,17 @@ class RunSettings:
         _list_patterns(self, "checkpoints")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype is one of {DTYPES}, got {self.dtype!r}")
+
+
+def recorded(settings: RunSettings | EstimateSettings) -> dict[str, Any]:
+    """The settings as run.json has them: a preconditioner by its name. What it holds is another at
+    each step, and stands in the step's own entry.
+    """
+    plain = asdict(settings)
+    estimate = plain.get("estimate", plain)
+    if isinstance(given := estimate["precondition"], Preconditioner):
+        estimate["precondition"] = given.name
+    return plain
 
 
 def _list_patterns(settings: object, *names: str) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import glob
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from blockspec.engine.settings import EstimateSettings
 from blockspec.model.blocks import Block, partition
 from blockspec.model.objective import Objective
+from blockspec.products.selection import opened_preconditioner
 from blockspec.runs.factories import Factory
 from blockspec.runs.settings import BlockSettings, RunSettings, find_device
 from blockspec.runs.steps import step_of
@@ -50,6 +52,25 @@ def prepare(
         model = model.to(dtype)
     objective = Objective(model, batches, loss, batch_norm=settings.batch_norm)
     return objective, choose_blocks(objective, settings.blocks)
+
+
+def with_preconditioner(
+    estimate: EstimateSettings, stage: Stage, objective: Objective
+) -> EstimateSettings:
+    """The settings with the preconditioner itself in the place of its path.
+
+    A path that is found within the stage's checkpoint is meant there, so that ``optimizer.pt`` is
+    another file for each checkpoint.
+    """
+    given = estimate.precondition
+    if given is None:
+        return estimate
+    if isinstance(given, str) and stage.checkpoint is not None:
+        checkpoint = Path(stage.checkpoint)
+        inside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / given
+        given = str(inside) if inside.exists() else given
+    named = replace(estimate, precondition=given)
+    return replace(estimate, precondition=opened_preconditioner(named, objective))
 
 
 def choose_blocks(objective: Objective, settings: BlockSettings) -> tuple[Block, ...]:

@@ -88,8 +88,8 @@ class Preconditioner:
         names = {parameter: name for name, parameter in model.named_parameters()}
         found: dict[str, Scaling] = {}
         titles = []
-        for one in map(_unwrapped, optimizers):
-            kind = _kind(type(one))
+        for one in map(unwrapped, optimizers):
+            kind = kind_of_class(type(one))
             items = _live(one, names, READERS[kind])
             found |= _read(items, stateless=kind in STATELESS)
             titles.append(kind[1])
@@ -143,6 +143,9 @@ class Preconditioner:
             for name, x in tensors.items()
         }
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.digest}"
+
     def __repr__(self) -> str:
         return f"Preconditioner({self.name}, {len(self.scalings)} parameters, {self.digest})"
 
@@ -150,7 +153,7 @@ class Preconditioner:
         return self  # it never changes, and may be as large as the model
 
 
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer itself, where accelerate has wrapped it."""
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, torch.optim.Optimizer):
@@ -158,7 +161,7 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _kind(cls: type) -> Kind:
+def kind_of_class(cls: type) -> Kind:
     """The entry of the table for a class, or for the class that it adds nothing to."""
     for base in cls.__mro__:
         kind = (base.__module__.split(".")[0], base.__name__)
