@@ -71,6 +71,7 @@ class EstimateSettings(OperatorSettings):
         """Raises ValueError or TypeError for a setting out of range, before anything is measured or
         written.
         """
+        super().__post_init__()
         _ = self.accuracy
         _check_choice("distribution", self.distribution, DISTRIBUTIONS)
         if self.basis_dtype is not None:

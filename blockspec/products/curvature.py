@@ -2,8 +2,9 @@
 
 All blocks of a micro-batch share one forward and one first backward pass, see
 :mod:`blockspec.products.linearisations`. Each product then runs only through the part of the graph
-between the block's gradient and the block itself. The full matrix is the same code with one block
-that holds every parameter.
+between the block's gradient and the block itself: of a graph that is held whole, or of one that is
+built again a layer at a time, see :mod:`blockspec.products.ways`. The full matrix is the same code
+with one block that holds every parameter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockspec.model.blocks import Block, gather, scatter
+from blockspec.model.blocks import Block, gather
 from blockspec.model.losses import Loss
 from blockspec.model.objective import Objective
 from blockspec.model.suitability import check_unsharded, explained
@@ -26,9 +27,10 @@ from blockspec.numerics.ranks import Ranks
 from blockspec.products.calibration import Costs, seconds_of, time_products
 from blockspec.products.finiteness import is_finite
 from blockspec.products.guard import OFF, checked
-from blockspec.products.linearisations import LINEARISATIONS, Apply, Tensors
+from blockspec.products.linearisations import ENDS, Ask, Linearised, Tensors
 from blockspec.products.precision import check, reduced_model, reduced_multiplication
 from blockspec.products.units import Reduce, Unit
+from blockspec.products.ways import Way
 
 Request = tuple[Block, Tensor, Sequence[Block]]
 
@@ -46,6 +48,7 @@ class Products:
     graphs: where there are at most so many batches, their graphs are kept from one call to the
         next, and the shared passes are made once. One takes no more memory at the peak than none.
     guarded: compare a product with the gradient in :meth:`check`.
+    products: ``"whole"``, ``"layerwise"`` or ``"auto"``, see :mod:`blockspec.products.ways`.
     precision: ``"tf32"`` or ``"bfloat16"``, see :mod:`blockspec.products.precision`; None: that of
         the parameters.
 
@@ -66,9 +69,10 @@ class Products:
         graphs: int = 1,
         precision: str | None = None,
         guarded: bool = True,
+        products: str = "auto",
     ) -> None:
-        if curvature not in LINEARISATIONS:
-            raise ValueError(f"curvature is one of {tuple(LINEARISATIONS)}, got {curvature!r}")
+        if curvature not in ENDS:
+            raise ValueError(f"curvature is one of {tuple(ENDS)}, got {curvature!r}")
         if curvature != "hessian" and not isinstance(objective.loss, Loss):
             raise ValueError(
                 f"curvature {curvature!r} needs a loss that is split at the model's outputs: "
@@ -84,11 +88,17 @@ class Products:
         self._compared = False
         self.checked = OFF
         self._guarded = guarded
-        self._kept: list[tuple[int, Apply, float]] = []
+        self.way = Way(objective, curvature, products)
+        self._kept: list[tuple[int, Linearised]] = []
         self._kept_parameters: frozenset[str] = frozenset()
         self.gradients = 0
         self.products = 0
         self._parameters = objective.parameters()
+
+    @property
+    def rebuilt(self) -> int:
+        """How often a layer was built again from its inputs, for products a layer at a time."""
+        return self.way.rebuilt
 
     @property
     def parameters(self) -> Tensors:
@@ -110,10 +120,12 @@ class Products:
         check_unsharded(self._parameters)
         self.objective.check()
         if self._guarded:
-            self.checked = checked(self.objective, blocks, self.curvature, self._of)
+            self.checked = checked(
+                self.objective, blocks, self.curvature, self._of, way=self.way.name
+            )
 
     def _of(self, objective: Objective) -> Products:
-        return Products(objective, self.curvature)
+        return Products(objective, self.curvature, products=self.way.name)
 
     def batches(self) -> Iterator[Any]:
         """The objective's batches in parts of ``micro_batch`` examples, each placed when its turn
@@ -220,18 +232,60 @@ class Products:
         blocks = [block for source, _, targets in requests for block in (source, *targets)]
         terms = 0.0
         with self.objective.prepared(), explained(), reduced_multiplication(self.precision):
-            for batch, apply, count in self._linearised(self._named(blocks)):
-                terms += count
-                values = []
-                for number, (total, request) in enumerate(zip(totals, requests, strict=True)):
-                    parts = self._product(apply, *request)
-                    if each is not None:
-                        values.append(each(number, parts))
-                    for whole, part in zip(total, parts, strict=True):
-                        whole += part.to(whole)
-                if units is not None:
-                    units.append((batch, Unit(count, values)))
+            for batch, linearised in self._linearised(self._named(blocks)):
+                terms += linearised.terms
+                if each is None or units is None:
+                    self._add(totals, requests, linearised)
+                    continue
+                values = dict(self._each(totals, requests, linearised, each))
+                ordered = [values[number] for number in range(len(requests))]
+                units.append((batch, Unit(linearised.terms, ordered)))
         return terms
+
+    def _add(
+        self, totals: list[list[Tensor]], requests: Sequence[Request], linearised: Linearised
+    ) -> None:
+        """Adds the products of one micro-batch."""
+        for number, tensors, last in linearised.products(self._asks(requests)):
+            self.products += last
+            for whole, target in zip(totals[number], requests[number][2], strict=True):
+                if not tensors.keys().isdisjoint(target.parameters):
+                    whole += self._gathered(target, tensors).to(whole)
+
+    def _each(
+        self,
+        totals: list[list[Tensor]],
+        requests: Sequence[Request],
+        linearised: Linearised,
+        each: Reduce,
+    ) -> Iterator[tuple[int, Any]]:
+        """Adds the products of one micro-batch, and what ``each`` makes of every one when it is
+        complete.
+        """
+        waiting: dict[int, dict[str, Tensor]] = {}
+        for number, tensors, last in linearised.products(self._asks(requests)):
+            known = waiting.setdefault(number, {})
+            for name, tensor in tensors.items():
+                known[name] = known[name] + tensor if name in known else tensor
+            if last:
+                self.products += 1
+                product = waiting.pop(number)
+                parts = [self._gathered(target, product) for target in requests[number][2]]
+                yield number, each(number, parts)
+                for whole, part in zip(totals[number], parts, strict=True):
+                    whole += part.to(whole)
+
+    def _asks(self, requests: Sequence[Request]) -> list[Ask]:
+        return [
+            Ask(source, vector, tuple(dict.fromkeys(n for t in targets for n in t.parameters)))
+            for source, vector, targets in requests
+        ]
+
+    def _gathered(self, block: Block, tensors: Tensors) -> Tensor:
+        """The block's vector (P,); absent parameters are zeros."""
+        absent = {n: self._parameters[n] for n in block.parameters if n not in tensors}
+        zeros = {name: torch.zeros_like(p) for name, p in absent.items()}
+        return gather(block, {**tensors, **zeros})
 
     def _checked(self, requests: Sequence[Request], parts: list[Tensor]) -> list[list[Tensor]]:
         """The products of each request, which are finite."""
@@ -246,9 +300,9 @@ class Products:
                 )
         return products
 
-    def _linearised(self, parameters: Tensors) -> Iterator[tuple[int, Apply, float]]:
-        """Of each micro-batch that is this process's: the number of its batch, its products, its
-        number of loss terms.
+    def _linearised(self, parameters: Tensors) -> Iterator[tuple[int, Linearised]]:
+        """Of each micro-batch that is this process's: the number of its batch, and what products
+        are made from.
         """
         if parameters.keys() <= self._kept_parameters:
             yield from self._kept
@@ -261,7 +315,7 @@ class Products:
         kept = []
         for number, batch in chain(ahead, batches):
             try:
-                apply, count = self.linearise(batch, parameters)
+                linearised = self.linearise(batch, parameters)
             except ArithmeticError as error:
                 raise ValueError(
                     f"{error} on batch {number} (counted from 0); curvature needs a finite one: "
@@ -270,18 +324,16 @@ class Products:
                 ) from None
             self.gradients += 1
             if len(ahead) <= self.graphs:
-                kept.append((number, apply, count))
-            yield number, apply, count
-            del apply  # the graph is freed before the next batch makes its own
+                kept.append((number, linearised))
+            yield number, linearised
+            del linearised  # the graph is freed before the next batch makes its own
         if kept:
             self._kept, self._kept_parameters = kept, frozenset(parameters)
 
-    def linearise(self, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
-        """The shared pass of one batch, and its number of loss terms; the objective must be
-        prepared.
-        """
+    def linearise(self, batch: Any, parameters: Tensors) -> Linearised:
+        """The shared pass of one batch; the objective must be prepared."""
         with reduced_model(self.precision, self.objective.device):
-            return LINEARISATIONS[self.curvature](self.objective, batch, parameters)
+            return self.way.linearise(batch, parameters)
 
     def num_batches(self) -> int:
         """Number of micro-batches."""
@@ -294,13 +346,9 @@ class Products:
     def rehearse(self, blocks: Sequence[Block], size: int | None) -> None:
         """One shared pass and one product of the deepest block, on ``size`` examples."""
         deepest = max(blocks, key=lambda block: len(block.parameters))
-        direction = scatter(
-            deepest, torch.zeros(deepest.numel, device=self.device), self._parameters
-        )
         with self.objective.prepared():
             for batch in islice(self.objective.batches(size or self.micro_batch), 1):
-                apply, _ = self.linearise(batch, self._named(blocks))
-                apply(direction, deepest.parameters)
+                self._zero_product(self.linearise(batch, self._named(blocks)), deepest)()
 
     def calibrate(self, blocks: Sequence[Block]) -> Costs:
         """Seconds of a gradient, of the shared pass and of each block's product, on one
@@ -317,9 +365,9 @@ class Products:
 
             gradient()
             gradient_seconds = min(seconds_of(gradient, self.device) for _ in range(3))
-            linearised: list[Apply] = []
+            linearised: list[Linearised] = []
             shared_seconds = seconds_of(
-                lambda: linearised.append(self.linearise(batch, self._named(blocks))[0]),
+                lambda: linearised.append(self.linearise(batch, self._named(blocks))),
                 self.device,
             )
             products = {b.parameters: self._zero_product(linearised[0], b) for b in blocks}
@@ -327,9 +375,9 @@ class Products:
         by_block = {block.name: measured[block.parameters] for block in blocks}
         return Costs(gradient_seconds, shared_seconds, by_block)
 
-    def _zero_product(self, apply: Apply, block: Block) -> Callable[[], object]:
-        zeros = torch.zeros(block.numel, device=self.device)
-        return lambda: apply(scatter(block, zeros, self._parameters), block.parameters)
+    def _zero_product(self, linearised: Linearised, block: Block) -> Callable[[], object]:
+        ask = Ask(block, torch.zeros(block.numel, device=self.device), tuple(block.parameters))
+        return lambda: list(linearised.products([ask]))
 
     def _named(self, blocks: Sequence[Block]) -> Tensors:
         return {name: self._parameters[name] for block in blocks for name in block.parameters}
@@ -349,21 +397,6 @@ class Products:
             stacklevel=2,
         )
         return True
-
-    def _product(
-        self, apply: Apply, block: Block, vector: Tensor, targets: Sequence[Block]
-    ) -> list[Tensor]:
-        """The parts of one batch's product, in the targets; sums over its loss terms."""
-        self.products += 1
-        names = list(dict.fromkeys(name for target in targets for name in target.parameters))
-        product = apply(scatter(block, vector, self._parameters), names)
-
-        def part(target: Block) -> Tensor:
-            absent = {n: self._parameters[n] for n in target.parameters if n not in product}
-            zeros = {name: torch.zeros_like(p) for name, p in absent.items()}
-            return gather(target, product | zeros)
-
-        return [part(target) for target in targets]
 
 
 def _trace_of(vector: Tensor) -> str:

@@ -75,16 +75,20 @@ class WrongProduct(Exception):
     """Product and gradient disagree."""
 
 
-def checked(objective: Objective, blocks: Sequence[Block], curvature: str, make: Make) -> Check:
-    """:func:`check_products`, unless the same was checked before: the objective remembers."""
+def checked(
+    objective: Objective, blocks: Sequence[Block], curvature: str, make: Make, *, way: str = "auto"
+) -> Check:
+    """:func:`check_products`, unless the same was checked before, and products were made in the
+    same way: the objective remembers.
+    """
     names = {name for block in blocks for name in block.parameters}
     state = _state(objective)
     for known, held, kind, found in objective.checks:
-        if kind == curvature and names <= held and known == state:
+        if kind == (curvature, way) and names <= held and known == state:
             return found
     found = check_products(objective, blocks, curvature, make)
     objective.checks[:] = [entry for entry in objective.checks if entry[0] == state]
-    objective.checks.append((state, names, curvature, found))
+    objective.checks.append((state, names, (curvature, way), found))
     return found
 
 

@@ -1,36 +1,144 @@
-"""The shared pass of one micro-batch: from a curvature and a batch to products.
+"""The shared pass of one micro-batch, and the products that are made from it.
 
 One forward pass and one backward pass are made with a graph that can be differentiated again. A
 product then runs only through the part of that graph that lies between the direction's parameters
 and the targets: ``autograd.grad(g_b, p_b, v_b)``.
+
+Where the graph starts is left open: at the parameters of the whole model (:class:`Whole`), or at
+the boundary behind its layers, see :mod:`blockspec.products.layerwise`. Both are a
+:class:`Linearised`, which is all that :mod:`blockspec.products.curvature` asks for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from blockspec.model.blocks import Block, scatter
 from blockspec.model.objective import Objective
 from blockspec.products.finiteness import check_terms
 
 Tensors = Mapping[str, Tensor]
-Apply = Callable[[Tensors, Sequence[str]], dict[str, Tensor]]
-"""``apply(direction, targets)``: product with a direction (parameter name -> tensor; zero
-elsewhere), restricted to the parameters named in ``targets``; summed over the loss terms of the
-batch it was made from. Absent names are zeros.
-"""
 
 
-def _hessian(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """A product that is asked of a micro-batch.
+
+    Args:
+        block: Where the vector lies.
+        vector: (P,). It is spread over the block's parameters when its turn comes, because the
+            parameters of a small block may be large.
+        targets: Names of the parameters that the product is wanted for.
+    """
+
+    block: Block
+    vector: Tensor
+    targets: tuple[str, ...]
+
+    def direction(self, parameters: Tensors) -> dict[str, Tensor]:
+        """Parameter name -> tensor; zero elsewhere."""
+        return scatter(self.block, self.vector, parameters)
+
+
+class Part(NamedTuple):
+    """A part of a product: the number of its request, parameter name -> tensor, and whether it is
+    the last. The parts of one request add up; absent names are zeros.
+    """
+
+    number: int
+    tensors: Mapping[str, Tensor]
+    last: bool
+
+
+class Linearised(Protocol):
+    """What the products of one micro-batch are made from; they are sums over its loss terms.
+
+    Attributes:
+        terms: The number of loss terms.
+    """
+
+    @property
+    def terms(self) -> float: ...
+
+    def products(self, asks: Sequence[Ask]) -> Iterator[Part]:
+        """The parts of all products, each as soon as it is known."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class End:
+    """The end of a forward pass, and which curvature is taken of it.
+
+    Args:
+        outputs: A tensor with a graph: the loss, its terms, or the model's outputs.
+        slope: Cotangent of ``outputs``, held fixed; the product is the derivative of the gradient
+            that it gives. None: a Gauss-Newton product J' M J instead, J the Jacobian of
+            ``outputs``.
+        middle: M, a function of tangents of ``outputs``.
+        terms: The number of loss terms.
+    """
+
+    outputs: Tensor
+    slope: Tensor | None
+    middle: Callable[[Tensor], Tensor] | None
+    terms: float
+
+
+class Linear:
+    """Products with the curvature of an :class:`End` by what its graph starts from.
+
+    Args:
+        end: The end of the forward pass.
+        start: Key -> tensor that the graph starts from: a parameter, or a boundary.
+    """
+
+    def __init__(self, end: End, start: Mapping[Any, Tensor]) -> None:
+        self._end, self._start = end, start
+        dual = end.slope
+        if dual is None:  # J v is the derivative of J' u by u, so that it shares a pass too
+            dual = torch.zeros_like(end.outputs, requires_grad=True)
+        self._dual = dual
+        self.gradients = grad([end.outputs], start, grad_outputs=[dual], create_graph=True)
+        """Key -> derivative by it, with a graph; zero for a Gauss-Newton product."""
+
+    def product(self, direction: Mapping[Any, Tensor], targets: Sequence[Any]) -> dict[Any, Tensor]:
+        """Of the direction (zero elsewhere), by the keys in ``targets``; absent ones are zeros."""
+        wanted = {key: self._start[key] for key in targets}
+        if self._end.middle is None:
+            return derivative(self.gradients, direction, wanted)
+        tangent = derivative(self.gradients, direction, {"": self._dual})
+        if not tangent:
+            return {}
+        cotangent = self._end.middle(tangent[""])
+        return grad([self._end.outputs], wanted, grad_outputs=[cotangent], retain_graph=True)
+
+
+class Whole:
+    """The graph of the whole model, from the parameters on."""
+
+    def __init__(self, end: End, parameters: Tensors) -> None:
+        self.terms = end.terms
+        self._linear, self._parameters = Linear(end, parameters), parameters
+
+    def products(self, asks: Sequence[Ask]) -> Iterator[Part]:
+        """One product after the other, each in one part."""
+        for number, ask in enumerate(asks):
+            direction = ask.direction(self._parameters)
+            yield Part(number, self._linear.product(direction, ask.targets), True)
+
+
+def _hessian(objective: Objective, batch: Any) -> End:
     total, count = objective.loss_sum(batch)
     check_terms(total)
-    return _slopes(_grad([total], parameters, create_graph=True), parameters), count
+    return End(total, torch.ones_like(total), None, count)
 
 
-def _residual(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+def _residual(objective: Objective, batch: Any) -> End:
     outputs = objective.loss.outputs(objective.model, batch)
     leaf = outputs.detach().requires_grad_()
     terms = objective.loss.terms(leaf, batch)
@@ -38,28 +146,10 @@ def _residual(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Ap
     (slope,) = torch.autograd.grad(
         terms.sum(), leaf
     )  # held fixed: the outputs' own curvature is left
-    gradients = _grad([outputs], parameters, grad_outputs=[slope], create_graph=True)
-    return _slopes(gradients, parameters), float(terms.numel())
+    return End(outputs, slope, None, float(terms.numel()))
 
 
-def _slopes(gradients: Tensors, parameters: Tensors) -> Apply:
-    """Products with the derivative of gradients that have a graph."""
-
-    def apply(direction: Tensors, targets: Sequence[str]) -> dict[str, Tensor]:
-        sources = [
-            name for name in direction if name in gradients and gradients[name].requires_grad
-        ]
-        return _grad(
-            [gradients[name] for name in sources],
-            {name: parameters[name] for name in targets},
-            grad_outputs=[direction[name] for name in sources],
-            retain_graph=True,
-        )
-
-    return apply
-
-
-def _ggn(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+def _ggn(objective: Objective, batch: Any) -> End:
     outputs = objective.loss.outputs(objective.model, batch)
     leaf = outputs.detach().requires_grad_()
     terms = objective.loss.terms(leaf, batch)
@@ -69,48 +159,42 @@ def _ggn(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, 
     def middle(tangent: Tensor) -> Tensor:
         if not slope.requires_grad:  # terms linear in the outputs
             return torch.zeros_like(leaf)
-        return _grad([slope], {"": leaf}, grad_outputs=[tangent], retain_graph=True).get(
-            "", torch.zeros_like(leaf)
-        )
+        return derivative({"": slope}, {"": tangent}, {"": leaf}).get("", torch.zeros_like(leaf))
 
-    return _gauss_newton(outputs, parameters, middle), float(terms.numel())
+    return End(outputs, None, middle, float(terms.numel()))
 
 
-def _fisher(objective: Objective, batch: Any, parameters: Tensors) -> tuple[Apply, float]:
+def _fisher(objective: Objective, batch: Any) -> End:
     terms = objective.loss.terms(objective.loss.outputs(objective.model, batch), batch)
     check_terms(terms)
-    return _gauss_newton(terms, parameters, lambda tangent: tangent), float(terms.numel())
+    return End(terms, None, lambda tangent: tangent, float(terms.numel()))
 
 
-def _gauss_newton(
-    outputs: Tensor, parameters: Tensors, middle: Callable[[Tensor], Tensor]
-) -> Apply:
-    """J' M J with J the Jacobian of ``outputs``; J v is the derivative of J' u with respect to u,
-    so it shares a pass too.
-    """
-    dual = torch.zeros_like(outputs, requires_grad=True)
-    transposed = _grad([outputs], parameters, grad_outputs=[dual], create_graph=True)
-
-    def apply(direction: Tensors, targets: Sequence[str]) -> dict[str, Tensor]:
-        sources = [name for name in direction if name in transposed]
-        tangent = _grad(
-            [transposed[name] for name in sources],
-            {"": dual},
-            grad_outputs=[direction[name] for name in sources],
-            retain_graph=True,
-        )
-        if not tangent:
-            return {}
-        wanted = {name: parameters[name] for name in targets}
-        return _grad([outputs], wanted, grad_outputs=[middle(tangent[""])], retain_graph=True)
-
-    return apply
+ENDS: Mapping[str, Callable[[Objective, Any], End]] = {
+    "hessian": _hessian,
+    "ggn": _ggn,
+    "fisher": _fisher,
+    "residual": _residual,
+}
+"""Curvature -> one forward pass of a batch, up to the end that the curvature is taken of."""
 
 
-LINEARISATIONS = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher, "residual": _residual}
+def derivative(
+    gradients: Mapping[Any, Tensor], direction: Mapping[Any, Tensor], wanted: Mapping[Any, Tensor]
+) -> dict[Any, Tensor]:
+    """Derivative of <gradients, direction> by what is wanted; the graph is kept."""
+    sources = [key for key in direction if key in gradients and gradients[key].requires_grad]
+    return grad(
+        [gradients[key] for key in sources],
+        wanted,
+        grad_outputs=[direction[key] for key in sources],
+        retain_graph=True,
+    )
 
 
-def _grad(outputs: Sequence[Tensor], inputs: Tensors, **settings: Any) -> dict[str, Tensor]:
+def grad(
+    outputs: Sequence[Tensor], inputs: Mapping[Any, Tensor], **settings: Any
+) -> dict[Any, Tensor]:
     """``torch.autograd.grad`` by name; without the inputs that the outputs do not depend on."""
     if not outputs or not inputs:
         return {}

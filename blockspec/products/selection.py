@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from typing import Literal
 
 from blockspec.model.blocks import Block
 from blockspec.model.identity import Identity, blocks_digest, identity_of, same_everywhere
@@ -18,6 +19,7 @@ from blockspec.products.operators import Operator
 from blockspec.products.preconditioning.operator import Preconditioned
 from blockspec.products.preconditioning.preconditioner import Preconditioner
 from blockspec.products.requests import checked_blocks
+from blockspec.products.ways import check_way
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,25 @@ class OperatorSettings:
         precondition: Measure P^(-1/2) H P^(-1/2), the curvature that an optimizer sees, instead of
             H. Give a file or a folder with the optimizer's state, such as optimizer.pt; in Python
             it may also be a blockspec.Preconditioner. If left out, H itself is measured.
+        products: How products are made: whole keeps the graph of the whole model, which is fastest;
+            layerwise builds the graph of one layer at a time, in memory that does not grow with the
+            number of layers; auto takes whole where it fits into memory=, and layerwise where it
+            does not. They give the same numbers, to rounding.
     """
 
     curvature: str | Operator = "hessian"
     check: bool = True
     precondition: str | Preconditioner | None = None
+    products: Literal["auto", "whole", "layerwise"] = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a way to products that there is not."""
+        check_way(self.products)
+        if self.products != "auto" and not isinstance(self.curvature, str):
+            raise ValueError(
+                f"products={self.products!r} goes with the name of a matrix, not with an operator, "
+                "which makes its own products"
+            )
 
 
 def open_operator(
@@ -78,6 +94,7 @@ def open_operator(
             ranks=ranks or arrange(1),
             precision=precision,
             guarded=settings.check,
+            products=settings.products,
         )
     elif not isinstance(operator, Operator):
         raise TypeError(

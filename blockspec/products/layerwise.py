@@ -1,0 +1,308 @@
+"""Products a layer at a time: exact, in memory that does not grow with the graph of the model.
+
+The idea. Cut the forward pass at the layers (:mod:`blockspec.products.boundaries`) and keep only
+the tensors between them, h, and the loss's cotangents by them, c. A layer y = f(x, p) is then a
+function of its own, and so is each piece of the graph around the layers. Its part of the gradient
+is c_x = J_x' c_y and c_p = J_p' c_y, where J are the derivatives of f. A product with a direction v
+is the derivative of that whole computation along v:
+
+    up      u_y = J_x u_x + J_p v                  how h moves
+            s_x = <derivative of c_x and c_p along x, (u_x, v)>, with c_y held fixed
+    down    m_x = s_x + J_x' m_y                   how c moves
+            the product by the parameters in the same way
+
+Both u_y and s come from one backward pass through the graph of (c_x, c_p) that was made with c_y as
+a leaf: the derivative of <c_x, u_x> + <c_p, v> by c_y is u_y, and by x it is s_x. So on the way up
+each layer is built again once with its gradient, on the way down once more without it, and its
+graph is dropped behind it. What stays is one s for each tensor between layers. A Gauss-Newton
+product is the same with s = 0: up to the outputs, times the curvature of the loss, and down.
+
+Many directions go up and down together (:data:`TOGETHER`), so that a layer which was built again
+serves all that pass through it. How often that happens depends on the number of directions and not
+on the number of blocks beside each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from blockspec.products.boundaries import Boundaries, Call, check_same, leaves_of
+from blockspec.products.linearisations import Ask, End, Linear, Part, Tensors, derivative, grad
+
+TOGETHER = 16  # directions; the layers that are built again for them are then 1/5 of the work
+Key = int | str
+"""Number of a wire, or name of a parameter."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """A part of the forward pass: one call of a layer, or what lies around the layers before it.
+
+    Args:
+        inputs: Numbers of wires.
+        outputs: Numbers of wires; those of a call in the order of its outputs.
+        parameters: Names of those in it that products are made for.
+        call: None: the graph is that around the layers.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    parameters: frozenset[str]
+    call: Call | None = None
+
+
+@dataclass(eq=False)
+class Travel:
+    """A direction on its way.
+
+    Attributes:
+        first: Number of the first stretch that holds parameters of the direction; lowest: of the
+            first one that holds targets.
+        tangents: u, by wire.
+        cotangents: m, by wire.
+    """
+
+    number: int
+    ask: Ask
+    first: int
+    lowest: int
+    tangents: dict[int, Tensor] = field(default_factory=dict)
+    cotangents: dict[int, Tensor] = field(default_factory=dict)
+
+    def meet(self, found: Mapping[Key, Tensor]) -> dict[str, Tensor]:
+        """Adds cotangents of wires to those that are known; returns what belongs to parameters."""
+        for key, tensor in found.items():
+            if isinstance(key, int):
+                known = self.cotangents.get(key)
+                self.cotangents[key] = tensor if known is None else known + tensor
+        return {key: tensor for key, tensor in found.items() if isinstance(key, str)}
+
+
+class Layerwise:
+    """Products of one micro-batch, a layer at a time.
+
+    Args:
+        boundaries: Of the pass that was cut.
+        end: Where that pass ended.
+        parameters: That products are made for.
+        rebuilt: Called whenever a layer is built again.
+    """
+
+    def __init__(
+        self,
+        boundaries: Boundaries,
+        end: End,
+        parameters: Tensors,
+        rebuilt: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.terms = end.terms
+        self._rebuilt = rebuilt
+        self._parameters = parameters
+        self._boundaries = boundaries
+        self._curved = end.middle is None
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._stretches = [*self._around_and_within(), self._around([end.outputs], ())]
+        self._last_use = {
+            wire: number for number, s in enumerate(self._stretches) for wire in s.inputs
+        }
+        self._end = Linear(end, self._start(self._stretches[-1]))
+        self._cotangents = self._gradient_by_wires() if self._curved else {}
+
+    def _around_and_within(self) -> Iterator[Stretch]:
+        """The stretches up to the last layer, in their order."""
+        known: set[int] = set()
+        for call in self._boundaries.calls:
+            fresh = [w for w in call.inputs if w not in known and self._boundaries.made[w] is None]
+            known.update(fresh)
+            if fresh:
+                yield self._around([self._boundaries.wires[w] for w in fresh], tuple(fresh))
+            held = frozenset(
+                self._names[id(p)] for p in call.module.parameters() if id(p) in self._names
+            )
+            yield Stretch(call.inputs, tuple(call.outputs.values()), held, call)
+
+    def _around(self, tensors: Sequence[Tensor], outputs: tuple[int, ...]) -> Stretch:
+        """The graph around the layers, from its leaves to some tensors."""
+        places = {id(t): w for w, t in enumerate(self._boundaries.wires)}
+        leaves = [id(leaf) for leaf in leaves_of(tensors)]
+        inputs = tuple(
+            places[leaf]
+            for leaf in leaves
+            if leaf in places and self._boundaries.made[places[leaf]] is not None
+        )
+        held = frozenset(self._names[leaf] for leaf in leaves if leaf in self._names)
+        return Stretch(inputs, outputs, held)
+
+    def _start(self, stretch: Stretch) -> dict[Key, Tensor]:
+        """What the graph of a stretch around the layers starts from."""
+        return {w: self._boundaries.wires[w] for w in stretch.inputs} | {
+            name: self._parameters[name] for name in sorted(stretch.parameters)
+        }
+
+    def _opened(self, stretch: Stretch) -> tuple[list[Tensor], dict[Key, Tensor]]:
+        """The outputs with their graph, and what it starts from; a layer is built again."""
+        start = self._start(stretch)
+        if stretch.call is None:
+            return [self._boundaries.wires[w] for w in stretch.outputs], start
+        self._rebuilt()
+        leaves = {w: self._boundaries.leaf(w) for w in stretch.inputs}
+        results = stretch.call.again(leaves)
+        check_same(self._boundaries, stretch.call, results)
+        return [results[place] for place in stretch.call.outputs], start | leaves
+
+    def _gradient_by_wires(self) -> dict[int, Tensor]:
+        """c: the loss's gradient by every wire above the lowest stretch with parameters."""
+        holding = [number for number, s in enumerate(self._stretches) if s.parameters]
+        lowest = min(holding, default=len(self._stretches))
+        found = {
+            w: self._end.gradients[w].detach()
+            for w in self._stretches[-1].inputs
+            if w in self._end.gradients
+        }
+        for stretch in reversed(self._stretches[lowest + 1 : -1]):
+            if not any(w in found for w in stretch.outputs) or not stretch.inputs:
+                continue
+            outputs, start = self._opened(stretch)
+            kept = [
+                (o, found[w]) for o, w in zip(outputs, stretch.outputs, strict=True) if w in found
+            ]
+            parts = grad(
+                [o for o, _ in kept],
+                {w: start[w] for w in stretch.inputs},
+                grad_outputs=[c for _, c in kept],
+                retain_graph=stretch.call is None,
+            )
+            for wire, part in parts.items():
+                found[wire] = found[wire] + part if wire in found else part
+        return found
+
+    def products(self, asks: Sequence[Ask]) -> Iterator[Part]:
+        """The parts of all products; those of one request come on its way up and on its way
+        down.
+        """
+        travels = sorted(map(self._travel, range(len(asks)), asks), key=lambda t: t.first)
+        for start in range(0, len(travels), TOGETHER):
+            group = travels[start : start + TOGETHER]
+            yield from self._up(group)
+            yield from self._at_the_end(group)
+            yield from self._down(group)
+            for travel in group:
+                yield Part(travel.number, {}, True)
+
+    def _travel(self, number: int, ask: Ask) -> Travel:
+        return Travel(number, ask, self._first(ask.block.parameters), self._first(ask.targets))
+
+    def _first(self, names: Sequence[str]) -> int:
+        """Number of the first stretch that holds one of the parameters; beyond the last if none."""
+        holding = (n for n, s in enumerate(self._stretches) if not s.parameters.isdisjoint(names))
+        return next(holding, len(self._stretches))
+
+    def _up(self, group: Sequence[Travel]) -> Iterator[Part]:
+        for number, stretch in enumerate(self._stretches[:-1]):
+            active = [t for t in group if self._moves(t, stretch)]
+            if active:
+                yield from self._raised(number, stretch, active)
+
+    def _moves(self, travel: Travel, stretch: Stretch) -> bool:
+        return any(
+            w in travel.tangents for w in stretch.inputs
+        ) or not stretch.parameters.isdisjoint(travel.ask.block.parameters)
+
+    def _raised(self, number: int, stretch: Stretch, active: Sequence[Travel]) -> Iterator[Part]:
+        """Takes directions through one stretch on their way up."""
+        outputs, start = self._opened(stretch)
+        duals: dict[Key, Tensor] = {
+            _dual(wire): self._cotangent(output, wire)
+            for output, wire in zip(outputs, stretch.outputs, strict=True)
+        }
+        own = {n for t in active for n in t.ask.block.parameters} & stretch.parameters
+        keys: list[Key] = [*stretch.inputs, *sorted(own)]
+        sources = {key: start[key] for key in keys}
+        gradients = grad(outputs, sources, grad_outputs=list(duals.values()), create_graph=True)
+        del outputs
+        for travel in active:
+            direction = self._moved(travel, number, stretch)
+            wanted = self._wanted(travel, number, stretch, start) if self._curved else {}
+            wanted |= duals
+            found = derivative(gradients, direction, wanted)
+            del direction
+            travel.tangents |= {
+                wire: found.pop(_dual(wire)) for wire in stretch.outputs if _dual(wire) in found
+            }
+            if part := travel.meet(found):
+                yield Part(travel.number, part, False)
+
+    def _cotangent(self, output: Tensor, wire: int) -> Tensor:
+        """A leaf with the cotangent of a wire; zeros where there is none."""
+        known = self._cotangents.get(wire)
+        return (torch.zeros_like(output) if known is None else known).detach().requires_grad_()
+
+    def _moved(self, travel: Travel, number: int, stretch: Stretch) -> dict[Key, Tensor]:
+        """What of a direction enters a stretch; tangents that nothing needs any more are let go."""
+        moved: dict[Key, Tensor] = {}
+        for wire in stretch.inputs:
+            if wire in travel.tangents:
+                over = self._last_use[wire] == number
+                moved[wire] = travel.tangents.pop(wire) if over else travel.tangents[wire]
+        if not stretch.parameters.isdisjoint(travel.ask.block.parameters):
+            direction = travel.ask.direction(self._parameters)
+            moved |= {name: direction[name] for name in direction if name in stretch.parameters}
+        return moved
+
+    def _wanted(
+        self, travel: Travel, number: int, stretch: Stretch, start: Mapping[Key, Tensor]
+    ) -> dict[Key, Tensor]:
+        """What a product is wanted by in a stretch: its targets, and the wires that lead to others
+        below.
+        """
+        keys: list[Key] = [name for name in travel.ask.targets if name in stretch.parameters]
+        if travel.lowest < number:
+            keys += stretch.inputs
+        return {key: start[key] for key in keys}
+
+    def _at_the_end(self, group: Sequence[Travel]) -> Iterator[Part]:
+        number, stretch = len(self._stretches) - 1, self._stretches[-1]
+        start = self._start(stretch)
+        for travel in group:
+            direction = self._moved(travel, number, stretch)
+            wanted = self._wanted(travel, number, stretch, start)
+            if part := travel.meet(self._end.product(direction, list(wanted))):
+                yield Part(travel.number, part, False)
+
+    def _down(self, group: Sequence[Travel]) -> Iterator[Part]:
+        for number in reversed(range(len(self._stretches) - 1)):
+            stretch = self._stretches[number]
+            active = [
+                t
+                for t in group
+                if t.lowest <= number and any(w in t.cotangents for w in stretch.outputs)
+            ]
+            if active:
+                yield from self._lowered(number, stretch, active)
+
+    def _lowered(self, number: int, stretch: Stretch, active: Sequence[Travel]) -> Iterator[Part]:
+        """Takes directions through one stretch on their way down."""
+        outputs, start = self._opened(stretch)
+        for travel in active:
+            pairs = [
+                (output, travel.cotangents.pop(wire))
+                for output, wire in zip(outputs, stretch.outputs, strict=True)
+                if wire in travel.cotangents
+            ]
+            found = grad(
+                [output for output, _ in pairs],
+                self._wanted(travel, number, stretch, start),
+                grad_outputs=[cotangent for _, cotangent in pairs],
+                retain_graph=True,
+            )
+            if part := travel.meet(found):
+                yield Part(travel.number, part, False)
+
+
+def _dual(wire: int) -> int:
+    """The key of the cotangent that an output's part of the gradient was made with."""
+    return -1 - wire
