@@ -234,46 +234,31 @@ class Products:
         with self.objective.prepared(), explained(), reduced_multiplication(self.precision):
             for batch, linearised in self._linearised(self._named(blocks)):
                 terms += linearised.terms
-                if each is None or units is None:
-                    self._add(totals, requests, linearised)
-                    continue
-                values = dict(self._each(totals, requests, linearised, each))
-                ordered = [values[number] for number in range(len(requests))]
-                units.append((batch, Unit(linearised.terms, ordered)))
+                values: list[Any] = [None] * len(requests)
+                for number, parts in self._completed(requests, linearised):
+                    if each is not None:
+                        values[number] = each(number, parts)
+                    for whole, part in zip(totals[number], parts, strict=True):
+                        whole += part.to(whole)
+                if units is not None:
+                    units.append((batch, Unit(linearised.terms, values)))
         return terms
 
-    def _add(
-        self, totals: list[list[Tensor]], requests: Sequence[Request], linearised: Linearised
-    ) -> None:
-        """Adds the products of one micro-batch."""
+    def _completed(
+        self, requests: Sequence[Request], linearised: Linearised
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Number and product of each request, in its targets, as soon as it is complete."""
+        waiting: dict[int, list[Tensor]] = {}
         for number, tensors, last in linearised.products(self._asks(requests)):
-            self.products += last
-            for whole, target in zip(totals[number], requests[number][2], strict=True):
-                if not tensors.keys().isdisjoint(target.parameters):
-                    whole += self._gathered(target, tensors).to(whole)
-
-    def _each(
-        self,
-        totals: list[list[Tensor]],
-        requests: Sequence[Request],
-        linearised: Linearised,
-        each: Reduce,
-    ) -> Iterator[tuple[int, Any]]:
-        """Adds the products of one micro-batch, and what ``each`` makes of every one when it is
-        complete.
-        """
-        waiting: dict[int, dict[str, Tensor]] = {}
-        for number, tensors, last in linearised.products(self._asks(requests)):
-            known = waiting.setdefault(number, {})
-            for name, tensor in tensors.items():
-                known[name] = known[name] + tensor if name in known else tensor
+            targets = requests[number][2]
+            if number not in waiting:
+                waiting[number] = [self._gathered(target, tensors) for target in targets]
+            elif tensors:
+                for known, target in zip(waiting[number], targets, strict=True):
+                    known += self._gathered(target, tensors)
             if last:
                 self.products += 1
-                product = waiting.pop(number)
-                parts = [self._gathered(target, product) for target in requests[number][2]]
-                yield number, each(number, parts)
-                for whole, part in zip(totals[number], parts, strict=True):
-                    whole += part.to(whole)
+                yield number, waiting.pop(number)
 
     def _asks(self, requests: Sequence[Request]) -> list[Ask]:
         return [

@@ -7,8 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
 from blockspec.model.blocks import Block
 from blockspec.model.identity import Identity, blocks_digest, identity_of, same_everywhere
