@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+import blockspec
 from blockspec import js_distances, load_spectra
 from blockspec.figures import plots
 from blockspec.runs import cli, report
@@ -166,6 +167,21 @@ def test_compare_sets_runs_side_by_side(done):
     }
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "word"),
+    [("--estimate.curvature", "ggn", "matrix"), ("--blocks.by", "tensor", "partition")],
+)
+def test_runs_that_say_nothing_about_each_other_are_not_compared(
+    done, tmp_path, setting, value, word
+):
+    assert invoke(*run_arguments(tmp_path / "other"), setting, value).code == 0
+    folders = (str(done / "first"), str(tmp_path / "other"))
+    result = invoke("compare", *folders, "--out", str(tmp_path / "both"))
+    assert result.code == 1
+    assert f"not of the same {word} (first: " in result.err
+    assert not (tmp_path / "both").exists()
+
+
 def test_compare_draws_the_distances_of_each_runs_first_step(done, tmp_path):
     drawn = {}
 
@@ -266,10 +282,16 @@ MISTAKES = {
     ),
     "no such dtype": ((*BASE, "--out", "OUT", "--dtype", "float65"), "dtype is one of ('float"),
     "no such device": ((*BASE, "--out", "OUT", "--device", "tpu9"), "device 'tpu9' cannot be used"),
-    "no such command": (("draw", "OUT"), "draw"),
+    "no such command": (("draw", "OUT"), "there is no command 'draw'. The commands are run, plan"),
+    "nearly a command": (("runn", "OUT"), "did you mean run?"),
+    "nearly an option": ((*BASE, "--out", "OUT", "--blocks.exclud", "a"), "mean --blocks.exclude?"),
+    "the beginning of an option": (
+        (*BASE, "--out", "OUT", "--estimate.num_step", "3"),
+        "mean --estimate.num_steps?",
+    ),
     "no run to show": (("show", "OUT"), "is no run's folder"),
-    "no run to plot": (("plot", "OUT"), "OUT"),
-    "no run to compare": (("compare", "OUT", "OUT", "--out", "OUT"), "OUT"),
+    "no run to plot": (("plot", "OUT"), "no table of spectra at OUT/spectra.parquet: there is no"),
+    "no run to compare": (("compare", "OUT", "OUT", "--out", "OUT"), "no table of spectra at OUT"),
     "one run to compare": (("compare", "OUT", "--out", "OUT"), "at least 2 runs, got 1"),
     "no such settings file": (("run", "--config", "OUT/settings.yaml"), "settings.yaml"),
     "no such hugging face model": (("run", "--model", "OUT/model", "--out", "OUT"), "OUT/model"),
@@ -288,6 +310,43 @@ def test_a_mistake_is_one_clear_line_and_a_code(tmp_path, arguments, message):
     assert message.replace("OUT", out) in lines[0]
     assert "Traceback" not in result.err
     assert "--debug shows where" not in result.err  # that is for what nobody foresaw
+
+
+def test_the_version_is_printed():
+    result = invoke("--version")
+    assert result.code == 0
+    assert result.out.strip() == f"blockspec {blockspec.__version__}"
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_numbers_are_whole_in_a_narrow_terminal(done, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    wide, narrow = [], []
+    monkeypatch.setattr(report, "print_frame", lambda _, frame, title: wide.append((frame, title)))
+    report.show(done / "first")
+    monkeypatch.undo()
+    monkeypatch.setenv("COLUMNS", str(width))
+    narrow = invoke("show", str(done / "first")).out
+    assert "…" not in narrow
+    rows = [line for line in narrow.splitlines() if line.split()[:1] in (["query"], ["value"])]
+    assert len(rows) >= 4
+    assert max(map(len, rows)) <= width
+    for frame, title in wide:
+        assert title in narrow
+        for cell in frame.to_numpy().ravel():
+            assert cell in narrow.split()
+
+
+def test_show_says_what_was_measured(done):
+    printed = invoke("show", str(done / "first")).out
+    for line in (
+        f"model  {TINY} (GPT, ",
+        "matrix hessian",
+        "blocks 4 by matrix, and the full matrix",
+        "probes 2 a block, 3 steps a probe, seed 0",
+        "data   2 batch(es)",
+    ):
+        assert line in printed
 
 
 def test_debug_gives_the_traceback(tmp_path):

@@ -316,9 +316,26 @@ def test_the_full_matrix_can_be_left_out(tmp_path):
 
 
 def test_one_block_alone_has_no_heterogeneity(tmp_path):
-    assert run(tmp_path / "run", "--blocks.include", '["*ln_f.weight"]').code == 0
-    assert contents(tmp_path / "run") == ["run.json", "spectra.parquet"]
-    assert invoke("show", str(tmp_path / "run")).code == 0
+    out = tmp_path / "run"
+    assert run(out, "--blocks.exclude", "*c_attn*").code == 0
+    assert contents(out) == ["run.json", "spectra.parquet"]
+    assert invoke("show", str(out)).code == 0
+
+
+def test_the_full_matrix_alone_is_drawn_shown_and_compared(tmp_path):
+    arguments = list(run_arguments(tmp_path / "run"))
+    at = arguments.index("--blocks.include")
+    arguments[at : at + 2] = ["--blocks.by", "model"]
+    found = invoke(*arguments, "--plots", "true")
+    assert found.code == 0, found.err
+    assert "the full matrix\n" in found.out
+    figures = {path.stem for path in (tmp_path / "run/figures").glob("*.png")}
+    assert figures >= {"esd_by_block", "edges_by_block", "esd_full"}
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    both = [str(tmp_path / name) for name in ("run", "other")]
+    compared = invoke("compare", *both, "--out", str(tmp_path / "both"))
+    assert compared.code == 0, compared.err
+    assert (tmp_path / "both/figures/comparison.png").exists()
 
 
 def checkpoint(path, step):

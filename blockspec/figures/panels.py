@@ -134,9 +134,11 @@ def label_outer(axes: np.ndarray) -> None:
     grid has holes.
     """
     for column in axes.T:
-        [place for place in column if place.axison][-1].tick_params(labelbottom=True)
+        for place in [place for place in column if place.axison][-1:]:
+            place.tick_params(labelbottom=True)
     for row in axes:
-        next(place for place in row if place.axison).tick_params(labelleft=True)
+        for place in [place for place in row if place.axison][:1]:
+            place.tick_params(labelleft=True)
 
 
 def smoothing_note(spectra: Iterable[Spectrum]) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 
 from blockspec.figures.heatmaps import MEASURES
 from blockspec.figures.panels import (
@@ -36,7 +37,7 @@ from blockspec.figures.style import (
 from blockspec.model.pieces import FULL
 from blockspec.spectra.collection import block_diagonal, spectra_of
 from blockspec.spectra.heterogeneity import js0
-from blockspec.spectra.spectrum import Spectrum
+from blockspec.spectra.spectrum import Estimate, Spectrum
 
 QUANTITIES = {"mean": "mean eigenvalue (loss / parameter²)", "trace": "trace (loss / parameter²)"}
 
@@ -166,12 +167,17 @@ def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
     looks = {name: Look(name, name, RUNS[i], RUN_MARKERS[i]) for i, name in enumerate(tables)}
     kinds = _kinds_of_last_step(tables)
     rows = math.ceil(len(kinds) / 6)
-    columns = max(3, math.ceil(len(kinds) / rows))
-    heights = (2.4, max(1.25 * rows + 0.6, 2.4))  # inches; the names of the axes take 2.2
-    figure = Figure(figsize=(1.55 * columns + 0.6, sum(heights)), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
-    _heterogeneity_of_runs(upper.subplots(), tables, looks)
-    upper.legend(loc="outside right upper", title="run")
+    columns = math.ceil(len(kinds) / rows)
+    courses = {name: _heterogeneity_course(table) for name, table in tables.items()}
+    some = any(courses.values())  # a run of a single block has none
+    heights = [2.4] * some + [max(1.25 * rows + 0.6, 2.4)]  # inches; the axes' names take 2.2
+    figure = Figure(figsize=(1.55 * max(columns, 3) + 0.6, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    upper, lower = parts[0], parts[-1]
+    if some:
+        _heterogeneity_of_runs(upper.subplots(), courses, looks)
+        upper.suptitle("Heterogeneity")
+    _runs_legend(upper, looks)
     scale = scale_of(part for parts in kinds.values() for part in parts.values())
     axes = lower.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for place in axes.flat[len(kinds) :]:
@@ -180,7 +186,6 @@ def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
         _overlaid(place, parts, scale, looks)
         place.set_title(looks_of([kind])[kind].label)
     label_outer(axes)
-    upper.suptitle("Heterogeneity")
     lower.suptitle("Spectra at the last step of each run, mixed over the blocks of a kind")
     lower.supxlabel(EIGENVALUE, fontsize=8)
     lower.supylabel(DENSITY, fontsize=8)
@@ -213,28 +218,31 @@ def _kinds_of_last_step(tables: Mapping[str, pd.DataFrame]) -> dict[str, dict[st
     return {kind: found[kind] for kind in looks_of(found)}
 
 
+def _runs_legend(figure: SubFigure, looks: Mapping[str, Look]) -> None:
+    lines = [
+        Line2D([], [], color=look.colour, marker=look.marker, linestyle=DASHES[i], label=look.label)
+        for i, look in enumerate(looks.values())
+    ]
+    figure.legend(handles=lines, loc="outside right upper", title="run")
+
+
+def _heterogeneity_course(table: pd.DataFrame) -> dict[int, Estimate]:
+    """Step -> js0; without steps that have a single block."""
+    parts = table[table["kind"] != FULL]
+    return {
+        step: js0(spectra_of(parts[parts["step"] == step]))
+        for step in sorted(parts["step"].unique().tolist())
+        if parts.loc[parts["step"] == step, "block"].nunique() > 1
+    }
+
+
 def _heterogeneity_of_runs(
-    axes: Axes, tables: Mapping[str, pd.DataFrame], looks: Mapping[str, Look]
+    axes: Axes, courses: Mapping[str, Mapping[int, Estimate]], looks: Mapping[str, Look]
 ) -> None:
-    steps: set[int] = set()
-    for name, table in tables.items():
-        parts = table[table["kind"] != FULL]
-        course = {
-            step: js0(spectra_of(parts[parts["step"] == step]))
-            for step in sorted(parts["step"].unique().tolist())
-        }
-        steps |= set(course)
-        errors = [
-            math.nan if estimate.stderr is None else estimate.stderr for estimate in course.values()
-        ]
-        _course(
-            axes,
-            list(course),
-            [estimate.value for estimate in course.values()],
-            errors,
-            looks[name],
-            label=name,
-        )
+    for name, course in courses.items():
+        values = [estimate.value for estimate in course.values()]
+        errors = [math.nan if e.stderr is None else e.stderr for e in course.values()]
+        _course(axes, list(course), values, errors, looks[name], label=name)
     axes.set_ylim(0, math.log(2))
     axes.set_ylabel("mean JS divergence over pairs\n(nats; axis ends at ln 2)")
-    step_axis(axes, sorted(steps), width=5)
+    step_axis(axes, sorted({step for course in courses.values() for step in course}), width=5)

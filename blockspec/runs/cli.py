@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 
+from blockspec import __version__
 from blockspec.runs import report
+from blockspec.runs.arguments import check_command, check_flags, gathered
 
 if (
     TYPE_CHECKING
@@ -69,8 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
-        given = [argument for argument in arguments if argument != "--debug"]
-        parsed = _parser(given).parse_args(_spelled_out(given))
+        parsed = _parsed([argument for argument in arguments if argument != "--debug"])
         _dispatch(parsed.subcommand, parsed[parsed.subcommand])
     except KeyboardInterrupt:
         told = " (another process has ended: its message says why)" if _launched() else ""
@@ -112,21 +113,40 @@ def _spelled_out(arguments: list[str]) -> list[str]:
     return [long.get(name, name) + equals + value for name, equals, value in split]
 
 
-def _parser(arguments: list[str]) -> ArgumentParser:
-    """Names all commands, and knows the settings of the one that is called."""
+def _parsed(arguments: list[str]) -> Namespace:
+    """The arguments as the command's own parser understands them."""
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    if called is None or "--version" in arguments[: arguments.index(called)]:
+        return _parser(None)[0].parse_args(arguments)
+    check_command(called, COMMANDS)
+    parser, command = _parser(called)
+    given = gathered(_spelled_out(arguments), greedy=called != "blocks")
+    check_flags(given, command._option_string_actions)
+    return parser.parse_args(given)
+
+
+def _parser(called: str | None) -> tuple[ArgumentParser, ArgumentParser]:
+    """Names all commands, and knows the settings of the one that is called; and that one alone."""
+    options: Any = {"exit_on_error": False, "allow_abbrev": False}
     parser = ArgumentParser(
         prog="blockspec",
         description="Blockwise Hessian spectra of transformers.",
-        exit_on_error=False,
+        epilog="blockspec COMMAND --help explains the settings of a command.",
+        version=__version__,
+        **options,
     )
     commands = parser.add_subcommands(required=True)
-    called = next((argument for argument in arguments if argument in COMMANDS), None)
+    chosen = parser
     for name, help in COMMANDS.items():
-        command = ArgumentParser(description=help, exit_on_error=False)
+        command = ArgumentParser(description=help, **options)
         if name == called:
+            chosen = command
             _add_settings(command, name)
+            command.add_argument(  # taken away before: here for the help alone
+                "--debug", action="store_true", help="show the traceback of an error"
+            )
         commands.add_subcommand(name, command, help=help)
-    return parser
+    return parser, chosen
 
 
 def _add_settings(command: ArgumentParser, name: str) -> None:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from blockspec.numerics.memory import readable
 from blockspec.runs.json_files import read_json
+from blockspec.runs.printing import print_frame
 from blockspec.spectra.collection import Spectra, read_table, spectra_of, write_parquet
 
 if TYPE_CHECKING:  # a summary is printed without torch and matplotlib
@@ -35,7 +34,7 @@ def draw(run: Path) -> list[Path]:
         for step in sorted(table["step"].unique().tolist())
     }
     last = max(by_step)
-    parts = by_step[last].parts
+    parts = by_step[last].parts or by_step[last]
     figures = {
         "tails_by_block": plots.tails_by_block(parts),
         "quantiles_by_block": plots.quantiles_by_block(parts),
@@ -45,7 +44,8 @@ def draw(run: Path) -> list[Path]:
     if "model" in by_step[last]:
         figures["tails_full"] = plots.tails_of_full(by_step)
         figures["esd_full"] = plots.esd_stages(by_step)
-        figures["full_and_block_diagonal"] = plots.full_and_block_diagonal(by_step[last])
+        if by_step[last].parts:
+            figures["full_and_block_diagonal"] = plots.full_and_block_diagonal(by_step[last])
     if (run / "heterogeneity.parquet").exists():
         figures |= _heterogeneity_figures(pd.read_parquet(run / "heterogeneity.parquet"))
     if len(by_step) > 1:
@@ -103,24 +103,70 @@ def summary(spectra: Spectra) -> pd.DataFrame:
 
 
 def show(run: Path) -> None:
-    """Prints what a run found and where it is."""
+    """Prints what a run found, of what, and where it is."""
     console = Console()
     record = read_json(run / "run.json")
     table = read_table(run / "spectra.parquet")
     stages = {stage["step"]: stage for stage in record["stages"]}
+    say(console, *described(record, table))
     for step in sorted(table["step"].unique().tolist()):
         rows = table[table["step"] == step]
         stage = stages.get(step, {})
-        title = f"step {step}: loss {stage.get('loss', float('nan')):.4f}, {_outcome(stage)}"
-        console.print(_rich(summary(spectra_of(rows)), title))
-        console.print(_origin(stage), highlight=False, markup=False, soft_wrap=True)
+        loss = f": loss {stage['loss']:.4f}" if stage.get("loss") is not None else ""
+        outcome = _outcome(stage)
+        title = f"{stage_name(stage, step)}{loss}" + (f", {outcome}" if outcome else "")
+        print_frame(console, _written(summary(spectra_of(rows))), title)
+        say(console, _origin(stage))
     _show_heterogeneity(run, console)
-    console.print(
-        f"run folder: {run}  (run.json, spectra.parquet, heterogeneity.parquet, figures/)",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    say(console, f"run folder: {run}  (run.json, spectra.parquet, heterogeneity.parquet, figures/)")
+
+
+def say(console: Console, *lines: str) -> None:
+    """Prints lines as they are, however long."""
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def stage_name(stage: Mapping[str, Any], step: int) -> str:
+    """``step 500``; the checkpoint's name beside its place where its step is not known."""
+    label = stage.get("label")
+    return f"step {step}" if label is None else f"stage {step} ({label})"
+
+
+def described(record: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
+    """Of what a run is: the model, the matrix, the blocks, the probes, the data."""
+    settings, stage = record.get("settings", {}), next(iter(record["stages"]), {})
+    model, named = stage.get("model", {}), settings.get("model", "not recorded")
+    facts = [f"{model['parameters']:,} parameters, {model['dtype']}"] if model else []
+    if model and model["class"] != named:
+        facts.insert(0, model["class"])
+    blocks = table.drop_duplicates("block")
+    parts = int((blocks["kind"] != "full").sum())
+    cut = [f"{parts} {partition_of(record)}"] if parts else []
+    full = ["the full matrix"] if parts < len(blocks) else []
+    per_block = table.groupby(["step", "block"])[["probe", "steps"]].max()
+    rows = {
+        "model": f"{named}" + (f" ({', '.join(facts)})" if facts else ""),
+        "matrix": ", ".join(sorted(table["curvature"].unique())),
+        "blocks": ", and ".join(cut + full),
+        "probes": f"{_range(per_block['probe'] + 1)} a block, {_range(per_block['steps'])} steps a "
+        f"probe, seed {_range(table['seed'])}",
+        "data": "not recorded" if "data" not in stage else f"{len(stage['data'])} batch(es)",
+    }
+    return [f"{name:7}{text}" for name, text in rows.items()]
+
+
+def _range(values: pd.Series) -> str:
+    low, high = int(values.min()), int(values.max())
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def partition_of(record: Mapping[str, Any]) -> str:
+    """How a run's parameters are cut: ``by matrix``."""
+    by = record.get("settings", {}).get("blocks", {}).get("by")
+    if by is None:
+        return "of a list of one's own"
+    return f"by {by}" if isinstance(by, str) else f"of one's own ({', '.join(by)})"
 
 
 def _origin(stage: Mapping[str, Any]) -> str:
@@ -140,25 +186,24 @@ def _origin(stage: Mapping[str, Any]) -> str:
 
 def show_plan(plan: Plan, *, stages: int = 1) -> None:
     """Prints the cost of an estimate: the dearest blocks, and the total."""
-    console = Console()
-    table = Table(
-        title=f"{len(plan.table)} blocks; one gradient of the objective takes "
-        f"{plan.gradient_seconds:.3g} s"
-    )
-    for column in ("block", "parameters", "products", "gradients", "operations", "time"):
-        table.add_column(column, justify="left" if column == "block" else "right", overflow="fold")
     dearest = plan.table.sort_values("seconds", ascending=False)
     shown = [(str(name), row) for name, row in dearest.head(SHOWN).iterrows()]
     if len(dearest) > SHOWN:
         shown.append((f"{len(dearest) - SHOWN} more", dearest.iloc[SHOWN:].sum(numeric_only=True)))
-    for name, row in [*shown, ("all", plan.table.sum(numeric_only=True))]:
-        counts = (
-            f"{int(row['parameters']):,}",
-            f"{int(row['products']):,}",
-            f"{row['gradients']:.4g}",
-        )
-        table.add_row(escape(name), *counts, f"{row['flops']:.3g}", duration(row["seconds"]))
-    console.print(table)
+    rows = {
+        name: {
+            "parameters": f"{int(row['parameters']):,}",
+            "products": f"{int(row['products']):,}",
+            "gradients": f"{row['gradients']:.4g}",
+            "operations": f"{row['flops']:.3g}",
+            "time": duration(row["seconds"]),
+        }
+        for name, row in [*shown, ("all", plan.table.sum(numeric_only=True))]
+    }
+    console = Console()
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("block")
+    gradient = f"one gradient of the objective takes {plan.gradient_seconds:.3g} s"
+    print_frame(console, frame, f"{len(plan.table)} blocks; {gradient}")
     show_totals(plan, console, stages=stages)
 
 
@@ -203,27 +248,26 @@ def _show_heterogeneity(run: Path, console: Console) -> None:
     path = run / "heterogeneity.parquet"
     if not path.exists():
         return
-    rows = pd.read_parquet(path).drop_duplicates(["definition", "step"])
-    table = Table(title="heterogeneity: mean distance over all pairs of blocks")
-    for column in ("definition", "step", "mean", "standard error"):
-        table.add_column(column, justify="left" if column == "definition" else "right")
-    for row in rows.itertuples():
-        table.add_row(str(row.definition), str(row.step), f"{row.js0:.4g}", _number(row.js0_stderr))
-    console.print(table)
+    rows = pd.read_parquet(path).drop_duplicates(["definition", "step"]).set_index("definition")
+    frame = pd.DataFrame(
+        {
+            "step": rows["step"].map(str),
+            "mean": rows["js0"].map("{:.4g}".format),
+            "standard error": rows["js0_stderr"].map(_number),
+        }
+    )
+    print_frame(console, frame, "heterogeneity: mean distance over all pairs of blocks")
 
 
-def _rich(frame: pd.DataFrame, title: str) -> Table:
-    table = Table(title=escape(title))
-    table.add_column(str(frame.index.name))
-    for column in frame.columns:
-        table.add_column(column, justify="right")
-    for name, row in frame.iterrows():
-        cells = [
-            f"{int(row[c]):,}" if c in ("blocks", "parameters", "step") else _number(row[c])
-            for c in frame.columns
-        ]
-        table.add_row(escape(str(name)), *cells)
-    return table
+def _written(frame: pd.DataFrame) -> pd.DataFrame:
+    counted = ("blocks", "parameters", "step")
+    return pd.DataFrame(
+        {
+            name: frame[name].map("{:,}".format if name in counted else _number)
+            for name in frame.columns
+        },
+        index=frame.index,
+    )
 
 
 def _number(value: Any) -> str:
@@ -233,6 +277,10 @@ def _number(value: Any) -> str:
 def compare(runs: list[Path], out: Path) -> None:
     """Tables and figures of several runs beside each other; the heat maps are those of each run's
     first step.
+
+    Raises:
+        ValueError: The runs are of different matrices or cut differently: their distances between
+            blocks have nothing to do with each other.
     """
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least 2 runs, got {len(runs)}")
@@ -242,34 +290,55 @@ def compare(runs: list[Path], out: Path) -> None:
     spectra = {
         name: read_table(run / "spectra.parquet") for name, run in zip(names, runs, strict=True)
     }
-    distances = {
-        name: pd.read_parquet(run / "heterogeneity.parquet")
-        for name, run in zip(names, runs, strict=True)
-    }
-    first = {name: next(iter(_distances(table).items())) for name, table in distances.items()}
-    maps = {f"{name}, step {step}": distance for name, (step, distance) in first.items()}
+    records = {name: read_json(run / "run.json") for name, run in zip(names, runs, strict=True)}
+    _check_comparable(records, spectra)
+    figures = {"comparison": plots.compare_runs(spectra)}
+    console = Console()
+    for name, table in spectra.items():
+        say(console, f"{name}:", *(f"  {line}" for line in described(records[name], table)))
+    tables = _distances_of(dict(zip(names, runs, strict=True)))
+    written = ""
+    if tables:
+        first = {name: next(iter(_distances(table).items())) for name, table in tables.items()}
+        maps = {f"{name}, step {step}": distance for name, (step, distance) in first.items()}
+        figures["distances"] = plots.distance_heatmaps(maps)
+        joined = _means(tables)
+        write_parquet(joined, out / "comparison.parquet")
+        chosen = joined[joined["definition"] == "jensen-shannon"].set_index("run")
+        title = "mean Jensen-Shannon divergence over all pairs of blocks (nats)"
+        print_frame(console, _written(chosen[["step", "js0", "js0_stderr"]]), title)
+        written = f"table: {out / 'comparison.parquet'}   "
+    paths = [plots.save(figure, out / "figures", name) for name, figure in figures.items()]
+    say(console, f"{written}figures: {', '.join(map(str, paths))}")
+
+
+def _check_comparable(
+    records: Mapping[str, Mapping[str, Any]], spectra: Mapping[str, pd.DataFrame]
+) -> None:
+    for word, values in {
+        "matrix": {n: ", ".join(sorted(t["curvature"].unique())) for n, t in spectra.items()},
+        "partition": {name: partition_of(record) for name, record in records.items()},
+    }.items():
+        if len(set(values.values())) > 1:
+            told = "; ".join(f"{name}: {value}" for name, value in values.items())
+            raise ValueError(
+                f"the runs are not of the same {word} ({told}), so that their numbers say nothing "
+                "about each other: compare runs that share both, matrix and partition"
+            )
+
+
+def _distances_of(runs: Mapping[str, Path]) -> dict[str, pd.DataFrame]:
+    """Run -> its heterogeneity.parquet, where it has one (a single block has none)."""
+    paths = {name: run / "heterogeneity.parquet" for name, run in runs.items()}
+    return {name: pd.read_parquet(path) for name, path in paths.items() if path.exists()}
+
+
+def _means(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     means = [
         table.drop_duplicates(["definition", "step"]).assign(run=name)
-        for name, table in distances.items()
+        for name, table in tables.items()
     ]
-    joined = pd.concat(means)[["run", "step", "definition", "js0", "js0_stderr"]]
-    write_parquet(joined, out / "comparison.parquet")
-    figures = {
-        "comparison": plots.compare_runs(spectra),
-        "distances": plots.distance_heatmaps(maps),
-    }
-    paths = [plots.save(figure, out / "figures", name) for name, figure in figures.items()]
-    console = Console()
-    frame = joined[joined["definition"] == "jensen-shannon"].set_index("run")[
-        ["step", "js0", "js0_stderr"]
-    ]
-    console.print(_rich(frame, "mean Jensen-Shannon divergence over all pairs of blocks (nats)"))
-    console.print(
-        f"table: {out / 'comparison.parquet'}   figures: {', '.join(map(str, paths))}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    return pd.concat(means)[["run", "step", "definition", "js0", "js0_stderr"]]
 
 
 def _names(runs: list[Path]) -> list[str]:

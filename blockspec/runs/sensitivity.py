@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
+
+from blockspec.runs.printing import print_frame
 
 SHOWN = 40  # rows of the printed table
 
@@ -138,23 +139,16 @@ def show(
     worst = pd.DataFrame(table.xs(width, level="bits")).sort_values("measured", ascending=False)
     columns = ["predicted", "measured", "curvature", "trace", "largest", "mse"]
     title = f"damage of {width} bits, the worst matrices first (unit: of the loss)"
-    console.print(_table(worst[columns].head(SHOWN), title))
+    print_frame(console, _cells(worst[columns].head(SHOWN)), title)
     title = "Spearman correlation with the measured damage, all matrices and widths"
-    console.print(_table(correlations.to_frame(), title))
-    console.print(_table(outcome, "bits dealt out under a budget, beside uniform bits"))
-    console.print(_table(pd.DataFrame(allocations).head(SHOWN), "bits of each matrix, by budget"))
+    print_frame(console, _cells(correlations.to_frame()), title)
+    print_frame(console, _cells(outcome), "bits dealt out under a budget, beside uniform bits")
+    dealt = _cells(pd.DataFrame(allocations).head(SHOWN))
+    print_frame(console, dealt, "bits of each matrix, by budget")
 
 
-def _table(frame: pd.DataFrame, title: str) -> Table:
-    from rich.markup import escape
-
-    table = Table(title=title, title_justify="left")
-    table.add_column(escape(str(frame.index.name or "")), overflow="fold")
-    for name in frame.columns:
-        table.add_column(escape(str(name)), justify="right", no_wrap=True)
-    for index, row in frame.iterrows():
-        table.add_row(escape(str(index)), *(_written(value) for value in row))
-    return table
+def _cells(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.map(_written)
 
 
 def _written(value: Any) -> str:

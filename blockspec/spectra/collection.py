@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -201,8 +202,8 @@ def _apart(part: Spectrum) -> np.ndarray:
 
 
 def load_spectra(path: str | os.PathLike[str], *, step: int | None = None) -> Spectra:
-    """The spectra of a file that :meth:`Spectra.save` or a run wrote; ``step`` chooses one where it
-    holds several.
+    """The spectra of a file that :meth:`Spectra.save` wrote, or of a run's folder; ``step`` chooses
+    one where it holds several.
 
     Raises FileNotFoundError, and ValueError for a file that is no table of spectra or a step that
     it does not hold.
@@ -217,15 +218,19 @@ def load_spectra(path: str | os.PathLike[str], *, step: int | None = None) -> Sp
 
 
 def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """The tidy table of a spectra file."""
+    """The tidy table of a spectra file, or of a run's folder."""
+    path = Path(path)
+    path = path / TABLE if path.is_dir() else path
+    if not path.exists():
+        where = "there is no such folder" if not path.parent.is_dir() else "the folder holds none"
+        raise FileNotFoundError(
+            f"no table of spectra at {path}: {where}. A run's folder has {TABLE}, and "
+            "Spectra.save writes one"
+        )
     try:
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(
-            f"{path} is not a parquet file of spectra ({error}); run again to write it anew"
-        ) from error
+        raise ValueError(f"{path} is not a parquet file of spectra ({error})") from error
     for name, value in {
         "precision_error": 0.0,
         "known": False,
@@ -247,6 +252,9 @@ def spectra_of(table: pd.DataFrame) -> Spectra:
     """The spectra of one step of a tidy table."""
     return Spectra(_spectrum(rows) for _, rows in table.groupby("block", sort=False))
 
+
+TABLE = "spectra.parquet"
+"""The table's name in a run's folder."""
 
 PER_BLOCK = (
     "reorthogonalized",
