@@ -172,8 +172,8 @@ def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
     some = any(courses.values())  # a run of a single block has none
     heights = [2.4] * some + [max(1.25 * rows + 0.6, 2.4)]  # inches; the axes' names take 2.2
     figure = Figure(figsize=(1.55 * max(columns, 3) + 0.6, sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    upper, lower = parts[0], parts[-1]
+    places = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    upper, lower = places[0], places[-1]
     if some:
         _heterogeneity_of_runs(upper.subplots(), courses, looks)
         upper.suptitle("Heterogeneity")
@@ -192,7 +192,7 @@ def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2, 2)), (0, (8, 2)))
+DASHES: Any = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2, 2)), (0, (8, 2)))
 
 
 def _overlaid(

@@ -135,7 +135,8 @@ def stage_name(stage: Mapping[str, Any], step: int) -> str:
 
 def described(record: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
     """Of what a run is: the model, the matrix, the blocks, the probes, the data."""
-    settings, stage = record.get("settings", {}), next(iter(record["stages"]), {})
+    settings = record.get("settings", {})
+    stage: dict[str, Any] = next(iter(record["stages"]), {})
     model, named = stage.get("model", {}), settings.get("model", "not recorded")
     facts = [f"{model['parameters']:,} parameters, {model['dtype']}"] if model else []
     if model and model["class"] != named:
