@@ -8,7 +8,8 @@
 #   --out FOLDER                             default: runs/embedded_tiny or runs/gpt2_124m
 #   --device cpu|cuda                        default: a GPU if there is one
 #
-# The result is FOLDER/spectra: run.json, spectra.parquet, heterogeneity.parquet, figures/. A second call does what is missing.
+# The result is FOLDER/spectra: run.json, spectra.parquet, heterogeneity.parquet, figures/; and FOLDER/report.html, a page to explore
+# it. A second call does what is missing.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -52,3 +53,4 @@ spectra=language_models/configs/spectra/${config/_tiny/}.yaml
 "${launcher[@]}" -m language_models.train --config "language_models/configs/$config.yaml" --out "$out" \
     --training.device "$trainer_device"
 blockspec run --config "$spectra" --checkpoints "$out/step_*" --out "$out/spectra" --device "$device"
+echo "a page to explore it: $(blockspec report "$out/spectra" -o "$out/report.html")"

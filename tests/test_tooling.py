@@ -16,14 +16,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = sorted((ROOT / "blockspec").rglob("*.py"))
 OURS = {"language_models", "vision_models", "training", "benchmarks", "examples", "paper"}
 EXTRAS = {  # folder -> the extras whose distributions it may import
-    "blockspec": (),
+    "blockspec": ("report",),
     "language_models": ("train",),
     "vision_models": ("train",),
     "training": ("train",),
     "paper": ("train",),
     "examples": ("train",),
     "benchmarks": ("train", "peers"),
-    "tests": ("train", "peers", "test"),
+    "tests": ("train", "peers", "report", "test"),
 }
 IMPORTED_AS = {
     "scikit_learn": "sklearn",

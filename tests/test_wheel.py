@@ -46,13 +46,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     dist = f"blockspec-{blockspec.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"blockspec", dist}
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "blockspec").rglob("*.py")}
+    wanted |= {f"blockspec/runs/page/page.{kind}" for kind in ("html", "css", "js")}
     assert wanted | {"blockspec/py.typed", "blockspec/__init__.pyi"} <= set(names)
     metadata = zipfile.ZipFile(wheel).read(f"{dist}/METADATA").decode()
     for line in (f"Version: {blockspec.__version__}", "License-Expression: MIT", "Classifier: "):
         assert line in metadata
     for line in ("Requires-Dist: matplotlib", "Requires-Dist: torch"):
         assert line in metadata
-    for name in ("datasets", "tensorboard", "seaborn"):  # of extras alone
+    for name in ("datasets", "tensorboard", "plotly", "seaborn"):  # of extras alone
         lines = [line for line in metadata.splitlines() if f"Requires-Dist: {name}" in line]
         assert lines
         assert all("extra ==" in line for line in lines)

@@ -257,6 +257,11 @@ def _layer(path: str) -> list[str]:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Name -> short name for matplotlib, which takes what is between dollars for a formula."""
+    return {name: label.replace("$", r"\$") for name, label in plain_names(names).items()}
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
     """Name -> short name; names whose short names coincide are spelled longer, so that all stay
     different. Where there are layers of an encoder and of a decoder, the side comes first.
     """
@@ -277,7 +282,7 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
         short = {
             name: label if counts[label] == 1 else longer(name) for name, label in short.items()
         }
-    return {name: label.replace("$", r"\$") for name, label in short.items()}  # no formulas
+    return short
 
 
 def inches(columns: float) -> float:

@@ -1,4 +1,4 @@
-"""The command line: ``blockspec run|plan|blocks|plot|compare|show|sensitivity``."""
+"""The command line: ``blockspec run|plan|blocks|plot|show|report|compare|sensitivity``."""
 
 from __future__ import annotations
 
@@ -93,6 +93,7 @@ COMMANDS = {
     "blocks": "list the blocks of a model before anything is computed: name, kind, layer, size",
     "plot": "draw the figures of a run anew; needs no model",
     "show": "print what a run found",
+    "report": "write a run, or several side by side, as one page of HTML to explore and to send",
     "compare": "set runs side by side: heterogeneity and spectra",
     "sensitivity": "measure which matrices survive few bits, and deal bits out under a budget",
 }
@@ -152,6 +153,11 @@ def _parser(called: str | None) -> tuple[ArgumentParser, ArgumentParser]:
 def _add_settings(command: ArgumentParser, name: str) -> None:
     if name in ("plot", "show"):
         command.add_argument("folder", type=Path, help="a run's folder")
+    elif name == "report":
+        command.add_argument("folders", type=Path, nargs="+", help="folders of runs")
+        command.add_argument(
+            "-o", "--out", type=Path, default=Path("report.html"), help="the page; needs plotly"
+        )
     elif name == "compare":
         command.add_argument("folders", type=Path, nargs="+", help="folders of runs")
         command.add_argument(
@@ -197,6 +203,10 @@ def _dispatch(command: str, given: Namespace) -> None:
             run(settings, resources, given.out, plots=given.plots)
         else:
             plan(settings, resources)
+    elif command == "report":
+        from blockspec.runs.page.write import report as write_page
+
+        print(write_page(given.folders, given.out))
     elif command == "compare":
         report.compare(given.folders, given.out)
     elif command == "blocks":

@@ -148,7 +148,10 @@ def _over_probes(
     if groups < 2:
         return Estimate(value, 0.0 if groups == 0 else None)
     left_out = np.array(
-        [statistic([_without(part, group, groups) for part in parts]) for group in range(groups)]
+        [
+            statistic([without_probes(part, group, groups) for part in parts])
+            for group in range(groups)
+        ]
     )
     corrected = groups * value - (groups - 1) * float(left_out.mean())
     return Estimate(max(corrected, 0.0), math.sqrt((groups - 1) * left_out.var()))
@@ -172,8 +175,10 @@ PER_PROBE = (
 )
 
 
-def _without(part: Spectrum, group: int, groups: int) -> Spectrum:
-    """Without every ``groups``-th probe from this one on."""
+def without_probes(part: Spectrum, group: int, groups: int) -> Spectrum:
+    """The spectrum without every ``groups``-th probe, counted from ``group``; an exact one as it
+    is.
+    """
     if part.exact:
         return part
     kept = np.arange(part.num_probes) % groups != group

@@ -1,0 +1,149 @@
+"""Densities and tail counts as small numbers: what a page of a megabyte can hold of a run.
+
+A curve is kept on a grid of its own that is even on the scale asinh(x / linear), where every node
+is about equally wide. Its logarithm is kept in steps of 1/128 of a decade (1.8 %). Neighbours then
+differ by small whole numbers, which deflate packs into about a byte each.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from blockspec.runs.page.numbers import Run, distance_maps
+from blockspec.spectra.resolved import resolved_density
+from blockspec.spectra.spectrum import Spectrum
+
+ROOM = 200_000  # points of all curves of a kind, so that 50 blocks x 20 stages stay below 6 MB
+FEWEST, MOST = 96, 400  # points of a curve
+PER_DECADE = 128
+DEEPEST = 11  # decades below the top that are kept
+PER_UNIT = 50  # of relative errors, which end at MOST_ERROR
+MOST_ERROR = 2.5
+PER_NAT = 10_000  # of distances
+UNKNOWN = -1
+
+DEFINITIONS = ("jensen-shannon", "resolved")
+"""Distances that have a bound, ln 2: a map of the others says less."""
+
+
+class Store:
+    """Whole numbers of 16 bits, one after the other; the page knows the places of its arrays."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+        self._length = 0
+
+    def put(self, values: np.ndarray) -> int:
+        """Adds an array; returns the place of its first number."""
+        place = self._length
+        self._parts.append(np.ascontiguousarray(values, np.int16).ravel())
+        self._length += values.size
+        return place
+
+    def packed(self, described: dict[str, Any]) -> str:
+        """Everything as text: length of the JSON, the JSON, and the differences of neighbours, all
+        low bytes before all high ones (those are mostly equal), deflated, in base64.
+        """
+        numbers = np.concatenate([np.zeros(1, np.int16), *self._parts])
+        differences = np.diff(numbers.astype(np.int32)).astype(np.uint16)
+        text = json.dumps(described, allow_nan=False, separators=(",", ":")).encode()
+        planes = [(differences & 255).astype(np.uint8), (differences >> 8).astype(np.uint8)]
+        content = [len(text).to_bytes(4, "little"), text, *(plane.tobytes() for plane in planes)]
+        return base64.b64encode(zlib.compress(b"".join(content), 9)).decode()
+
+
+def points_of(runs: Iterable[Run]) -> int:
+    """Points of a curve, so that all of them find room."""
+    spectra = sum(len(stage) for run in runs for stage in run.stages.values())
+    return int(np.clip(ROOM // max(spectra, 1), FEWEST, MOST))
+
+
+def curves(run: Run, points: int, store: Store) -> dict[str, Any]:
+    """Puts the curves of a run into the store.
+
+    Returns:
+        Where they are: ``number`` of the curve (blocks x stages, -1 where there is none), ``heads``
+        (linear, low, high, top of each), and the places of the arrays (curves x points).
+    """
+    found = [
+        (place, at, curve(spectra[block.name], points))
+        for place, block in enumerate(run.blocks)
+        for at, spectra in enumerate(run.stages.values())
+        if block.name in spectra
+    ]
+    number = np.full((len(run.blocks), len(run.stages)), -1)
+    for count, (place, at, _) in enumerate(found):
+        number[place, at] = count
+    arrays = {
+        name: store.put(np.stack([one[name] for _, _, one in found]))
+        for name in ("density", "density_error", "tail", "tail_error")
+    }
+    heads = [one["head"] for _, _, one in found]
+    return {"points": points, "number": number.tolist(), "heads": heads} | arrays
+
+
+def curve(spectrum: Spectrum, points: int) -> dict[str, Any]:
+    """Density and tail shares of one spectrum, each (points,) as whole numbers."""
+    linear = spectrum.linear
+    grid = spectrum.grid(points, linear=linear)
+    density, error = resolved_density(spectrum, grid, linear)
+    tail, tail_error = tails(spectrum, grid)
+    top = float(density.max())
+    ends = np.arcsinh(grid[[0, -1]] / linear)
+    head = [float(f"{value:.7g}") for value in (linear, *ends, math.log10(top))]
+    return {
+        "head": head,
+        "density": _logarithm(density / top),
+        "density_error": _relative(error, density),
+        "tail": _logarithm(tail),
+        "tail_error": _relative(tail_error, tail),
+    }
+
+
+def tails(spectrum: Spectrum, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the eigenvalues beyond each point, seen from zero: above a positive one, below a
+    negative one. Mean and standard error (G,) over probes; the error is 0 where there is one probe.
+    """
+    rows = []
+    for nodes, weights in zip(spectrum.nodes, spectrum.weights, strict=True):
+        order = np.argsort(nodes)
+        below = np.concatenate([[0.0], np.cumsum(weights[order])])
+        above = np.concatenate([np.cumsum(weights[order][::-1])[::-1], [0.0]])
+        upper = above[np.searchsorted(nodes[order], points, side="right")]
+        lower = below[np.searchsorted(nodes[order], points, side="left")]
+        rows.append(np.where(points > 0, upper, lower))
+    shares, probes = np.stack(rows), len(rows)
+    error = shares.std(0, ddof=1) / math.sqrt(probes) if probes > 1 else np.zeros(len(points))
+    return shares.mean(0), error
+
+
+def _logarithm(shares: np.ndarray) -> np.ndarray:
+    decades = np.log10(np.maximum(shares, 10.0**-DEEPEST))
+    return np.round(PER_DECADE * decades).astype(np.int16)
+
+
+def _relative(error: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    relative = np.divide(error, mean, out=np.zeros_like(mean), where=mean > 0)
+    return np.round(PER_UNIT * np.minimum(relative, MOST_ERROR)).astype(np.int16)
+
+
+def distances(run: Run, store: Store) -> dict[str, dict[str, int]]:
+    """Puts the distance maps of a run into the store: definition -> places of values and errors,
+    lower triangles one stage after the other.
+    """
+    found = {}
+    for definition in DEFINITIONS:
+        maps = distance_maps(run, definition)
+        if maps is not None:
+            rows, columns = np.tril_indices(maps[0].shape[1], -1)
+            values, errors = (np.round(PER_NAT * m[:, rows, columns]) for m in maps)
+            places = [store.put(np.nan_to_num(array, nan=UNKNOWN)) for array in (values, errors)]
+            found[definition] = dict(zip(("values", "errors"), places, strict=True))
+    return found

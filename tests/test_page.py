@@ -1,0 +1,376 @@
+"""The page of ``blockspec report``: its numbers are those of the tables, and it works in a browser."""
+
+import base64
+import json
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+from browser import chromium, needs_chromium
+from test_cli import invoke
+
+from blockspec import Block, Spectra, Spectrum, js0, js_distances, load_spectra
+from blockspec.numerics.files import whole_file
+from blockspec.runs.page import curves
+from blockspec.runs.page.numbers import distance_errors, read_run
+from blockspec.runs.page.write import report
+from blockspec.runs.tables import append_rows, heterogeneity_of, rows_of
+from blockspec.spectra.resolved import resolved_density
+
+HOSTILE = "h.0.</script><script>hacked=1</script><img src=x onerror=hacked=2>\"'$x$[/x]{0}%{x}"
+KINDS = ("query", "key", "value", "norm")
+STEPS = (0, 10, 300)
+
+
+def spectrum(name, kind, layer, *, seed, size=1.0, probes=3, steps=12, numel=500):
+    """Of random nodes: a bulk around zero, and outliers."""
+    rng = np.random.default_rng(seed)
+    bulk = rng.normal(0, size, (probes, steps))
+    nodes = np.sort(np.where(rng.random((probes, steps)) < 0.8, bulk, 30 * np.abs(bulk)), axis=1)
+    weights = rng.gamma(1.0, 1.0, (probes, steps)) * np.exp(-np.abs(nodes) / size)
+    weights /= weights.sum(1, keepdims=True)
+    full, none = np.full(probes, 1e-3 * size), np.zeros(probes)
+    arrays = (nodes, weights, 0.01 * np.abs(nodes), np.full(probes, steps), none > 0, none, full)
+    settings = (True, False, "hessian", "torch.float32", "gaussian", seed)
+    return Spectrum(Block(name, kind, layer, numel), *arrays, *settings)
+
+
+def stage(step, *, size=1.0):
+    """Spectra of a model with a hostile name, and the full matrix."""
+    blocks = [
+        spectrum(f"h.{layer}.{kind}", kind, layer, seed=7 * layer + at, size=size * 10.0**-at)
+        for layer in range(2)
+        for at, kind in enumerate(KINDS)
+    ]
+    blocks.append(spectrum(HOSTILE, "other", None, seed=99, size=5 * size + step))
+    return Spectra([*blocks, spectrum("model", "full", None, seed=100, size=size, numel=4500)])
+
+
+def write_run(folder, *, size=1.0, steps=STEPS, hostile="m[/x]<b>"):
+    """A run as ``blockspec run`` leaves it, without a model."""
+    folder.mkdir()
+    stages = []
+    for step in steps:
+        spectra = stage(step, size=size)
+        append_rows(folder, rows_of(spectra, heterogeneity_of(spectra, step=step), step=step))
+        model = {"class": hostile, "parameters": 4500, "dtype": "torch.float32"}
+        entry = {"step": step, "loss": 5 - step / 100, "model": model, "data": ["a", "b"]}
+        entry |= {"checkpoint": f"<i>{step}", "cost": {"products": 72, "check": "passed"}}
+        stages.append(entry | {"seconds": 65.0, "peak": 2**30, "planned": {"products": 36}})
+    record = {"command": ["__main__.py", "run", "a b"], "settings": {"model": hostile}}
+    with whole_file(folder / "run.json") as partial:
+        partial.write_text(json.dumps(record | {"stages": stages, "versions": {"torch": "2"}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs; the second has one step of the first, and another one."""
+    folder = tmp_path_factory.mktemp("runs")
+    first = write_run(folder / "first")
+    return first, write_run(folder / "<b>second", size=2.0, steps=(10, 20))
+
+
+@pytest.fixture(scope="module")
+def page(runs):
+    """The page of the first run, by the command."""
+    out = runs[0].parent / "report.html"
+    result = invoke("report", str(runs[0]), "-o", str(out))
+    assert result.code == 0, result.err
+    assert result.out.strip() == str(out)
+    return out
+
+
+def unpacked(path):
+    """JSON and whole numbers of a page, read as they are written down in the module's text."""
+    text = path.read_text("utf-8").split('<script id="data" type="text/plain">')[1]
+    content = zlib.decompress(base64.b64decode(text.split("</script>")[0]))
+    length = int.from_bytes(content[:4], "little")
+    low, high = np.frombuffer(content[4 + length :], np.uint8).reshape(2, -1).astype(np.uint16)
+    return json.loads(content[4 : 4 + length]), (low + 256 * high).cumsum(dtype=np.uint16).view(
+        np.int16
+    )
+
+
+def test_numbers_are_those_of_the_table(page, runs):
+    data, _ = unpacked(page)
+    (run,) = data["runs"]
+    assert run["steps"] == list(STEPS)
+    for at, step in enumerate(STEPS):
+        spectra = load_spectra(runs[0] / "spectra.parquet", step=step)
+        assert [block["name"] for block in run["blocks"]] == list(spectra)
+        for place, one in enumerate(spectra.values()):
+            expected = {
+                "largest": one.largest[:2],
+                "smallest": one.smallest[:2],
+                "trace": one.trace[:2],
+                "error": (one.error,),
+            }
+            for name, values in expected.items():
+                found = [run["numbers"][name][part][place][at] for part in ("value", "error")]
+                np.testing.assert_allclose(found[: len(values)], values, rtol=1e-4)
+            sizes = np.abs(one.nodes)
+            rank = 500 * (sizes * one.weights).sum(1).mean() / sizes.max()
+            rank *= one.block.numel / 500
+            found = run["numbers"]["effective_rank"]["value"][place][at]
+            np.testing.assert_allclose(found, rank, rtol=1e-4)
+
+
+def test_curves_and_distances_survive_their_packing(page, runs):
+    data, store = unpacked(page)
+    run, scales = data["runs"][0], data["scales"]
+    spectra = load_spectra(runs[0] / "spectra.parquet", step=10)
+    places, points = run["curves"], run["curves"]["points"]
+    for place, one in enumerate(spectra.values()):
+        number = places["number"][place][1]
+        linear, low, high, top = places["heads"][number]
+        grid = linear * np.sinh(np.linspace(low, high, points))
+        mean, error = resolved_density(one, grid, one.linear)
+        read = {
+            name: store[places[name] + number * points :][:points].astype(float)
+            for name in ("density", "density_error", "tail")
+        }
+        found = 10.0 ** (top + read["density"] / scales["decade"])
+        seen = mean > mean.max() * 1e-10
+        np.testing.assert_allclose(found[seen], mean[seen], rtol=0.01)
+        relative = read["density_error"] / scales["unit"]
+        np.testing.assert_allclose(relative[seen], (error / mean)[seen], atol=0.011)
+        beyond = np.where(grid > 0, 1 - one.cdf(grid), one.cdf(grid))
+        share = 10.0 ** (read["tail"] / scales["decade"])
+        some = beyond > 1e-6
+        np.testing.assert_allclose(share[some], beyond[some], rtol=0.01)
+    parts = spectra.parts
+    count = len(parts) * (len(parts) - 1) // 2
+    start = run["distances"]["jensen-shannon"]["values"] + count
+    below = js_distances(parts).to_numpy()[np.tril_indices(len(parts), -1)]
+    np.testing.assert_allclose(store[start : start + count] / scales["nat"], below, atol=6e-5)
+
+
+def test_errors_of_distances_add_up_to_that_of_their_mean(runs):
+    """For two blocks the mean over pairs is the pair."""
+    two = load_spectra(runs[0] / "spectra.parquet", step=0).select(include="h.0.[qk]*")
+    assert distance_errors(two)[0, 1] == pytest.approx(js0(two).stderr, rel=1e-9)
+    assert distance_errors(two)[0, 0] == 0
+
+
+def test_what_comes_from_a_run_is_escaped(page):
+    text = page.read_text("utf-8")
+    assert "<script>hacked" not in text
+    assert "<i>0" not in text
+    assert "m[/x]&lt;b&gt;" in text
+    assert "blockspec run &#x27;a b&#x27;" in text
+    assert text.count("plotly.js v") == 1
+    for outside in ("<script src", "<link", "@import"):
+        assert outside not in text.replace("script src=%", "")
+
+
+def test_the_answer_in_sentences(page, runs):
+    text = page.read_text("utf-8").split("What was found")[1].split("</section>")[0]
+    last = load_spectra(runs[0] / "spectra.parquet", step=300)
+    top = max(last.parts.values(), key=lambda s: s.largest.value)
+    assert top.block.name == HOSTILE
+    assert f"{top.largest.value:.2g}"[:2] in text
+    assert "layer 0</button>" in text
+    assert "not known" in text  # how far the data reach
+    mean = js0(last.parts)
+    assert f"± {mean.stderr:.2g} nats at step 300" in text
+
+
+def test_fifty_blocks_at_twenty_stages_stay_below_six_megabytes():
+    from plotly.offline import get_plotlyjs
+
+    store = curves.Store()
+    points = curves.ROOM // 1000
+    names = ("density", "density_error", "tail", "tail_error")
+    found = [
+        curves.curve(spectrum("b", "key", 0, seed=i, size=1 + i, probes=4, steps=40), points)
+        for i in range(1000)
+    ]
+    for name in names:
+        store.put(np.stack([one[name] for one in found]))
+    store.put(np.random.default_rng(0).integers(0, 6931, 4 * 20 * 50 * 49 // 2))
+    described = {"heads": [one["head"] for one in found]}
+    described |= {"numbers": np.random.default_rng(0).random((1000, 20)).round(5).tolist()}
+    assert len(get_plotlyjs().encode()) + len(store.packed(described)) < 5.95e6
+
+
+def test_a_run_without_distances_and_with_one_block(tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    one = Spectra([spectrum("model", "full", None, seed=0)])
+    append_rows(folder, rows_of(one, None, step=0))
+    (folder / "run.json").write_text('{"stages": []}')
+    assert report([folder], tmp_path / "deep" / "one.html").stat().st_size > 1e6
+    assert read_run(folder, "one").distances.empty
+
+
+def test_a_report_without_plotly_says_what_to_install(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    result = invoke("report", str(runs[0]), "-o", str(tmp_path / "r.html"))
+    assert result.code == 1
+    assert "pip install 'blockspec[report]'" in result.err
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_folder_that_is_no_run_is_one_line(tmp_path):
+    result = invoke("report", str(tmp_path), "-o", str(tmp_path / "r.html"))
+    assert result.code == 1
+    assert "is no run's folder" in result.err
+
+
+@pytest.fixture(scope="module")
+def shown(page):
+    """The page in a browser."""
+    with chromium() as browser:
+        browser.size(1400, 1000)
+        browser.open(page)
+        yield browser
+
+
+def text(browser, selector):
+    return browser.run(f"document.querySelector('{selector}').innerText")
+
+
+def drawn(browser, plot):
+    """What a figure shows: names and heights of its lines."""
+    lines = f"$('{plot}').data.filter(t => t.mode !== 'none').map(t => [t.name || '', [...t.y]])"
+    return browser.run(lines)
+
+
+@needs_chromium
+def test_it_opens_without_an_error_and_asks_for_nothing(shown, page):
+    assert shown.errors == []
+    assert [url for url in shown.requests if not url.startswith("data:")] == [page.as_uri()]
+    assert shown.run("window.hacked === undefined")
+    assert shown.run("document.querySelectorAll('img, iframe, main i:not(.chip i)').length") == 0
+    assert HOSTILE in shown.run("[...document.querySelectorAll('#table button')].map(b => b.title)")
+
+
+@needs_chromium
+def test_the_slider_changes_what_is_shown(shown):
+    before = drawn(shown, "density"), text(shown, "#table")
+    shown.run("$('stage').focus()")
+    shown.press("ArrowLeft")
+    assert "Training step 10 (2 of 3)" in text(shown, "#bar").replace("\n", " ")
+    assert drawn(shown, "density") != before[0]
+    assert text(shown, "#table") != before[1]
+    assert "10" in text(shown, "#table-step")
+
+
+@needs_chromium
+def test_a_click_on_a_cell_draws_its_block_at_its_step(shown):
+    shown.run("state.chosen = []; draw()")
+    shown.click("#map .nsewdrag", at=(0.01, 0.01))
+    shown.until("state.chosen.length === 1")
+    assert shown.run("[state.chosen[0], steps[state.stage]]") == ["h.0.query", 0]
+    assert [name for name, _ in drawn(shown, "density")] == ["h0.query"]
+    assert text(shown, "#map-cell").startswith("h0.query, step 0, largest eigenvalue: ")
+    shown.click("#map .nsewdrag", at=(0.99, 0.15))
+    shown.until("state.chosen.length === 2")
+    assert len(drawn(shown, "density")) == 2  # laid over each other
+    assert shown.run("steps[state.stage]") == 300
+
+
+@needs_chromium
+def test_the_map_works_by_keyboard(shown):
+    shown.run("state.chosen = []; draw(); $('map').cursor = null; $('map').focus()")
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "Enter"):
+        shown.press(key)
+    assert shown.run("[state.chosen[0], steps[state.stage]]") == ["h.0.value", 10]
+
+
+@needs_chromium
+def test_axes_normalisation_and_tails(shown):
+    seen = []
+    for view, axis, normalised in [
+        ("density", "symlog", False),
+        ("density", "linear", False),
+        ("density", "log", False),
+        ("density", "linear", True),
+        ("tail", "symlog", False),
+    ]:
+        shown.run(f"Object.assign(state, {{view: '{view}', axis: '{axis}'}})")
+        shown.run(f"state.normalised = {str(normalised).lower()}; draw()")
+        seen.append(shown.run("JSON.stringify($('density').data.map(t => [...t.x, ...t.y]))"))
+    assert len(set(seen)) == len(seen)
+    top = max(max(heights) for _, heights in drawn(shown, "density"))
+    assert top == pytest.approx(500, rel=0.3)  # eigenvalues of the block on one side, at most all
+    shown.run("Object.assign(state, {view: 'density', axis: 'symlog'}); draw()")
+
+
+@needs_chromium
+def test_a_click_on_a_distance_lays_two_spectra_over_each_other(shown, runs):
+    shown.run("state.stage = 2; draw()")
+    shown.click("#pairs .nsewdrag", at=(0.05, 0.16))
+    shown.until("state.pair.includes('h.0.query')")
+    assert shown.run("state.pair") == ["h.0.key", "h.0.query"]
+    assert [name for name, _ in drawn(shown, "pair")] == ["h0.key", "h0.query"]
+    parts = load_spectra(runs[0] / "spectra.parquet", step=300).parts
+    expected = js_distances(parts).loc["h.0.key", "h.0.query"]
+    told = text(shown, "#pair-note").split("step 300: ")[1].split(" ")[0]
+    assert float(told) == pytest.approx(expected, rel=0.1)
+
+
+@needs_chromium
+def test_the_table_is_sorted_and_filtered_and_the_data_can_be_had(shown):
+    shown.click("#table th:nth-child(5) button")
+    column = "[...document.querySelectorAll('#table tbody tr')].map(r => r.cells[4].innerText)"
+    values = [float(cell.split(" ")[0]) for cell in shown.run(column)]
+    assert values == sorted(values, reverse=True)
+    shown.run("$('filter').value = 'KEY'; $('filter').dispatchEvent(new Event('input'))")
+    assert len(shown.run(column)) == 2
+    shown.run("$('filter').value = ''; $('filter').dispatchEvent(new Event('input'))")
+    shown.run("URL.createObjectURL = blob => { last = blob; return 'data:,' }; last = null")
+    for button in ("map", "density", "course", "pairs", "pair", "table"):
+        assert shown.run(f"$('{button}').rows_ ?? $('{button}').rows")
+        shown.run(f"last = null; document.querySelector('[data-csv={button}]').click()")
+        assert shown.run("last.size") > 50, button
+
+
+@needs_chromium
+def test_a_sentence_leads_to_its_figure(shown):
+    shown.run("state.pair = ['h.1.value', 'h.0.value']; draw()")
+    shown.click(".answer [data-pair]")
+    shown.until("state.pair[0] === 'h.0.query'")
+    box = shown.run("(b => [b.top, b.bottom])($('pair').getBoundingClientRect())")
+    assert box[0] < 1000
+    assert box[1] > 0
+
+
+@needs_chromium
+def test_on_a_phone_and_in_the_dark(shown):
+    light = shown.run("getComputedStyle(document.body).backgroundColor")
+    shown.scheme("dark")
+    assert shown.run("getComputedStyle(document.body).backgroundColor") != light
+    shown.scheme("light")
+    shown.size(360, 740, phone=True)
+    time.sleep(0.3)
+    assert shown.run("document.documentElement.scrollWidth") <= 360
+    shown.size(1400, 1000)
+    assert shown.errors == []
+
+
+@needs_chromium
+def test_two_runs_beside_each_other(runs, tmp_path):
+    out = report(runs, tmp_path / "two.html")
+    with chromium() as browser:
+        browser.size(1200, 900)
+        browser.open(out)
+        browser.run("state.stage = steps.indexOf(10); draw()")
+        rows = (
+            "[...document.querySelectorAll('#differences tbody tr')].map(r => r.cells[4].innerText)"
+        )
+        found = browser.run(rows)
+        two = [load_spectra(run / "spectra.parquet", step=10) for run in runs]
+        for shown_, name in zip(found, two[0], strict=True):
+            difference = two[1][name].largest.value - two[0][name].largest.value
+            value, error = shown_.split(" ± ")
+            assert float(value) == pytest.approx(difference, rel=0.006)
+            both = [one[name].largest.residual for one in two]
+            assert float(error) == pytest.approx(np.hypot(*both), rel=0.06)
+        assert len(drawn(browser, "density")) == 2  # one line a run
+        browser.run("state.stage = steps.indexOf(20); draw()")
+        assert "Not measured at this step" in text(browser, "#density-note")
+        assert browser.errors == []
