@@ -46,24 +46,26 @@ def js_distances(
     Args:
         spectra: Of blocks. The full matrix is no block beside others, and is left out.
         definition: One of these.
-            ``"jensen-shannon"``: the Jensen-Shannon divergence in nats, between 0 and ln 2. Each
-                spectrum is smoothed with a Gaussian of width 0.2 on the scale asinh(eigenvalue /
-                linear), on one grid of 2000 even points that covers all blocks. It does not change
-                if all blocks (the loss) are scaled by one factor; it does if one block is.
-            ``"resolved"``: the same divergence, but two blocks are compared at the resolution of
-                the coarser one. Each node is drawn as in figures (see
-                :func:`blockspec.spectra.resolved.resolved_density`), but at least as wide as the
-                other block's nodes there. Where few steps do not resolve a bulk, the other
-                definitions compare the places of single Ritz values. It takes time: half a second
-                for ten blocks.
-            ``"symmetrised-kl"``: (KL(p||q) + KL(q||p)) / 2 in nats, unbounded: the scale of the
-                published heat maps of "Why Transformers Need Adam", which call it JS distance. Each
-                spectrum is smoothed with a Gaussian of ``width`` on ``points`` even points over the
-                range of all blocks, raised to ``floor``, and normalised. It depends on width,
-                points and floor, and on the scale of the loss.
-            ``"wasserstein"``: Wasserstein-1 between the raw measures, without any smoothing, in
-                units of an eigenvalue. It scales with the loss. Values can be divided by a norm to
-                compare models.
+
+            - ``"jensen-shannon"``: the Jensen-Shannon divergence in nats, between 0 and ln 2. Each
+              spectrum is smoothed with a Gaussian of width 0.2 on the scale asinh(eigenvalue /
+              linear), on one grid of 2000 even points that covers all blocks. It does not change
+              if all blocks (the loss) are scaled by one factor; it does if one block is.
+            - ``"resolved"``: the same divergence, but two blocks are compared at the resolution of
+              the coarser one. Each node is drawn as in figures (see
+              :func:`blockspec.spectra.resolved.resolved_density`), but at least as wide as the
+              other block's nodes there. Where few steps do not resolve a bulk, the other
+              definitions compare the places of single Ritz values. It takes time: half a second
+              for ten blocks.
+            - ``"symmetrised-kl"``: (KL(p||q) + KL(q||p)) / 2 in nats, unbounded: the scale of the
+              published heat maps of "Why Transformers Need Adam", which call it JS distance. Each
+              spectrum is smoothed with a Gaussian of ``width`` on ``points`` even points over the
+              range of all blocks, raised to ``floor``, and normalised. It depends on width,
+              points and floor, and on the scale of the loss.
+            - ``"wasserstein"``: Wasserstein-1 between the raw measures, without any smoothing, in
+              units of an eigenvalue. It scales with the loss. Values can be divided by a norm to
+              compare models.
+
         linear: Of the first two: where the scale turns from linear to logarithmic, in units of an
             eigenvalue. If left out, it is the median over the blocks of their root mean square
             eigenvalue.
