@@ -14,7 +14,7 @@ if [ ! -e "$stamp" ]; then
     echo "Installing into $root/.venv (some minutes, once)"
     # torch first and alone: as somebody's dependency it could come as the GPU build
     "$root/.venv/bin/pip" install --quiet --disable-pip-version-check -c "$root/constraints.txt" torch
-    "$root/.venv/bin/pip" install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root[train,report,test]"
+    "$root/.venv/bin/pip" install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root[train,report,test,docs]"
     rm -f "$root"/.venv/.installed-*
     touch "$stamp"
 fi
