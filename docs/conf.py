@@ -6,6 +6,7 @@ the public names, the command line's help, the list of pages for language models
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
 import io
@@ -23,8 +24,10 @@ sys.path[:0] = [str(ROOT), str(DOCS)]
 os.environ |= {"COLUMNS": "96", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 from sphinx.application import Sphinx  # noqa: E402
+from sphinx.pycode import ModuleAnalyzer  # noqa: E402
 
 import blockspec  # noqa: E402
+from blockspec import losses  # noqa: E402
 
 project = "blockspec"
 author = "the authors of blockspec"
@@ -97,6 +100,19 @@ def is_ours(name: str, value: Any) -> bool:
     return known and not name.startswith("_") and value.__module__.startswith("blockspec")
 
 
+def ready_losses() -> str:
+    """The losses are objects: what they are is written below them in their modules."""
+    lines = []
+    for node in ast.parse(Path(losses.__file__).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            texts = ModuleAnalyzer.for_module(str(node.module)).find_attr_docs()
+            for alias in node.names:
+                if text := texts.get(("", alias.name)):
+                    lines.append(f".. py:data:: blockspec.losses.{alias.name}\n")
+                    lines += [f"   {line}" for line in text]
+    return fenced("eval-rst", lines)
+
+
 def described(module: str, names: Iterable[str]) -> str:
     lines = []
     for name in names:
@@ -137,6 +153,7 @@ def other_pages() -> str:
 MADE = {
     "PUBLIC_NAMES": public_names,
     "MODULES": modules,
+    "READY_LOSSES": ready_losses,
     "COMMANDS": commands,
     "OTHER_PAGES": other_pages,
 }
