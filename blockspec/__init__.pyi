@@ -9,6 +9,7 @@ from blockspec.model.blocks import partition as partition
 from blockspec.model.objective import Objective as Objective
 from blockspec.model.pieces import Block as Block
 from blockspec.numerics.probes import draw_probe as draw_probe
+from blockspec.numerics.progress import progress_bar as progress_bar
 from blockspec.products.operators import FunctionOperator as FunctionOperator
 from blockspec.products.operators import Operator as Operator
 from blockspec.products.preconditioning.operator import Preconditioned as Preconditioned
@@ -17,7 +18,6 @@ from blockspec.products.preconditioning.stability import Threshold as Threshold
 from blockspec.products.preconditioning.stability import (
     stability_thresholds as stability_thresholds,
 )
-from blockspec.runs.progress import progress_bar as progress_bar
 from blockspec.spectra.collection import Spectra as Spectra
 from blockspec.spectra.collection import block_diagonal as block_diagonal
 from blockspec.spectra.collection import load_spectra as load_spectra

@@ -4,7 +4,13 @@ import pytest
 from coupled import coupled, matrix_with_decay
 
 import blockspec
-from blockspec.runs.progress import progress_bars
+from blockspec.numerics import progress as shown
+from blockspec.numerics.progress import progress_bars
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setattr(shown, "_place", lambda: "terminal")
 
 
 @pytest.fixture
@@ -12,7 +18,7 @@ def network():
     return coupled(matrix_with_decay(9), (4, 5))
 
 
-def test_a_landscape_shows_its_points(network, capsys):
+def test_a_landscape_shows_its_points(network, terminal, capsys):
     objective, blocks = network
     with blockspec.progress_bar("loss around", unit="points") as bar:
         blockspec.landscape(objective, blocks[0], "random", dimensions=1, points=7, progress=bar)
@@ -21,12 +27,12 @@ def test_a_landscape_shows_its_points(network, capsys):
     assert "7/7 points" in shown
 
 
-def test_a_trace_with_a_tolerance_does_not_know_its_end(network, capsys):
+def test_a_trace_with_a_tolerance_does_not_know_its_end(network, terminal, capsys):
     objective, blocks = network
-    for tolerance, shown in ((None, "3/3 products"), (0.5, "3 products")):
+    for tolerance, counted in ((None, "3/3 products"), (0.5, "3 products")):
         with blockspec.progress_bar("traces") as bar:
             blockspec.trace(objective, blocks, num_probes=3, tolerance=tolerance, progress=bar)
-        assert shown in capsys.readouterr().err
+        assert counted in capsys.readouterr().err
 
 
 def test_every_public_function_tells_its_progress_in_the_same_way(network):
@@ -50,12 +56,67 @@ def test_every_public_function_tells_its_progress_in_the_same_way(network):
         assert all(total is None or done <= total for done, total in told), name
 
 
-def test_a_bar_for_each_label_or_none(capsys):
-    for shown in (True, False):
-        with progress_bars(shown=shown) as update:
+def test_a_bar_for_each_label_or_none(terminal, capsys):
+    for wanted in (True, False):
+        with progress_bars(shown=wanted) as update:
             update("one", 1, 2)
             update("two", 2, 2)
             update("one", 2, 2)
         printed = capsys.readouterr().err
-        assert (printed.count("2/2 products") == 2) == shown
-        assert ("one" in printed) == shown
+        assert (printed.count("2/2 products") == 2) == wanted
+        assert ("one" in printed) == wanted
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when they are told to."""
+    passed = [0.0]
+    monkeypatch.setattr(shown.time, "monotonic", lambda: passed[0])
+    return passed
+
+
+def test_a_log_gets_a_line_a_minute(clock, capsys):
+    with progress_bars() as update:
+        for second in range(0, 185):
+            clock[0] = float(second)
+            update("step 7", second + 1, 740)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    assert lines[1] == "step 7: 61/740 products, 0:01:00 passed, 0:11:08 left"
+
+
+def test_a_notebook_gets_a_line_that_is_written_over(clock, capsys, monkeypatch):
+    monkeypatch.setattr(shown, "_place", lambda: "notebook")
+    with progress_bars(unit="points") as update:
+        for second in (0, 1, 2):
+            clock[0] = float(second)
+            update("loss", second, None)
+    written = capsys.readouterr().err
+    assert [line.strip() for line in written.split("\r")] == [
+        f"loss: {n} points, 0:00:0{n} passed" for n in (0, 1, 2)
+    ] + [""]
+
+
+@pytest.mark.parametrize(("seconds", "asked"), [(4.0, None), (6.0, None), (6.0, False)])
+def test_a_long_call_shows_itself_unless_it_is_told_not_to(clock, capsys, seconds, asked):
+    @shown.shows_progress("outer")
+    def outer(*, progress):
+        clock[0] += seconds
+        progress(1, 2)
+        inner(progress=asked)
+
+    @shown.shows_progress("inner")
+    def inner(*, progress):
+        clock[0] += 100.0
+        progress(1, 2)
+
+    outer(progress=asked)
+    printed = capsys.readouterr().err
+    assert ("outer: 1/2 products" in printed) == (seconds > shown.PATIENCE and asked is None)
+    assert "inner" not in printed
+
+
+def test_no_blank_line_where_nothing_was_counted(terminal, capsys):
+    with progress_bars():
+        pass
+    assert capsys.readouterr().err == ""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockspec.engine.accuracy import Accuracy
+from blockspec.engine.interrupts import held_back
 from blockspec.engine.plan import Plan, agree, fit, plan
 from blockspec.engine.results import spectrum_of
 from blockspec.engine.sampling import Sampling
@@ -23,6 +24,7 @@ from blockspec.model.identity import identity_of, same_everywhere
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.memory import parse
+from blockspec.numerics.progress import shows_progress
 from blockspec.numerics.ranks import Ranks, arrange, everywhere
 from blockspec.products.curvature import Products
 from blockspec.products.operators import Operator
@@ -41,6 +43,7 @@ PROBES_OF_SMALL, LARGE = (
 SLACK = 1.05  # times the tolerance: the error at the end is not quite the one that was foreseen
 
 
+@shows_progress("spectra")
 @takes(settings=EstimateSettings, execution=Execution, positional=("num_probes", "num_steps"))
 def estimate_spectra(
     objective: Objective | None,
@@ -62,10 +65,11 @@ def estimate_spectra(
         [settings]
         state: A folder for what a killed estimate goes on from; the same call then gives the same
             numbers, bit by bit on the same machine. It is saved every ``state_every`` seconds, and
-            removed at the end.
+            removed at the end. Ctrl-C ends the sweep that is under way, and saves it.
         keep_state: Leave the state, saved once more after the last sweep, for a caller who saves
             the result first; :func:`blockspec.engine.state.clear` removes it.
-        progress: Called with (products done, products in all as far as known) after each sweep.
+        progress: Called with (products done, products in all as far as known) after each sweep. If
+            left out, a call that takes longer than some seconds shows a bar; False shows none.
 
     Returns:
         A read-only mapping from block name to :class:`blockspec.Spectrum`, in the order of the
@@ -94,8 +98,13 @@ def estimate_spectra(
         keeper.after_sweep(schedule)
         if progress is not None:
             progress(schedule.products, schedule.products + schedule.remaining)
+        if stopped():
+            keeper.save_last(schedule)
+            raise KeyboardInterrupt
 
-    schedule.run(operator, after_sweep=after_sweep)
+    alone = operator.ranks.rows * operator.ranks.columns == 1  # else a launcher ends all of them
+    with held_back(wanted=folder is not None and alone) as stopped:
+        schedule.run(operator, after_sweep=after_sweep)
     if keep_state:
         keeper.save_last(schedule)
     errors = {} if settings.precision is None else precision_errors(operator, schedule)

@@ -27,8 +27,8 @@ console = Console(stderr=True)
 
 def run(settings: RunSettings, resources: Resources, out: Path, *, plots: bool) -> None:
     """Estimates spectra and leaves a run folder."""
+    from blockspec.numerics.progress import progress_bars
     from blockspec.runs.factories import find_factory
-    from blockspec.runs.progress import progress_bars
     from blockspec.runs.run import measure
 
     first = _join_processes()

@@ -73,8 +73,8 @@ def _numbers(name: str, text: str) -> list[float]:
 
 def run(settings: SensitivitySettings, out: Path | None) -> None:
     """Measures, prints the tables, and writes them where ``out`` names a folder."""
+    from blockspec.numerics.progress import progress_bar
     from blockspec.runs.factories import find_factory
-    from blockspec.runs.progress import progress_bar
     from blockspec.runs.settings import BlockSettings, RunSettings
     from blockspec.runs.stages import Stage, prepare
     from blockspec.toolbox.sensitivity import sensitivity

@@ -16,6 +16,7 @@ from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.probes import draw_probe
+from blockspec.numerics.progress import shows_progress
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, check_of, open_operator
@@ -158,6 +159,7 @@ def _merged(name: str, blocks: Sequence[Block]) -> Block:
     return Block(name, kind, layer, sum(block.numel for block in blocks), pieces)
 
 
+@shows_progress("coupling")
 @takes(settings=OperatorSettings)
 def coupling(
     objective: Objective | None,

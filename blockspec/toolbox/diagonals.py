@@ -13,6 +13,7 @@ from torch import Tensor
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Progress
+from blockspec.numerics.progress import shows_progress
 from blockspec.products.selection import OperatorSettings, check_of, open_operator
 from blockspec.products.settings import takes
 from blockspec.products.union import Union
@@ -68,6 +69,7 @@ class Diagonal:
         return frame_of(self.blocks, self.means.values())
 
 
+@shows_progress("diagonal")
 @takes(sampling=Sampling, settings=OperatorSettings)
 def diagonal(
     objective: Objective | None,

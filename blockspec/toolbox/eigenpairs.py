@@ -13,6 +13,7 @@ from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.probes import draw_probe
+from blockspec.numerics.progress import shows_progress
 from blockspec.numerics.restarts import Found, Search
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, check_of, open_operator
@@ -56,6 +57,7 @@ class Eigenpairs:
     curvature: str
 
 
+@shows_progress("eigenpairs")
 @takes(settings=OperatorSettings)
 def top_eigenpairs(
     objective: Objective | None,

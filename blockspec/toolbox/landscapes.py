@@ -15,6 +15,7 @@ from blockspec.model.blocks import Block, gather, partition, scatter
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.probes import draw_probe
+from blockspec.numerics.progress import shows_progress
 from blockspec.products.requests import checked_blocks
 from blockspec.products.selection import OperatorSettings
 from blockspec.products.settings import takes
@@ -56,6 +57,7 @@ class Landscape:
         )
 
 
+@shows_progress("landscape", "points")
 @takes(settings=OperatorSettings)
 def landscape(
     objective: Objective,

@@ -11,6 +11,7 @@ from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics import memory
 from blockspec.numerics.algorithms import Progress
+from blockspec.numerics.progress import shows_progress
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, open_operator
@@ -21,6 +22,7 @@ ENTRIES_AT_ONCE = 2**26
 SHARE = 0.25  # of the machine's memory that a matrix may take
 
 
+@shows_progress("matrix")
 @takes(settings=OperatorSettings)
 def dense(
     objective: Objective | None,

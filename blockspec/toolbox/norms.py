@@ -14,6 +14,7 @@ import torch
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Algorithm, Progress
+from blockspec.numerics.progress import shows_progress
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, check_of, open_operator
 from blockspec.products.settings import takes
@@ -25,6 +26,7 @@ from blockspec.toolbox.sampling import FEWEST_SAMPLES, Sampling
 from blockspec.toolbox.traces import Probes, Result
 
 
+@shows_progress("norms")
 @takes(sampling=Sampling, settings=OperatorSettings)
 def squared_norms(
     objective: Objective | None,

@@ -20,6 +20,7 @@ from torch import Tensor
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.probes import draw_probe
+from blockspec.numerics.progress import shows_progress
 from blockspec.numerics.restarts import Search
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
@@ -111,6 +112,7 @@ class Sensitivity:
         return float((after - before).sum() / terms.sum())
 
 
+@shows_progress("sensitivity", "forward passes")
 @takes(settings=OperatorSettings)
 def sensitivity(
     objective: Objective,

@@ -18,6 +18,7 @@ from blockspec.numerics.algorithms import Algorithm, Progress
 from blockspec.numerics.lanczos import ROUNDING
 from blockspec.numerics.measures import NOTHING
 from blockspec.numerics.probes import draw_probe
+from blockspec.numerics.progress import shows_progress
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, check_of, open_operator
@@ -36,6 +37,7 @@ of probes; with this factor in 85 to 99 %, and for 18 of the 20 in more than 90 
 """
 
 
+@shows_progress("traces")
 @takes(sampling=Sampling, settings=OperatorSettings)
 def trace(
     objective: Objective | None,
