@@ -18,6 +18,8 @@ from blockspec.products.preconditioning.stability import Threshold as Threshold
 from blockspec.products.preconditioning.stability import (
     stability_thresholds as stability_thresholds,
 )
+from blockspec.runs.loading import Run as Run
+from blockspec.runs.loading import load_run as load_run
 from blockspec.spectra.collection import Spectra as Spectra
 from blockspec.spectra.collection import block_diagonal as block_diagonal
 from blockspec.spectra.collection import load_spectra as load_spectra

@@ -5,6 +5,7 @@ outliers, saving.
 from __future__ import annotations
 
 import functools
+import io
 import math
 import os
 import re
@@ -173,14 +174,25 @@ def _own_look(kind: str) -> Look:
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draws under ``RC``, and leaves matplotlib's settings as they were."""
+    """Draws under ``RC``, and leaves matplotlib's settings as they were; a notebook shows what is
+    drawn, whether or not pyplot was ever imported.
+    """
 
     @functools.wraps(draw)
     def drawn(*args: object, **kwargs: object) -> Figure:
         with matplotlib.rc_context(RC):
-            return draw(*args, **kwargs)
+            figure = draw(*args, **kwargs)
+        figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
+        return figure
 
     return drawn
+
+
+def _png(figure: Figure) -> bytes:
+    written = io.BytesIO()
+    with matplotlib.rc_context(RC):
+        figure.savefig(written, format="png", dpi=DPI)
+    return written.getvalue()
 
 
 def save(figure: Figure, folder: str | os.PathLike[str], name: str) -> Path:

@@ -54,6 +54,35 @@ class Loss:
         terms = self.terms(outputs, batch)
         return terms.sum(), terms.numel()
 
+    def __repr__(self) -> str:
+        return f"Loss({name_of(self.outputs)}, {name_of(self.terms)})"
+
+
+def name_of(function: Any) -> str:
+    """A function's name; of anything else, what it prints."""
+    return getattr(function, "__name__", None) or repr(function)
+
+
+def called_otherwise(loss: Any, error: Exception) -> str:
+    """What is to be said of a function that fails when it is called as a loss is, by itself and not
+    within the model; "" of any other error.
+
+    ``lambda outputs, batch: ...`` gets the model where it awaits the model's outputs.
+    """
+    codes, trace = [], error.__traceback__
+    while trace is not None:
+        codes.append(trace.tb_frame.f_code)
+        trace = trace.tb_next
+    own = getattr(loss, "__code__", None)
+    in_model = nn.Module._call_impl.__code__ in codes
+    if own is None or in_model or not (own in codes or len(codes) == 1):
+        return ""
+    return (
+        f"the loss {name_of(loss)} was called as loss(model, batch), and failed: {error}. Its "
+        "first argument is the model, not the model's outputs, and it returns (sum of the loss "
+        "terms, number of terms); blockspec.losses.Loss(outputs, terms) makes one of two functions"
+    )
+
 
 def _first_tensor(output: Any) -> Tensor:
     if isinstance(output, Tensor):

@@ -17,6 +17,7 @@ from blockspec.model.checkpointing import without_checkpoints
 from blockspec.model.evaluation import Copies, evaluation
 from blockspec.model.examples import Carriers, NoExamplesError, carriers, longest
 from blockspec.model.kernels import twice_differentiable
+from blockspec.model.losses import called_otherwise, name_of
 from blockspec.model.plain import plain_functions
 from blockspec.model.second_order import cheap_modules
 from blockspec.model.suitability import check_batch, check_model, explained, length_of
@@ -113,6 +114,15 @@ class Objective:
         self._needs_saved_tensors = False
         self.checks: list[Any] = []
         """What :mod:`blockspec.products.guard` found, and for which parameters."""
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.model.parameters())
+        number = length_of(self._batches)
+        batches = "batches" if number is None else f"{number} batch(es)"
+        return (
+            f"Objective of {type(self.model).__name__} ({size:,} parameters), {batches}, "
+            f"{name_of(self.loss)}"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -271,6 +281,10 @@ class Objective:
         """Sum of the loss terms of one batch (a scalar with a graph) and their number."""
         try:
             result = self.loss(self.model, batch)
+        except (TypeError, AttributeError) as error:
+            if said := called_otherwise(self.loss, error):
+                raise TypeError(said) from error
+            raise
         except (IndexError, RuntimeError) as error:
             if told := ranges.out_of_range(self.model, self.whole_batches(), error):
                 raise ValueError(told) from error

@@ -18,7 +18,7 @@ from blockspec.numerics.density import spacing
 from blockspec.numerics.files import whole_file
 from blockspec.numerics.jackknife import FEWEST_UNITS
 from blockspec.spectra.data import Sample
-from blockspec.spectra.spectrum import Spectrum
+from blockspec.spectra.spectrum import Spectrum, drawing
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class Spectra(Mapping[str, Spectrum]):
         self._spectra = {spectrum.block.name: spectrum for spectrum in spectra}
         self.cost = cost
 
-    def __getitem__(self, name: str) -> Spectrum:
+    def __getitem__(self, name: str | int) -> Spectrum:
+        """By the block's name, or by its place: ``spectra[0]``."""
+        if isinstance(name, int):
+            return list(self._spectra.values())[name]
         try:
             return self._spectra[name]
         except KeyError:
@@ -90,6 +93,10 @@ class Spectra(Mapping[str, Spectrum]):
     ) -> Spectra:
         """The spectra whose block names match a glob of ``include`` and none of ``exclude``."""
         return Spectra(s for name, s in self.items() if _kept(name, include, exclude))
+
+    def plot(self, **options: Any) -> Any:
+        """A figure of the blocks; see :func:`blockspec.figures.tails.tails_by_block`."""
+        return drawing("tails").tails_by_block(self.parts or self, **options)
 
     @property
     def parts(self) -> Spectra:

@@ -12,6 +12,12 @@ from blockspec.model.pieces import Block
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.spectrum import Estimate
 
+SHOWN = 12  # blocks in a repr
+
+
+def _text(value: Estimate) -> str:
+    return f"{value.value:.4g}" + ("" if value.stderr is None else f" ± {value.stderr:.2g}")
+
 
 class Estimates(Mapping[str, Estimate]):
     """Estimates by block name, in the order of the blocks; read-only.
@@ -47,7 +53,9 @@ class Estimates(Mapping[str, Estimate]):
         return len(self._values)
 
     def __repr__(self) -> str:
-        return f"Estimates({self._values})"
+        shown = [f"{name}: {_text(value)}" for name, value in list(self.items())[:SHOWN]]
+        more = [f"{len(self) - SHOWN} more"] if len(self) > SHOWN else []
+        return "\n  ".join([f"Estimates of {len(self)} blocks", *shown, *more])
 
     def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
         """Of one block; see :func:`interval`."""

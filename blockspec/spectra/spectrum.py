@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,6 +128,24 @@ class Spectrum:
     @property
     def num_probes(self) -> int:
         return len(self.nodes)
+
+    def __repr__(self) -> str:
+        block, trace = self.block, self.trace
+        error = "" if trace.stderr is None else f" ± {trace.stderr:.2g}"
+        how = (
+            "all of them"
+            if self.exact
+            else f"{self.num_probes} probe(s) of up to {int(self.steps.max())} steps"
+        )
+        return (
+            f"Spectrum of {block.name!r} ({block.kind}, {block.numel:,} parameters; "
+            f"{self.curvature}): eigenvalues from {self.smallest.value:.3g} to "
+            f"{self.largest.value:.3g}, {how}; trace {trace.value:.3g}{error}"
+        )
+
+    def plot(self, **options: Any) -> Any:
+        """A figure of this block; see :func:`blockspec.figures.tails.tails_by_block`."""
+        return drawing("tails").tails_by_block({self.block.name: self}, **options)
 
     @property
     def is_zero(self) -> bool:
@@ -309,6 +328,13 @@ class Spectrum:
             linear: See :attr:`linear`, its default; only used where ``width`` is left out.
         """
         return self.densities(grid, width, linear=linear).mean(0)
+
+
+def drawing(module: str) -> Any:
+    """The module of figures of that name, imported when something is drawn. Figures lie above
+    spectra; this is the one way up, for ``.plot()``.
+    """
+    return import_module(f"blockspec.figures.{module}")
 
 
 def estimate(samples: np.ndarray, *, exact: bool = False) -> Estimate:

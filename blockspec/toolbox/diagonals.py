@@ -42,6 +42,13 @@ class Diagonal:
     sums: np.ndarray = field(repr=False)
     blocks: tuple[Block, ...] = field(repr=False)
 
+    def __repr__(self) -> str:
+        total = sum(block.numel for block in self.blocks)
+        return (
+            f"Diagonal of {len(self.blocks)} blocks ({total:,} parameters), {len(self.sums)} "
+            f"probe(s); means by block: {self.means!r}"
+        )
+
     def grouped(self, key: Callable[[Block], Hashable] = lambda block: block.kind) -> pd.DataFrame:
         """Mean and standard error over the parameters of all blocks with the same key: their kind,
         if left out. Errors of blocks are correlated, so theirs do not follow from those of the

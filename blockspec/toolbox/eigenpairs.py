@@ -56,6 +56,17 @@ class Eigenpairs:
     which: str
     curvature: str
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{value:.4g}" for value in self.values[:SHOWN])
+        more = ", ..." if len(self.values) > SHOWN else ""
+        return (
+            f"Eigenpairs of {self.block.name!r} ({self.curvature}; {self.which}): {shown}{more}; "
+            f"{int(self.converged.sum())} of {len(self.values)} converged, {self.products} products"
+        )
+
+
+SHOWN = 8  # values in a repr
+
 
 @shows_progress("eigenpairs")
 @takes(settings=OperatorSettings)

@@ -39,7 +39,7 @@ class Landscape:
         names: What the directions are.
     """
 
-    steps: tuple[np.ndarray, ...]
+    steps: tuple[np.ndarray, ...] = field(repr=False)
     losses: np.ndarray = field(repr=False)
     names: tuple[str, ...]
 
