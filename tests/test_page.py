@@ -14,7 +14,7 @@ from test_cli import invoke
 from blockspec import Block, Spectra, Spectrum, js0, js_distances, load_spectra
 from blockspec.numerics.files import whole_file
 from blockspec.runs.page import curves
-from blockspec.runs.page.numbers import distance_errors, read_run
+from blockspec.runs.page.numbers import jackknifed, read_run
 from blockspec.runs.page.write import report
 from blockspec.runs.tables import append_rows, heterogeneity_of, rows_of
 from blockspec.spectra.resolved import resolved_density
@@ -151,8 +151,10 @@ def test_curves_and_distances_survive_their_packing(page, runs):
 def test_errors_of_distances_add_up_to_that_of_their_mean(runs):
     """For two blocks the mean over pairs is the pair."""
     two = load_spectra(runs[0] / "spectra.parquet", step=0).select(include="h.0.[qk]*")
-    assert distance_errors(two)[0, 1] == pytest.approx(js0(two).stderr, rel=1e-9)
-    assert distance_errors(two)[0, 0] == 0
+    corrected, errors = jackknifed(two)
+    assert corrected[0, 1] == pytest.approx(js0(two).value, rel=1e-9)
+    assert errors[0, 1] == pytest.approx(js0(two).stderr, rel=1e-9)
+    assert errors[0, 0] == corrected[0, 0] == 0
 
 
 def test_what_comes_from_a_run_is_escaped(page):
@@ -175,7 +177,7 @@ def test_the_answer_in_sentences(page, runs):
     assert "layer 0</button>" in text
     assert "not known" in text  # how far the data reach
     mean = js0(last.parts)
-    assert f"± {mean.stderr:.2g} nats at step 300" in text
+    assert f"± {mean.stderr:.2g} nats</b> at step 300" in text
 
 
 def test_fifty_blocks_at_twenty_stages_stay_below_six_megabytes():
@@ -309,8 +311,8 @@ def test_a_click_on_a_distance_lays_two_spectra_over_each_other(shown, runs):
     assert [name for name, _ in drawn(shown, "pair")] == ["h0.key", "h0.query"]
     parts = load_spectra(runs[0] / "spectra.parquet", step=300).parts
     expected = js_distances(parts).loc["h.0.key", "h.0.query"]
-    told = text(shown, "#pair-note").split("step 300: ")[1].split(" ")[0]
-    assert float(told) == pytest.approx(expected, rel=0.1)
+    told = text(shown, "#pair-note").split("Distance: ")[1].split(" ")[0]
+    assert float(told) == pytest.approx(expected, rel=0.01, abs=1e-4)
 
 
 @needs_chromium

@@ -9,28 +9,32 @@ from typing import Any
 
 import numpy as np
 
-from blockspec.figures.style import matrix_name, plain_names
+from blockspec.figures.style import matrix_name
 from blockspec.model.pieces import FULL, Block
-from blockspec.runs.page.numbers import Run
-from blockspec.spectra.collection import Spectra
-from blockspec.spectra.heterogeneity import js_distances, mean_over_probes
+from blockspec.runs.page.numbers import Maps, Run
 from blockspec.spectra.spectrum import Spectrum
 
 MOST_LAYERS = 12  # of query against key
-MOST_COMPARED = 150  # blocks: so many pairs take seconds
 LIKENESS = ((0.03, "look alike"), (0.15, "differ a little"), (math.log(2) + 1, "differ clearly"))
 """Upper ends of Jensen-Shannon divergences in nats, and how they are called."""
 
 
-def sentences(run: Run) -> list[str]:
-    """HTML of one sentence or two each, everything from the run escaped; buttons lead on."""
-    names = plain_names([block.name for block in run.blocks])
+def sentences(run: Run, maps: Maps | None) -> list[str]:
+    """HTML of one sentence or two each, everything from the run escaped; buttons lead on.
+
+    Args:
+        run: As it was read.
+        maps: Its Jensen-Shannon divergences, where it has them.
+    """
+    names = run.names
     parts = dict(run.last.parts or run.last)
     found = [_what(run), _largest(run, parts, names)]
-    if 2 <= len(parts) <= MOST_COMPARED:
-        distances = js_distances(parts).to_numpy()
-        found += [_heterogeneity(run, distances), _furthest(parts, names, distances)]
-        found += _query_and_key(run, parts)
+    if maps is not None:
+        places = {block.name: place for place, block in enumerate(run.parts)}
+        inside = [places[name] for name in parts]
+        last = {name: array[-1][np.ix_(inside, inside)] for name, array in maps.items()}
+        found += [_heterogeneity(run, last["values"]), _furthest(parts, names, last["values"])]
+        found += _query_and_key(run, parts, last)
     return [*found, *_trust(run, parts, names)]
 
 
@@ -82,16 +86,15 @@ def _heterogeneity(run: Run, distances: np.ndarray) -> str:
         return ""
     rows = rows[rows["definition"] == "jensen-shannon"].drop_duplicates("step").set_index("step")
     told = [
-        f"{_plus_minus(*rows.loc[step, ['js0', 'js0_stderr']])} nats at step {step:,}"
+        f"<b>{_plus_minus(*rows.loc[step, ['js0', 'js0_stderr']])} nats</b> at step {step:,}"
         for step in dict.fromkeys([run.steps[-1], run.steps[0]])
         if step in rows.index
     ]
     largest = float(distances.max())
     return (
-        f"Heterogeneity, the mean distance between two blocks' spectra, is "
-        f"{', and '.join(told)}. 0 would mean that all blocks have the same spectrum, "
-        "0.693 (ln 2) that no two overlap. The two most different blocks are "
-        f"{largest:.2f} nats apart."
+        f"Heterogeneity, the mean distance between two blocks' spectra, is {', and '.join(told)} "
+        "(0: all blocks have the same spectrum; 0.693, which is ln 2: no two overlap). The two "
+        f"most different blocks are {largest:.2f} nats apart."
     )
 
 
@@ -104,14 +107,14 @@ def _furthest(parts: Mapping[str, Spectrum], names: Mapping[str, str], distances
     return f"The blocks that stand out, by mean distance to the others: {', '.join(told)}."
 
 
-def _query_and_key(run: Run, parts: Mapping[str, Spectrum]) -> Iterator[str]:
+def _query_and_key(run: Run, parts: Mapping[str, Spectrum], last: Maps) -> Iterator[str]:
     """Whether query and key of a layer look alike, for every layer that has one of each."""
     keys = {(s.block.layer, s.block.role): n for n, s in parts.items() if s.block.kind == "key"}
     told = []
-    for name, block in ((n, s.block) for n, s in parts.items() if s.block.kind == "query"):
+    for block in (s.block for s in parts.values() if s.block.kind == "query"):
         key = keys.get((block.layer, block.role.replace("query", "key")))
-        if key and "/head_" not in name:
-            told.append(_pair(run, block, parts, name, key))
+        if key and "/head_" not in block.name:
+            told.append(_pair(run, block, key, last))
     if told:
         more = f"; {len(told) - MOST_LAYERS} more layers" if len(told) > MOST_LAYERS else ""
         limits = ", ".join(f"{word} below {end}" for end, word in LIKENESS[:-1])
@@ -121,12 +124,13 @@ def _query_and_key(run: Run, parts: Mapping[str, Spectrum]) -> Iterator[str]:
         )
 
 
-def _pair(run: Run, query: Block, parts: Mapping[str, Spectrum], one: str, other: str) -> str:
-    both = [parts[one], parts[other]]
-    distance = mean_over_probes(both, lambda two: js_distances(Spectra(two)).to_numpy()[0, 1])
-    word = next(word for end, word in LIKENESS if distance.value < end)
-    places = [_place(run, name) for name in (one, other)]
-    shown = _plus_minus(*distance[:2])
+def _pair(run: Run, query: Block, key: str, last: Maps) -> str:
+    order = list(run.last.parts)
+    at = order.index(query.name), order.index(key)
+    distance, error = float(last["corrected"][at]), float(last["errors"][at])
+    word = next(word for end, word in LIKENESS if distance < end)
+    places = [_place(run, name) for name in (query.name, key)]
+    shown = _plus_minus(distance, error)
     called = "alone" if query.layer is None else f"layer {query.layer}"
     called += f" ({escape(query.role)})" if query.role != "query" else ""
     pair = f"{places[0]},{places[1]}"
@@ -142,8 +146,8 @@ def _trust(run: Run, parts: Mapping[str, Spectrum], names: Mapping[str, str]) ->
         steps = max(int(s.steps.max()) for s in parts.values())
         yield (
             "How far to trust it: with 95 % confidence a block's spectrum is known to "
-            f"<b>{np.median(list(shares.values())):.2g} of its largest magnitude</b> (median over "
-            f"blocks; at worst {shares[worst]:.2g}, {_named(worst, names)}), for the batches that "
+            f"<b>{_percent(shares)} of its largest magnitude</b> (median over blocks; at worst "
+            f"{_percent({worst: shares[worst]})}, {_named(worst, names)}), for the batches that "
             f"were given. {'–'.join(map(str, probes))} probes of at most {steps} Lanczos steps."
         )
     totals = {n: s.total_error for n, s in parts.items()}
@@ -151,8 +155,8 @@ def _trust(run: Run, parts: Mapping[str, Spectrum], names: Mapping[str, str]) ->
     if known:
         yield (
             "The batches are a sample. With them counted in, the error is "
-            f"{np.median(list(known.values())):.2g} of the largest magnitude (median over "
-            f"{len(known)} of {len(parts)} blocks)."
+            f"<b>{_percent(known)} of the largest magnitude</b> (median over {len(known)} of "
+            f"{len(parts)} blocks)."
         )
     else:
         yield (
@@ -162,6 +166,10 @@ def _trust(run: Run, parts: Mapping[str, Spectrum], names: Mapping[str, str]) ->
     check = (run.entry(run.steps[-1]).get("cost") or {}).get("check")
     if check:
         yield f"Products against differences of gradients: {escape(str(check))}."
+
+
+def _percent(shares: Mapping[str, float]) -> str:
+    return f"{100 * float(np.median(list(shares.values()))):.2g} %"
 
 
 def _named(name: str, names: Mapping[str, str]) -> str:

@@ -11,12 +11,12 @@ import base64
 import json
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from blockspec.runs.page.numbers import Run, distance_maps
+from blockspec.runs.page.numbers import Maps, Run
 from blockspec.spectra.resolved import resolved_density
 from blockspec.spectra.spectrum import Spectrum
 
@@ -28,9 +28,6 @@ PER_UNIT = 50  # of relative errors, which end at MOST_ERROR
 MOST_ERROR = 2.5
 PER_NAT = 10_000  # of distances
 UNKNOWN = -1
-
-DEFINITIONS = ("jensen-shannon", "resolved")
-"""Distances that have a bound, ln 2: a map of the others says less."""
 
 
 class Store:
@@ -134,16 +131,16 @@ def _relative(error: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return np.round(PER_UNIT * np.minimum(relative, MOST_ERROR)).astype(np.int16)
 
 
-def distances(run: Run, store: Store) -> dict[str, dict[str, int]]:
-    """Puts the distance maps of a run into the store: definition -> places of values and errors,
-    lower triangles one stage after the other.
+def distances(maps: Mapping[str, Maps], store: Store) -> dict[str, dict[str, int]]:
+    """Puts distance maps into the store: definition -> places of the arrays, lower triangles one
+    stage after the other.
     """
     found = {}
-    for definition in DEFINITIONS:
-        maps = distance_maps(run, definition)
-        if maps is not None:
-            rows, columns = np.tril_indices(maps[0].shape[1], -1)
-            values, errors = (np.round(PER_NAT * m[:, rows, columns]) for m in maps)
-            places = [store.put(np.nan_to_num(array, nan=UNKNOWN)) for array in (values, errors)]
-            found[definition] = dict(zip(("values", "errors"), places, strict=True))
+    for definition, arrays in maps.items():
+        places = {}
+        for name, array in arrays.items():
+            rows, columns = np.tril_indices(array.shape[1], -1)
+            whole = np.round(PER_NAT * array[:, rows, columns])
+            places[name] = store.put(np.nan_to_num(whole, nan=UNKNOWN))
+        found[definition] = places
     return found

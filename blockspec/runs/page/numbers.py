@@ -70,6 +70,12 @@ class Run:
         """The blocks without the full matrix."""
         return [block for block in self.blocks if block.kind != FULL]
 
+    @property
+    def names(self) -> dict[str, str]:
+        """Block -> how the page calls it."""
+        short = plain_names([block.name for block in self.blocks])
+        return short | {b.name: "full matrix" for b in self.blocks if b.kind == FULL}
+
     def entry(self, step: int) -> dict[str, Any]:
         """What run.json says of a step."""
         return next((s for s in self.record.get("stages", []) if s["step"] == step), {})
@@ -119,7 +125,7 @@ def _numbers(spectrum: Spectrum, rank: float, rank_error: float) -> dict[str, Nu
 def as_json(run: Run) -> dict[str, Any]:
     """Numbers and names of a run: number -> value, error, data -> blocks x stages."""
     found = [numbers_of(spectra) for spectra in run.stages.values()]
-    names = plain_names([block.name for block in run.blocks])
+    names = run.names
 
     def of(number: str, place: int) -> list[list[float | None]]:
         return [
@@ -148,9 +154,16 @@ def _rounded(value: float | None) -> float | None:
     return float(f"{value:.{DIGITS}g}")
 
 
-def distance_maps(run: Run, definition: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Distances of a definition and their standard errors (stages, blocks, blocks), nan where they
-    are not known; None where the run has none, or more blocks than a map can show.
+Maps = dict[str, np.ndarray]
+"""Of distances, each (stages, blocks, blocks), nan where one is not known: ``values`` as the table
+has them, ``corrected`` for the noise of probes, and their standard ``errors``.
+"""
+
+
+def distance_maps(run: Run, definition: str) -> Maps | None:
+    """Distances of a definition; None where the run has none, or more blocks than a map can show.
+
+    Only Jensen-Shannon divergences are corrected and have errors: the others take too long.
     """
     places = {block.name: place for place, block in enumerate(run.parts)}
     if run.distances.empty or not 2 <= len(places) <= MOST_PAIRED:
@@ -160,27 +173,32 @@ def distance_maps(run: Run, definition: str) -> tuple[np.ndarray, np.ndarray] | 
     if rows.empty:
         return None
     shape = (len(run.stages), len(places), len(places))
-    values, errors = np.full(shape, np.nan), np.full(shape, np.nan)
+    maps = {name: np.full(shape, np.nan) for name in ("values", "corrected", "errors")}
     for at, (step, spectra) in enumerate(run.stages.items()):
         some = rows[rows["step"] == step]
         one, other = (some[name].map(places).to_numpy() for name in ("block", "other"))
-        values[at, one, other] = some["distance"]
-        if definition == "jensen-shannon":
-            inside = [places[name] for name in spectra if name in places]
-            errors[at][np.ix_(inside, inside)] = distance_errors(spectra.parts)
-    return values, errors
+        maps["values"][at, one, other] = some["distance"]
+        if definition == "jensen-shannon" and len(spectra.parts) > 1:
+            inside = np.ix_(*2 * [[places[name] for name in spectra.parts]])
+            maps["corrected"][at][inside], maps["errors"][at][inside] = jackknifed(spectra.parts)
+    return maps
 
 
-def distance_errors(spectra: Spectra, definition: str = "jensen-shannon") -> np.ndarray:
-    """(blocks, blocks) standard errors of their distances, by the jackknife over probes; nan where
-    they cannot be known, 0 between exact blocks.
+def jackknifed(spectra: Spectra) -> tuple[np.ndarray, np.ndarray]:
+    """(blocks, blocks) Jensen-Shannon divergences with the bias by the noise of probes taken off,
+    and their standard errors, as :func:`blockspec.js0` does it for their mean; nan where they
+    cannot be known.
     """
     parts: Sequence[Spectrum] = list(spectra.values())
+    values = js_distances(spectra).to_numpy()
     groups = min((part.num_probes for part in parts if not part.exact), default=0)
     if groups < 2:
-        return np.full((len(parts), len(parts)), np.nan if groups else 0.0)
-    left_out = [
-        js_distances(Spectra(without_probes(p, group, groups) for p in parts), definition)
-        for group in range(groups)
-    ]
-    return math.sqrt(groups - 1) * np.std(np.stack([t.to_numpy() for t in left_out]), axis=0)
+        return values, np.full(values.shape, np.nan if groups else 0.0)
+    left_out = np.stack(
+        [
+            js_distances(Spectra(without_probes(p, group, groups) for p in parts)).to_numpy()
+            for group in range(groups)
+        ]
+    )
+    corrected = groups * values - (groups - 1) * left_out.mean(0)
+    return np.maximum(corrected, 0.0), math.sqrt(groups - 1) * left_out.std(0)

@@ -29,7 +29,8 @@ function plusMinus(value, error) {
   if (error === null) return short(value) + " ± not known";
   const digits = error > 0 && value ? Math.floor(Math.log10(Math.abs(value) / error)) + 2 : 5;
   const kept = Number(value.toPrecision(Math.min(Math.max(digits, 2), 5)));
-  return (Math.abs(kept) < 1e-3 || Math.abs(kept) >= 1e6 ? kept.toExponential() : String(kept)) + " ± " + Number(error.toPrecision(2));
+  return (Math.abs(kept) < 1e-3 || Math.abs(kept) >= 1e6 ? kept.toExponential() : String(kept)) + " ± "
+    + (error && error < 1e-3 ? error.toExponential(1) : Number(error.toPrecision(2)));
 }
 const thisRun = () => data.runs[state.run];
 const stageOf = run => run.steps.indexOf(steps[state.stage]);
@@ -68,7 +69,7 @@ function plot(id, traces, layout, rows) {
   const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), automargin: true };
   const base = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
     font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 }, hovermode: "closest",
-    margin: { l: 10, r: 10, t: 10, b: 10 }, showlegend: false, dragmode: coarse ? false : "zoom",
+    margin: { l: 10, r: 10, t: coarse ? 10 : 34, b: 10 }, showlegend: false, dragmode: coarse ? false : "zoom",
     modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--pale"), activecolor: css("--ink") }, ...layout };
   if (layout.height) $(id).style.height = `${layout.height}px`;
   base.xaxis = { ...axis, ...layout.xaxis };
@@ -199,8 +200,9 @@ function distance(run, kind, i, j) {
   return value < 0 ? null : value / data.scales.nat;
 }
 function apart(run, i, j) {
-  const value = distance(run, "values", i, j), error = distance(run, "errors", i, j);
-  return value === null ? "not known" : `${plusMinus(value, error)} nats`;
+  const [value, corrected, error] = ["values", "corrected", "errors"].map(kind => distance(run, kind, i, j));
+  return value === null ? "not known" : `${short(value)} nats`
+    + (corrected === null ? "" : `; ${plusMinus(corrected, error)} nats with the noise of probes taken off`);
 }
 function drawDistances() {
   const run = thisRun(), blocks = parts(run), rows = blocks.map(block => block.short);
@@ -215,8 +217,8 @@ function drawDistances() {
     state.pair = [blocks[i].name, blocks[j].name];
     drawPair();
     show("pair");
-  }, [["block", "other", "distance in nats", "standard error"], ...rows.flatMap((_, i) => rows.slice(0, i).map((_, j) =>
-    [blocks[i].name, blocks[j].name, distance(run, "values", i, j), distance(run, "errors", i, j)]))]);
+  }, [["block", "other", "distance in nats", "with noise taken off", "standard error"], ...rows.flatMap((_, i) => rows.slice(0, i).map((_, j) =>
+    [blocks[i].name, blocks[j].name, ...["values", "corrected", "errors"].map(kind => distance(run, kind, i, j))]))]);
 }
 function drawPair() {
   const run = thisRun(), places = (state.pair || []).map(name => blockOf(run, name)).filter(place => place >= 0);
@@ -224,7 +226,7 @@ function drawPair() {
     colour: COLOURS[k], dash: DASHES[k] })));
   const named = places.map(place => run.blocks[place].short);
   $("pair-note").textContent = places.length === 2
-    ? `${named[0]} (blue, solid) and ${named[1]} (red, dashed) at step ${steps[state.stage]}: ${apart(run, ...places)} apart.`
+    ? `${named[0]} (blue, solid) and ${named[1]} (red, dashed) at step ${steps[state.stage]}. Distance: ${apart(run, ...places)}.`
     : "No pair is chosen.";
 }
 
@@ -308,7 +310,7 @@ function drawDifferences() {
   const one = (run, k) => [`${k}: ${run.name}`, row => of(run, "value", row), row => written(run, state.number, blockOf(run, row.block.name), stageOf(run))];
   const ratio = row => difference(row) === null ? null : of(b, "value", row) / of(a, "value", row);
   drawTable("differences", [...described.slice(0, 2), one(a, "first"), one(b, "second"), ["second − first", difference,
-    row => difference(row) === null ? "–" : `${short(difference(row))}${state.number === "error" ? "" : ` ± ${short(error(row))}`}`],
+    row => difference(row) === null ? "–" : state.number === "error" ? short(difference(row)) : plusMinus(difference(row), error(row))],
   ["second / first", ratio, row => ratio(row) === null ? "–" : short(ratio(row))]], rows);
   $("compare-note").textContent = `${title} at step ${steps[state.stage]}, of the ${rows.length} blocks that both runs have. The number and the step are chosen above.`;
   const values = [a, b].flatMap(run => rows.map(row => of(run, "value", row))).filter(v => v !== null);

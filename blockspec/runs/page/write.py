@@ -26,10 +26,19 @@ from blockspec.runs.page.curves import (
     distances,
     points_of,
 )
-from blockspec.runs.page.numbers import NUMBERS, Run, as_json, read_run
+from blockspec.runs.page.numbers import (
+    NUMBERS,
+    Maps,
+    Run,
+    as_json,
+    distance_maps,
+    read_run,
+)
 from blockspec.runs.report import duration
 
 UNKNOWN = "not known"
+DEFINITIONS = ("jensen-shannon", "resolved")
+"""Distances that have a bound, ln 2: a map of the others says less."""
 
 
 def report(folders: Sequence[Path], out: Path) -> Path:
@@ -45,6 +54,8 @@ def report(folders: Sequence[Path], out: Path) -> Path:
     """
     script = _plotly()
     runs = [read_run(f, name) for f, name in zip(folders, _names(folders), strict=True)]
+    maps = [_maps(run) for run in runs]
+    several = len(runs) > 1
     here = files("blockspec.runs.page")
     text = {name: (here / f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
     filled = Template(text["html"]).substitute(
@@ -52,11 +63,11 @@ def report(folders: Sequence[Path], out: Path) -> Path:
         css=text["css"],
         js=text["js"],
         plotly=script,
-        data=_data(runs),
-        answers="".join(_answer(run, shown=len(runs) > 1) for run in runs),
-        plans="".join(_plan(run, shown=len(runs) > 1) for run in runs),
+        data=_data(runs, maps),
+        answers="".join(_answer(run, its, several) for run, its in zip(runs, maps, strict=True)),
+        plans="".join(_plan(run, several) for run in runs),
         origins="".join(_origin(run) for run in runs),
-        several="" if len(runs) > 1 else "hidden",
+        several="" if several else "hidden",
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as partial:
@@ -82,11 +93,11 @@ def _plotly() -> str:
     return get_plotlyjs().replace("</script", "<\\/script")
 
 
-def _data(runs: Sequence[Run]) -> str:
+def _data(runs: Sequence[Run], maps: Sequence[dict[str, Maps]]) -> str:
     store, points = Store(), points_of(runs)
     described = [
-        as_json(run) | {"curves": curves(run, points, store), "distances": distances(run, store)}
-        for run in runs
+        as_json(run) | {"curves": curves(run, points, store), "distances": distances(its, store)}
+        for run, its in zip(runs, maps, strict=True)
     ]
     kinds = {block.role for run in runs for block in run.blocks}
     return store.packed(
@@ -100,8 +111,14 @@ def _data(runs: Sequence[Run]) -> str:
     )
 
 
-def _answer(run: Run, *, shown: bool) -> str:
-    lines = "".join(f"<li>{sentence}</li>" for sentence in sentences(run) if sentence)
+def _maps(run: Run) -> dict[str, Maps]:
+    found = {definition: distance_maps(run, definition) for definition in DEFINITIONS}
+    return {definition: maps for definition, maps in found.items() if maps is not None}
+
+
+def _answer(run: Run, maps: dict[str, Maps], shown: bool) -> str:
+    told = sentences(run, maps.get("jensen-shannon"))
+    lines = "".join(f"<li>{sentence}</li>" for sentence in told if sentence)
     return f"{_heading(run) if shown else ''}<ul class='answer'>{lines}</ul>"
 
 
@@ -109,7 +126,7 @@ def _heading(run: Run) -> str:
     return f"<h3>{escape(run.name)}</h3>"
 
 
-def _plan(run: Run, *, shown: bool) -> str:
+def _plan(run: Run, shown: bool) -> str:
     """Plan against actual, a row a stage."""
     rows = []
     for step in run.steps:
