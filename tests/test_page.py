@@ -232,11 +232,13 @@ def shown(page):
 
 
 def text(browser, selector):
+    browser.until("later === 0")
     return browser.run(f"document.querySelector('{selector}').innerText")
 
 
 def drawn(browser, plot):
     """What a figure shows: names and heights of its lines."""
+    browser.until("later === 0")
     lines = f"$('{plot}').data.filter(t => t.mode !== 'none').map(t => [t.name || '', [...t.y]])"
     return browser.run(lines)
 
@@ -305,6 +307,7 @@ def test_axes_normalisation_and_tails(shown):
 @needs_chromium
 def test_a_click_on_a_distance_lays_two_spectra_over_each_other(shown, runs):
     shown.run("state.stage = 2; draw()")
+    shown.until("later === 0")
     shown.click("#pairs .nsewdrag", at=(0.05, 0.16))
     shown.until("state.pair.includes('h.0.query')")
     assert shown.run("state.pair") == ["h.0.key", "h.0.query"]
@@ -319,11 +322,14 @@ def test_a_click_on_a_distance_lays_two_spectra_over_each_other(shown, runs):
 def test_the_table_is_sorted_and_filtered_and_the_data_can_be_had(shown):
     shown.click("#table th:nth-child(5) button")
     column = "[...document.querySelectorAll('#table tbody tr')].map(r => r.cells[4].innerText)"
+    shown.until("later === 0")
     values = [float(cell.split(" ")[0]) for cell in shown.run(column)]
     assert values == sorted(values, reverse=True)
     shown.run("$('filter').value = 'KEY'; $('filter').dispatchEvent(new Event('input'))")
+    shown.until("later === 0")
     assert len(shown.run(column)) == 2
     shown.run("$('filter').value = ''; $('filter').dispatchEvent(new Event('input'))")
+    shown.until("later === 0")
     shown.run("URL.createObjectURL = blob => { last = blob; return 'data:,' }; last = null")
     for button in ("map", "density", "course", "pairs", "pair", "table"):
         assert shown.run(f"$('{button}').rows_ ?? $('{button}').rows")
@@ -364,6 +370,7 @@ def test_two_runs_beside_each_other(runs, tmp_path):
         rows = (
             "[...document.querySelectorAll('#differences tbody tr')].map(r => r.cells[4].innerText)"
         )
+        browser.until("later === 0")
         found = browser.run(rows)
         two = [load_spectra(run / "spectra.parquet", step=10) for run in runs]
         for shown_, name in zip(found, two[0], strict=True):

@@ -6,7 +6,7 @@ const COLOURS = ["#4477AA", "#EE6677", "#228833", "#BBA020", "#66CCEE", "#AA3377
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
 const state = { run: 0, stage: 0, number: "largest", chosen: [], axis: "symlog", view: "density",
   normalised: false, definition: "", pair: null, sort: ["", -1], filter: "", first: 0, second: 1 };
-let data, store, steps;
+let data, store, steps, later = 0;
 
 async function unpack(text) {
   const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
@@ -236,8 +236,9 @@ function drawDensity() {
     label: label(name) + (several ? ` (${run.name})` : ""), colour: colour(name, k), dash: DASHES[r % 5] }))));
   const missing = data.runs.filter(run => stageOf(run) < 0).map(run => run.name);
   const dashes = several ? ` Lines: ${data.runs.map((run, r) => `${DASHES[r % 5]} ${run.name}`).join(", ")}.` : "";
-  $("density-note").textContent = `At step ${steps[state.stage]}. Band: ± 1 standard error over probes. A flat top is what the Lanczos `
-    + `steps do not resolve.${state.view === "tail" || state.axis === "log" ? " Dotted: negative eigenvalues." : ""}${dashes}`
+  $("density-note").textContent = `At step ${steps[state.stage]}. Band: ± 1 standard error over probes. `
+    + (state.view === "tail" ? "Seen from zero: above a positive value, below a negative one."
+      : "A flat top is what the Lanczos steps do not resolve.") + `${state.view === "tail" || state.axis === "log" ? " Dotted: negative eigenvalues." : ""}${dashes}`
     + (missing.length ? ` Not measured at this step: ${missing.join(", ")}.` : "");
 }
 
@@ -359,7 +360,13 @@ function draw() {
   $("step").textContent = `${steps[state.stage]} (${state.stage + 1} of ${steps.length})`;
   for (const name of ["run", "number", "axis", "view", "definition", "first", "second"]) $(name).value = state[name];
   $("axis").disabled = state.view === "tail";
-  for (const some of [drawChips, drawBlocks, drawDensity, drawCourse, drawDistances, drawPair, drawTables]) some();
+  for (const some of [drawChips, drawBlocks, drawDensity, drawCourse]) some();
+  clearTimeout(later); // what lies further down follows when nothing else is asked for
+  later = setTimeout(() => {
+    for (const some of [drawDistances, drawPair, drawTables]) some();
+    later = 0;
+    document.documentElement.dataset.ready = "true";
+  }, 60);
 }
 
 function download(id) {
@@ -412,6 +419,5 @@ async function start() {
   }));
   buildTree();
   draw();
-  document.documentElement.dataset.ready = "true";
 }
 start();
