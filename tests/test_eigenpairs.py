@@ -14,7 +14,7 @@ from quadratics import matrix_of, objective_of
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 import blockspec
-from blockspec import partition
+from blockspec import FunctionOperator, partition, top_eigenpairs
 from blockspec.numerics.algorithms import run
 from blockspec.numerics.restarts import Search
 from blockspec.toolbox.eigenpairs import ORDERS
@@ -277,3 +277,42 @@ def test_wrong_settings(k, settings, message):
     objective, (block,) = coupled(matrix_with_decay(6), (6,))
     with warnings.catch_warnings(), pytest.raises(ValueError, match=message):
         blockspec.top_eigenpairs(objective, block, k, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rest", [1e-8, 1e-6, 1e-5, 1e-3])
+def test_one_pair_above_almost_nothing_takes_few_products(rest, dtype):
+    """What is left of the residual of the first pair is larger than the rest, and all there is."""
+    for seed in range(4):
+        values = rest * np.abs(np.random.default_rng(seed).standard_normal(1000))
+        values[0] = 1.0
+        v = torch.from_numpy(values).to(dtype)
+        operator = FunctionOperator(lambda x, v=v: v * x, 1000, dtype=dtype)
+        found = top_eigenpairs(None, operator.block(), curvature=operator, k=1, seed=seed)
+        assert found.values[0] == pytest.approx(1.0, rel=1e-5)
+        assert found.complete
+        assert found.products <= 20
+
+
+def test_a_copy_of_the_pair_above_almost_nothing_is_not_missed():
+    values = 1e-6 * np.abs(np.random.default_rng(0).standard_normal(1000))
+    values[[0, 7]] = 1.0
+    v = torch.from_numpy(values)
+    operator = FunctionOperator(lambda x: v * x, 1000)
+    found = top_eigenpairs(None, operator.block(), curvature=operator, k=2)
+    np.testing.assert_allclose(found.values, [1.0, 1.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("which", "sign"), [("largest", 1), ("smallest", -1)])
+@pytest.mark.parametrize("size", [200, 2000])
+def test_an_outlier_at_the_other_end_does_not_loosen_the_bound(which, sign, size):
+    """A hundred times as large as the pair that is wanted."""
+    for seed in range(3):
+        values = sign * 2.5e-3 * np.random.default_rng(seed).standard_normal(size)
+        values[0] = -sign
+        v = torch.from_numpy(values)
+        operator = FunctionOperator(lambda x, v=v: v * x, size)
+        found = top_eigenpairs(None, operator.block(), curvature=operator, which=which, seed=seed)
+        assert found.values[0] == pytest.approx(sign * (sign * values).max(), rel=1e-3)
+        assert found.complete
+        assert found.products < 150

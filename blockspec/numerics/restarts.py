@@ -23,6 +23,9 @@ MARGIN = 0.5
 # residual
 FEWEST_STEPS = 10
 LOOSE = 0.05  # of the largest that such a search has seen: its residual, before it is believed
+# of what lies at the other end of the spectrum, to which a residual is relative where the value
+# itself is smaller: an outlier there says nothing about this end, and values may be zero
+OTHER_END = 1e-2
 FEW = 20  # parameters, or twice as many as pairs are wanted: so small a matrix is done exactly
 
 
@@ -79,15 +82,16 @@ class Search:
         self.scale = 0.0
         self._rounding = 0.0
         self._last = math.inf  # the Ritz value of the lowest order seen
+        self._leak = 0.0  # norm of the residuals of what is locked: other pairs have it in theirs
         self._drawn = 0
 
     def own_scale(self, values: np.ndarray) -> np.ndarray:
-        """The norm of the matrix without the pairs that come before each of these, as far as it is
-        known: in order of magnitude, the value itself. Not less than what rounding leaves of the
-        residuals.
+        """What the residual of each value is relative to: the value itself, so that neither an
+        outlier before it nor one at the other end loosens the bound; but ``OTHER_END`` of the
+        latter at least, and what rounding leaves of the residuals.
         """
         rounding = self._rounding * self.scale / self.tolerance
-        last = 0.0 if math.isinf(self._last) else abs(self._last)
+        last = 0.0 if math.isinf(self._last) else OTHER_END * abs(self._last)
         return np.maximum(np.abs(values), max(last, rounding))
 
     def run(self) -> Algorithm[Found]:
@@ -109,6 +113,7 @@ class Search:
             if not part.settled:
                 break
             worst = np.sort(self.order(values))[-self.k]
+            self._leak = float(np.linalg.norm(residuals))
         best = np.argsort(-self.order(values), kind="stable")[: self.k]
         converged = residuals[best] <= self.tolerance * self.own_scale(values[best])
         return Found(values[best], vectors[best.tolist()], residuals[best], converged, complete)
@@ -155,7 +160,7 @@ class Search:
         near = (residuals <= MARGIN * self.tolerance * self.own_scale(values)).all()
         if worst == -math.inf or largest <= ROUNDING[space.vectors.dtype] * self.scale:
             return bool(near)
-        visible = max(LOOSE * space.scale, self._rounding * self.scale)
+        visible = max(LOOSE * space.scale, self._rounding * self.scale, 2 * self._leak)
         seen = steps >= FEWEST_STEPS and largest <= visible
         below = self.order(values).max() + largest < worst
         return bool(seen and (below or near))

@@ -37,8 +37,8 @@ class Eigenpairs:
         values: (k,) Ritz values.
         vectors: (k, P) orthonormal Ritz vectors, as the block's vectors are laid out.
         residuals: (k,) ``||H u - value u||``: an eigenvalue lies within it of the value.
-        converged: (k,) residual at most the tolerance times the norm of what is left of the matrix
-            without the pairs before this one (for ``which="magnitude"``: times the value itself).
+        converged: (k,) residual at most the tolerance times the value itself, or times a hundredth
+            of what lies at the other end of the spectrum where that is more.
         complete: A search from another random vector, orthogonal to these, has found nothing that
             belongs among them: no copy of a repeated eigenvalue is missing. Or all of a small block
             was searched.
@@ -88,10 +88,10 @@ def top_eigenpairs(
 
     Args:
         which: ``"magnitude"``, ``"largest"`` (algebraically) or ``"smallest"`` (the most negative).
-        tolerance: Bound on each pair's residual, relative to the norm of the matrix without the
-            pairs before it: for ``"magnitude"`` to the value itself, so that a bulk under a large
-            outlier is resolved too. The error of a well separated eigenvalue is of the order of its
-            square.
+        tolerance: Bound on each pair's residual, relative to the value itself, so that a bulk is
+            resolved under a large outlier and opposite to one; where a value is small, relative to
+            a hundredth of what lies at the other end of the spectrum. The error of a well separated
+            eigenvalue is of the order of its square.
         basis: Vectors (P,) that are kept at once, at most; None: ``max(2 k + 1, 20)``, as ARPACK
             does. Lanczos is restarted with the best of them (thick restarts: Wu, Simon 2000), fully
             reorthogonalised. After convergence the search goes on, orthogonal to what was found,
