@@ -460,6 +460,26 @@ def test_the_toolbox_measures_the_preconditioned_matrix():
     assert set(sizes) == {block.name for block in blocks}
 
 
+def test_a_direction_is_one_of_the_preconditioned_coordinates():
+    model, optimizer, _ = trained(adam)
+    p = Preconditioner.from_optimizer(optimizer, model)
+    it, blocks = objective(model), partition(model, "tensor")
+    generator = torch.Generator().manual_seed(2)
+    d = {
+        n: 1e-4 * torch.randn(q.shape, generator=generator, dtype=torch.float64)
+        for n, q in model.named_parameters()
+    }
+    flat = torch.cat([x.reshape(-1) for x in d.values()]).numpy()
+    seen = preconditioned(entries(p, model), dense_hessian(model))
+    found = blockspec.directional(it, blocks, d, precondition=p)
+    assert found.bend.value == pytest.approx(flat @ seen @ flat, rel=1e-9)
+    assert found.predicted.value == pytest.approx(found.measured.value, rel=1e-4)
+    moved = p.apply(d, 0.5)  # the same move, in the parameters' own coordinates
+    plain = blockspec.directional(it, blocks, moved)
+    np.testing.assert_allclose(found.curvature, plain.curvature, rtol=1e-9, atol=1e-18)
+    np.testing.assert_allclose(found.gradient, plain.gradient, rtol=1e-9)
+
+
 def test_as_many_products_are_made_as_without():
     model, optimizer, _ = trained(adam)
     p = Preconditioner.from_optimizer(optimizer, model)

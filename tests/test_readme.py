@@ -16,7 +16,7 @@ README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 HOW_TO = sorted((ROOT / "docs/how_to").glob("*.md"))
 # these pages go on with the names of README
-CONTINUED = ("toolbox", "directions", "optimizer", "first_spectrum", "training")
+CONTINUED = ("toolbox", "directions", "optimizer", "first_spectrum", "training", "preconditioned")
 
 
 def blocks_of(page, language="python"):
@@ -62,6 +62,16 @@ def test_the_page_of_directions_goes_on_with_readme(names, monkeypatch, capsys):
     run(ROOT / "docs/directions.md", dict(names))
     assert capsys.readouterr().out.split() == ["True", "True"]
     assert Path("step.png").exists()
+
+
+def test_the_page_of_preconditioners_goes_on_with_readme(names, monkeypatch, capsys):
+    monkeypatch.chdir(names["folder"])
+    weights = {name: value.clone() for name, value in names["model"].state_dict().items()}
+    run(ROOT / "docs/preconditioned.md", dict(names))
+    names["model"].load_state_dict(weights)  # the page trains for three steps
+    names["model"].zero_grad()
+    assert capsys.readouterr().out.split() == ["True", "True"]
+    assert Path("edges.png").exists()
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from torch import Tensor
 from blockspec.model.blocks import Block, gather
 from blockspec.model.objective import Objective
 from blockspec.products.operators import Operator
+from blockspec.products.preconditioning.operator import Preconditioned
 from blockspec.products.selection import OperatorSettings, open_operator
 from blockspec.products.settings import takes
 from blockspec.products.union import Union
@@ -156,7 +157,8 @@ def directional(
             is left out everywhere.
         direction: Parameter name -> tensor, with the names of ``named_parameters()`` (a tied tensor
             counts once, under its first name); see :mod:`blockspec.toolbox.directions` for where
-            directions come from.
+            directions come from. With ``precondition=P`` it is one in the coordinates of the
+            preconditioned matrix, which moves the weights by ``P^(-1/2) d``.
         couplings: Also the matrix ``d_b'H_bc d_c``, for one product a block; else one product in
             all.
         measure: Also the loss's real change, for one more forward pass.
@@ -204,14 +206,15 @@ def _directionals(
     if sum(block.numel for block in chosen) > union.covered:
         raise ValueError("blocks overlap (is 'model' beside its parts?): give disjoint ones")
     directions = {name: restricted(d, operator.parameters, chosen) for name, d in given.items()}
-    gradients = _gradients(objective, chosen, directions)
+    moves = {name: _moves(operator, d) for name, d in directions.items()}
+    gradients = _gradients(objective, chosen, moves)
     products, terms = _products(operator, union, directions, couplings)
     cost = Cost(operator.gradients, operator.products)
     found = {}
-    for name, d in directions.items():
+    for name in directions:
         samples = products[name] | {"gradient": gradients[name]}
         if measure:
-            samples["measured"] = _measured(objective, d)
+            samples["measured"] = _measured(objective, moves[name])
         found[name] = _result(chosen, samples, terms, operator.curvature, cost)
     return found
 
@@ -242,6 +245,13 @@ def restricted(
     held = {name for block in blocks for name in block.parameters}
     absent = {name: torch.zeros_like(parameters[name]) for name in held if name not in whole}
     return {block: gather(block, whole | absent) for block in blocks}
+
+
+def _moves(operator: Operator, direction: Mapping[Block, Tensor]) -> Mapping[Block, Tensor]:
+    """How the direction moves the parameters: for a preconditioned matrix by P^(-1/2) d."""
+    if not isinstance(operator, Preconditioned):
+        return direction
+    return {block: operator.root(block, vector) for block, vector in direction.items()}
 
 
 def _gradients(

@@ -109,7 +109,7 @@ class Preconditioned:
     def sweep(self, requests: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
         """For each (block b, v (P_b,)): P_b^(-1/2) H_bb P_b^(-1/2) v (P_b,)."""
         found = self.inner.sweep(self._before(requests))
-        return [self._root(b, product) for (b, _), product in zip(requests, found, strict=True)]
+        return [self.root(b, product) for (b, _), product in zip(requests, found, strict=True)]
 
     def columns(
         self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block]
@@ -140,21 +140,21 @@ class Preconditioned:
         blocks = [block for block, _ in requests]
 
         def each_of_ours(number: int, parts: list[Tensor]) -> Any:
-            return each(number, [self._root(blocks[number], part) for part in parts])
+            return each(number, [self.root(blocks[number], part) for part in parts])
 
         found, units = self.inner.sweep_by_unit(  # type: ignore[attr-defined]
             self._before(requests), each_of_ours
         )
-        return [self._root(b, part) for b, part in zip(blocks, found, strict=True)], units
+        return [self.root(b, part) for b, part in zip(blocks, found, strict=True)], units
 
     def _before(self, requests: Sequence[tuple[Block, Tensor]]) -> list[tuple[Block, Tensor]]:
-        return [(block, self._root(block, vector)) for block, vector in requests]
+        return [(block, self.root(block, vector)) for block, vector in requests]
 
     def _after(self, targets: Sequence[Block], parts: Sequence[Tensor]) -> list[Tensor]:
-        return [self._root(block, part) for block, part in zip(targets, parts, strict=True)]
+        return [self.root(block, part) for block, part in zip(targets, parts, strict=True)]
 
-    def _root(self, block: Block, vector: Tensor) -> Tensor:
-        """P_b^(-1/2) v (P_b,)."""
+    def root(self, block: Block, vector: Tensor) -> Tensor:
+        """P_b^(-1/2) v (P_b,): how a vector of these products moves the parameters themselves."""
         kept = self._ready.get(id(block))
         if kept is not None:
             return vector * kept[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,16 +35,11 @@ class Preconditioner:
 
     Attributes:
         name: What results call it, such as ``AdamW``.
-        digest: Of the numbers: what results are keyed by.
     """
 
     def __init__(self, scalings: Mapping[str, Scaling], *, name: str) -> None:
         self.scalings = dict(scalings)
         self.name = name
-        content = Digest()
-        for parameter in sorted(self.scalings):
-            content.add([parameter, self.scalings[parameter].content()])
-        self.digest = content.text()
 
     @classmethod
     def diagonal(cls, values: Mapping[str, Tensor], *, name: str = "diagonal") -> Preconditioner:
@@ -130,6 +126,14 @@ class Preconditioner:
         found = names_of(state, model, names)
         items = _saved(state, found, dict(model.named_parameters()), READERS[kind])
         return cls(_read(items, stateless=kind in STATELESS), name=kind[1])
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the numbers: what results are keyed by."""
+        content = Digest()
+        for parameter in sorted(self.scalings):
+            content.add([parameter, self.scalings[parameter].content()])
+        return content.text()
 
     def apply(self, tensors: Mapping[str, Tensor], exponent: float = 1.0) -> dict[str, Tensor]:
         """P^-1 to a power, times tensors.
