@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from blockspec import Objective, estimate_spectra, load_spectra, losses, partition
 from blockspec.engine.settings import EstimateSettings
-from blockspec.integrations import SpectrumCallback, record
-from blockspec.integrations.trainer import due_steps
+from blockspec.integrations import SpectrumCallback, record, recording
+from blockspec.integrations.measuring import due_steps
 from blockspec.runs import cli, report
 from blockspec.runs.run import BlockSettings
 
@@ -169,6 +170,10 @@ def test_scalars_reach_the_trackers_and_the_history(trained):
     queries = [s for s in last.values() if s.block.kind == "query"]
     assert found[-1]["spectrum/trace/query"] == pytest.approx(sum(s.trace.value for s in queries))
     assert found[-1]["spectrum/largest/query"] == max(s.largest.value for s in queries)
+    assert found[-1]["spectrum/js0_stderr"] == table["js0_stderr"].iloc[0] > 0
+    errors = [s.trace.stderr for s in queries]
+    assert found[-1]["spectrum/trace_stderr/query"] == pytest.approx(np.linalg.norm(errors))
+    assert found[-1]["spectrum/largest_residual/query"] >= 0
 
 
 def test_the_folder_is_a_run_s(trained, capsys):
@@ -218,6 +223,95 @@ def test_tensorboard_gets_them(tmp_path, monkeypatch):
     events = accumulator.EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/spectrum/js0")] == [0, 1]
+    assert [event.step for event in events.Scalars("train/spectrum/js0_stderr")] == [0, 1]
+    images = events.Images("spectrum/blocks")
+    assert [image.step for image in images] == [0, 1]
+    assert images[0].encoded_image_string.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("others", [[1], []])
+def test_processes_that_do_not_call_record_are_told(monkeypatch, others):
+    """``if rank == 0: record(...)`` waited for the other process without an end."""
+    store = torch.distributed.HashStore()
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 0}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(recording, "_met", Counter())
+    for other in others:
+        store.set(f"blockspec/record/1/{other}", "here")
+    if others:
+        recording.wait_for_all("record", patience=0.3)
+    else:
+        with pytest.raises(ValueError, match=r"the processes \[1\] of 2, .*if rank == 0"):
+            recording.wait_for_all("record", patience=0.3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # few workers, few batches
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_lightning_trainer_measures_and_trains_as_without(tmp_path, accumulated):
+    lightning = pytest.importorskip("pytorch_lightning")
+    from blockspec.integrations import LightningSpectrumCallback
+
+    class Regression(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = torch.nn.Sequential(
+                torch.nn.Linear(3, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1)
+            )
+            self.seen = []
+
+        def training_step(self, batch, _):
+            loss = torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+            self.seen.append(loss.item())
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Logged(lightning.loggers.CSVLogger):
+        def __init__(self):
+            super().__init__(tmp_path)
+            self.given, self.shown = {}, []
+
+        def log_metrics(self, metrics, step=None):
+            self.given[step] = metrics
+
+        def log_image(self, key, images, step=None):
+            self.shown.append((key, step))
+
+    def fit(*callbacks):
+        module, logger = Regression(), Logged()
+        batches = [(torch.ones(2, 3) * i, torch.ones(2, 1)) for i in range(4)]
+        settings = {"logger": logger, "enable_checkpointing": False, "enable_progress_bar": False}
+        settings |= {
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+        }
+        torch.manual_seed(1)
+        lightning.Trainer(
+            callbacks=list(callbacks), accumulate_grad_batches=accumulated, **settings
+        ).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+        return module, logger
+
+    callback = LightningSpectrumCallback(
+        tmp_path / "run",
+        [(torch.ones(2, 3), torch.ones(2, 1))],
+        losses.regression,
+        model=lambda module: module.net,
+        steps=(1,),
+        estimate=EstimateSettings(**QUICK),
+    )
+    watched, logger = fit(callback)
+    assert watched.seen == fit()[0].seen
+    steps = [0, 1, 8 // accumulated]
+    found = {step: m for step, m in logger.given.items() if "spectrum/js0" in m}
+    assert list(found) == steps
+    assert "spectrum/js0_stderr" in found[1]
+    assert logger.shown == [("spectrum/blocks", step) for step in steps]
+    assert set(pd.read_parquet(tmp_path / "run/spectra.parquet")["step"]) == set(steps)
 
 
 def test_mixed_precision_is_off_in_a_measurement(tmp_path):

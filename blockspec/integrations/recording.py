@@ -18,12 +18,16 @@ show runs/mine``.
 from __future__ import annotations
 
 import logging
+import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch.distributed as dist
 
 from blockspec.engine.settings import EstimateSettings
 from blockspec.model.blocks import Block
@@ -46,6 +50,7 @@ from blockspec.runs.tables import heterogeneity_of
 from blockspec.spectra.collection import Spectra
 
 logger = logging.getLogger(__name__)
+PATIENCE = 120.0  # seconds in which all processes have to come: they may be a training step apart
 
 
 def record(
@@ -81,7 +86,9 @@ def record(
     Returns:
         The step's scalars by name, for one's own tracker: the loss, ``spectrum/js0`` (mean
         Jensen-Shannon divergence over all pairs of blocks, nats), ``spectrum/largest/<kind>`` and
-        ``spectrum/trace/<kind>``; kind ``full`` is the block ``model``. Kinds are told apart where
+        ``spectrum/trace/<kind>``; kind ``full`` is the block ``model``. Their errors stand beside
+        them where they are known: ``spectrum/js0_stderr``, ``spectrum/largest_residual/<kind>``,
+        ``spectrum/trace_stderr/<kind>``. Kinds are told apart where
         a model has several of them: ``decoder_cross_query``, ``query_adapter``.
 
     Raises:
@@ -92,6 +99,7 @@ def record(
     out, estimate = Path(out), EstimateSettings(**settings)
     resources = Resources(memory=memory, columns=columns)
     refuse_wrapped(objective.model)
+    wait_for_all(f"record of step {step}")
     with undisturbed(objective.model), held(out), remembered():
         content = from_first(lambda: _opened(out, objective, blocks, estimate))
         content.setdefault("training", training)
@@ -152,6 +160,7 @@ def check(
     """
     out = Path(out)
     refuse_wrapped(objective.model)
+    wait_for_all("check before training")
     with undisturbed(objective.model), held(out):
         content = from_first(lambda: _opened(out, objective, blocks, estimate))
         if training is not None and content["stages"]:
@@ -170,7 +179,9 @@ def _check_training(out: Path, content: Record, training: Mapping[str, Any]) -> 
 
 
 def scalars(spectra: Spectra, heterogeneity: pd.DataFrame | None) -> dict[str, float]:
-    """The largest eigenvalue and the trace by role of block, and the heterogeneity."""
+    """The largest eigenvalue and the trace by role of block, and the heterogeneity, each with its
+    error where that is known (one probe has no standard error).
+    """
     table = spectra.summary().reset_index()
     roles = [spectrum.block.role for spectrum in spectra.values()]
     groups = table.groupby(pd.Series(roles), sort=False)
@@ -180,10 +191,44 @@ def scalars(spectra: Spectra, heterogeneity: pd.DataFrame | None) -> dict[str, f
     found |= {
         f"spectrum/trace/{kind}": float(value) for kind, value in groups["trace"].sum().items()
     }
+    for kind, rows in groups:
+        at = int(rows["largest"].to_numpy().argmax())
+        found[f"spectrum/largest_residual/{kind}"] = float(rows["residual"].to_numpy()[at])
+        squares = rows["trace_stderr"].astype(float) ** 2
+        found[f"spectrum/trace_stderr/{kind}"] = math.sqrt(squares.sum(skipna=False))
     if heterogeneity is not None:
-        rows = heterogeneity[heterogeneity["definition"] == "jensen-shannon"]
-        found["spectrum/js0"] = float(rows["js0"].iloc[0])
-    return found
+        first = heterogeneity[heterogeneity["definition"] == "jensen-shannon"].iloc[0]
+        stderr = first["js0_stderr"]
+        found["spectrum/js0"] = float(first["js0"])
+        found["spectrum/js0_stderr"] = math.nan if stderr is None else float(stderr)
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+_met: Counter[str] = Counter()
+
+
+def wait_for_all(what: str, patience: float = PATIENCE) -> None:
+    """Waits until every process has come here.
+
+    Raises:
+        ValueError: Some have not: ``if rank == 0: record(...)`` would wait for them without an end.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    rank, world = dist.get_rank(), dist.get_world_size()
+    _met[what] += 1
+    store = dist.distributed_c10d._get_default_store()
+    key = f"blockspec/{what}/{_met[what]}"
+    store.set(f"{key}/{rank}", "here")
+    try:
+        store.wait([f"{key}/{other}" for other in range(world)], timedelta(seconds=patience))
+    except RuntimeError:  # DistStoreError is one
+        absent = [other for other in range(world) if not store.check([f"{key}/{other}"])]
+        raise ValueError(
+            f"{what}: process {rank} has waited {patience:g} s for the processes {absent} of "
+            f"{world}, which have not called it. Every process calls it, with the same batches; "
+            "they share the work, and the first one writes: do not put it under if rank == 0"
+        ) from None
 
 
 def _opened(

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from blockspec.engine.settings import EstimateSettings
-from blockspec.integrations.recording import check, record
+from blockspec.integrations.measuring import IMAGE, Measuring
 from blockspec.model.losses import next_token
-from blockspec.model.objective import Objective
 from blockspec.runs.settings import BlockSettings
-from blockspec.runs.stages import choose_blocks
 
 TRAINING = (  # arguments of a training on which its weights depend
     "seed",
@@ -61,6 +57,8 @@ class SpectrumCallback(TrainerCallback):
     fractions: the same as shares of the whole training.
     blocks: which blocks; ``BlockSettings(full=False)`` leaves out the full matrix.
     estimate: how well.
+    images: hand a figure of each measurement to the trackers that take one (TensorBoard, Weights &
+        Biases).
     memory, columns: see :func:`blockspec.estimate_spectra`.
 
     What would fail in the middle of training (another model's batches, a folder of other settings)
@@ -82,6 +80,7 @@ class SpectrumCallback(TrainerCallback):
         fractions: Sequence[float] = (0.0, 1.0),
         blocks: BlockSettings = BlockSettings(),
         estimate: EstimateSettings = EstimateSettings(),
+        images: bool = True,
         memory: int | float | str | None = None,
         columns: int | None = None,
     ) -> None:
@@ -90,31 +89,22 @@ class SpectrumCallback(TrainerCallback):
                 "trainer is the transformers.Trainer that this is added to, got a "
                 f"{type(trainer).__name__}"
             )
-        self.due = (tuple(steps), tuple(fractions))
-        due_steps(*self.due, total=1)
+        resources = {"memory": memory, "columns": columns}
+        self.measuring = Measuring(
+            out, batches, loss, steps, fractions, blocks, estimate, resources
+        )
         self.trainer = trainer
-        self.out = out
-        self.batches, self.loss, self.blocks = batches, loss, blocks
-        self.estimate, self.resources = estimate, {"memory": memory, "columns": columns}
+        self.images = images
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        self.due_steps = due_steps(*self.due, total=state.max_steps)
         model = self.trainer.model
         assert isinstance(model, nn.Module)
-        self.objective = Objective(model, self.batches, self.loss)
-        self.chosen = choose_blocks(self.objective, self.blocks)
-        begins = state.global_step == 0
-        self.training = {name: str(getattr(args, name, None)) for name in TRAINING}
-        check(
-            self.out,
-            self.objective,
-            self.chosen,
-            self.estimate,
-            training=self.training if begins else None,
+        training = {name: str(getattr(args, name, None)) for name in TRAINING}
+        self.measuring.begin(
+            model, total=state.max_steps, step=state.global_step, training=training
         )
-        self.replace = not begins  # a resumed training may not be bit by bit the one before
         self._measure(state, control)
 
     def on_step_end(
@@ -123,25 +113,22 @@ class SpectrumCallback(TrainerCallback):
         self._measure(state, control)
 
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
-        if state.global_step not in self.due_steps:
+        found = self.measuring.measure(state.global_step)
+        if found is None:
             return
-        settings = asdict(self.estimate) | self.resources
-        settings |= {"replace": self.replace, "training": self.training}
-        found = record(self.out, state.global_step, self.objective, self.chosen, **settings)
         asked = control.should_log  # logging takes it back, and this step's loss would be lost
         self.trainer.log(found)
         control.should_log = asked
+        if self.images:
+            self._show(state.global_step)
 
-
-def due_steps(steps: Sequence[int], fractions: Sequence[float], *, total: int) -> frozenset[int]:
-    """The numbers of updates after which to measure; a fraction above 0 is at least one update."""
-    if wrong := [step for step in steps if operator.index(step) < 0]:
-        raise ValueError(f"steps are numbers of updates, at least 0; got {wrong[0]}")
-    if outside := [fraction for fraction in fractions if not 0 <= fraction <= 1]:
-        raise ValueError(
-            f"fractions of training lie between 0 and 1; got {outside[0]}: give numbers of updates "
-            "as steps"
-        )
-    return frozenset(steps) | {
-        max(round(fraction * total), int(fraction > 0)) for fraction in fractions
-    }
+    def _show(self, step: int) -> None:
+        trackers = self.trainer.callback_handler.callbacks
+        writers = [w for t in trackers if (w := getattr(t, "tb_writer", None)) is not None]
+        boards = [w for t in trackers if (w := getattr(t, "_wandb", None)) is not None]
+        if not (writers or boards) or (figure := self.measuring.figure(step)) is None:
+            return
+        for writer in writers:
+            writer.add_figure(IMAGE, figure, step, close=False)
+        for wandb in boards:
+            wandb.log({IMAGE: wandb.Image(figure)}, commit=False)
