@@ -32,6 +32,7 @@ class Plan:
         micro_batch: Examples at once; None: batches as they come.
         peak: Bytes at most, what is in use already included; limit: what it may be, or None.
         passes: Sweeps over the data, where the processes do not all fit at once.
+        told: How products are made, and why, in words.
     """
 
     table: pd.DataFrame
@@ -41,6 +42,7 @@ class Plan:
     peak: int
     limit: int | None
     passes: int
+    told: str = "from the whole graph"
 
     @property
     def products(self) -> int:
@@ -65,7 +67,9 @@ def plan(schedule: Schedule, operator: Operator, *, limit: int | None = None) ->
     peak = memory.used(operator.device) + graphs + vectors
     total = float(table["seconds"].sum() + (1 if kept else sweeps) * count * costs.shared)
     gradient = costs.gradient * count
-    return Plan(table, gradient, total, operator.micro_batch, peak, limit, int(passes))
+    return Plan(
+        table, gradient, total, operator.micro_batch, peak, limit, int(passes), operator.told
+    )
 
 
 def _table(
@@ -112,6 +116,11 @@ def fit(schedule: Schedule, operator: Operator, limit: int) -> int:
     single = max(task.job_bytes() for task in schedule.tasks)
     room = limit - used - int(MARGIN * one)
     if room < single:
+        needed = memory.readable(used + MARGIN * one + single)
+        if operator.save_memory(
+            f"the whole graph of one example takes {needed}, of {memory.readable(limit)}"
+        ):
+            return fit(schedule, operator, limit)
         raise ValueError(
             f"memory of {memory.readable(limit)} is too little: {memory.readable(used)} are in "
             "use, one example takes "

@@ -68,7 +68,9 @@ class Call:
 
     def again(self, leaves: Mapping[int, Tensor]) -> list[Any]:
         """The flattened outputs, with a graph from ``leaves`` (by wire) and the parameters on."""
-        flat = [leaves[a.number] if isinstance(a, Wire) else a for a in self.arguments]
+        # Views, because tools that count the work of modules (FlopCounterMode) refuse leaves
+        given = {number: leaf.view_as(leaf) for number, leaf in leaves.items()}
+        flat = [given[a.number] if isinstance(a, Wire) else a for a in self.arguments]
         arguments, named = tree_unflatten(flat, self.form)
         with self.context():
             return tree_flatten(self.module.forward(*arguments, **named))[0]

@@ -50,10 +50,18 @@ class Calibrated(Operator, Protocol):
         micro_batch: Examples that go through the model at once; None: batches as they come.
         graphs: Where there are at most so many micro-batches, their graphs are kept from sweep to
             sweep.
+        told: How products are made, and why, in words.
     """
 
     micro_batch: int | None
     graphs: int
+
+    @property
+    def told(self) -> str: ...
+
+    def save_memory(self, why: str) -> bool:
+        """Takes another way to the products that needs less memory; False where there is none."""
+        ...
 
     def num_batches(self) -> int:
         """Number of micro-batches."""
@@ -64,8 +72,8 @@ class Calibrated(Operator, Protocol):
         ...
 
     def rehearse(self, blocks: Sequence[Block], size: int | None) -> None:
-        """One shared pass and one product of the deepest block on ``size`` examples; None: on a
-        micro-batch.
+        """One shared pass and the product of the deepest block, or as many as are made together,
+        on ``size`` examples; None: on a micro-batch.
         """
         ...
 

@@ -27,6 +27,7 @@ from blockspec.numerics.ranks import Ranks
 from blockspec.products.calibration import Costs, seconds_of, time_products
 from blockspec.products.finiteness import is_finite
 from blockspec.products.guard import OFF, checked
+from blockspec.products.layerwise import TOGETHER
 from blockspec.products.linearisations import ENDS, Ask, Linearised, Tensors
 from blockspec.products.precision import check, reduced_model, reduced_multiplication
 from blockspec.products.units import Reduce, Unit
@@ -201,7 +202,7 @@ class Products:
             terms, exhausted = words.tolist()
             if not exhausted:
                 return self._checked(requests, [part.div_(terms) for part in parts])
-            if not self._halve_micro_batch():
+            if not self._halve_micro_batch() and not self._save_memory():
                 raise error or MemoryError("another process of this run is out of memory")
             if units is not None:
                 units.clear()
@@ -328,12 +329,26 @@ class Products:
         """Examples of the largest batch; 1 where batches cannot be cut."""
         return self.objective.largest_batch()
 
+    @property
+    def told(self) -> str:
+        """How products are made, and why, in words."""
+        return self.way.told
+
+    def save_memory(self, why: str) -> bool:
+        """Goes on a layer at a time, in less memory; False where that is not left to choose."""
+        self.forget()
+        return self.way.save_memory(why)
+
     def rehearse(self, blocks: Sequence[Block], size: int | None) -> None:
-        """One shared pass and one product of the deepest block, on ``size`` examples."""
+        """One shared pass, and the product of the deepest block or those that go together with it,
+        on ``size`` examples.
+        """
         deepest = max(blocks, key=lambda block: len(block.parameters))
+        others = [block for block in blocks if block is not deepest][: TOGETHER - 1]
+        together = [deepest, *others] if self.way.layerwise else [deepest]
         with self.objective.prepared():
             for batch in islice(self.objective.batches(size or self.micro_batch), 1):
-                self._zero_product(self.linearise(batch, self._named(blocks)), deepest)()
+                self._zero_products(self.linearise(batch, self._named(blocks)), together)()
 
     def calibrate(self, blocks: Sequence[Block]) -> Costs:
         """Seconds of a gradient, of the shared pass and of each block's product, on one
@@ -355,14 +370,31 @@ class Products:
                 lambda: linearised.append(self.linearise(batch, self._named(blocks))),
                 self.device,
             )
-            products = {b.parameters: self._zero_product(linearised[0], b) for b in blocks}
+            groups = self._timed_together(blocks)
+            products = {
+                group[0].parameters: self._zero_products(linearised[0], group) for group in groups
+            }
             measured = time_products(products, self.device)
-        by_block = {block.name: measured[block.parameters] for block in blocks}
+        found: dict[tuple[str, ...], tuple[float, float]] = {}
+        for group in groups:
+            seconds, flops = measured[group[0].parameters]
+            found |= {b.parameters: (seconds / len(group), flops / len(group)) for b in group}
+        nearest = next(iter(found.values()))
+        by_block = {block.name: found.get(block.parameters, nearest) for block in blocks}
         return Costs(gradient_seconds, shared_seconds, by_block)
 
-    def _zero_product(self, linearised: Linearised, block: Block) -> Callable[[], object]:
-        ask = Ask(block, torch.zeros(block.numel, device=self.device), tuple(block.parameters))
-        return lambda: list(linearised.products([ask]))
+    def _timed_together(self, blocks: Sequence[Block]) -> list[list[Block]]:
+        """Each block alone; a layer at a time, some of them, who share what is built again."""
+        if not self.way.layerwise:
+            return [[block] for block in {b.parameters: b for b in blocks}.values()]
+        return [list(blocks[:: -(-len(blocks) // TOGETHER)])]
+
+    def _zero_products(
+        self, linearised: Linearised, blocks: Sequence[Block]
+    ) -> Callable[[], object]:
+        zeros = {block.name: torch.zeros(block.numel, device=self.device) for block in blocks}
+        asks = [Ask(block, zeros[block.name], tuple(block.parameters)) for block in blocks]
+        return lambda: [None for _ in linearised.products(asks)]
 
     def _named(self, blocks: Sequence[Block]) -> Tensors:
         return {name: self._parameters[name] for block in blocks for name in block.parameters}
@@ -370,6 +402,12 @@ class Products:
     def forget(self) -> None:
         """Drops the graphs that are kept; they belong to the parameters' values of then."""
         self._kept, self._kept_parameters = [], frozenset()
+
+    def _save_memory(self) -> bool:
+        if not self.save_memory("memory ran out with the whole graph of one example"):
+            return False
+        warnings.warn("out of memory: going on a layer at a time", stacklevel=2)
+        return True
 
     def _halve_micro_batch(self) -> bool:
         self.forget()

@@ -36,6 +36,7 @@ class Way:
 
     Attributes:
         rebuilt: How often a layer was built again.
+        why: Why products are made in this way, in words; empty where it was asked for.
 
     Raises:
         ValueError: For another name.
@@ -45,6 +46,7 @@ class Way:
         check_way(name)
         self.name = name
         self.rebuilt = 0
+        self.why = ""
         self._objective, self._curvature = objective, curvature
         self._layerwise = name == "layerwise"
         self._tried = False
@@ -54,6 +56,23 @@ class Way:
         """Whether products are made a layer at a time now."""
         return self._layerwise
 
+    @property
+    def told(self) -> str:
+        """How products are made, and why, in words."""
+        how = "a layer at a time" if self._layerwise else "from the whole graph"
+        return f"{how}, because {self.why}" if self.why else how
+
+    def save_memory(self, why: str) -> bool:
+        """Goes on a layer at a time from here on.
+
+        Returns:
+            False where that is so already, was not left open, or is not possible.
+        """
+        if self.name != "auto" or self._layerwise or self.why:
+            return False
+        self._layerwise, self.why = True, why
+        return True
+
     def linearise(self, batch: Any, parameters: Tensors) -> Linearised:
         """The shared pass of one batch."""
         if self._layerwise:
@@ -62,7 +81,7 @@ class Way:
             except NoCutError as error:
                 if self._tried:
                     raise ValueError(f"{error}; use products='whole'") from None
-                self._layerwise = False
+                self._layerwise, self.why = False, str(error)
                 warnings.warn(
                     f"products are made from the whole graph and not a layer at a time: {error}",
                     stacklevel=2,

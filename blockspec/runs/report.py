@@ -219,7 +219,8 @@ def show_totals(plan: Plan, console: Console, *, stages: int = 1) -> None:
     time = f"time {duration(plan.seconds)} a model, {duration(plan.seconds * stages)} for {stages}"
     groups = f"{plan.passes} group(s) of recurrences"
     peak = f"peak memory {readable(plan.peak)}{bound}, {micro_batch}, {groups}"
-    for line in (f"planned: {plan.products:,} products, {time}", f"planned: {peak}"):
+    products = f"{plan.products:,} products {plan.told}"
+    for line in (f"planned: {products}, {time}", f"planned: {peak}"):
         console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -19,7 +19,7 @@ from blockspec.products.preconditioning.preconditioner import Preconditioner
 from blockspec.products.preconditioning.scalings import Diagonal, Scaling, cuts, piece_shape
 from blockspec.products.units import Reduce, Unit
 
-PASSED_ON = ("num_batches", "largest_batch", "rehearse", "calibrate", "batches")
+PASSED_ON = ("num_batches", "largest_batch", "rehearse", "calibrate", "batches", "save_memory")
 """Methods that an inner operator may have. They are set on each object, because protocols look for
 members without asking ``__getattr__``.
 """
@@ -54,6 +54,7 @@ class Preconditioned:
     products = _inner("products")
     micro_batch = _inner("micro_batch")
     graphs = _inner("graphs")
+    told = _inner("told")
 
     def __init__(self, inner: Operator, preconditioner: Preconditioner) -> None:
         self.inner = inner
