@@ -110,8 +110,8 @@ def in_a_process(case: Case, way: str, sweeps: int, threads: int) -> dict[str, A
 
 
 def main(
-    cases: list[str] = [*CASES][:3],
-    ways: list[str] = [*WAYS],
+    cases: tuple[str, ...] = tuple(CASES)[:3],
+    ways: tuple[str, ...] = WAYS,
     sweeps: int = 2,
     threads: int = 1,
 ) -> None:
