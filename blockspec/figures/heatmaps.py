@@ -14,7 +14,11 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from blockspec.figures.style import short_names, styled
+from blockspec.figures.style import (
+    canvas,
+    short_names,
+    styled,
+)
 
 COLOURS = ListedColormap(
     colormaps["magma_r"](np.linspace(0, 0.88, 256))
@@ -47,10 +51,14 @@ MEASURES = {
 
 
 def distance_heatmap(
-    distances: pd.DataFrame, definition: str = "jensen-shannon", *, top: float | None = None
+    distances: pd.DataFrame,
+    definition: str = "jensen-shannon",
+    *,
+    top: float | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Distances between blocks, the lower triangle; see :func:`distance_heatmaps`."""
-    return distance_heatmaps({"": distances}, definition, top=top)
+    return distance_heatmaps({"": distances}, definition, top=top, ax=ax)
 
 
 @styled
@@ -81,7 +89,7 @@ def distance_heatmaps(
     columns = len(distances) if len(distances) <= 3 else math.ceil(math.sqrt(len(distances)))
     rows = math.ceil(len(distances) / columns)
     width = (side + 0.15) * columns + beside * (1 if same else columns) + 1.3
-    figure = Figure(figsize=(width, (side + beside + 0.4) * rows), layout="compressed")
+    figure = canvas(figsize=(width, (side + beside + 0.4) * rows), layout="compressed")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for place in axes[len(distances) :]:
         place.set_axis_off()

@@ -34,6 +34,7 @@ from blockspec.figures.panels import (
 from blockspec.figures.quantiles import quantiles_by_block as quantiles_by_block
 from blockspec.figures.style import (
     Look,
+    canvas,
     column_of,
     eigenvalue_axis,
     in_units_of,
@@ -77,7 +78,7 @@ def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Fig
     rows, note = _rows(spectra, max_layers)
     columns = max(len(row.panels) for row in rows)
     scale = scale_of(panel.spectrum for row in rows for panel in row.panels if panel)
-    figure = Figure(
+    figure = canvas(
         figsize=(max(PANEL * columns + 0.6, 5.2), max(1.15 * len(rows) + 0.9, 3.0)),
         layout="constrained",
     )
@@ -184,7 +185,7 @@ def esd_stages(
     if normalised:
         parts = {step: divided(part, tenth_largest(part)) for step, part in parts.items()}
     scale = scale_of(parts.values())
-    figure = Figure(figsize=(5.5, 0.85 * len(steps) + 0.9), layout="constrained")
+    figure = canvas(figsize=(5.5, 0.85 * len(steps) + 0.9), layout="constrained")
     axes = figure.subplots(len(steps), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     first, _ = resolved_density(parts[steps[0]], scale.grid, scale.linear)
     for place, step, shade in zip(axes, steps, np.linspace(0.05, 0.8, len(steps)), strict=True):
@@ -275,7 +276,7 @@ def full_and_block_diagonal(spectra: Spectra, *, full: str = "model") -> Figure:
     """
     whole, mixture = spectra[full], block_diagonal(spectra.select(exclude=full))
     scale = scale_of([whole])
-    figure = Figure(figsize=(5.5, 2.8), layout="constrained")
+    figure = canvas(figsize=(5.5, 2.8), layout="constrained")
     axes = figure.subplots()
     draw_density(axes, Panel("", whole, Look("", "", "#777777", "")), scale, width=4.8)
     axes.lines[0].set_label(f"full: {_ends(whole)}")
@@ -319,7 +320,7 @@ def edges_by_block(
     """
     panels, note = _lines(spectra, max_blocks)
     table = edges(panels)
-    figure = Figure(figsize=(5.5, 0.135 * len(panels) + 1.2), layout="constrained")
+    figure = canvas(figsize=(5.5, 0.135 * len(panels) + 1.2), layout="constrained")
     axes = figure.subplots()
     colours = [panel.look.colour for panel in panels]
     axes.hlines(

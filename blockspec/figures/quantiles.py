@@ -15,7 +15,13 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
 from blockspec.figures.heatmaps import COLOURS
-from blockspec.figures.style import inches, matrix_name, short_names, styled
+from blockspec.figures.style import (
+    canvas,
+    inches,
+    matrix_name,
+    short_names,
+    styled,
+)
 from blockspec.spectra.spectrum import Spectrum
 from blockspec.spectra.tails import quantiles
 
@@ -48,7 +54,7 @@ def quantiles_by_block(spectra: Mapping[str, Spectrum], *, columns: float = 1) -
         for column in ("value", "low", "high")
     )
     side = float(np.clip(ROW * len(names), 1.0, TALLEST))
-    figure = Figure(figsize=(inches(columns), side + 1.3), layout="constrained")
+    figure = canvas(figsize=(inches(columns), side + 1.3), layout="constrained")
     axes = figure.subplots()
     norm = _norm(values)
     edges = np.arange(len(LEVELS) + 1), np.arange(len(names) + 1)

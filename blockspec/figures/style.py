@@ -5,6 +5,7 @@ outliers, saving.
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import math
 import os
@@ -12,6 +13,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 from torch import nn
 
@@ -176,16 +178,49 @@ def _own_look(kind: str) -> Look:
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Draws under ``RC``, and leaves matplotlib's settings as they were; a notebook shows what is
     drawn, whether or not pyplot was ever imported.
+
+    The function also takes ``ax=``: the figure, all its panels, then takes the place of that axes
+    in a figure of one's own, which is returned.
     """
 
     @functools.wraps(draw)
-    def drawn(*args: object, **kwargs: object) -> Figure:
-        with matplotlib.rc_context(RC):
-            figure = draw(*args, **kwargs)
-        figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
-        return figure
+    def drawn(*args: object, ax: Axes | None = None, **kwargs: object) -> Figure:
+        token = _place.set(None if ax is None else _instead_of(ax))
+        try:
+            with matplotlib.rc_context(RC):
+                figure = draw(*args, **kwargs)
+        finally:
+            _place.reset(token)
+        whole: Figure = figure if ax is None else figure.get_figure(root=True)  # type: ignore[assignment]
+        whole._repr_png_ = functools.partial(_png, whole)  # type: ignore[attr-defined]
+        return whole
 
+    given = inspect.signature(draw)
+    place = inspect.Parameter("ax", inspect.Parameter.KEYWORD_ONLY, default=None)
+    drawn.__signature__ = given.replace(parameters=[*given.parameters.values(), place])  # type: ignore[attr-defined]
     return drawn
+
+
+_place: ContextVar[SubFigure | None] = ContextVar("place", default=None)
+
+
+def _instead_of(ax: Axes) -> SubFigure:
+    """A part of the figure in place of the axes, which is removed."""
+    spec, figure = ax.get_subplotspec(), ax.get_figure(root=True)
+    if spec is None:
+        raise ValueError("ax= takes an axes of plt.subplots(), which has a place in a grid")
+    assert figure is not None
+    if figure.get_layout_engine() is None:
+        figure.set_layout_engine("constrained")  # legends and colour bars find room
+    part = ax.figure.add_subfigure(spec)
+    ax.remove()
+    return part
+
+
+def canvas(*, figsize: tuple[float, float], layout: Any) -> Figure:
+    """What a figure function draws on: a figure of its own, or the place of the ``ax`` it got."""
+    part: Any = _place.get()
+    return Figure(figsize=figsize, layout=layout) if part is None else part
 
 
 def _png(figure: Figure) -> bytes:

@@ -20,6 +20,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullL
 
 from blockspec.figures.style import (
     Look,
+    canvas,
     inches,
     look,
     matrix_name,
@@ -119,7 +120,7 @@ def _figure(panels: Mapping[str, Sequence[Curve]], title: str, columns: float) -
     field = _field([curve.spectrum for curves in panels.values() for curve in curves])
     per_row = 2 if columns > 1 and len(panels) > 1 else 1
     rows = -(-len(panels) // per_row)
-    figure = Figure(figsize=(inches(columns), PANEL_HEIGHT * rows + 1.3), layout="constrained")
+    figure = canvas(figsize=(inches(columns), PANEL_HEIGHT * rows + 1.3), layout="constrained")
     axes = figure.subplots(
         rows, per_row * len(field.sides), sharex="col", sharey=True, squeeze=False
     ).reshape(rows * per_row, -1)

@@ -13,7 +13,13 @@ from matplotlib.colors import ListedColormap, LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from blockspec.figures.style import KINDS, matrix_called, short_names, styled
+from blockspec.figures.style import (
+    KINDS,
+    canvas,
+    matrix_called,
+    short_names,
+    styled,
+)
 from blockspec.figures.style import save as save
 from blockspec.toolbox.couplings import Coupling
 from blockspec.toolbox.directional import Directional
@@ -40,7 +46,7 @@ def coupling_heatmap(found: Coupling, *, relative: bool = True) -> Figure:
     table = found.relative if relative else found.norms
     size = len(table)
     side = min(max(0.16 * size, 2.4), 6.0)
-    figure = Figure(figsize=(side + 2.6, side + 1.6), layout="compressed")
+    figure = canvas(figsize=(side + 2.6, side + 1.6), layout="compressed")
     axes = figure.subplots()
     norm = (
         LogNorm(FAINTEST, max(1.0, float(table.to_numpy().max())))
@@ -120,7 +126,7 @@ def hessian_blocks(
         raise ValueError("no matrices to draw: the mapping is empty")
     columns = min(columns, len(matrices))
     rows = math.ceil(len(matrices) / columns)
-    figure = Figure(figsize=(1.85 * columns + 0.7, 2.1 * rows + 0.5), layout="constrained")
+    figure = canvas(figsize=(1.85 * columns + 0.7, 2.1 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for place in axes[len(matrices) :]:
         place.set_axis_off()
@@ -169,7 +175,7 @@ def landscape_line(found: Landscape) -> Figure:
             f"a line needs a landscape of 1 direction, got {len(found.steps)}: draw it with "
             "landscape_surface"
         )
-    figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+    figure = canvas(figsize=(4.2, 2.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(found.steps[0], found.losses, color="#332288", marker="o", markersize=2.5)
     axes.axvline(0, color="0.7", linewidth=0.5, zorder=0)
@@ -196,7 +202,7 @@ def landscape_surface(found: Landscape, *, logarithmic: bool = False) -> Figure:
     heights = np.log10(losses) if logarithmic else losses
     label = "log10 of the loss" if logarithmic else "loss"
     across, along = np.meshgrid(*found.steps, indexing="ij")
-    figure = Figure(figsize=(7.8, 3.2), layout="constrained")
+    figure = canvas(figsize=(7.8, 3.2), layout="constrained")
     solid = figure.add_subplot(1, 2, 1, projection="3d")
     solid.plot_surface(
         across, along, heights, cmap="viridis", linewidth=0, rstride=1, cstride=1, antialiased=True
@@ -236,7 +242,7 @@ def directional_waterfall(found: Directional) -> Figure:
     size = len(table)
     beside = found.curvature is not None
     height = min(max(0.17 * size, 2.2), 7.0)
-    figure = Figure(figsize=(7.6 if beside else 4.2, height + 1.0), layout="constrained")
+    figure = canvas(figsize=(7.6 if beside else 4.2, height + 1.0), layout="constrained")
     axes = figure.subplots(
         1, 2 if beside else 1, squeeze=False, width_ratios=(1, 1.1)[: 1 + beside]
     )[0]

@@ -10,7 +10,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blockspec.figures.style import MATRICES, RUNS, short_names, styled
+from blockspec.figures.style import (
+    MATRICES,
+    RUNS,
+    canvas,
+    short_names,
+    styled,
+)
 from blockspec.figures.trends import DASHES
 
 MOST_BLOCKS = len(RUNS)  # that can be told apart
@@ -42,7 +48,7 @@ def tracked_eigenvalues(table: pd.DataFrame, thresholds: Thresholds | None = Non
         raise ValueError("no measurements to draw: the table is empty")
     matrices = list(dict.fromkeys(table["matrix"]))
     blocks, left_out = _chosen(table)
-    figure = Figure(figsize=(4.6 * len(matrices) + 1.6, 5.0), layout="constrained")
+    figure = canvas(figsize=(4.6 * len(matrices) + 1.6, 5.0), layout="constrained")
     axes = figure.subplots(3, len(matrices), sharex=True, squeeze=False, height_ratios=(2.4, 1, 1))
     colours = dict(zip(blocks, RUNS, strict=False))
     for column, matrix in zip(axes.T, matrices, strict=True):

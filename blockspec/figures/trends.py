@@ -29,6 +29,7 @@ from blockspec.figures.style import (
     RUN_MARKERS,
     RUNS,
     Look,
+    canvas,
     eigenvalue_axis,
     looks_of,
     step_axis,
@@ -55,7 +56,7 @@ def heterogeneity_over_training(table: pd.DataFrame) -> Figure:
     definitions = [definition for definition in MEASURES if definition in set(rows["definition"])]
     if not definitions:
         raise ValueError(f"the table holds none of the definitions {tuple(MEASURES)}")
-    figure = Figure(figsize=(3.5 * len(definitions), 2.5), layout="constrained")
+    figure = canvas(figsize=(3.5 * len(definitions), 2.5), layout="constrained")
     for axes, definition in zip(
         figure.subplots(1, len(definitions), squeeze=False)[0], definitions, strict=True
     ):
@@ -122,7 +123,7 @@ def trace_by_kind_over_training(table: pd.DataFrame, quantity: str = "mean") -> 
     steps = sorted(rows["step"].unique().tolist())
     last = rows[rows["step"] == steps[-1]].set_index("kind")["value"]
     drawn = looks_of(last.index)
-    figure = Figure(figsize=(5.5, 3.4), layout="constrained")
+    figure = canvas(figsize=(5.5, 3.4), layout="constrained")
     axes = figure.subplots()
     for kind in last.sort_values(ascending=False).index:
         part = rows[rows["kind"] == kind].sort_values("step")
@@ -171,7 +172,7 @@ def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
     courses = {name: _heterogeneity_course(table) for name, table in tables.items()}
     some = any(courses.values())  # a run of a single block has none
     heights = [2.4] * some + [max(1.25 * rows + 0.6, 2.4)]  # inches; the axes' names take 2.2
-    figure = Figure(figsize=(1.55 * max(columns, 3) + 0.6, sum(heights)), layout="constrained")
+    figure = canvas(figsize=(1.55 * max(columns, 3) + 0.6, sum(heights)), layout="constrained")
     places = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     upper, lower = places[0], places[-1]
     if some:

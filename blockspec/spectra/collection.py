@@ -18,6 +18,7 @@ from blockspec.numerics.density import spacing
 from blockspec.numerics.files import whole_file
 from blockspec.numerics.jackknife import FEWEST_UNITS
 from blockspec.spectra.data import Sample
+from blockspec.spectra.notebook import html
 from blockspec.spectra.spectrum import Spectrum, drawing
 
 
@@ -108,6 +109,23 @@ class Spectra(Mapping[str, Spectrum]):
         ``step`` is a column.
         """
         return pd.concat([_frame(spectrum, step) for spectrum in self.values()], ignore_index=True)
+
+    to_frame = frame
+
+    def to_xarray(self) -> Any:
+        """Nodes, weights and residuals as a Dataset (blocks, probes, places); nan where a block has
+        fewer of them. It needs xarray, which blockspec does not install.
+        """
+        table = self.frame().set_index(["block", "probe", "index"])
+        return table[["node", "weight", "residual"]].to_xarray().reindex(block=list(self))
+
+    def _repr_html_(self) -> str:
+        table = self.summary().drop(columns="exact")
+        place = list(table.columns).index("error") + 1
+        for name in ("total_error", "data_error"):
+            table.insert(place, name, [getattr(spectrum, name) for spectrum in self.values()])
+        layers = table["layer"].map(lambda layer: "" if pd.isna(layer) else f"{layer:.0f}")
+        return html(repr(self), table.assign(layer=layers))
 
     def save(self, path: str | os.PathLike[str], *, step: int = 0) -> None:
         """Writes the table as parquet, whole or not at all."""

@@ -10,6 +10,7 @@ from scipy.special import stdtrit
 
 from blockspec.model.pieces import Block
 from blockspec.spectra.collection import Cost
+from blockspec.spectra.notebook import html
 from blockspec.spectra.spectrum import Estimate
 
 SHOWN = 12  # blocks in a repr
@@ -64,6 +65,13 @@ class Estimates(Mapping[str, Estimate]):
     def frame(self) -> pd.DataFrame:
         """A row a block: kind, layer, numel, value, stderr (nan where it cannot be known)."""
         return frame_of(self._blocks, self._values.values())
+
+    to_frame = frame
+
+    def _repr_html_(self) -> str:
+        table = self.frame().drop(columns=["kind", "layer", "numel"])
+        table["data_stderr"] = [value.data_stderr for value in self.values()]
+        return html(f"Estimates of {len(self)} blocks", table)
 
 
 def frame_of(blocks: Sequence[Block], values: Iterable[Estimate]) -> pd.DataFrame:

@@ -11,12 +11,14 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from blockspec.model.pieces import Block
 from blockspec.numerics.density import gaussians, mixture, node_widths, spacing
 from blockspec.numerics.jackknife import jackknife_error
 from blockspec.numerics.measures import CONFIDENCE, noisy
 from blockspec.spectra.data import Sample
+from blockspec.spectra.notebook import html
 
 # eigenvalues closer to zero than this, relative to the largest one, are one point on the default
 # scale
@@ -146,6 +148,24 @@ class Spectrum:
     def plot(self, **options: Any) -> Any:
         """A figure of this block; see :func:`blockspec.figures.tails.tails_by_block`."""
         return drawing("tails").tails_by_block({self.block.name: self}, **options)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a node: probe, index, node, weight, residual."""
+        probes, places = self.nodes.shape
+        rows = {"probe": np.repeat(np.arange(probes), places)}
+        rows |= {"index": np.tile(np.arange(places), probes), "node": self.nodes.ravel()}
+        rows |= {"weight": self.weights.ravel(), "residual": self.residuals.ravel()}
+        return pd.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        """The numbers, each with its error for the given batches and that of the data."""
+        numbers = {"largest": self.largest, "smallest": self.smallest, "trace": self.trace}
+        rows: dict[str, tuple[float | None, ...]] = {name: (*n,) for name, n in numbers.items()}
+        rows["distance to the true spectrum"] = (None, self.error, self.data_error)
+        table = pd.DataFrame.from_dict(
+            rows, orient="index", columns=["value", "±", "± of the data"]
+        )
+        return html(repr(self), table)
 
     @property
     def is_zero(self) -> bool:

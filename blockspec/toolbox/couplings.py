@@ -24,6 +24,7 @@ from blockspec.products.settings import takes
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.estimates import interval
+from blockspec.spectra.notebook import html
 from blockspec.spectra.spectrum import Estimate, estimate
 from blockspec.toolbox.sampling import Sampling
 
@@ -142,6 +143,14 @@ class Coupling:
                     {block.name: getattr(block, what) for block in self.blocks}
                 )
         return table.astype({"row_layer": "Int64", "column_layer": "Int64"})
+
+    to_frame = frame
+
+    def _repr_html_(self) -> str:
+        share = self.off_diagonal_share
+        error = "not known" if share.stderr is None else f"{share.stderr:.2g}"
+        told = f"{share.value:.3g} ± {error} of the squared norm lies off the block diagonal."
+        return html(f"{told} Relative norms of the blocks:", self.relative)
 
     @property
     def _names(self) -> list[str]:
