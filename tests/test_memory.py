@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import models
 from blockspec import Objective, estimate_spectra, losses, partition
+from blockspec.numerics import memory
 
 model = models.tiny_gpt2(dtype=torch.float32, layers=2, n_embd=32, n_head=4, n_positions=64, vocab_size=256)
 (block,) = partition(model, include="*h.0*weight/value")
@@ -56,6 +57,23 @@ for curvature in ("hessian", "ggn", "fisher"):
     for _ in range(3):
         run(1, curvature)
     result[f"calls {curvature}"] = resident() - before
+
+def bounded(room, num_batches):
+    # how far beyond its bound an estimate went, in MiB, with the highest mark before any reset
+    marks, reset = [], memory._reset_high_water
+    memory._reset_high_water = lambda: (marks.append(peak()), reset())
+    many = torch.randint(256, (64, 48), generator=torch.Generator().manual_seed(0))
+    objective = Objective(model, [{"input_ids": many}] * num_batches, losses.next_token)
+    memory.trim()
+    limit = (resident() + room) * 2**20
+    reset()
+    spectra = estimate_spectra(objective, blocks, num_probes=2, num_steps=3, memory=limit)
+    memory._reset_high_water = reset
+    return max(peak(), *marks) - limit / 2**20, spectra.cost.gradients
+
+bounded(100, 1)  # what is allocated once
+for room in (20, 40):
+    result[f"beyond {room}"], result[f"passes {room}"] = bounded(room, 2)
 gc.disable()
 before = status("VmRSS")
 for _ in range(4):
@@ -103,3 +121,9 @@ def test_the_measurement_sees_what_it_is_there_for(growth):
     """
     assert growth["control batches"] > 2 * ALLOWED, growth
     assert growth["control calls"] > 2 * ALLOWED, growth
+
+
+@pytest.mark.parametrize("room", [20, 40])
+def test_a_bound_is_kept_from_the_checks_to_the_last_sweep(growth, room):
+    assert growth[f"beyond {room}"] <= 0, growth
+    assert growth["passes 20"] > growth["passes 40"] > 2 * 3  # batches were cut to fit

@@ -1,12 +1,17 @@
 """What is asked for, counted: products, passes, which blocks are done exactly, memory."""
 
+import tracemalloc
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from models import tiny_gpt2
 
 import blockspec
+from blockspec.engine import plan as planning
 from blockspec.engine.estimate import plan_spectra
+from blockspec.numerics.columns import Columns
 from blockspec.numerics.memory import parse, readable
 from blockspec.products.curvature import Products
 
@@ -161,3 +166,87 @@ def test_the_basis_can_be_stored_in_less(objective, blocks, storage):
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[storage]
     for name, spectrum in spectra.items():
         assert abs(stored[name].largest.value - spectrum.largest.value) <= tolerance * spectrum.norm
+
+
+class Weighed:
+    """An operator of which only memory is asked for: ``needs(examples)`` bytes, seen by what
+    ``watched`` measures.
+    """
+
+    def __init__(self, needs, largest):
+        self.needs, self.largest, self.seen = needs, largest, []
+
+    def largest_batch(self):
+        return self.largest
+
+    def rehearse(self, blocks, size):
+        self.seen.append(size)
+
+
+@pytest.mark.parametrize(
+    ("needs", "allowed", "expected"),
+    [
+        (lambda n: 10 * n, 75, 7),
+        (lambda n: 50 + 3 * n, 90, 13),
+        (lambda n: 10 * n if n < 10 else 100 * n, 200, 8),  # it grows faster than it began
+        (lambda n: 10, 10**6, 64),
+        (lambda n: 100 * n, 150, 1),
+    ],
+)
+def test_the_micro_batch_is_measured_and_never_beyond_the_bound(
+    monkeypatch, needs, allowed, expected
+):
+    operator = Weighed(needs, 64)
+    measured = []
+
+    def growth(operator, blocks, size):
+        measured.append(size)
+        return needs(size)
+
+    monkeypatch.setattr(planning, "_growth", growth)
+    size, taken = planning._largest_that_fits(operator, [], needs(1), allowed)
+    assert taken == needs(size) <= allowed
+    assert size == expected
+    assert all(b <= 2 * a for a, b in pairwise([1, *measured]))
+    assert len([n for n in measured if needs(n) > allowed]) <= 1  # and then it is left
+
+
+def test_a_plan_beyond_the_bound_is_refused(objective, blocks, monkeypatch):
+    monkeypatch.setattr(planning, "_growth", lambda operator, blocks, size: 2**20)
+    monkeypatch.setattr(
+        planning, "fitted_to", lambda *_: planning.Fitted(2**20, 632 * 2**20, 2**20)
+    )
+    with pytest.raises(ValueError, match=r"would take 63\d MiB, and memory= allows 528 MiB"):
+        plan_spectra(objective, blocks, memory="528MiB")
+
+
+def test_what_no_machine_can_do_is_refused_before_the_start(objective, blocks):
+    for function in (blockspec.estimate_spectra, plan_spectra):
+        for memory in (None, "80%"):
+            with pytest.raises(ValueError, match=r"with up to 1,000,000,000 probes.*TiB"):
+                function(objective, blocks, num_probes=10**9, memory=memory)
+    with pytest.raises(ValueError, match=r"of vectors at once.*memory='80%'"):
+        blockspec.estimate_spectra(objective, blocks, num_probes=10**6, num_steps=10)
+
+
+def test_columns_are_counted_and_given_up_for_their_eigenvalues():
+    size = 600
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    matrix = matrix + matrix.T
+    columns = Columns(size, dtype=torch.float32, device=torch.device("cpu"))
+    for _ in range(size):
+        for _ in columns.step(matrix @ columns.vector):
+            pass
+    counted = Columns.bytes_of(size, torch.float32)
+    tracemalloc.start()  # numpy's arrays; the columns are torch's
+    found = columns.eigenvalues()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak + matrix.nbytes <= 1.2 * counted
+    np.testing.assert_allclose(found, np.linalg.eigvalsh(matrix.double().numpy()), atol=1e-9)
+    kept, numbers = columns.state()
+    assert sum(tensor.nbytes for tensor in kept.values()) == 8 * size
+    again = Columns(size, dtype=torch.float32, device=torch.device("cpu"))
+    again.restore(kept, numbers)
+    assert again.done
+    np.testing.assert_array_equal(again.eigenvalues(), found)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blockspec.engine.accuracy import Accuracy
 from blockspec.engine.interrupts import held_back
-from blockspec.engine.plan import Plan, agree, fit, plan
+from blockspec.engine.plan import Plan, agree, check_possible, fit, plan
 from blockspec.engine.results import spectrum_of
 from blockspec.engine.sampling import Sampling
 from blockspec.engine.schedule import Schedule, deal
@@ -22,6 +22,7 @@ from blockspec.engine.task import Probing, Task
 from blockspec.model.blocks import Block
 from blockspec.model.identity import identity_of, same_everywhere
 from blockspec.model.objective import Objective
+from blockspec.model.patching import patched
 from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.memory import parse
 from blockspec.numerics.progress import shows_progress
@@ -40,6 +41,7 @@ PROBES_OF_SMALL, LARGE = (
     4,
     10_000,
 )  # blocks of at least so many parameters need one to measure a mean
+CHECKED = 2  # examples that checks evaluate where memory is bounded
 SLACK = 1.05  # times the tolerance: the error at the end is not quite the one that was foreseen
 
 
@@ -81,7 +83,9 @@ def estimate_spectra(
             block's name).
         TypeError: A setting is of another type.
     """
-    prepared = _prepare(objective, blocks, settings, columns=execution.columns)
+    prepared = _prepare(
+        objective, blocks, settings, columns=execution.columns, bounded=execution.memory is not None
+    )
     operator, schedule = prepared.operator, prepared.schedule
     if operator.ranks.rows * operator.ranks.columns > 1:  # each of these is a message more
         same_everywhere({"memory": execution.memory is None, "state": state is None})
@@ -145,7 +149,9 @@ def plan_spectra(
         ValueError: As :func:`estimate_spectra` does before its expensive part; or it would not fit
             into ``memory``.
     """
-    prepared = _prepare(objective, blocks, settings, ranks=Ranks())
+    prepared = _prepare(
+        objective, blocks, settings, ranks=Ranks(), bounded=execution.memory is not None
+    )
     device = prepared.operator.device
     limit = None if execution.memory is None else parse(execution.memory, device)
     return plan(prepared.schedule, prepared.operator, limit=limit)
@@ -169,6 +175,7 @@ def _prepare(
     *,
     columns: int | None = None,
     ranks: Ranks | None = None,
+    bounded: bool = False,
 ) -> Prepared:
     number = 1 if isinstance(blocks, Block) else len(blocks)
     if objective is not None and objective.sharded:
@@ -180,9 +187,11 @@ def _prepare(
             )
         columns = 1
     ranks = ranks or arrange(number, columns=columns)
-    operator, chosen = open_operator(
-        objective, blocks, settings, ranks=ranks, precision=settings.precision
-    )
+    few = bounded and objective is not None  # so that checks keep within the bound too
+    with patched([(objective, "checked_examples", CHECKED)] if few else []):
+        operator, chosen = open_operator(
+            objective, blocks, settings, ranks=ranks, precision=settings.precision
+        )
     ranks, device = operator.ranks, operator.device
     own: Sequence[Block] = chosen
     if ranks.columns > 1:
@@ -201,7 +210,9 @@ def _prepare(
         Task(b, block_dtype(operator.parameters, b), device, settings.accuracy, probing)
         for b in own
     ]
-    return Prepared(operator, chosen, Schedule(tasks, sampling=sampling))
+    schedule = Schedule(tasks, sampling=sampling)
+    everywhere(lambda: check_possible(schedule, device, bounded=bounded))
+    return Prepared(operator, chosen, schedule)
 
 
 def _identity(

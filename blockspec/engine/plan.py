@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 
 from blockspec.engine.schedule import Schedule
 from blockspec.model.blocks import Block
@@ -15,7 +16,10 @@ from blockspec.numerics import memory
 from blockspec.products.calibration import Calibrated
 from blockspec.products.operators import Operator
 
-MARGIN = 1.05  # on measured growth: allocators round up
+# on measured growth: allocators round up, and between graphs that come and go memory is left over:
+# sweeps over many blocks were seen to take 1.2 times what was measured
+MARGIN = 1.25
+RESERVE = 4 * 2**20  # bytes: what Python itself takes on the way
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,22 @@ class Plan:
 
 
 def plan(schedule: Schedule, operator: Operator, *, limit: int | None = None) -> Plan:
-    """Calibrates on the first micro-batch and adds up."""
+    """Calibrates on the first micro-batch and adds up.
+
+    Raises:
+        ValueError: The estimate would take more than ``limit`` bytes; the message says what would
+            do.
+    """
     operator = _calibrated(operator)
-    if limit is not None:
-        schedule.budget = fit(schedule, operator, limit)
     blocks = [task.block for task in schedule.tasks]
+    if limit is None:
+        memory.trim()
+        fitted = Fitted(
+            None, memory.used(operator.device) + RESERVE, _growth(operator, blocks, None)
+        )
+    else:
+        fitted = fitted_to(schedule, operator, limit)
+        schedule.budget = fitted.budget
     count, costs = operator.num_batches(), operator.calibrate(blocks)
     table = _table(schedule, costs.blocks, costs.gradient, count)
     at_once = int(table["basis"].sum())
@@ -63,13 +78,54 @@ def plan(schedule: Schedule, operator: Operator, *, limit: int | None = None) ->
     sweeps = passes * max(table["products"] / [max(task.to_start, 1) for task in schedule.tasks])
     vectors = at_once if schedule.budget is None else min(at_once, schedule.budget)
     kept = count <= operator.graphs  # one linearisation serves every sweep
-    graphs = (count if kept else 1) * int(MARGIN * _growth(operator, blocks, None))
-    peak = memory.used(operator.device) + graphs + vectors
+    graphs = (count if kept else 1) * int(MARGIN * fitted.growth)
+    peak = fitted.used + graphs + vectors
+    _check_peak(peak, limit)
     total = float(table["seconds"].sum() + (1 if kept else sweeps) * count * costs.shared)
     gradient = costs.gradient * count
     return Plan(
         table, gradient, total, operator.micro_batch, peak, limit, int(passes), operator.told
     )
+
+
+def _check_peak(peak: int, limit: int | None) -> None:
+    if limit is not None and peak > limit:
+        raise ValueError(
+            f"the estimate would take {memory.readable(peak)}, and memory= allows "
+            f"{memory.readable(limit)}: allow as much as it takes, or pass smaller batches, fewer "
+            "probes or fewer steps"
+        )
+
+
+def check_possible(schedule: Schedule, device: torch.device, *, bounded: bool) -> None:
+    """Refuses, before anything is measured, what no machine of this size can do.
+
+    Args:
+        schedule: Of this process.
+        device: Where vectors live.
+        bounded: Whether a bound of memory is kept, so that not all recurrences are under way at
+            once.
+
+    Raises:
+        ValueError: The results alone, or the vectors of all recurrences at once, are more than the
+            machine's memory.
+    """
+    host = torch.device("cpu")
+    results = sum(task.result_bytes for task in schedule.tasks)
+    probes = max(task.to_start for task in schedule.tasks)
+    asked = f"{len(schedule.tasks):,} block(s) with up to {probes:,} probes"
+    if results > (there := memory.total(host)):
+        raise ValueError(
+            f"the spectra of {asked} would take {memory.readable(results)}, and this machine has "
+            f"{memory.readable(there)}: ask for fewer probes, steps or blocks"
+        )
+    at_once = sum(task.waiting_bytes for task in schedule.tasks)
+    if not bounded and at_once > (there := max(memory.total(host), memory.total(device))):
+        raise ValueError(
+            f"{asked} would take {memory.readable(at_once)} of vectors at once, and this machine "
+            f"has {memory.readable(there)}: give memory='80%', so that they take turns, or ask for "
+            "fewer probes, steps or blocks"
+        )
 
 
 def _table(
@@ -94,6 +150,21 @@ def _table(
     return pd.DataFrame(rows).set_index("block")
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What was found to keep within a bound.
+
+    Args:
+        budget: Bytes for the recurrences under way; None: no bound.
+        used: Bytes in use before, with a reserve.
+        growth: Bytes that a shared pass and a product on one micro-batch add, as measured.
+    """
+
+    budget: int | None
+    used: int
+    growth: int
+
+
 def fit(schedule: Schedule, operator: Operator, limit: int) -> int:
     """Chooses the operator's micro-batch so that the estimate stays within ``limit`` bytes, and how
     many graphs are kept.
@@ -105,13 +176,19 @@ def fit(schedule: Schedule, operator: Operator, limit: int) -> int:
     Raises:
         ValueError: Not even one recurrence fits beside one example; the message says what would.
     """
+    budget = fitted_to(schedule, operator, limit).budget
+    assert budget is not None
+    return budget
+
+
+def fitted_to(schedule: Schedule, operator: Operator, limit: int) -> Fitted:
+    """:func:`fit`, with what was measured."""
     operator = _calibrated(operator)
     blocks = [task.block for task in schedule.tasks]
     _growth(operator, blocks, 1)  # what is allocated once and kept, is in use from here on
-    used = memory.used(operator.device)
-    largest = operator.largest_batch()
+    memory.trim()
+    used = memory.used(operator.device) + RESERVE
     one = _growth(operator, blocks, 1)
-    slope = _growth(operator, blocks, 2) - one if largest > 1 else 0
     at_once = sum(task.waiting_bytes for task in schedule.tasks)
     single = max(task.job_bytes() for task in schedule.tasks)
     room = limit - used - int(MARGIN * one)
@@ -120,7 +197,7 @@ def fit(schedule: Schedule, operator: Operator, limit: int) -> int:
         if operator.save_memory(
             f"the whole graph of one example takes {needed}, of {memory.readable(limit)}"
         ):
-            return fit(schedule, operator, limit)
+            return fitted_to(schedule, operator, limit)
         raise ValueError(
             f"memory of {memory.readable(limit)} is too little: {memory.readable(used)} are in "
             "use, one example takes "
@@ -130,12 +207,37 @@ def fit(schedule: Schedule, operator: Operator, limit: int) -> int:
             "basis_dtype='bfloat16', "
             "basis_device='cpu', or reorthogonalize=False"
         )
-    spare = max(room - at_once, 0)
-    micro_batch = min(largest, 1 + int(spare / (MARGIN * slope)) if slope > 0 else largest)
-    operator.micro_batch = None if micro_batch >= largest else micro_batch
-    graph = MARGIN * (one + slope * (micro_batch - 1))
+    allowed = one + max(room - at_once, 0) / MARGIN
+    micro_batch, growth = _largest_that_fits(operator, blocks, one, allowed)
+    operator.micro_batch = None if micro_batch >= operator.largest_batch() else micro_batch
+    graph = MARGIN * growth
     operator.graphs = 1 + int(max(room + MARGIN * one - at_once - graph, 0) / max(graph, 1))
-    return min(room, at_once)
+    memory.trim()  # what the measurements left must not lie beside the first sweep
+    return Fitted(min(room, at_once), used, growth)
+
+
+def _largest_that_fits(
+    operator: Calibrated, blocks: Sequence[Block], one: int, allowed: float
+) -> tuple[int, int]:
+    """The most examples whose pass takes at most ``allowed`` bytes, and what it takes.
+
+    What is chosen was measured: memory doesn't grow evenly with examples. From one size to the next
+    there are at most twice as many, and no more than the growth so far has room for, so that the
+    measurement itself keeps within the bound.
+    """
+    largest = operator.largest_batch()
+    size, taken = 1, one
+    slope = one / 2  # as if half of it were shared by all examples
+    while size < largest:
+        more = min(largest, 2 * size, size + int((allowed - taken) / max(slope, 1.0)))
+        if more == size:
+            break
+        found = _growth(operator, blocks, more)
+        if found > allowed:
+            break
+        slope = max((found - taken) / (more - size), (found - one) / (more - 1))
+        size, taken = more, max(found, taken)
+    return size, taken
 
 
 def agree(schedule: Schedule, operator: Operator) -> None:

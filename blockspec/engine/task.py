@@ -193,6 +193,7 @@ class Task:
             if changed is not None:
                 matrix = job.recurrence.matrix()
                 self.columns_left_out = np.linalg.eigvalsh(matrix + changed)
+            job.recurrence.eigenvalues()
             return
         assert job.probe is not None
         self.running -= 1
@@ -265,7 +266,8 @@ class Task:
         """
         size = self.block.numel * self.dtype.itemsize
         if self.exact:
-            return (2 + self.block.numel) * size + self._unit_bytes(self.block.numel)
+            columns = Columns.bytes_of(self.block.numel, self.dtype)
+            return 2 * size + columns + self._unit_bytes(self.block.numel)
         if not self.probing.reorthogonalize:
             return 3 * size
         dtype = self.probing.storage[0] if self.probing.storage else self.dtype
@@ -286,6 +288,12 @@ class Task:
     def waiting_bytes(self) -> int:
         """Memory of all jobs that are known to be needed and not started, at once."""
         return self.job_bytes() * (1 if self.exact else self.to_start)
+
+    @property
+    def result_bytes(self) -> int:
+        """Memory that the spectrum takes: nodes, weights, residuals, and as much to make them."""
+        steps = self.accuracy.num_steps or TYPICAL_STEPS
+        return 6 * 8 * (self.accuracy.num_probes or 1) * steps
 
     @property
     def held_bytes(self) -> int:

@@ -15,7 +15,7 @@ from blockspec.model import ranges
 from blockspec.model.caches import without_caches
 from blockspec.model.checkpointing import without_checkpoints
 from blockspec.model.evaluation import Copies, evaluation
-from blockspec.model.examples import Carriers, NoExamplesError, carriers, longest
+from blockspec.model.examples import Carriers, NoExamplesError, carriers, leaves, longest
 from blockspec.model.kernels import twice_differentiable
 from blockspec.model.losses import called_otherwise, name_of
 from blockspec.model.plain import plain_functions
@@ -112,6 +112,8 @@ class Objective:
         self._carriers: dict[int, Carriers | NoExamplesError] = {}  # by the number of a batch
         self._copies: Copies = {}
         self._needs_saved_tensors = False
+        self.checked_examples: int | None = None
+        """Examples of a batch that checks evaluate; None: all. Fewer keep within a memory bound."""
         self.checks: list[Any] = []
         """What :mod:`blockspec.products.guard` found, and for which parameters."""
 
@@ -172,6 +174,16 @@ class Objective:
         """Examples of the largest batch; 1 where no batch can be cut."""
         found = (self._carried(i, batch, 1) for i, batch in enumerate(self.whole_batches()))
         return max(f.length if isinstance(f, Carriers) else 1 for f in found)
+
+    def heaviest(self, micro_batch: int | None = None) -> Any:
+        """Of the parts that :meth:`batches` gives, the one with the most numbers: it takes the most
+        memory.
+        """
+
+        def numbers(part: Any) -> int:
+            return sum(tensor.numel() for _, tensor in leaves(part))
+
+        return max(self.batches(micro_batch), key=numbers)
 
     def _cut(self, number: int, batch: Any, size: int) -> Iterator[Any]:
         """A batch in parts; whole where it cannot be cut and no user has asked for it."""
@@ -364,7 +376,7 @@ class Objective:
         if not isinstance(self._batches, (list, tuple)):  # those give the same objects again
             _check_repeatable(self.whole_batches)
         with self.prepared(), explained():
-            for batch in self.batches():
+            for batch in self.batches(self.checked_examples):
                 check_batch(batch)
                 total, count = self.loss_sum(batch)
                 if count > 0:

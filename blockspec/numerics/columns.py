@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ class Columns:
 
     def __init__(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self._columns: list[Tensor] = []
+        self._eigenvalues: np.ndarray | None = None  # in the matrix's place, once they are known
         self._numel, self._dtype, self._device = numel, dtype, device
 
     @property
@@ -28,7 +30,7 @@ class Columns:
     @property
     def remaining(self) -> int:
         """Products that it will still ask for."""
-        return self._numel - len(self._columns)
+        return 0 if self._eigenvalues is not None else self._numel - len(self._columns)
 
     @property
     def vector(self) -> Tensor:
@@ -56,19 +58,41 @@ class Columns:
         yield from ()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What :meth:`restore` needs to go on."""
+        """What :meth:`restore` needs to go on: the columns (n, P), or all eigenvalues (P,)."""
+        if self._eigenvalues is not None:
+            return {"columns": torch.from_numpy(self._eigenvalues)}, {}
         return {
             "columns": torch.stack(self._columns) if self._columns else torch.empty(0, self._numel)
         }, {}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        if tensors["columns"].ndim == 1:
+            self._eigenvalues = fresh(tensors["columns"]).numpy()
+            return
         self._columns = [fresh(column) for column in tensors["columns"]]
 
     def matrix(self) -> np.ndarray:
-        """(P, P) the symmetrised matrix, float64."""
-        matrix = torch.stack(self._columns).double().numpy()
-        return (matrix + matrix.T) / 2
+        """(P, P) the symmetrised matrix, float64; before :meth:`eigenvalues` is asked for."""
+        matrix = np.empty((self._numel, self._numel))
+        for row, column in zip(matrix, self._columns, strict=True):
+            row[:] = column.double().numpy()
+        for i in range(self._numel):  # in place: a sum of the whole would take as much again
+            matrix[i, i:] = matrix[i:, i] = (matrix[i, i:] + matrix[i:, i]) / 2
+        return matrix
 
     def eigenvalues(self) -> np.ndarray:
-        """(P,) ascending."""
-        return np.linalg.eigvalsh(self.matrix())
+        """(P,) ascending. The matrix is given up for them: of many blocks, it would be most of the
+        memory.
+        """
+        if self._eigenvalues is None:
+            matrix = self.matrix()
+            self._columns = []
+            # transposed, it lies in memory as LAPACK wants it, so that it is not copied
+            found = scipy.linalg.eigvalsh(matrix.T, overwrite_a=True, check_finite=False)
+            self._eigenvalues = found
+        return self._eigenvalues
+
+    @staticmethod
+    def bytes_of(numel: int, dtype: torch.dtype) -> int:
+        """Memory that the columns and the matrix of float64 take, at most."""
+        return numel * numel * (dtype.itemsize + 8)

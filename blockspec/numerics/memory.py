@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def watched(device: torch.device) -> Iterator[Peak]:
     set.
     """
     result = Peak()
-    gc.collect()
+    trim()
     if device.type == "cuda":
         _cuda().reset_peak_memory_stats(device)
         result.before = _cuda().memory_allocated(device)
@@ -49,6 +50,15 @@ def watched(device: torch.device) -> Iterator[Peak]:
         result.peak = (
             _cuda().max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
         )
+
+
+def trim() -> None:
+    """Gives what was freed back to the system: what the C library keeps for later would count as in
+    use, and what then goes into it would not show as growth.
+    """
+    gc.collect()
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident() -> int:

@@ -36,6 +36,9 @@ from blockspec.products.ways import Way
 Request = tuple[Block, Tensor, Sequence[Block]]
 
 
+REHEARSED = 8  # blocks, beside the deepest one
+
+
 class Products:
     """Products of the blocks of one objective; counts what they cost.
 
@@ -243,6 +246,7 @@ class Products:
                         whole += part.to(whole)
                 if units is not None:
                     units.append((batch, Unit(linearised.terms, values)))
+                del linearised  # its graph would lie beside that of the next batch
         return terms
 
     def _completed(
@@ -340,14 +344,16 @@ class Products:
         return self.way.save_memory(why)
 
     def rehearse(self, blocks: Sequence[Block], size: int | None) -> None:
-        """One shared pass, and the product of the deepest block or those that go together with it,
-        on ``size`` examples.
+        """What a sweep does, on ``size`` examples: two shared passes one after the other, each with
+        products of the deepest block and of some others.
         """
         deepest = max(blocks, key=lambda block: len(block.parameters))
-        others = [block for block in blocks if block is not deepest][: TOGETHER - 1]
-        together = [deepest, *others] if self.way.layerwise else [deepest]
+        others = [block for block in blocks if block is not deepest]
+        number = TOGETHER - 1 if self.way.layerwise else REHEARSED
+        together = [deepest, *others[:: max(1, len(others) // number)][:number]]
         with self.objective.prepared():
-            for batch in islice(self.objective.batches(size or self.micro_batch), 1):
+            batch = self.objective.heaviest(size or self.micro_batch)
+            for _ in range(2):
                 self._zero_products(self.linearise(batch, self._named(blocks)), together)()
 
     def calibrate(self, blocks: Sequence[Block]) -> Costs:

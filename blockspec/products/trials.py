@@ -185,6 +185,8 @@ def part_of(objective: Objective) -> Any:
     numbers = max((t.numel() for t in tensors), default=0)
     work = numbers * sum(p.numel() for p in objective.model.parameters())
     size = max(1, int(longest(batch) * WORK / work)) if work > WORK else None
+    if (few := objective.checked_examples) is not None:
+        size = few if size is None else min(size, few)
     return next(iter(objective.batches(size)))
 
 
