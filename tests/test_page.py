@@ -18,6 +18,7 @@ from blockspec.runs.page.numbers import jackknifed, read_run
 from blockspec.runs.page.write import report
 from blockspec.runs.tables import append_rows, heterogeneity_of, rows_of
 from blockspec.spectra.resolved import resolved_density
+from blockspec.spectra.tails import SIDES, magnitudes_of, tail
 
 HOSTILE = "h.0.</script><script>hacked=1</script><img src=x onerror=hacked=2>\"'$x$[/x]{0}%{x}"
 KINDS = ("query", "key", "value", "norm")
@@ -130,17 +131,19 @@ def test_curves_and_distances_survive_their_packing(page, runs):
         mean, error = resolved_density(one, grid, one.linear)
         read = {
             name: store[places[name] + number * points :][:points].astype(float)
-            for name in ("density", "density_error", "tail")
+            for name in ("density", "density_error", "tail", "tail_high")
         }
         found = 10.0 ** (top + read["density"] / scales["decade"])
         seen = mean > mean.max() * 1e-10
         np.testing.assert_allclose(found[seen], mean[seen], rtol=0.01)
         relative = read["density_error"] / scales["unit"]
         np.testing.assert_allclose(relative[seen], (error / mean)[seen], atol=0.011)
-        beyond = np.where(grid > 0, 1 - one.cdf(grid), one.cdf(grid))
-        share = 10.0 ** (read["tail"] / scales["decade"])
-        some = beyond > 1e-6
-        np.testing.assert_allclose(share[some], beyond[some], rtol=0.01)
+        side = grid > magnitudes_of([one])[0]
+        beyond = tail(one, grid[side])
+        for name, expected in (("tail", beyond.count), ("tail_high", beyond.high)):
+            some = expected >= 0.5
+            found = 10.0 ** (read[name][side][some] / scales["decade"])
+            np.testing.assert_allclose(found, expected[some], rtol=0.01)
     parts = spectra.parts
     count = len(parts) * (len(parts) - 1) // 2
     start = run["distances"]["jensen-shannon"]["values"] + count
@@ -185,12 +188,11 @@ def test_fifty_blocks_at_twenty_stages_stay_below_six_megabytes():
 
     store = curves.Store()
     points = curves.ROOM // 1000
-    names = ("density", "density_error", "tail", "tail_error")
     found = [
         curves.curve(spectrum("b", "key", 0, seed=i, size=1 + i, probes=4, steps=40), points)
         for i in range(1000)
     ]
-    for name in names:
+    for name in curves.ARRAYS:
         store.put(np.stack([one[name] for one in found]))
     store.put(np.random.default_rng(0).integers(0, 6931, 4 * 20 * 50 * 49 // 2))
     described = {"heads": [one["head"] for one in found]}
@@ -286,7 +288,8 @@ def test_the_map_works_by_keyboard(shown):
 
 
 @needs_chromium
-def test_axes_normalisation_and_tails(shown):
+def test_axes_normalisation_and_tails(shown, runs):
+    shown.run("state.chosen = ['h.0.key']; state.stage = 2")
     seen = []
     for view, axis, normalised in [
         ("density", "symlog", False),
@@ -300,7 +303,9 @@ def test_axes_normalisation_and_tails(shown):
         seen.append(shown.run("JSON.stringify($('density').data.map(t => [...t.x, ...t.y]))"))
     assert len(set(seen)) == len(seen)
     top = max(max(heights) for _, heights in drawn(shown, "density"))
-    assert top == pytest.approx(500, rel=0.3)  # eigenvalues of the block on one side, at most all
+    one = load_spectra(runs[0] / "spectra.parquet", step=300)["h.0.key"]
+    most = [tail(one, magnitudes_of([one])[:1], side).count[0] for side in SIDES]
+    assert top == pytest.approx(max(most), rel=0.05)
     shown.run("Object.assign(state, {view: 'density', axis: 'symlog'}); draw()")
 
 

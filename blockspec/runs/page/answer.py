@@ -161,7 +161,7 @@ def _trust(run: Run, parts: Mapping[str, Spectrum], names: Mapping[str, str]) ->
     else:
         yield (
             "The batches are a sample. How far the numbers for all data may lie from those of "
-            "these batches is <b>not known</b>."
+            f"these batches is <b>not known</b>: {escape(run.last.data)}."
         )
     check = (run.entry(run.steps[-1]).get("cost") or {}).get("check")
     if check:

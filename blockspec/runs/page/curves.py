@@ -19,8 +19,9 @@ import numpy as np
 from blockspec.runs.page.numbers import Maps, Run
 from blockspec.spectra.resolved import resolved_density
 from blockspec.spectra.spectrum import Spectrum
+from blockspec.spectra.tails import SIDES, magnitudes_of, tail
 
-ROOM = 200_000  # points of all curves of a kind, so that 50 blocks x 20 stages stay below 6 MB
+ROOM = 160_000  # points of all curves of a kind, so that 50 blocks x 20 stages stay below 6 MB
 FEWEST, MOST = 96, 400  # points of a curve
 PER_DECADE = 128
 DEEPEST = 11  # decades below the top that are kept
@@ -28,6 +29,8 @@ PER_UNIT = 50  # of relative errors, which end at MOST_ERROR
 MOST_ERROR = 2.5
 PER_NAT = 10_000  # of distances
 UNKNOWN = -1
+NOBODY = 0.1  # eigenvalues: a count below one half is none
+ARRAYS = ("density", "density_error", "tail", "tail_low", "tail_high")
 
 
 class Store:
@@ -78,52 +81,46 @@ def curves(run: Run, points: int, store: Store) -> dict[str, Any]:
     number = np.full((len(run.blocks), len(run.stages)), -1)
     for count, (place, at, _) in enumerate(found):
         number[place, at] = count
-    arrays = {
-        name: store.put(np.stack([one[name] for _, _, one in found]))
-        for name in ("density", "density_error", "tail", "tail_error")
-    }
+    arrays = {name: store.put(np.stack([one[name] for _, _, one in found])) for name in ARRAYS}
     heads = [one["head"] for _, _, one in found]
     return {"points": points, "number": number.tolist(), "heads": heads} | arrays
 
 
 def curve(spectrum: Spectrum, points: int) -> dict[str, Any]:
-    """Density and tail shares of one spectrum, each (points,) as whole numbers."""
+    """Density and tail counts of one spectrum, each (points,) as whole numbers."""
     linear = spectrum.linear
     grid = spectrum.grid(points, linear=linear)
     density, error = resolved_density(spectrum, grid, linear)
-    tail, tail_error = tails(spectrum, grid)
+    count, low, high = tails(spectrum, grid)
     top = float(density.max())
     ends = np.arcsinh(grid[[0, -1]] / linear)
     head = [float(f"{value:.7g}") for value in (linear, *ends, math.log10(top))]
     return {
         "head": head,
-        "density": _logarithm(density / top),
+        "density": _logarithm(density / top, 10.0**-DEEPEST),
         "density_error": _relative(error, density),
-        "tail": _logarithm(tail),
-        "tail_error": _relative(tail_error, tail),
+        "tail": _logarithm(count, NOBODY),
+        "tail_low": _logarithm(low, NOBODY),
+        "tail_high": _logarithm(high, NOBODY),
     }
 
 
-def tails(spectrum: Spectrum, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of the eigenvalues beyond each point, seen from zero: above a positive one, below a
-    negative one. Mean and standard error (G,) over probes; the error is 0 where there is one probe.
+def tails(spectrum: Spectrum, grid: np.ndarray) -> np.ndarray:
+    """(3, G) how many eigenvalues lie beyond each point, seen from zero: above a positive one,
+    below a negative one; and the ends of the band around it. 0 where the block is not resolved.
     """
-    rows = []
-    for nodes, weights in zip(spectrum.nodes, spectrum.weights, strict=True):
-        order = np.argsort(nodes)
-        below = np.concatenate([[0.0], np.cumsum(weights[order])])
-        above = np.concatenate([np.cumsum(weights[order][::-1])[::-1], [0.0]])
-        upper = above[np.searchsorted(nodes[order], points, side="right")]
-        lower = below[np.searchsorted(nodes[order], points, side="left")]
-        rows.append(np.where(points > 0, upper, lower))
-    shares, probes = np.stack(rows), len(rows)
-    error = shares.std(0, ddof=1) / math.sqrt(probes) if probes > 1 else np.zeros(len(points))
-    return shares.mean(0), error
+    found = np.zeros((3, len(grid)))
+    least = magnitudes_of([spectrum])[0]
+    for side, sign in SIDES.items():
+        inside = sign * grid >= least
+        if inside.any():
+            beyond = tail(spectrum, np.abs(grid[inside]), side)
+            found[:, inside] = beyond.count, beyond.low, beyond.high
+    return found
 
 
-def _logarithm(shares: np.ndarray) -> np.ndarray:
-    decades = np.log10(np.maximum(shares, 10.0**-DEEPEST))
-    return np.round(PER_DECADE * decades).astype(np.int16)
+def _logarithm(values: np.ndarray, least: float) -> np.ndarray:
+    return np.round(PER_DECADE * np.log10(np.maximum(values, least))).astype(np.int16)
 
 
 def _relative(error: np.ndarray, mean: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ function written(run, number, block, stage) {
 }
 
 function curve(run, block, stage) {
-  const { points, number, heads, density, density_error, tail, tail_error } = run.curves;
+  const { points, number, heads, density, density_error, tail, tail_low, tail_high } = run.curves;
   const k = stage < 0 || block < 0 ? -1 : number[block][stage];
   if (k < 0) return null;
   const [linear, low, high, top] = heads[k], { decade, unit, deepest } = data.scales;
@@ -55,11 +55,18 @@ function curve(run, block, stage) {
   const share = v => v <= -deepest * decade ? 0 : 10 ** (v / decade);
   const numel = run.blocks[block].numel, ends = ["largest", "smallest"];
   const norm = Math.max(...ends.map(end => Math.abs(at(run, end, "value", block, stage)))) || 1;
-  const [x, density_unit, count] = state.normalised ? [1 / norm, norm, 1] : [1, 1, numel];
+  const [x, density_unit, unit_count] = state.normalised ? [1 / norm, norm, 1 / numel] : [1, 1, 1];
   return { linear: linear * x,
     x: read(density, (v, i) => x * linear * Math.sinh(low + (high - low) * i / (points - 1))),
-    y: read(density, v => density_unit * share(v) * 10 ** top), error: read(density_error, v => v / unit),
-    tail: read(tail, v => count * share(v)), tail_error: read(tail_error, v => v / unit) };
+    ...heights(state.view) };
+  function heights(view) {
+    if (view === "tail") {
+      const [y, low, high] = [tail, tail_low, tail_high].map(place => read(place, v => unit_count * (v <= -decade ? 0 : 10 ** (v / decade))));
+      return { y, low, high };
+    }
+    const y = read(density, v => density_unit * share(v) * 10 ** top), error = read(density_error, v => v / unit);
+    return { y, low: y.map((v, i) => v * (1 - error[i])), high: y.map((v, i) => v * (1 + error[i])) };
+  }
 }
 
 // Plots -------------------------------------------------------------------------------------------
@@ -99,27 +106,25 @@ function symlogAxis(linear, low, high) {
 function drawCurves(id, wanted) {
   const found = wanted.map(one => ({ ...one, ...curve(one.run, one.block, one.stage) })).filter(c => c.x);
   const tails = state.view === "tail", log = tails || state.axis === "log", traces = [], rows = [];
-  const [height, band] = tails ? ["tail", "tail_error"] : ["y", "error"];
-  const top = Math.max(...found.map(c => Math.max(...c[height]))), linear = Math.min(...found.map(c => c.linear));
-  const least = tails && !state.normalised ? 0.5 : top * (tails ? 1e-8 : 1e-9);
+  const top = Math.max(...found.map(c => Math.max(...c.y))), linear = Math.min(...found.map(c => c.linear));
+  const least = tails && !state.normalised ? 0.5 : top * 1e-9;
   const ends = [Math.min(...found.map(c => c.x[0])), Math.max(...found.map(c => c.x.at(-1)))];
   const symlog = symlogAxis(linear, ...ends);
   const place = log ? Math.abs : state.axis === "symlog" ? symlog.place : x => x;
   for (const c of found)
     for (const side of log ? [1, -1] : [0]) {
-      const some = [...c.x.keys()].filter(i => (side ? c.x[i] * side > 0 : true) && c[height][i] >= least);
+      const some = [...c.x.keys()].filter(i => (side ? c.x[i] * side > 0 : true) && c.y[i] >= least);
       if (!some.length) continue;
-      const x = some.map(i => place(c.x[i])), y = some.map(i => c[height][i]);
-      const up = some.map((i, j) => y[j] * (1 + c[band][i]));
-      const down = some.map((i, j) => Math.max(y[j] * (1 - c[band][i]), least));
+      const x = some.map(i => place(c.x[i])), y = some.map(i => c.y[i]);
+      const up = some.map(i => c.high[i]), down = some.map(i => Math.max(c.low[i], least));
       const name = c.label + (side < 0 ? " (negative)" : "");
       const dash = side < 0 ? "dot" : c.dash, shape = tails ? "hv" : "linear", colour = c.colour;
       traces.push({ x: [...x, ...x.toReversed()], y: [...up, ...down.toReversed()], fill: "toself", mode: "none",
         fillcolor: colour + "44", hoverinfo: "skip", line: { shape } });
       traces.push({ x, y, mode: "lines", name: plain(name), line: { color: colour, dash, width: 2, shape },
         hoverinfo: "text", text: some.map((i, j) =>
-          `${plain(name)}<br>at ${short(c.x[i])}: ${short(y[j])} ± ${short(y[j] * c[band][i])}`) });
-      some.forEach((i, j) => rows.push([c.label, c.x[i], y[j], y[j] * c[band][i]]));
+          `${plain(name)}<br>at ${short(c.x[i])}: ${short(y[j])}, band ${short(c.low[i])} to ${short(c.high[i])}`) });
+      some.forEach((i, j) => rows.push([c.label, c.x[i], y[j], c.low[i], c.high[i]]));
     }
   const eigenvalue = (log ? "magnitude of the " : "") + (state.normalised ? "eigenvalue / largest magnitude" : data.units.eigenvalue);
   const label = !tails ? (state.normalised ? "density (no unit)" : data.units.density)
@@ -127,7 +132,7 @@ function drawCurves(id, wanted) {
   plot(id, traces, { xaxis: { title: { text: eigenvalue }, type: log ? "log" : "linear", exponentformat: "power",
     ...(state.axis === "symlog" && !log ? symlog.axis : {}) },
   yaxis: { title: { text: label }, type: "log", exponentformat: "power", dtick: 2 } },
-  [["block", "eigenvalue", label, "standard error"], ...rows]);
+  [["block", "eigenvalue", label, "lower end of the band", "upper end"], ...rows]);
 }
 
 // A colour scale for numbers of any sign over many decades: blue and red are told apart by all.
@@ -236,9 +241,9 @@ function drawDensity() {
     label: label(name) + (several ? ` (${run.name})` : ""), colour: colour(name, k), dash: DASHES[r % 5] }))));
   const missing = data.runs.filter(run => stageOf(run) < 0).map(run => run.name);
   const dashes = several ? ` Lines: ${data.runs.map((run, r) => `${DASHES[r % 5]} ${run.name}`).join(", ")}.` : "";
-  $("density-note").textContent = `At step ${steps[state.stage]}. Band: ± 1 standard error over probes. `
-    + (state.view === "tail" ? "Seen from zero: above a positive value, below a negative one."
-      : "A flat top is what the Lanczos steps do not resolve.") + `${state.view === "tail" || state.axis === "log" ? " Dotted: negative eigenvalues." : ""}${dashes}`
+  $("density-note").textContent = `At step ${steps[state.stage]}. ` + (state.view === "tail"
+    ? "How many eigenvalues lie beyond x, seen from zero. Band: 95 %, for the given batches."
+    : "Band: ± 1 standard error over probes. A flat top is what the Lanczos steps do not resolve.") + `${state.view === "tail" || state.axis === "log" ? " Dotted: negative eigenvalues." : ""}${dashes}`
     + (missing.length ? ` Not measured at this step: ${missing.join(", ")}.` : "");
 }
 
