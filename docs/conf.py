@@ -44,6 +44,7 @@ exclude_patterns = ["gallery", "**/sg_execution_times.rst"]
 html_theme = "furo"
 html_title = f"blockspec {version}"
 html_copy_source = False
+html_show_copyright = False
 html_show_sourcelink = False
 myst_heading_anchors = 3
 napoleon_use_ivar = True  # fields of named tuples are described once

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections import namedtuple
@@ -151,6 +152,16 @@ def test_plot_draws_from_the_tables_alone(done):
         assert path.suffix == ".png"
         assert path.stat().st_size > 1000
         assert path.with_suffix(".pdf").stat().st_size > 1000
+
+
+def test_plot_draws_what_is_asked_for(done):
+    run = str(done / "first")
+    assert invoke("plot", run, "--columns", "1", "--include", "*c_attn*").code == 0
+    width, _ = struct.unpack(">II", (done / "first/figures/edges_by_block.png").read_bytes()[16:24])
+    assert width == 670  # 3.35 inches of 200 dots
+    wrong = invoke("plot", run, "--include", "nothing")
+    assert wrong.code == 1
+    assert "no block matches include=" in wrong.err
 
 
 def test_compare_sets_runs_side_by_side(done):

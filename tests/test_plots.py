@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import blockspec
 from blockspec.figures import plots
 from blockspec.figures.heatmaps import MEASURES
+from blockspec.figures.page import PageSettings, drawn_for
 from blockspec.figures.panels import resolved_density
 from blockspec.figures.style import KINDS, look, looks_of, short_name, short_names, spread
 from blockspec.figures.trends import kinds_over_training
@@ -361,7 +362,82 @@ def test_heads_are_curves_of_their_own() -> None:
     heads = Spectra(exact(n, "query", 0, random_eigenvalues(i)) for i, n in enumerate(names))
     axes = plots.tails_by_block(heads).axes[1]
     assert len([line for line in axes.lines if len(line.get_xdata()) > 1]) == 4
-    assert "at most 12 pieces of a matrix" in plots.tails_by_block(neurons()).get_suptitle()
+    title = plots.tails_by_block(neurons()).get_suptitle().replace("\n", " ")
+    assert "at most 12 pieces of a matrix" in title
+
+
+def test_heads_have_densities_of_their_own() -> None:
+    names = [f"h.0.attn.c_attn.weight/query/head_{i}" for i in range(4)]
+    heads = Spectra(exact(n, "query", 0, random_eigenvalues(i)) for i, n in enumerate(names))
+    others = {
+        kind: exact(kind, kind, 0, random_eigenvalues(i)) for i, kind in enumerate(("key", "value"))
+    }
+    first, *_ = plots.esd_by_block({**heads, **others}).axes
+    assert first.get_title() == "query (4 blocks)"
+    assert len(first.lines) == 4
+
+
+NARROW = ("esd_by_block", "edges_by_block", "esd_stages", "full_and_block_diagonal")
+NARROW += ("distances", "heterogeneity", "trace_by_kind", "tails_by_block", "quantiles_by_block")
+
+
+@pytest.fixture(scope="module")
+def narrow(
+    by_step: dict[int, Spectra], table: pd.DataFrame, heterogeneity: pd.DataFrame
+) -> dict[str, Figure]:
+    """As blockspec plot --columns 1 draws them."""
+    last = by_step[STEPS[-1]]
+    maps = {f"step {n}": blockspec.js_distances(s.select("*h.0*")) for n, s in by_step.items()}
+    with drawn_for(PageSettings(columns=1, font_size=7)):
+        return {
+            "esd_by_block": plots.esd_by_block(last.parts),
+            "edges_by_block": plots.edges_by_block(last.parts),
+            "esd_stages": plots.esd_stages(by_step),
+            "full_and_block_diagonal": plots.full_and_block_diagonal(last),
+            "distances": plots.distance_heatmaps(maps),
+            "heterogeneity": plots.heterogeneity_over_training(
+                heterogeneity[heterogeneity["definition"] == "jensen-shannon"]
+            ),
+            "trace_by_kind": plots.trace_by_kind_over_training(table),
+            "tails_by_block": plots.tails_by_block(last.parts),
+            "quantiles_by_block": plots.quantiles_by_block(last.parts),
+        }
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_figures_of_one_column(narrow: dict[str, Figure], name: str) -> None:
+    figure = narrow[name]
+    assert figure.get_figwidth() == pytest.approx(3.35)
+    test_no_text_overlaps_or_leaves_the_figure(narrow, name)
+    test_text_is_large_enough_to_be_read(narrow, name)
+    assert max(text.get_fontsize() for text in visible_texts(figure)) == pytest.approx(7)
+
+
+@pytest.mark.parametrize(("axis", "scale"), [("linear", "linear"), ("log", "log")])
+def test_the_axis_of_densities(by_step: dict[int, Spectra], axis: str, scale: str) -> None:
+    with drawn_for(PageSettings(axis=axis)):
+        figure = plots.esd_stages(by_step)
+    assert {place.get_xscale() for place in figure.axes} == {scale}
+    assert (figure.axes[0].get_xlim()[0] > 0) == (axis == "log")
+    assert plots.esd_stages(by_step).axes[0].get_xscale() == "asinh"  # settings end with the block
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"columns": 3}, "columns is 1 or 2, or left out, got 3"),
+        ({"font_size": 40}, "between 5 and 14 points, got 40"),
+    ],
+)
+def test_pages_that_cannot_be(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PageSettings(**settings)
+
+
+def test_text_in_a_pdf_is_text(narrow: dict[str, Figure], tmp_path: Path) -> None:
+    pdf = plots.save(narrow["heterogeneity"], tmp_path, "h").with_suffix(".pdf").read_bytes()
+    assert b"/FontFile2" in pdf  # TrueType
+    assert b"/Type3" not in pdf
 
 
 def test_quantiles_as_drawn() -> None:

@@ -8,6 +8,7 @@ import torch
 from quadratics import decaying, matrix_of, spectra_of
 
 from blockspec.spectra.collection import block_diagonal
+from blockspec.spectra.data import Sample
 from blockspec.spectra.tails import SIDES, magnitudes_of, quantiles, tail
 
 GRID = np.geomspace(1e-3, 4, 200)
@@ -91,6 +92,22 @@ def test_quantiles_of_known_eigenvalues():
     for column in found:
         np.testing.assert_allclose(found[column], [2, 3, 8], rtol=0.02)  # the grid is that fine
     assert (quantiles(zero(), [0.5, 1.0]) == 0).all(axis=None)
+
+
+def test_the_band_holds_the_population_where_the_error_of_the_data_is_known():
+    """Eight groups of data, each of which moves the outlier by a known amount."""
+    spectrum = spectra_of({"a": matrix_of([-0.5, 0.1, 3.0])}, num_steps=3)["weights.a"]
+    shifts = np.linspace(-0.01, 0.01, 8)[:, None, None] * np.array([0, 0, 1])
+    sample = Sample(spectrum.nodes + shifts, np.repeat(spectrum.weights[None], 8, 0))
+    moved = replace(spectrum, sample=sample)
+    stderr = np.sqrt(7 / 8 * (shifts[:, 0, 2] ** 2).sum())
+    inside, outside = 3 - 2.3 * stderr, 3 - 2.4 * stderr  # Student's t of 7 degrees: 2.36
+    found = tail(moved, np.array([outside, inside, 3 + 2.3 * stderr, 3 + 2.4 * stderr]))
+    assert found.of_population
+    np.testing.assert_allclose(found.low, [1, 0, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(found.high, [1, 1, 1, 0], atol=1e-9)
+    given = tail(moved, np.array([inside]), data=False)
+    assert (given.low == given.high) & (not given.of_population)
 
 
 def zero():

@@ -14,11 +14,8 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from blockspec.figures.style import (
-    canvas,
-    short_names,
-    styled,
-)
+from blockspec.figures.page import width_of
+from blockspec.figures.style import canvas, short_names, styled
 
 COLOURS = ListedColormap(
     colormaps["magma_r"](np.linspace(0, 0.88, 256))
@@ -89,6 +86,14 @@ def distance_heatmaps(
     columns = len(distances) if len(distances) <= 3 else math.ceil(math.sqrt(len(distances)))
     rows = math.ceil(len(distances) / columns)
     width = (side + 0.15) * columns + beside * (1 if same else columns) + 1.3
+    if width_of(width) < width:
+        columns = min(columns, max(1, int(width_of(width) // 2)))
+        side = min(
+            side, (width_of(width) - 1.4) / columns - 0.15 - beside / (columns if same else 1)
+        )
+        beside = max(_label_inches(table, side) for table in distances.values())
+        rows = math.ceil(len(distances) / columns)
+    width = width_of(width)
     figure = canvas(figsize=(width, (side + beside + 0.4) * rows), layout="compressed")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for place in axes[len(distances) :]:

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
-from blockspec.figures.style import Look, column_of, eigenvalue_axis, look, short_name
+from blockspec.figures.page import points
+from blockspec.figures.style import Look, column_of, eigenvalue_axis, look, short_name, spread
 from blockspec.model.pieces import FULL
 from blockspec.spectra.collection import block_diagonal
 from blockspec.spectra.resolved import even_grid, resolution, resolved_density
@@ -21,17 +22,25 @@ from blockspec.spectra.spectrum import Spectrum
 EIGENVALUE = "eigenvalue (loss / parameter²)"
 DENSITY = "spectral density (parameter² / loss)"
 CONVERGED = 0.01  # residual of a node, relative to its value, that is marked as an eigenvalue
+MOST_CURVES = 12  # in a panel
 DECADES = 6  # of eigenvalues on each side of zero, at most
 SPAN = 1e10  # of densities, at most
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One small multiple: a spectrum; of several blocks their mixture by number of parameters."""
+    """One small multiple: a spectrum; of several blocks their mixture by number of parameters, and
+    beside it the blocks whose curves are drawn over each other.
+    """
 
     title: str
     spectrum: Spectrum
     look: Look
+    parts: tuple[Spectrum, ...] = ()
+
+    @property
+    def curves(self) -> tuple[Spectrum, ...]:
+        return self.parts or (self.spectrum,)
 
 
 @dataclass(frozen=True)
@@ -73,13 +82,19 @@ def scale_of(spectra: Iterable[Spectrum]) -> Scale:
 
 
 def draw_density(axes: Axes, panel: Panel, scale: Scale, *, width: float) -> None:
-    """The density with its error band, filled; ``width`` is that of the axes in inches."""
-    mean, error = resolved_density(panel.spectrum, scale.grid, scale.linear)
-    shown = np.maximum(mean, scale.floor)
-    axes.fill_between(
-        scale.grid, scale.floor, shown, color=panel.look.colour, alpha=0.15, linewidth=0
-    )
-    draw_line(axes, scale, mean, error, colour=panel.look.colour)
+    """The density with its error band, filled; ``width`` is that of the axes in inches.
+
+    Several blocks are a thin curve each: a mixture would hide how they differ.
+    """
+    colour, curves = panel.look.colour, panel.curves
+    thin = {"linewidth": 0.5} if len(curves) > 1 else {}
+    for curve in curves:
+        mean, error = resolved_density(curve, scale.grid, scale.linear)
+        shown = np.maximum(mean, scale.floor)
+        axes.fill_between(
+            scale.grid, scale.floor, shown, color=colour, alpha=0.15 / len(curves), linewidth=0
+        )
+        draw_line(axes, scale, mean, error if not thin else 0 * error, colour=colour, **thin)
     density_axes(axes, scale, width=width)
 
 
@@ -97,7 +112,7 @@ def density_axes(axes: Axes, scale: Scale, *, width: float) -> None:
     axes.set_ylim(scale.floor, scale.top)
     axes.yaxis.set_major_locator(LogLocator(numticks=4))
     axes.yaxis.set_minor_locator(NullLocator())
-    eigenvalue_axis(axes, "x", scale.low, scale.high, scale.linear, room=0.32 / width)
+    eigenvalue_axis(axes, "x", scale.low, scale.high, scale.linear, room=points(0.32) / width)
 
 
 def mark_eigenvalues(axes: Axes, spectrum: Spectrum, *, colour: Any) -> None:
@@ -112,8 +127,8 @@ def mark_eigenvalues(axes: Axes, spectrum: Spectrum, *, colour: Any) -> None:
 def panel_of(
     parts: Mapping[str, Spectrum], names: Mapping[str, str], *, by_kind: bool = False
 ) -> Panel:
-    """A panel of one block, called by its short name in ``names`` or by its kind, or of the mixture
-    of several.
+    """A panel of one block, called by its short name in ``names`` or by its kind, or of several:
+    curves of evenly spread ones where there are more than ``MOST_CURVES``.
     """
     first = next(iter(parts))
     kind = column_of(parts[first].block)
@@ -125,7 +140,10 @@ def panel_of(
             if not by_kind and layers.isdisjoint({None}) and len(layers) == 1
             else ""
         )
-        return Panel(f"{layer}{shown.label} ({len(parts)} blocks)", block_diagonal(parts), shown)
+        drawn = tuple(spread(list(parts.values()), MOST_CURVES))
+        number = f"{len(parts)}" if len(drawn) == len(parts) else f"{len(drawn)} of {len(parts)}"
+        title = f"{layer}{shown.label} ({number} blocks)"
+        return Panel(title, block_diagonal(parts), shown, drawn)
     return Panel(shown.label if by_kind or kind == FULL else names[first], parts[first], shown)
 
 

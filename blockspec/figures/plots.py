@@ -18,6 +18,7 @@ from matplotlib.figure import Figure as Figure
 from blockspec.figures.heatmaps import CHARACTER
 from blockspec.figures.heatmaps import distance_heatmap as distance_heatmap
 from blockspec.figures.heatmaps import distance_heatmaps as distance_heatmaps
+from blockspec.figures.page import points, width_of
 from blockspec.figures.panels import (
     DENSITY,
     EIGENVALUE,
@@ -71,15 +72,19 @@ def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Fig
 
     Rows are layers (evenly spread ones where there are more than ``max_layers``), columns are kinds
     of block, and what lies outside the layers comes last; models with fewer than three kinds of
-    matrix in a layer get a panel a block. Several blocks of one kind in one layer, such as norms,
-    are drawn as their mixture by number of parameters. The band is one standard error over probes.
+    matrix in a layer get a panel a block. Several blocks of one kind in one layer, such as heads or
+    norms, are thin curves in one panel. The band is one standard error over probes.
     How curves are smoothed: see :func:`blockspec.figures.panels.resolved_density`.
     """
     rows, note = _rows(spectra, max_layers)
     columns = max(len(row.panels) for row in rows)
-    scale = scale_of(panel.spectrum for row in rows for panel in row.panels if panel)
+    width = width_of(max(PANEL * columns + 0.6, 5.2))
+    if (fitting := int((width - 0.6) / (0.8 * PANEL))) < columns:
+        rows, columns = _folded(rows, fitting), fitting
+    shown = [panel for row in rows for panel in row.panels if panel]
+    scale = scale_of(curve for panel in shown for curve in panel.curves)
     figure = canvas(
-        figsize=(max(PANEL * columns + 0.6, 5.2), max(1.15 * len(rows) + 0.9, 3.0)),
+        figsize=(width, max(1.15 * len(rows) + 0.9, 3.0)),
         layout="constrained",
     )
     axes = figure.subplots(len(rows), columns, sharex=True, sharey=True, squeeze=False)
@@ -91,14 +96,14 @@ def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Fig
                 continue
             draw_density(place, panel, scale, width=0.95)
             if above.get(j) != panel.title:
-                place.set_title(
-                    panel.title, fontsize=min(8.0, 72 * PANEL / (CHARACTER * len(panel.title)))
-                )
+                longest = max(map(len, panel.title.split("\n")))
+                room = 72 * min(PANEL, (width - 0.6) / columns) / (CHARACTER * longest)
+                place.set_title(panel.title, fontsize=min(points(8.0), room))
             above[j] = panel.title
         next(place for place in line if place.axison).set_ylabel(row.label)
     label_outer(axes)
-    figure.supxlabel(in_units_of(EIGENVALUE, spectra), fontsize=8)
-    figure.supylabel(in_units_of(DENSITY, spectra), fontsize=8)
+    figure.supxlabel(in_units_of(EIGENVALUE, spectra), fontsize="medium")
+    figure.supylabel(in_units_of(DENSITY, spectra), fontsize="medium")
     figure.suptitle(
         f"{matrix_name(spectra)}: spectrum of each block{note}\n{smoothing_note(spectra.values())}"
     )
@@ -134,6 +139,19 @@ def _rows(spectra: Mapping[str, Spectrum], max_layers: int) -> tuple[list[Row], 
         else ""
     )
     return rows + _wrapped("outside\nlayers", outside, len(kinds)), note
+
+
+def _folded(rows: Sequence[Row], columns: int) -> list[Row]:
+    """The same panels in fewer columns: each is called by its row too."""
+    panels = [
+        replace(
+            panel, title=f"{row.label}\n{panel.title}" if "layer " in row.label else panel.title
+        )
+        for row in rows
+        for panel in row.panels
+        if panel
+    ]
+    return _wrapped("", panels, columns)
 
 
 def _wrapped(label: str, panels: Sequence[Panel], columns: int) -> list[Row]:
@@ -185,7 +203,7 @@ def esd_stages(
     if normalised:
         parts = {step: divided(part, tenth_largest(part)) for step, part in parts.items()}
     scale = scale_of(parts.values())
-    figure = canvas(figsize=(5.5, 0.85 * len(steps) + 0.9), layout="constrained")
+    figure = canvas(figsize=(width_of(5.5), 0.85 * len(steps) + 0.9), layout="constrained")
     axes = figure.subplots(len(steps), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     first, _ = resolved_density(parts[steps[0]], scale.grid, scale.linear)
     for place, step, shade in zip(axes, steps, np.linspace(0.05, 0.8, len(steps)), strict=True):
@@ -193,7 +211,7 @@ def esd_stages(
             place,
             Panel("", parts[step], Look("", "", colormaps["viridis"](shade), "")),
             scale,
-            width=4.8,
+            width=width_of(5.5) - 0.7,
         )
         if step != steps[0]:
             below = scale.floor / 10
@@ -207,7 +225,8 @@ def esd_stages(
         mark_eigenvalues(place, parts[step], colour="0.2")
         place.set_title(f"step {step_label(step)}", loc="right", y=0.72)
     figure.supylabel(
-        "spectral density (no unit)" if normalised else in_units_of(DENSITY, parts), fontsize=8
+        "spectral density (no unit)" if normalised else in_units_of(DENSITY, parts),
+        fontsize="medium",
     )
     axes[-1].set_xlabel(
         "eigenvalue / 10th largest eigenvalue (no unit)"
@@ -276,9 +295,11 @@ def full_and_block_diagonal(spectra: Spectra, *, full: str = "model") -> Figure:
     """
     whole, mixture = spectra[full], block_diagonal(spectra.select(exclude=full))
     scale = scale_of([whole])
-    figure = canvas(figsize=(5.5, 2.8), layout="constrained")
+    figure = canvas(figsize=(width_of(5.5), 2.8), layout="constrained")
     axes = figure.subplots()
-    draw_density(axes, Panel("", whole, Look("", "", "#777777", "")), scale, width=4.8)
+    draw_density(
+        axes, Panel("", whole, Look("", "", "#777777", "")), scale, width=width_of(5.5) - 0.7
+    )
     axes.lines[0].set_label(f"full: {_ends(whole)}")
     label = f"block diagonal, {len(spectra) - 1} blocks: {_ends(mixture)}"
     mean, error = resolved_density(mixture, scale.grid, scale.linear, like=whole)
@@ -320,7 +341,9 @@ def edges_by_block(
     """
     panels, note = _lines(spectra, max_blocks)
     table = edges(panels)
-    figure = canvas(figsize=(5.5, 0.135 * len(panels) + 1.2), layout="constrained")
+    figure = canvas(
+        figsize=(width_of(5.5), points(0.135) * len(panels) + 1.2), layout="constrained"
+    )
     axes = figure.subplots()
     colours = [panel.look.colour for panel in panels]
     axes.hlines(
@@ -342,7 +365,7 @@ def edges_by_block(
             markersize=3.5,
             label=label,
         )
-    axes.set_yticks(range(len(panels)), [panel.title for panel in panels], fontsize=6.5)
+    axes.set_yticks(range(len(panels)), [panel.title for panel in panels], fontsize=points(6.5))
     axes.set_ylim(len(panels) - 0.4, -0.6)
     axes.axvline(0, color="0.7", linewidth=0.5, zorder=0)
     for label, value in (thresholds or {}).items():
@@ -352,7 +375,7 @@ def edges_by_block(
     _edge_scale(axes, table, (thresholds or {}).values())
     axes.set_xlabel(in_units_of(EIGENVALUE, spectra))
     axes.set_ylabel("block")
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=3 if width_of(5.5) > 5 else 2)
     figure.suptitle(
         f"{matrix_name(spectra)}: eigenvalues of each block{note}\nbars: residuals of the ends, ± "
         "1 standard error of the mean"
@@ -422,4 +445,4 @@ def _edge_scale(axes: Axes, table: pd.DataFrame, lines: Iterable[float] = ()) ->
     linear = max(float(np.quantile(sizes[sizes > 0], 0.1)) if sizes.any() else 1.0, norm * 1e-8)
     ends = np.array([min(0.0, table["smallest"].min()), max(0.0, table["largest"].max(), *lines)])
     low, high = linear * np.sinh(np.arcsinh(ends / linear) + np.array([-0.6, 0.6]))
-    eigenvalue_axis(axes, "x", low, high, linear, room=0.11)
+    eigenvalue_axis(axes, "x", low, high, linear, room=points(0.11) * 5.5 / width_of(5.5))

@@ -15,13 +15,8 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
 from blockspec.figures.heatmaps import COLOURS
-from blockspec.figures.style import (
-    canvas,
-    inches,
-    matrix_name,
-    short_names,
-    styled,
-)
+from blockspec.figures.page import inches, points, width_of
+from blockspec.figures.style import canvas, in_units_of, matrix_name, short_names, styled
 from blockspec.spectra.spectrum import Spectrum
 from blockspec.spectra.tails import quantiles
 
@@ -54,7 +49,7 @@ def quantiles_by_block(spectra: Mapping[str, Spectrum], *, columns: float = 1) -
         for column in ("value", "low", "high")
     )
     side = float(np.clip(ROW * len(names), 1.0, TALLEST))
-    figure = canvas(figsize=(inches(columns), side + 1.3), layout="constrained")
+    figure = canvas(figsize=(width_of(inches(columns)), side + 1.3), layout="constrained")
     axes = figure.subplots()
     norm = _norm(values)
     edges = np.arange(len(LEVELS) + 1), np.arange(len(names) + 1)
@@ -63,14 +58,14 @@ def quantiles_by_block(spectra: Mapping[str, Spectrum], *, columns: float = 1) -
     )
     _cross_out(axes, high > UNSURE * low)
     axes.set_ylim(len(names), 0)
-    axes.set_xticks(np.arange(len(LEVELS)) + 0.5, list(LEVELS.values()), fontsize=6)
+    axes.set_xticks(np.arange(len(LEVELS)) + 0.5, list(LEVELS.values()), fontsize=points(6))
     _name_rows(axes, names, room=72 * side / len(names))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.set_xlabel("quantile (share of eigenvalues)")
     axes.set_ylabel("block")
     bar = figure.colorbar(image, ax=axes, aspect=40, fraction=0.08, pad=0.02)
-    bar.set_label("|eigenvalue| (loss / parameter²)")
+    bar.set_label(in_units_of("|eigenvalue| (loss / parameter²)", spectra))
     bar.outline.set_visible(False)
     figure.suptitle(
         f"{matrix_name(spectra)}: quantiles of each block\n"
@@ -117,7 +112,7 @@ def _name_rows(axes: Axes, names: Sequence[str], *, room: float) -> None:
     """Each block by its name where a row has room for it, else each matrix by its own."""
     if room >= LEGIBLE:
         labels = list(short_names(names).values())
-        axes.set_yticks(np.arange(len(names)) + 0.5, labels, fontsize=min(7.0, 0.9 * room))
+        axes.set_yticks(np.arange(len(names)) + 0.5, labels, fontsize=min(points(7.0), 0.9 * room))
         return
     rows = pd.Series(range(len(names)), index=[family(name) for name in names])
     centres = rows.groupby(level=0, sort=False).mean() + 0.5
@@ -126,7 +121,7 @@ def _name_rows(axes: Axes, names: Sequence[str], *, room: float) -> None:
         if not shown or (centres[name] - centres[shown[-1]]) * room >= 8:
             shown.append(name)
     labels = list(short_names(shown).values())
-    axes.set_yticks(centres[shown], labels, fontsize=7)
+    axes.set_yticks(centres[shown], labels, fontsize=points(7))
     sizes = rows.groupby(level=0, sort=False).size()
     for edge in sizes.cumsum()[:-1] if sizes.max() > 1 else []:
         axes.axhline(edge, color="white", linewidth=0.6)

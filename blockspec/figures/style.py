@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+import textwrap
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,9 +24,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 from torch import nn
 
+from blockspec.figures.page import page, points
 from blockspec.model.architectures import ADAPTERS, layer_prefix, role
 from blockspec.model.pieces import Block
 from blockspec.model.places import ATTENDING, CROSS, SIDE, Places
@@ -57,7 +66,7 @@ RC: Any = {
     "axes.unicode_minus": True,
 }
 DPI = 200
-COLUMN, GUTTER = 3.35, 0.25  # inches: a column of a paper, and what is between two
+LETTER = 0.52  # mean width of a character over the size of its font
 LN10 = math.log(10)
 
 
@@ -187,8 +196,8 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     def drawn(*args: object, ax: Axes | None = None, **kwargs: object) -> Figure:
         token = _place.set(None if ax is None else _instead_of(ax))
         try:
-            with matplotlib.rc_context(RC):
-                figure = draw(*args, **kwargs)
+            with matplotlib.rc_context(_rc()):
+                figure = _wrapped_title(draw(*args, **kwargs))
         finally:
             _place.reset(token)
         whole: Figure = figure if ax is None else figure.get_figure(root=True)  # type: ignore[assignment]
@@ -225,9 +234,24 @@ def canvas(*, figsize: tuple[float, float], layout: Any) -> Figure:
 
 def _png(figure: Figure) -> bytes:
     written = io.BytesIO()
-    with matplotlib.rc_context(RC):
+    with matplotlib.rc_context(_rc()):
         figure.savefig(written, format="png", dpi=DPI)
     return written.getvalue()
+
+
+def _rc() -> Any:
+    sizes = {name: points(size) for name, size in RC.items() if name.endswith("size") and size >= 7}
+    return RC | sizes
+
+
+def _wrapped_title(figure: Figure) -> Figure:
+    """No line of the title is wider than the figure."""
+    title = figure.get_suptitle()
+    if title and "$" not in title:
+        width = 72 * figure.bbox.width / figure.dpi
+        room = int(width / (LETTER * points(RC["figure.titlesize"])))
+        figure.suptitle("\n".join(textwrap.fill(line, room) for line in title.split("\n")))
+    return figure
 
 
 def save(figure: Figure, folder: str | os.PathLike[str], name: str) -> Path:
@@ -240,7 +264,7 @@ def save(figure: Figure, folder: str | os.PathLike[str], name: str) -> Path:
         partial = folder / f".{name}.{form}.{os.getpid()}.partial"
         try:
             with matplotlib.rc_context(
-                RC | {"pdf.fonttype": 42}
+                _rc() | {"pdf.fonttype": 42}
             ):  # TrueType: journals refuse Type 3
                 figure.savefig(partial, format=form, dpi=DPI)
             partial.replace(folder / f"{name}.{form}")
@@ -332,11 +356,6 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     return short
 
 
-def inches(columns: float) -> float:
-    """Width of so many columns of a paper."""
-    return columns * COLUMN + (columns - 1) * GUTTER
-
-
 def spread(items: Sequence, count: int) -> list:
     """At most ``count`` items, evenly spread, the first and the last among them."""
     if len(items) <= count:
@@ -354,6 +373,9 @@ def eigenvalue_axis(
         room: What a tick label takes, as a share of the axis.
     """
     axis: Axis = getattr(axes, f"{which}axis")
+    if which == "x" and page().axis != "symlog":
+        _other_scale(axes, low, high, linear)
+        return
     getattr(axes, f"set_{which}scale")("asinh", linear_width=linear)
     getattr(axes, f"set_{which}lim")(low, high)
     gap = room * (np.arcsinh(high / linear) - np.arcsinh(low / linear))
@@ -366,6 +388,17 @@ def eigenvalue_axis(
     axis.set_minor_locator(
         FixedLocator([value for value in (*-decades, *decades) if low <= value <= high])
     )
+
+
+def _other_scale(axes: Axes, low: float, high: float, linear: float) -> None:
+    if page().axis == "log":
+        axes.set_xscale("log")
+        axes.set_xlim(linear, max(high, 10 * linear))
+        axes.xaxis.set_major_locator(LogLocator(numticks=4))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(low, high)
+        axes.xaxis.set_major_locator(MaxNLocator(3))
 
 
 def _powers(high: float, low: float, linear: float, gap: float) -> list[list[float]]:

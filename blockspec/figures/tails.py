@@ -16,12 +16,13 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, LogLocator, NullFormatter, NullLocator
 
+from blockspec.figures.page import inches, page, width_of
 from blockspec.figures.style import (
     Look,
     canvas,
-    inches,
+    in_units_of,
     look,
     matrix_name,
     power_of_ten,
@@ -117,10 +118,13 @@ def tails_of_full(
 
 
 def _figure(panels: Mapping[str, Sequence[Curve]], title: str, columns: float) -> Figure:
+    columns = page().columns or columns
     field = _field([curve.spectrum for curves in panels.values() for curve in curves])
     per_row = 2 if columns > 1 and len(panels) > 1 else 1
     rows = -(-len(panels) // per_row)
-    figure = canvas(figsize=(inches(columns), PANEL_HEIGHT * rows + 1.3), layout="constrained")
+    figure = canvas(
+        figsize=(width_of(inches(columns)), PANEL_HEIGHT * rows + 1.3), layout="constrained"
+    )
     axes = figure.subplots(
         rows, per_row * len(field.sides), sharex="col", sharey=True, squeeze=False
     ).reshape(rows * per_row, -1)
@@ -128,7 +132,8 @@ def _figure(panels: Mapping[str, Sequence[Curve]], title: str, columns: float) -
         place.set_axis_off()
     for places, (name, curves) in zip(axes, panels.items(), strict=False):
         _panel(list(places), name, curves, field)
-    _labels(figure, axes[: len(panels)], per_row)
+    x = in_units_of(X, {"": next(iter(panels.values()))[0].spectrum})
+    _labels(figure, axes[: len(panels)], per_row, x)
     _legend(figure, (curve for curves in panels.values() for curve in curves), columns)
     figure.suptitle(f"{title}\n{_band_note(panels)}")
     return figure
@@ -147,7 +152,7 @@ def _panels(spectra: Mapping[str, Spectrum], max_layers: int) -> tuple[dict[str,
         layer = spectrum.block.layer
         if layer is None or layer in chosen:
             title = f"layer {layer}" if layer is not None else "outside layers" if layers else ""
-            panels.setdefault(title, []).append(Curve(spectrum, look(spectrum.block.kind)))
+            panels.setdefault(title, []).append(Curve(spectrum, look(spectrum.block.role)))
     if outside := panels.pop("outside layers", []):  # last, wherever they stand in the model
         panels["outside layers"] = outside
     notes = []
@@ -225,6 +230,7 @@ def _axis(axes: Axes, side: str, field: Field) -> None:
     )
     axes.xaxis.set_minor_locator(FixedLocator([10.0**e for e in powers]))
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(numticks=6))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(color="0.92", linewidth=0.4)
     axes.set_axisbelow(True)
@@ -232,10 +238,10 @@ def _axis(axes: Axes, side: str, field: Field) -> None:
         axes.spines["right"].set_visible(False)
 
 
-def _labels(figure: Figure, axes: np.ndarray, per_row: int) -> None:
+def _labels(figure: Figure, axes: np.ndarray, per_row: int, x: str) -> None:
     for places in axes[-per_row:]:
         for place in places:
-            place.set_xlabel(X)
+            place.set_xlabel(x)
             place.tick_params(labelbottom=True)
     for places in axes[1::2] if per_row == 2 else []:
         places[0].tick_params(labelleft=False)
@@ -253,6 +259,10 @@ def _legend(figure: Figure, curves: Iterable[Curve], columns: float) -> None:
 
 
 def _band_note(panels: Mapping[str, Sequence[Curve]]) -> str:
-    if all(curve.spectrum.exact for curves in panels.values() for curve in curves):
+    spectra = [curve.spectrum for curves in panels.values() for curve in curves]
+    samples = [spectrum.sample for spectrum in spectra]
+    if all(sample is not None and sample.known for sample in samples):
+        return "bands: 95 %, of steps, probes and data"
+    if all(spectrum.exact for spectrum in spectra):
         return "all of them computed: nothing is estimated"
     return "bands: 95 %, for the given batches"

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 from blockspec.figures.heatmaps import MEASURES
+from blockspec.figures.page import width_of
 from blockspec.figures.panels import (
     DENSITY,
     EIGENVALUE,
@@ -56,7 +57,7 @@ def heterogeneity_over_training(table: pd.DataFrame) -> Figure:
     definitions = [definition for definition in MEASURES if definition in set(rows["definition"])]
     if not definitions:
         raise ValueError(f"the table holds none of the definitions {tuple(MEASURES)}")
-    figure = canvas(figsize=(3.5 * len(definitions), 2.5), layout="constrained")
+    figure = canvas(figsize=(width_of(3.5 * len(definitions)), 2.5), layout="constrained")
     for axes, definition in zip(
         figure.subplots(1, len(definitions), squeeze=False)[0], definitions, strict=True
     ):
@@ -64,7 +65,11 @@ def heterogeneity_over_training(table: pd.DataFrame) -> Figure:
         _course(axes, part["step"], part["js0"], part["js0_stderr"], Look("", "", "#004488", "o"))
         axes.set_ylabel(f"mean {MEASURES[definition].label}")
         axes.set_ylim(0, None)
-        step_axis(axes, part["step"].tolist(), width=2.8)
+        step_axis(
+            axes,
+            part["step"].tolist(),
+            width=width_of(3.5 * len(definitions)) / len(definitions) - 0.7,
+        )
     figure.suptitle("Heterogeneity: mean distance over all pairs of blocks")
     return figure
 
@@ -123,7 +128,8 @@ def trace_by_kind_over_training(table: pd.DataFrame, quantity: str = "mean") -> 
     steps = sorted(rows["step"].unique().tolist())
     last = rows[rows["step"] == steps[-1]].set_index("kind")["value"]
     drawn = looks_of(last.index)
-    figure = canvas(figsize=(5.5, 3.4), layout="constrained")
+    width = width_of(5.5)
+    figure = canvas(figsize=(width, 3.4), layout="constrained")
     axes = figure.subplots()
     for kind in last.sort_values(ascending=False).index:
         part = rows[rows["kind"] == kind].sort_values("step")
@@ -131,9 +137,12 @@ def trace_by_kind_over_training(table: pd.DataFrame, quantity: str = "mean") -> 
             axes, part["step"], part["value"], part["stderr"], drawn[kind], label=drawn[kind].label
         )
     _value_axis(axes, rows)
-    step_axis(axes, steps, width=3.8)
+    step_axis(axes, steps, width=width - 1.7 if width > 5 else width - 0.7)
     axes.set_ylabel(QUANTITIES[quantity])
-    figure.legend(loc="outside right center", title="at the last step,\nlargest first")
+    if width > 5:
+        figure.legend(loc="outside right center", title="at the last step,\nlargest first")
+    else:
+        figure.legend(loc="outside lower center", ncols=2, title="at the last step, largest first")
     bars = " (bars: ± 1 standard error)" if rows["stderr"].notna().any() else ""
     figure.suptitle(f"Curvature by kind of block{bars}")
     return figure

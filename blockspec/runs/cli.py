@@ -20,6 +20,7 @@ if (
     TYPE_CHECKING
 ):  # what computes is imported by the commands that compute: help and tables come at once
     from blockspec.engine.plan import Plan
+    from blockspec.runs.plotting import PlotSettings
     from blockspec.runs.run import Resources, RunSettings
 
 console = Console(stderr=True)
@@ -60,9 +61,9 @@ def plan(settings: RunSettings, resources: Resources) -> None:
     report.show_plan(cost, stages=len(todo))
 
 
-def plot(folder: Path) -> None:
+def plot(folder: Path, settings: PlotSettings) -> None:
     """Draws the figures of a run anew from its tables."""
-    for path in report.draw(folder):
+    for path in report.draw(folder, settings):
         print(path)
 
 
@@ -153,6 +154,10 @@ def _parser(called: str | None) -> tuple[ArgumentParser, ArgumentParser]:
 def _add_settings(command: ArgumentParser, name: str) -> None:
     if name in ("plot", "show"):
         command.add_argument("folder", type=Path, help="a run's folder")
+        if name == "plot":
+            from blockspec.runs.plotting import PlotSettings
+
+            command.add_class_arguments(PlotSettings)
     elif name == "report":
         command.add_argument("folders", type=Path, nargs="+", help="folders of runs")
         command.add_argument(
@@ -207,6 +212,10 @@ def _dispatch(command: str, given: Namespace) -> None:
         from blockspec.runs.page.write import report as write_page
 
         print(write_page(given.folders, given.out))
+    elif command == "plot":
+        from blockspec.runs.plotting import PlotSettings
+
+        plot(given.folder, _build(PlotSettings, given))
     elif command == "compare":
         report.compare(given.folders, given.out)
     elif command == "blocks":
@@ -218,7 +227,7 @@ def _dispatch(command: str, given: Namespace) -> None:
 
         sensitivity.run(_build(sensitivity.SensitivitySettings, given), given.out)
     else:
-        {"plot": plot, "show": report.show}[command](given.folder)
+        report.show(given.folder)
 
 
 def _build(kind: Any, given: Namespace) -> Any:

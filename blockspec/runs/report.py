@@ -18,17 +18,29 @@ if TYPE_CHECKING:  # a summary is printed without torch and matplotlib
     from matplotlib.figure import Figure
 
     from blockspec.engine.plan import Plan
+    from blockspec.runs.plotting import PlotSettings
 
 SHOWN = 30  # blocks in the printed plan
 
 
-def draw(run: Path) -> list[Path]:
+def draw(run: Path, settings: PlotSettings | None = None) -> list[Path]:
     """Draws every figure that the run's tables have the data for; returns the paths of the png
     files.
     """
     from blockspec.figures import plots
+    from blockspec.figures.page import drawn_for
+    from blockspec.runs.plotting import PlotSettings
 
-    table = read_table(run / "spectra.parquet")
+    settings = settings or PlotSettings()
+    with drawn_for(settings.page):
+        figures = _figures(run, settings)
+        return [plots.save(figure, run / "figures", name) for name, figure in figures.items()]
+
+
+def _figures(run: Path, settings: PlotSettings) -> dict[str, Figure]:
+    from blockspec.figures import plots
+
+    table = settings.chosen(read_table(run / "spectra.parquet"))
     by_step = {
         step: spectra_of(table[table["step"] == step])
         for step in sorted(table["step"].unique().tolist())
@@ -47,13 +59,15 @@ def draw(run: Path) -> list[Path]:
         if by_step[last].parts:
             figures["full_and_block_diagonal"] = plots.full_and_block_diagonal(by_step[last])
     if (run / "heterogeneity.parquet").exists():
-        figures |= _heterogeneity_figures(pd.read_parquet(run / "heterogeneity.parquet"))
+        distances = settings.chosen(pd.read_parquet(run / "heterogeneity.parquet"))
+        figures |= _heterogeneity_figures(distances, every_block=settings.every_block)
     if len(by_step) > 1:
         figures["trace_by_kind"] = plots.trace_by_kind_over_training(table)
-    return [plots.save(figure, run / "figures", name) for name, figure in figures.items()]
+    return figures
 
 
-def _heterogeneity_figures(table: pd.DataFrame) -> dict[str, Figure]:
+def _heterogeneity_figures(table: pd.DataFrame, *, every_block: bool) -> dict[str, Figure]:
+    """The means that a table holds are over all blocks: of chosen ones only the map is drawn."""
     from blockspec.figures import plots
 
     maps = _distances(table)
@@ -62,7 +76,7 @@ def _heterogeneity_figures(table: pd.DataFrame) -> dict[str, Figure]:
     figures = {
         "distances": plots.distance_heatmaps({f"step {step}": maps[step] for step in chosen})
     }
-    if len(maps) > 1:
+    if len(maps) > 1 and every_block:
         figures["heterogeneity"] = plots.heterogeneity_over_training(
             table[table["definition"] == "jensen-shannon"]
         )

@@ -93,7 +93,7 @@ class Spectra(Mapping[str, Spectrum]):
         self, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
     ) -> Spectra:
         """The spectra whose block names match a glob of ``include`` and none of ``exclude``."""
-        return Spectra(s for name, s in self.items() if _kept(name, include, exclude))
+        return Spectra(s for name, s in self.items() if kept(name, include, exclude))
 
     def plot(self, **options: Any) -> Any:
         """A figure of the blocks; see :func:`blockspec.figures.tails.tails_by_block`."""
@@ -362,7 +362,7 @@ def _summary(spectrum: Spectrum) -> dict[str, object]:
     }
 
 
-def _kept(
+def kept(
     name: str, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
 ) -> bool:
     def matches(patterns: str | Iterable[str]) -> bool:

@@ -14,6 +14,10 @@ lies, with a single probe too.
 
 Around each Ritz value, no further than its residual, lies an eigenvalue. Intervals that do not
 overlap hold different eigenvalues. Their number is a lower bound without any chance in it.
+
+Other data would move the nodes. Where the spectrum knows how far (a jackknife over groups of data),
+every share may lie that much further from its node, and the band holds the number of the
+population.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-from scipy.special import betaincinv
+from scipy.special import betaincinv, stdtrit
 
 from blockspec.numerics.measures import SAME
 from blockspec.spectra.spectrum import Spectrum
@@ -44,33 +48,39 @@ class Tail:
         magnitudes: (G,) positive, in units of an eigenvalue.
         count: (G,) the estimate: never below the number that is certain.
         low, high: (G,) at each magnitude, the true number lies between these with at least 95 %
-            confidence, for the given batches. (Each point alone: a curve of many points may leave
-            the band somewhere.)
+            confidence. (Each point alone: a curve of many points may leave the band somewhere.)
+        of_population: Whether the true number is that of the population of the data; else it is
+            that of the given batches.
     """
 
     magnitudes: np.ndarray
     count: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    of_population: bool = False
 
 
-def tail(spectrum: Spectrum, magnitudes: np.ndarray, side: str = "positive") -> Tail:
+def tail(
+    spectrum: Spectrum, magnitudes: np.ndarray, side: str = "positive", *, data: bool = True
+) -> Tail:
     """How many eigenvalues are larger than x, or on the negative side smaller than -x.
 
     Args:
         spectrum: Of one block, or a mixture.
         magnitudes: (G,) the values of x, all positive.
         side: ``"positive"`` or ``"negative"``.
+        data: Let the band hold the number of the population, where the error of the data is known.
     """
     if side not in SIDES:
         raise ValueError(f"side is one of {tuple(SIDES)}, got {side!r}")
     if np.min(magnitudes, initial=np.inf) <= 0:
         raise ValueError(f"magnitudes are positive numbers, got {np.min(magnitudes)}")
     nodes = SIDES[side] * spectrum.nodes
-    down, up = _reach(spectrum)
+    moved = _moved_by_data(spectrum) if data else None
+    down, up = (reach if moved is None else np.hypot(reach, moved) for reach in _reach(spectrum))
     if side == "negative":
         down, up = up, down
-    certain = _certain(nodes, spectrum, magnitudes)
+    certain = _certain(nodes, spectrum, magnitudes, 0.0 if moved is None else moved)
     low, count, high = (
         _beyond(at, spectrum.weights, spectrum.known, magnitudes)
         for at in (nodes - down, nodes, nodes + up)
@@ -81,7 +91,8 @@ def tail(spectrum: Spectrum, magnitudes: np.ndarray, side: str = "positive") -> 
     high = numel * high[0] + _numbers(high[1] * numel, rest, spectrum.num_probes)[1]
     count = numel * count.sum(0)
     high = np.clip(high, certain, numel)
-    return Tail(magnitudes, np.clip(count, certain, high), np.maximum(low, certain), high)
+    low = np.maximum(low, certain)
+    return Tail(magnitudes, np.clip(count, certain, high), low, high, moved is not None)
 
 
 def _reach(spectrum: Spectrum) -> tuple[np.ndarray, np.ndarray]:
@@ -98,6 +109,16 @@ def _reach(spectrum: Spectrum) -> tuple[np.ndarray, np.ndarray]:
         up[row, places[:-1]] = np.minimum(up[row, places[:-1]], gaps)
         down[row, places[1:]] = np.minimum(down[row, places[1:]], gaps)
     return down, up
+
+
+def _moved_by_data(spectrum: Spectrum) -> np.ndarray | None:
+    """(K, M) how far other data of that size may move each node, 95 %; None if it is not known."""
+    sample = spectrum.sample
+    if sample is None or not sample.known:
+        return None
+    groups = len(sample)
+    spread = sample.nodes.std(0) * np.sqrt(groups - 1)  # the jackknife's standard error
+    return np.broadcast_to(stdtrit(groups - 1, 1 - OUTSIDE) * spread, spectrum.nodes.shape)
 
 
 def _beyond(
@@ -138,12 +159,15 @@ def _shares(numel: float, probes: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return np.log(numbers), least, largest
 
 
-def _certain(nodes: np.ndarray, spectrum: Spectrum, magnitudes: np.ndarray) -> np.ndarray:
+def _certain(
+    nodes: np.ndarray, spectrum: Spectrum, magnitudes: np.ndarray, moved: np.ndarray | float
+) -> np.ndarray:
     """(G,) the number of eigenvalues that are certainly beyond each magnitude: of intervals around
     Ritz values that do not overlap.
     """
     used = spectrum.weights > 0
-    reach = spectrum.residuals[used] + SAME / 2 * spectrum.norm  # what float32 may add
+    reach = np.hypot(spectrum.residuals, moved)[used]
+    reach += SAME / 2 * spectrum.norm  # what float32 may add
     lower, upper = nodes[used] - reach, nodes[used] + reach
     apart, last = [], np.inf
     for at in np.argsort(-lower):  # the one that begins furthest out first: none fits in more
