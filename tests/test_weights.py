@@ -7,11 +7,13 @@ import torch
 from accelerate import init_empty_weights
 from models import tiny_gpt2
 from safetensors.torch import save_file
+from test_cli import TINY, invoke, run_arguments, save_tokenizer
 from test_layerwise import Block, Net, assert_same, classified, requests_of, tokens
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import blockspec
-from blockspec import losses
+from blockspec import load_spectra, losses
 from blockspec.model.weights import map_weights
 from blockspec.products.curvature import Products
 
@@ -128,3 +130,26 @@ def test_the_model_is_as_it_was_when_a_layer_fails():
         Products(objective, guarded=False).sweep(requests_of(objective, "tensor"))
     after = {path: dict(module._parameters) for path, module in model.named_modules()}
     assert all(p is after[path][n] for path, own in before.items() for n, p in own.items())
+
+
+def test_a_run_computes_with_weights_on_disk(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=8,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    special = {"unk_token": "<unk>", "mask_token": "<mask>", "pad_token": "<pad>"}
+    save_tokenizer(tmp_path / "model", special)
+    (tmp_path / "text.txt").write_text("a b c d e f g h " * 10)
+    given = ["--model_args.text", str(tmp_path / "text.txt"), "--model_args.num_batches", "1"]
+    found = []
+    for where in ([], ["--weights_device", "cpu"], ["--weights_device", "disk"]):
+        out = tmp_path / f"run{len(found)}"
+        arguments = [a.replace(TINY, str(tmp_path / "model")) for a in run_arguments(out)]
+        arguments[arguments.index("--blocks.include") + 1] = '["*.1.*o_proj.weight"]'
+        result = invoke(*arguments, *given, "--blocks.full", "false", *where)
+        assert result.code == 0, result.err
+        found.append(next(iter(load_spectra(out / "spectra.parquet").values())).nodes)
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-4)
