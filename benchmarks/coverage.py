@@ -134,14 +134,15 @@ def adaptive(
         return None, products + len(values)
     results = task.results()
     steps = max(len(t.alphas) for t in results)
-    return lanczos_spectrum(
+    found = lanczos_spectrum(
         task.block,
         results,
         num_steps=steps,
         deflation=task.deflation,
         dtype=torch.float64,
         **SETTINGS,
-    ), products
+    )
+    return found.with_exact_weights(), products
 
 
 def outcome(spectrum: Spectrum | None, values: np.ndarray, products: int) -> Outcome:

@@ -23,12 +23,10 @@ from blockspec.engine.accuracy import (
 )
 from blockspec.numerics.lanczos import Lanczos, Tridiagonal
 from blockspec.numerics.quadrature import quadrature, ritz_pairs
+from blockspec.spectra.singles import SIMPLE
 
 # residual, relative to the norm: together they move the spectrum by less than twice that over P
 CONVERGED = 1e-5
-# a single eigenvalue's share of a probe exceeds this many times 1 / P once in 200; more are several
-# in one
-SIMPLE = 8.0
 MOST_VECTORS = 128
 LARGEST = 2**16  # parameters: larger blocks need few probes
 FEWEST_PROBES = 3  # that the first one is given up for

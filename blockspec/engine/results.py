@@ -66,7 +66,7 @@ def spectrum_of(
 
 def _of_probes(task: Task, settings: Mapping[str, Any]) -> Spectrum:
     results = task.results()
-    return lanczos_spectrum(
+    found = lanczos_spectrum(
         task.block,
         results,
         num_steps=task.accuracy.num_steps or max(len(t.alphas) for t in results),
@@ -74,6 +74,8 @@ def _of_probes(task: Task, settings: Mapping[str, Any]) -> Spectrum:
         left_out=task.results_left_out(),
         **settings,
     )
+    # with fixed numbers, weights are those of the probes: sums of them are moments
+    return found.with_exact_weights() if task.accuracy.adaptive else found
 
 
 PADDING: dict[str, Literal["edge", "constant"]] = {

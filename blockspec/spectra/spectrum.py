@@ -19,6 +19,7 @@ from blockspec.numerics.jackknife import jackknife_error
 from blockspec.numerics.measures import CONFIDENCE, noisy
 from blockspec.spectra.data import Sample
 from blockspec.spectra.notebook import html
+from blockspec.spectra.singles import with_exact_weights
 
 # eigenvalues closer to zero than this, relative to the largest one, are one point on the default
 # scale
@@ -253,6 +254,16 @@ class Spectrum:
             }
             parts.append(replace(self, **rows, sample=None))
         return parts
+
+    def with_exact_weights(self) -> Spectrum:
+        """The same with the weight 1 / P for eigenvalues that every probe has found, where they are
+        known to be single ones; see :mod:`blockspec.spectra.singles`.
+
+        Trace, norms, densities and distances then have less noise, and :attr:`error` says so. A
+        probe's moments are no longer those of its start vector. Spectra with ``auto`` have them
+        already.
+        """
+        return with_exact_weights(self)
 
     def _ritz(self, place: np.intp, extreme: Callable[..., np.ndarray]) -> RitzValue:
         value, residual = float(self.nodes.flat[place]), float(self.residuals.flat[place])

@@ -97,7 +97,8 @@ def sampled(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
 
 
 def norms(spectra: Mapping[str, Spectrum]) -> pd.DataFrame:
-    """A row a block, out of spectra: no more products are needed.
+    """A row a block, out of spectra: no more products are needed. Eigenvalues that are known to be
+    single count with their exact weight, see :meth:`blockspec.Spectrum.with_exact_weights`.
 
     ``squared_norm``: squared Frobenius norm, the sum of squared eigenvalues. ``norm``: the largest
     Ritz value in magnitude, a lower bound. ``nuclear_norm``: the sum of the magnitudes.
@@ -115,6 +116,7 @@ def norms(spectra: Mapping[str, Spectrum]) -> pd.DataFrame:
 
 
 def _row(spectrum: Spectrum) -> dict[str, object]:
+    spectrum = spectrum.with_exact_weights()
     block, norm = spectrum.block, spectrum.norm
     row: dict[str, object] = {
         "block": block.name,
