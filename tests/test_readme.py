@@ -16,7 +16,15 @@ README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 HOW_TO = sorted((ROOT / "docs/how_to").glob("*.md"))
 # these pages go on with the names of README
-CONTINUED = ("toolbox", "directions", "optimizer", "first_spectrum", "training", "preconditioned")
+CONTINUED = (
+    "toolbox",
+    "directions",
+    "optimizer",
+    "first_spectrum",
+    "training",
+    "preconditioned",
+    "scale",
+)
 
 
 def blocks_of(page, language="python"):
@@ -115,6 +123,19 @@ def model_as_it_was(names):
 def test_a_how_to_goes_on_with_readme(page, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(page, dict(names))
+
+
+def test_the_page_of_a_training_follows_eigenvalues(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training = {"held_out": names["batches"][0], "num_steps": 20, "lr": 1e-3}
+    run(ROOT / "docs/training.md", names | training)
+    assert (tmp_path / "runs/mine/tracking.parquet").exists()
+
+
+@pytest.mark.slow
+def test_the_page_of_scale_gives_the_same_a_layer_at_a_time(names):
+    query = [block for block in names["blocks"] if block.kind == "query"]
+    run(ROOT / "docs/scale.md", names | {"blocks": query})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
