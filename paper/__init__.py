@@ -54,5 +54,6 @@ EXHIBITS = (
     "pyhessian_traces",
     "pyhessian_landscapes",
     "adahessian_functions",
+    "optimizers_blocks",
 )
 """In the order of the document."""

@@ -136,6 +136,17 @@ def test_a_verdict_on_block_diagonality_heeds_the_error(found, verdict):
         ("figure_8", {"starts": 4, "rate_steps": 40, "steps": 20, "multiples": (0.5, 1.0)}),
         ("adam_mini_blocks", {"steps": 2, "runs": 1, "batch": 1, "kinds": ("query", "embedding")}),
         ("adahessian_functions", {"steps": 20, "seeds": 2, "rates": (0.15, 0.5)}),
+        (
+            "optimizers_blocks",
+            {
+                "models": ("vit",),
+                "steps": 4,
+                "stages": (1.0,),
+                "rates": 1,
+                "probes": 2,
+                "lanczos": 2,
+            },
+        ),
     ],
 )
 def test_an_exhibit_on_small_sizes(name, settings, tmp_path):

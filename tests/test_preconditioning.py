@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from problems import problem
 from torch import nn
 from torch.func import functional_call, hessian
 
@@ -478,6 +479,37 @@ def test_a_direction_is_one_of_the_preconditioned_coordinates():
     plain = blockspec.directional(it, blocks, moved)
     np.testing.assert_allclose(found.curvature, plain.curvature, rtol=1e-9, atol=1e-18)
     np.testing.assert_allclose(found.gradient, plain.gradient, rtol=1e-9)
+
+
+def test_a_layer_at_a_time_gives_the_same():
+    it = problem("gpt2")
+    optimizer = torch.optim.AdamW(it.model.parameters(), LR)
+    for p in it.model.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(p)
+    optimizer.step()
+    p = Preconditioner.from_optimizer(optimizer, it.model)
+    blocks = partition(it.model, include="*h.0*c_attn.weight*")
+    one, other = (
+        blockspec.estimate_spectra(
+            it.objective(), blocks, 1, 4, precondition=p, products=way, check=False
+        )
+        for way in ("whole", "layerwise")
+    )
+    for name in one:
+        np.testing.assert_allclose(one[name].nodes, other[name].nodes, rtol=1e-8, atol=1e-12)
+
+
+def test_a_tracker_sees_the_optimizer_as_it_is_at_each_step():
+    model, optimizer, _ = trained(adam)
+    it, block = objective(model), partition(model, "model")[0]
+    p = Preconditioner.from_optimizer(optimizer, model, follow=True)
+    follow = blockspec.track(it, [block], k=1, which="largest", precondition=p)
+    for number in range(10, 14):
+        step(model, [optimizer], number)
+        found = follow.measure(number)["track/preconditioned hessian (Adam)/model/1"]
+        now = Preconditioner.from_optimizer(optimizer, model)
+        pairs = blockspec.top_eigenpairs(it, block, 1, "largest", precondition=now, tolerance=1e-8)
+        assert found == pytest.approx(pairs.values[0], rel=0.02)
 
 
 def test_as_many_products_are_made_as_without():

@@ -8,12 +8,13 @@ import problems
 import pytest
 import torch
 from quadratics import objective_of
-from test_integrations import assert_identical, state_of_everything
+from test_integrations import SOME, assert_identical, held_out, state_of_everything, trainer
 
 import blockspec
 from blockspec import FunctionOperator, partition
 from blockspec.figures.style import save
 from blockspec.figures.tracking import tracked_eigenvalues
+from blockspec.integrations import SpectrumCallback, TrackSettings
 from blockspec.numerics.algorithms import run
 from blockspec.numerics.tracking import orthonormal, refine
 from blockspec.toolbox.localisation import by_kind, inverse_participation, kinds_of
@@ -296,3 +297,55 @@ def test_the_figure_shows_values_thresholds_and_what_is_rough(tmp_path):
     assert {text.get_text() for text in nested.axes[0].texts} == {"own"}
     with pytest.raises(ValueError, match="no measurements"):
         tracked_eigenvalues(table[:0])
+
+
+def test_the_curvature_that_the_optimizer_sees_is_followed_beside(tmp_path):
+    it = problems.nanogpt()
+    optimizer = torch.optim.AdamW(it.model.parameters(), lr=1e-2)
+    tracker = blockspec.track(it.objective(), optimizer=optimizer)
+    for step in range(4):
+        tracker(step)
+        total, terms = it.loss(it.model, it.batches[0])
+        (total / terms).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tracker(4)
+    table = tracker.table
+    plain, preconditioned = table["matrix"].unique()
+    assert (plain, preconditioned) == ("hessian", "preconditioned hessian (AdamW)")
+    assert table[table["matrix"] == preconditioned]["step"].tolist() == [1, 2, 3, 4]
+    whole = partition(it.model, "model")[0]
+    p = blockspec.Preconditioner.from_optimizer(optimizer, it.model)
+    exact = blockspec.top_eigenpairs(
+        it.objective(), whole, 1, "largest", precondition=p, check=False, tolerance=1e-4
+    )
+    found = table[(table["matrix"] == preconditioned) & (table["step"] == 4)]["value"].iloc[0]
+    assert found == pytest.approx(exact.values[0], rel=0.02)
+    tracker.save(tmp_path)
+    again = blockspec.track(it.objective(), optimizer=optimizer)
+    again.go_on_from(tmp_path, 3)
+    again(3)
+    assert again.table["step"].tolist() == [0, 1, 1, 2, 2, 3, 3]
+    assert len(tracked_eigenvalues(table, {preconditioned: {"38/lr": 3800.0}}).axes) == 6
+
+
+def test_the_callback_follows_logs_and_writes(tmp_path):
+    left = {}
+    for track in (None, TrackSettings(every=2, examples=1, preconditioned=True)):
+        it = trainer(tmp_path / str(track is None))
+        out = tmp_path / "out"
+        if track is not None:
+            callback = SpectrumCallback(it, out, held_out(), fractions=(), blocks=SOME, track=track)
+            it.add_callback(callback)
+        it.train()
+        left[track is None] = it.tracker.left
+    assert_identical(left[True], left[False])
+    table = pd.read_parquet(out / "tracking.parquet")
+    assert table["step"].tolist() == [0, 2, 2, 4, 4]
+    logged = [x for x in it.tracker.logged if "track/hessian/model/1" in x]
+    assert [x["step"] for x in logged] == [0, 2, 4]
+    values = table[table["matrix"] == "hessian"]["value"]
+    assert [x["track/hessian/model/1"] for x in logged] == pytest.approx(values.tolist())
+    assert (out / "localisation.parquet").exists()
+    assert (out / "figures" / "tracking.png").exists()
+    assert {"loss"} <= {key for x in it.tracker.logged for key in x}

@@ -5,6 +5,7 @@ one's own.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from blockspec.integrations.measuring import TrackSettings as TrackSettings
 from blockspec.integrations.recording import record as record
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from blockspec.engine.settings import EstimateSettings
-from blockspec.integrations.measuring import IMAGE, Measuring
+from blockspec.integrations.measuring import IMAGE, Measuring, TrackSettings
 from blockspec.runs.settings import BlockSettings
 
 try:
@@ -42,6 +42,9 @@ class LightningSpectrumCallback(Callback):
     estimate: how well.
     images: hand a figure of each measurement to the loggers that take one.
     memory, columns: see :func:`blockspec.estimate_spectra`.
+    track: ``TrackSettings(k=2, every=10)`` follows the top eigenvalues at every 10th step as well,
+        see :func:`blockspec.track`; they are logged, and go to ``tracking.parquet``,
+        ``localisation.parquet`` and a figure in ``out``.
 
     Scalars go to the trainer's loggers; see :func:`blockspec.integrations.record`. What would fail
     in the middle of training is raised at its beginning, as for ``transformers.Trainer``.
@@ -61,10 +64,11 @@ class LightningSpectrumCallback(Callback):
         images: bool = True,
         memory: int | float | str | None = None,
         columns: int | None = None,
+        track: TrackSettings | None = None,
     ) -> None:
         resources = {"memory": memory, "columns": columns}
         self.measuring = Measuring(
-            out, batches, loss, steps, fractions, blocks, estimate, resources
+            out, batches, loss, steps, fractions, blocks, estimate, resources, track
         )
         self.model = model
         self.images = images
@@ -74,12 +78,18 @@ class LightningSpectrumCallback(Callback):
         total = int(trainer.estimated_stepping_batches)
         training = {"module": type(pl_module).__name__, "hparams": str(dict(pl_module.hparams))}
         model, step = self.model(pl_module), trainer.global_step
-        self.measuring.begin(model, total=total, step=step, training=training)
+        self.measuring.begin(
+            model, total=total, step=step, training=training, optimizer=trainer.optimizers
+        )
         self._measure(trainer)
 
     def on_train_batch_end(self, trainer: Any, *others: Any) -> None:
         """After each batch; only an update counts, where gradients of several are added up."""
         self._measure(trainer)
+
+    def on_train_end(self, trainer: Any, *others: Any) -> None:
+        """After the last update."""
+        self.measuring.end()
 
     def _measure(self, trainer: Any) -> None:
         step = trainer.global_step

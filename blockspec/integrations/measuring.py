@@ -7,25 +7,49 @@ from __future__ import annotations
 
 import operator
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from blockspec.engine.settings import EstimateSettings
+from blockspec.figures.style import save
+from blockspec.figures.tracking import tracked_eigenvalues
 from blockspec.integrations.recording import check, record
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
+from blockspec.model.training import undisturbed
 from blockspec.numerics.ranks import is_first
 from blockspec.runs.loading import load_run
 from blockspec.runs.settings import BlockSettings
 from blockspec.runs.stages import choose_blocks
+from blockspec.toolbox.tracking import Tracker, Tracking
+from blockspec.toolbox.tracking import track as start_tracking
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IMAGE = "spectrum/blocks"
+SAVE_EVERY = 60.0  # seconds between two writes of what is followed
+
+
+@dataclass(frozen=True)
+class TrackSettings(Tracking):
+    """What is followed at every n-th step of a training, see :func:`blockspec.track`.
+
+    Args:
+        blocks: Which blocks; None: the whole model, as one block.
+        examples: Of the first held-out batch, on which the eigenvalues are measured; None: all of
+            all batches. A measurement costs about as much as six gradients of them.
+        preconditioned: Follow the curvature that the optimizer sees beside that of the loss.
+    """
+
+    blocks: BlockSettings | None = None
+    examples: int | None = 4
+    preconditioned: bool = False
 
 
 @dataclass
@@ -41,6 +65,7 @@ class Measuring:
         blocks: Which blocks.
         estimate: How well.
         resources: ``memory`` and ``columns`` of :func:`blockspec.integrations.record`.
+        track: What is followed at every n-th step; None: nothing.
     """
 
     out: str | os.PathLike[str]
@@ -51,6 +76,7 @@ class Measuring:
     blocks: BlockSettings
     estimate: EstimateSettings
     resources: Mapping[str, Any]
+    track: TrackSettings | None = None
     due: frozenset[int] = field(default=frozenset(), init=False)
     last: int = field(default=-1, init=False)
 
@@ -58,7 +84,13 @@ class Measuring:
         due_steps(self.steps, self.fractions, total=1)
 
     def begin(
-        self, model: nn.Module, *, total: int, step: int, training: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        *,
+        total: int,
+        step: int,
+        training: Mapping[str, Any],
+        optimizer: Any = None,
     ) -> None:
         """Raises before training what would fail in the middle of it."""
         self.due = due_steps(self.steps, self.fractions, total=total)
@@ -69,21 +101,61 @@ class Measuring:
         told = self.training if begins else None
         check(self.out, self.objective, self.chosen, self.estimate, training=told)
         self.replace = not begins  # a resumed training may not be bit by bit the one before
+        self.tracker = None if self.track is None else self._tracker(self.track, optimizer)
+        if self.tracker is not None and not begins:
+            self.tracker.go_on_from(self.out, step)
+        self._saved = time.monotonic()
+
+    def _tracker(self, track: TrackSettings, optimizer: Any) -> Tracker:
+        batches: Iterable[Any] = self.batches
+        model = self.objective.model
+        with undisturbed(model):  # a loader draws a random number whenever it is read
+            if track.examples is not None:
+                batches = [next(self.objective.batches(track.examples))]
+            objective = Objective(model, batches, self.loss)
+            blocks = None if track.blocks is None else choose_blocks(objective, track.blocks)
+        settings = {f.name: getattr(track, f.name) for f in fields(Tracking)}
+        seen = optimizer if track.preconditioned else None
+        return start_tracking(objective, blocks, optimizer=seen, **settings)
+
+    def end(self) -> None:
+        """After the last step: writes what was followed, and draws it."""
+        if self.tracker is None or not is_first():
+            return
+        self.tracker.save(self.out)
+        if not (table := self.tracker.table).empty:
+            save(tracked_eigenvalues(table), Path(self.out) / "figures", "tracking")
 
     def measure(self, step: int) -> dict[str, float] | None:
         """The scalars of a step; None where it is not due, or was the last one that was asked
         for.
         """
-        if step not in self.due or step == self.last:
+        if step == self.last:
             return None
         self.last = step
+        return ((self._spectra(step) or {}) | self._followed(step)) or None
+
+    def _followed(self, step: int) -> dict[str, float]:
+        if self.tracker is None:
+            return {}
+        found = self.tracker(step)
+        if time.monotonic() - self._saved > SAVE_EVERY and is_first():
+            self.tracker.save(self.out)
+            self._saved = time.monotonic()
+        return found
+
+    def _spectra(self, step: int) -> dict[str, float] | None:
+        if step not in self.due:
+            return None
         settings = asdict(self.estimate) | dict(self.resources)
         settings |= {"replace": self.replace, "training": self.training}
         return record(self.out, step, self.objective, self.chosen, **settings)
 
     def figure(self, step: int) -> Figure | None:
-        """Tail counts of the blocks at a step, for a tracker; None but on the first process."""
-        return load_run(self.out)[step].plot() if is_first() else None
+        """Tail counts of the blocks at a step, for a tracker; None but on the first process, and
+        where no spectra are due.
+        """
+        return load_run(self.out)[step].plot() if step in self.due and is_first() else None
 
 
 def due_steps(steps: Sequence[int], fractions: Sequence[float], *, total: int) -> frozenset[int]:

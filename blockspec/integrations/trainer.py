@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from blockspec.engine.settings import EstimateSettings
-from blockspec.integrations.measuring import IMAGE, Measuring
+from blockspec.integrations.measuring import IMAGE, Measuring, TrackSettings
 from blockspec.model.losses import next_token
 from blockspec.runs.settings import BlockSettings
 
@@ -60,6 +60,9 @@ class SpectrumCallback(TrainerCallback):
     images: hand a figure of each measurement to the trackers that take one (TensorBoard, Weights &
         Biases).
     memory, columns: see :func:`blockspec.estimate_spectra`.
+    track: ``TrackSettings(k=2, every=10)`` follows the top eigenvalues at every 10th step as well,
+        see :func:`blockspec.track`; they are logged, and go to ``tracking.parquet``,
+        ``localisation.parquet`` and a figure in ``out``.
 
     What would fail in the middle of training (another model's batches, a folder of other settings)
     is raised at its beginning. A training that begins at step 0 is refused where the folder holds
@@ -83,6 +86,7 @@ class SpectrumCallback(TrainerCallback):
         images: bool = True,
         memory: int | float | str | None = None,
         columns: int | None = None,
+        track: TrackSettings | None = None,
     ) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(
@@ -91,7 +95,7 @@ class SpectrumCallback(TrainerCallback):
             )
         resources = {"memory": memory, "columns": columns}
         self.measuring = Measuring(
-            out, batches, loss, steps, fractions, blocks, estimate, resources
+            out, batches, loss, steps, fractions, blocks, estimate, resources, track
         )
         self.trainer = trainer
         self.images = images
@@ -103,7 +107,11 @@ class SpectrumCallback(TrainerCallback):
         assert isinstance(model, nn.Module)
         training = {name: str(getattr(args, name, None)) for name in TRAINING}
         self.measuring.begin(
-            model, total=state.max_steps, step=state.global_step, training=training
+            model,
+            total=state.max_steps,
+            step=state.global_step,
+            training=training,
+            optimizer=self.trainer.optimizer,
         )
         self._measure(state, control)
 
@@ -111,6 +119,11 @@ class SpectrumCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
         self._measure(state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        self.measuring.end()
 
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
         found = self.measuring.measure(state.global_step)

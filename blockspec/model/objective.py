@@ -22,6 +22,7 @@ from blockspec.model.plain import plain_functions
 from blockspec.model.second_order import cheap_modules
 from blockspec.model.suitability import check_batch, check_model, explained, length_of
 from blockspec.model.weight_norms import elementary_weight_norms
+from blockspec.model.weights import Weights
 from blockspec.numerics.content import fingerprint
 from blockspec.numerics.ranks import Ranks, arrange
 
@@ -61,6 +62,10 @@ class Objective:
         of them. Else all processes must hold the same batches, which are then dealt out. (A
         ``DistributedSampler`` without ``drop_last`` repeats examples, so that all processes have
         equally many.)
+    device, dtype: where, and in which floating point type, the model computes, where its weights
+        are to stay as they are: on the CPU, or mapped from files
+        (:func:`blockspec.model.weights.map_weights`). A layer at a time is brought over; products
+        are then made a layer at a time too. None: the model computes where it lies.
 
     Raises:
         ValueError: No batches and for another ``batch_norm``, TypeError for a model or loss that is
@@ -77,6 +82,8 @@ class Objective:
         batch_norm: str = "eval",
         replacements: bool = True,
         sharded: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a torch.nn.Module; got a {type(model).__name__}")
@@ -108,6 +115,7 @@ class Objective:
         self.batch_norm = batch_norm
         self.replacements = replacements
         self.sharded = sharded
+        self.weights = Weights(model, None if device is None else torch.device(device), dtype)
         self._batches = batches
         self._carriers: dict[int, Carriers | NoExamplesError] = {}  # by the number of a batch
         self._copies: Copies = {}
@@ -128,14 +136,22 @@ class Objective:
 
     @property
     def device(self) -> torch.device:
-        """Where batches are moved to: the device of the first parameter."""
-        return next(self.model.parameters()).device
+        """Where batches are moved to: where the model computes, the device of its first
+        parameter.
+        """
+        return self.weights.device if self.weights.elsewhere else self._first.device
+
+    @property
+    def _first(self) -> Tensor:
+        return next(self.model.parameters())
 
     @property
     def dtype(self) -> torch.dtype | None:
         """Of the floating point numbers of batches: that of the model's parameters; None where they
         differ.
         """
+        if self.weights.dtype is not None:
+            return self.weights.dtype
         dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         return dtypes.pop() if len(dtypes) == 1 else None
 
@@ -268,6 +284,7 @@ class Objective:
             stack.enter_context(
                 evaluation(self.model, batch_norm=self.batch_norm, copies=self._copies)
             )
+            stack.enter_context(self.weights.at_work())
             stack.enter_context(without_caches(self.model))
             stack.enter_context(twice_differentiable(self.model))
             stack.enter_context(elementary_weight_norms(self.model))

@@ -81,6 +81,7 @@ class Boundaries:
     """What is kept of a forward pass that was cut.
 
     Attributes:
+        stand_in: What a part of the model computed with last in the place of a parameter.
         calls: Of the layers, in their order.
         wires: The tensors of the graph around the layers: leaves where they come out of a layer.
         made: For each wire the number of the call that it comes out of; None: it comes from
@@ -89,6 +90,7 @@ class Boundaries:
             layer.
     """
 
+    stand_in: Callable[[Tensor], Tensor] = lambda parameter: parameter
     calls: list[Call] = field(default_factory=list)
     wires: list[Tensor] = field(default_factory=list)
     made: list[int | None] = field(default_factory=list)
@@ -180,7 +182,7 @@ class Boundaries:
         """Raises NoCutError where the graph of a layer has other leaves than its inputs and its
         parameters.
         """
-        own = {id(p) for p in module.parameters()} | {id(leaf) for leaf in leaves}
+        own = {id(self.stand_in(p)) for p in module.parameters()} | {id(leaf) for leaf in leaves}
         foreign = [id(leaf) for leaf in leaves_of(outputs) if id(leaf) not in own]
         if foreign:
             sources = [self.inside[leaf] for leaf in foreign if leaf in self.inside]
@@ -213,7 +215,11 @@ def check_same(boundaries: Boundaries, call: Call, outputs: Sequence[Any]) -> No
 
 
 def cut(
-    layers: Mapping[str, nn.Module], run: Callable[[], Any], *, twice: bool
+    layers: Mapping[str, nn.Module],
+    run: Callable[[], Any],
+    *,
+    twice: bool,
+    stand_in: Callable[[Tensor], Tensor],
 ) -> tuple[Boundaries, Any]:
     """One pass, cut at the layers.
 
@@ -221,11 +227,12 @@ def cut(
         layers: Path -> module.
         run: Makes the pass, with gradients enabled.
         twice: Call every layer a second time, and compare.
+        stand_in: See :class:`Boundaries`.
 
     Raises:
         NoCutError: The graph goes around the layers; the message says where.
     """
-    boundaries = Boundaries()
+    boundaries = Boundaries(stand_in)
     changes = [
         (module, "forward", partial(boundaries.called, path, module, twice, module.forward))
         for path, module in layers.items()

@@ -97,7 +97,9 @@ class Products:
         self._kept_parameters: frozenset[str] = frozenset()
         self.gradients = 0
         self.products = 0
-        self._parameters = objective.parameters()
+        self._parameters = {
+            name: objective.weights.shape_of(p) for name, p in objective.parameters().items()
+        }
 
     @property
     def rebuilt(self) -> int:

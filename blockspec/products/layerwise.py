@@ -88,7 +88,8 @@ class Layerwise:
     Args:
         boundaries: Of the pass that was cut.
         end: Where that pass ended.
-        parameters: That products are made for.
+        parameters: That products are made for, as the model has them.
+        like: Tensors like what the model computes with in their place.
         rebuilt: Called whenever a layer is built again.
     """
 
@@ -97,14 +98,16 @@ class Layerwise:
         boundaries: Boundaries,
         end: End,
         parameters: Tensors,
+        like: Tensors,
         rebuilt: Callable[[], None] = lambda: None,
     ) -> None:
         self.terms = end.terms
         self._rebuilt = rebuilt
-        self._parameters = parameters
+        self._parameters, self._like = parameters, like
         self._boundaries = boundaries
         self._curved = end.middle is None
         self._names = {id(p): name for name, p in parameters.items()}
+        self._outer = {name: boundaries.stand_in(p) for name, p in parameters.items()}
         self._stretches = [*self._around_and_within(), self._around([end.outputs], ())]
         self._last_use = {
             wire: number for number, s in enumerate(self._stretches) for wire in s.inputs
@@ -134,25 +137,30 @@ class Layerwise:
             for leaf in leaves
             if leaf in places and self._boundaries.made[places[leaf]] is not None
         )
-        held = frozenset(self._names[leaf] for leaf in leaves if leaf in self._names)
+        names = {id(p): name for name, p in self._outer.items()}
+        held = frozenset(names[leaf] for leaf in leaves if leaf in names)
         return Stretch(inputs, outputs, held)
 
     def _start(self, stretch: Stretch) -> dict[Key, Tensor]:
         """What the graph of a stretch around the layers starts from."""
         return {w: self._boundaries.wires[w] for w in stretch.inputs} | {
-            name: self._parameters[name] for name in sorted(stretch.parameters)
+            name: self._outer[name] for name in sorted(stretch.parameters)
         }
 
     def _opened(self, stretch: Stretch) -> tuple[list[Tensor], dict[Key, Tensor]]:
         """The outputs with their graph, and what it starts from; a layer is built again."""
-        start = self._start(stretch)
         if stretch.call is None:
-            return [self._boundaries.wires[w] for w in stretch.outputs], start
+            return [self._boundaries.wires[w] for w in stretch.outputs], self._start(stretch)
         self._rebuilt()
-        leaves = {w: self._boundaries.leaf(w) for w in stretch.inputs}
+        leaves: dict[int, Tensor] = {w: self._boundaries.leaf(w) for w in stretch.inputs}
         results = stretch.call.again(leaves)
         check_same(self._boundaries, stretch.call, results)
-        return [results[place] for place in stretch.call.outputs], start | leaves
+        start: dict[Key, Tensor] = dict(leaves.items())
+        start |= {
+            name: self._boundaries.stand_in(self._parameters[name])
+            for name in sorted(stretch.parameters)
+        }
+        return [results[place] for place in stretch.call.outputs], start
 
     def _gradient_by_wires(self) -> dict[int, Tensor]:
         """c: the loss's gradient by every wire above the lowest stretch with parameters."""
@@ -164,21 +172,21 @@ class Layerwise:
             if w in self._end.gradients
         }
         for stretch in reversed(self._stretches[lowest + 1 : -1]):
-            if not any(w in found for w in stretch.outputs) or not stretch.inputs:
-                continue
-            outputs, start = self._opened(stretch)
-            kept = [
-                (o, found[w]) for o, w in zip(outputs, stretch.outputs, strict=True) if w in found
-            ]
-            parts = grad(
-                [o for o, _ in kept],
-                {w: start[w] for w in stretch.inputs},
-                grad_outputs=[c for _, c in kept],
-                retain_graph=stretch.call is None,
-            )
-            for wire, part in parts.items():
-                found[wire] = found[wire] + part if wire in found else part
+            if stretch.inputs and any(w in found for w in stretch.outputs):
+                for wire, part in self._gradient_below(stretch, found).items():
+                    found[wire] = found[wire] + part if wire in found else part
         return found
+
+    def _gradient_below(self, stretch: Stretch, found: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """The part of the gradient by the inputs of a stretch that goes through it."""
+        outputs, start = self._opened(stretch)
+        kept = [(o, found[w]) for o, w in zip(outputs, stretch.outputs, strict=True) if w in found]
+        return grad(
+            [o for o, _ in kept],
+            {w: start[w] for w in stretch.inputs},
+            grad_outputs=[c for _, c in kept],
+            retain_graph=stretch.call is None,
+        )
 
     def products(self, asks: Sequence[Ask]) -> Iterator[Part]:
         """The parts of all products; those of one request come on its way up and on its way
@@ -249,7 +257,7 @@ class Layerwise:
                 over = self._last_use[wire] == number
                 moved[wire] = travel.tangents.pop(wire) if over else travel.tangents[wire]
         if not stretch.parameters.isdisjoint(travel.ask.block.parameters):
-            direction = travel.ask.direction(self._parameters)
+            direction = travel.ask.direction(self._like)
             moved |= {name: direction[name] for name in direction if name in stretch.parameters}
         return moved
 

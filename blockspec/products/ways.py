@@ -48,7 +48,7 @@ class Way:
         self.rebuilt = 0
         self.why = ""
         self._objective, self._curvature = objective, curvature
-        self._layerwise = name == "layerwise"
+        self._layerwise = name == "layerwise" or objective.weights.elsewhere
         self._tried = False
 
     @property
@@ -79,6 +79,11 @@ class Way:
             try:
                 return self._by_layers(batch, parameters)
             except NoCutError as error:
+                if self._objective.weights.elsewhere:
+                    raise ValueError(
+                        "weights that stay elsewhere need products a layer at a time, and the "
+                        f"model cannot be cut: {error}"
+                    ) from None
                 if self._tried:
                     raise ValueError(f"{error}; use products='whole'") from None
                 self._layerwise, self.why = False, str(error)
@@ -96,10 +101,13 @@ class Way:
             layers,
             lambda: ENDS[self._curvature](self._objective, batch),
             twice=not self._tried,
+            stand_in=self._objective.weights.stand_in,
         )
         boundaries.check_end(end.outputs)
         self._tried = True
-        return Layerwise(boundaries, end, parameters, self._count)
+        own = self._objective.parameters()
+        named = {name: own[name] for name in parameters}
+        return Layerwise(boundaries, end, named, parameters, self._count)
 
     def _count(self) -> None:
         self.rebuilt += 1

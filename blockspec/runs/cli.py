@@ -55,7 +55,10 @@ def plan(settings: RunSettings, resources: Resources) -> None:
     from blockspec.runs.stages import prepare, stages, with_preconditioner
 
     todo = stages(settings)
-    objective, blocks = prepare(settings, todo[0], find_factory(settings.model), resources.device)
+    factory = find_factory(settings.model)
+    objective, blocks = prepare(
+        settings, todo[0], factory, resources.device, resources.weights_device
+    )
     estimate = with_preconditioner(settings.estimate, todo[0], objective)
     cost = plan_spectra(objective, blocks, **asdict(estimate), memory=resources.memory)
     report.show_plan(cost, stages=len(todo))

@@ -19,6 +19,7 @@ from torch import nn
 
 from blockspec.model import losses
 from blockspec.model.task_losses import sequence_to_sequence
+from blockspec.model.weights import map_weights
 
 LONGEST = 128  # tokens of a sequence where the model could take more: curvature costs its square
 SHOWN = 3  # names in a message
@@ -43,6 +44,7 @@ def hugging_face(
     num_batches: int = 4,
     mask_share: float = 0.15,
     unused: str | None = None,
+    mapped: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, list[dict[str, torch.Tensor]], losses.Loss]:
     """A causal, masked or sequence-to-sequence language model by name or folder, on a text.
@@ -59,6 +61,8 @@ def hugging_face(
         mask_share: Share of the tokens that are masked, for masked models.
         unused: Weights of the checkpoint that the model may leave unused, as a pattern of their
             names, such as 'cls.seq_relationship.*'. If left out, each of them is an error.
+        mapped: Map the weights from the safetensors files of the folder in place of reading them,
+            in the type that they are stored in. --weights_device disk asks for it.
         trust_remote_code: Run code that comes with the model. Only for sources that you trust.
     """
     from transformers import AutoTokenizer
@@ -66,11 +70,12 @@ def hugging_face(
     config = _config(name, trust_remote_code=trust_remote_code)
     task = _task(name, config)
     options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32}
-    model = (
-        _loaded(name, config, task, unused, options)
-        if checkpoint is None
-        else _another(checkpoint, name, config, task, unused, options)
-    )
+    if mapped:
+        model = _mapped(checkpoint or name, config, task)
+    elif checkpoint is None:
+        model = _loaded(name, config, task, unused, options)
+    else:
+        model = _another(checkpoint, name, config, task, unused, options)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     tokens = _length(tokens, model)
     wanted = tokens * batch_size * num_batches
@@ -196,6 +201,18 @@ def _loaded(
             "--model_args.unused and a pattern of their names"
         )
     return model
+
+
+def _mapped(folder: str, config: Any, task: str) -> nn.Module:
+    """The model of a folder, its weights mapped from the files."""
+    from accelerate import init_empty_weights
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"weights on disk need a folder with safetensors files, got {folder!r}")
+    kind = _class(config, task)
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(config) if kind.__name__ == AUTO[task] else kind(config)
+    return map_weights(model, folder)
 
 
 def _another(

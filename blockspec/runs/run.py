@@ -168,7 +168,13 @@ class _Run:
         identity of all, which is the same on all processes.
         """
         objective, blocks = everywhere(
-            lambda: prepare(self.settings, stage, self.factory, self.resources.device)
+            lambda: prepare(
+                self.settings,
+                stage,
+                self.factory,
+                self.resources.device,
+                self.resources.weights_device,
+            )
         )
         estimate = with_preconditioner(self.settings.estimate, stage, objective)
         identity = everywhere(lambda: identity_of(objective, blocks, content_of(estimate)))

@@ -50,16 +50,23 @@ class Resources(Execution):
     Args:
         device: Where the work is done: cpu, cuda, cuda:1 and so on. With auto, a GPU is taken if
             there is one.
+        weights_device: Where the weights stay while device computes with one layer at a time: cpu,
+            or disk, which maps them from the safetensors files of a Hugging Face folder without
+            reading them. They are converted to dtype (float32 if left out) a layer at a time. If
+            left out, the whole model lies on device.
         plan: Calibrate before the first stage, and print what the run will cost, as blockspec plan
             does. run.json records the plan and what the run took.
     """
 
     device: str = "auto"
+    weights_device: Literal["cpu", "disk"] | None = None
     plan: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         find_device(self.device)
+        if self.weights_device not in (None, "cpu", "disk"):
+            raise ValueError(f"weights_device is cpu or disk, got {self.weights_device!r}")
 
 
 @dataclass(frozen=True)

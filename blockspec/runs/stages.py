@@ -41,16 +41,39 @@ class Stage:
 
 
 def prepare(
-    settings: RunSettings, stage: Stage, factory: Factory, device: str
+    settings: RunSettings,
+    stage: Stage,
+    factory: Factory,
+    device: str,
+    weights_device: str | None = None,
 ) -> tuple[Objective, tuple[Block, ...]]:
     """The objective of one stage and its blocks, the full matrix among them if it is wanted."""
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    if weights_device is not None:
+        return _elsewhere(settings, stage, factory, device, weights_device)
     model, batches, loss = factory(**stage.arguments)
     if not hasattr(model, "hf_device_map"):  # a model that is spread over devices stays where it is
         model = model.to(find_device(device))
     if dtype is not None:
         model = model.to(dtype)
     objective = Objective(model, batches, loss, batch_norm=settings.batch_norm)
+    return objective, choose_blocks(objective, settings.blocks)
+
+
+def _elsewhere(
+    settings: RunSettings, stage: Stage, factory: Factory, device: str, weights_device: str
+) -> tuple[Objective, tuple[Block, ...]]:
+    """The same, where the weights stay as the factory gives them."""
+    arguments = stage.arguments | ({"mapped": True} if weights_device == "disk" else {})
+    model, batches, loss = factory(**arguments)
+    objective = Objective(
+        model,
+        batches,
+        loss,
+        batch_norm=settings.batch_norm,
+        device=find_device(device),
+        dtype=getattr(torch, settings.dtype or "float32"),
+    )
     return objective, choose_blocks(objective, settings.blocks)
 
 

@@ -16,14 +16,15 @@ import logging
 import math
 import operator as numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from blockspec.model.blocks import Block, partition
@@ -35,6 +36,8 @@ from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.restarts import Search
 from blockspec.numerics.tracking import Ritz, refine
 from blockspec.products.operators import Operator, forget
+from blockspec.products.preconditioning.operator import Preconditioned
+from blockspec.products.preconditioning.preconditioner import Preconditioner, unwrapped
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, open_operator
 from blockspec.products.settings import takes
@@ -44,6 +47,7 @@ from blockspec.toolbox.localisation import Kinds, by_kind, inverse_participation
 
 logger = logging.getLogger(__name__)
 VALUES, LOCALISATION = "tracking.parquet", "localisation.parquet"
+Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 LATER = 10**6  # numbers of random vectors that the first search does not reach
 Draw = Callable[[int], Tensor]
 FIRST_BASIS = 20  # vectors of the first search, or twice as many as are followed
@@ -102,6 +106,7 @@ def track(
     *,
     tracking: Tracking,
     settings: OperatorSettings,
+    optimizer: Optimizers | None = None,
 ) -> Tracker:
     """Follows the top eigenvalues of blocks through a training, on fixed data.
 
@@ -121,6 +126,9 @@ def track(
         objective: The model in training, before it is wrapped or compiled, and fixed batches.
         blocks: From :func:`blockspec.partition`; None: the whole model, as one block.
         [settings]
+        optimizer: The training's own, or several: P^(-1/2) H P^(-1/2), the curvature that it sees,
+            is followed beside H, with P as it is at each measurement. It begins when the optimizer
+            has taken a step.
 
     Raises:
         ValueError: A setting is out of range, ``k`` is more than a block's parameters, the model is
@@ -139,11 +147,17 @@ def track(
                 f"k is at most the {block.numel} parameters of block {block.name!r}, got "
                 f"{tracking.k}"
             )
-    return Tracker(objective, chosen, tracking, settings)
+    return Tracker(objective, chosen, tracking, settings, optimizer)
 
 
 def _quiet(objective: Objective | None) -> AbstractContextManager[None]:
     return nullcontext() if objective is None else undisturbed(objective.model)
+
+
+def _has_stepped(optimizer: Optimizers) -> bool:
+    """Whether there is a state to read; SGD has none, and is the identity from the beginning."""
+    several = optimizer if isinstance(optimizer, Iterable) else [optimizer]
+    return all(one.state or type(one) is torch.optim.SGD for one in map(unwrapped, several))
 
 
 def _search(draw: Draw, kept: int, tracking: Tracking) -> Algorithm[Ritz]:
@@ -197,12 +211,17 @@ class Tracker:
         blocks: tuple[Block, ...],
         tracking: Tracking,
         settings: OperatorSettings,
+        optimizer: Optimizers | None = None,
     ) -> None:
+        if optimizer is not None and objective is None:
+            raise TypeError("optimizer= needs an objective, whose parameters it steps")
         self.objective, self.tracking = objective, tracking
+        self._optimizer = optimizer
         with _quiet(objective):
             self._operator, self.blocks = open_operator(objective, blocks, settings)
         parameters = self._operator.parameters
-        self._followed = [Followed(b, kinds_of(b, objective, parameters)) for b in self.blocks]
+        self._kinds = {block: kinds_of(block, objective, parameters) for block in self.blocks}
+        self._followed: dict[str, list[Followed]] = {}
         self.products = 0
         self._values: list[dict[str, Any]] = []
         self._parts: list[dict[str, Any]] = []
@@ -230,16 +249,36 @@ class Tracker:
             ``track/<matrix>/<block>/<rank>`` (rank 1 is the first), ``.../residual`` (the largest,
             relative to its value), ``.../overlap`` and ``.../ipr`` of the first.
         """
-        operator = self._operator
-        with _quiet(self.objective):
-            forget(operator)
-            found = run_together(
-                {one.block: self._algorithm(one, operator) for one in self._followed}, operator
-            )
         scalars: dict[str, float] = {}
-        for one in self._followed:
-            scalars |= self._note(step, operator.curvature, one, found[one.block])
+        with _quiet(self.objective):
+            forget(self._operator)
+            for operator in self._operators():
+                followed = self._of(operator.curvature)
+                found = run_together(
+                    {one.block: self._algorithm(one, operator) for one in followed}, operator
+                )
+                for one in followed:
+                    scalars |= self._note(step, operator.curvature, one, found[one.block])
         return scalars
+
+    def _operators(self) -> Iterator[Operator]:
+        """H, and what the optimizer makes of it now; both share one pass over the data where the
+        graph is kept.
+        """
+        yield self._operator
+        if self._optimizer is None or not _has_stepped(self._optimizer):
+            return
+        assert self.objective is not None
+        preconditioner = Preconditioner.from_optimizer(self._optimizer, self.objective.model)
+        operator = Preconditioned(self._operator, preconditioner)
+        if operator.curvature not in self._followed:
+            operator.check(self.blocks)
+        yield operator
+
+    def _of(self, matrix: str) -> list[Followed]:
+        if matrix not in self._followed:
+            self._followed[matrix] = [Followed(b, self._kinds[b]) for b in self.blocks]
+        return self._followed[matrix]
 
     def _algorithm(self, one: Followed, operator: Operator) -> Algorithm[Ritz]:
         block, t = one.block, self.tracking
@@ -340,6 +379,13 @@ class Tracker:
         (inverse participation ratio of this part).
         """
         return pd.DataFrame(self._parts, columns=PART_COLUMNS)
+
+    def go_on_from(self, folder: str | os.PathLike[str], step: int) -> None:
+        """Takes over what an earlier part of a training has saved, up to this step (excluded)."""
+        for name, rows in ((VALUES, self._values), (LOCALISATION, self._parts)):
+            if (path := Path(folder) / name).exists():
+                before = pd.read_parquet(path)
+                rows[:0] = cast(Any, before[before["step"] < step].to_dict("records"))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes both tables, ``tracking.parquet`` and ``localisation.parquet``, each whole or not

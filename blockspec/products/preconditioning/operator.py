@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blockspec.model.blocks import Block
-from blockspec.products.operators import Operator
+from blockspec.products.operators import Operator, forget
 from blockspec.products.preconditioning.preconditioner import Preconditioner
 from blockspec.products.preconditioning.scalings import Diagonal, Scaling, cuts, piece_shape
 from blockspec.products.units import Reduce, Unit
@@ -89,6 +89,13 @@ class Preconditioned:
             for piece in block.pieces:
                 self._check_piece(block, piece)
         self.inner.check(blocks)
+
+    def forget(self) -> None:
+        """Parameters have new values: P is read anew, where it follows an optimizer."""
+        self.preconditioner = self.preconditioner.renewed()
+        self._roots.clear()
+        self._ready.clear()
+        forget(self.inner)
 
     def _check_piece(self, block: Block, piece: Any) -> None:
         name = piece.parameter

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,21 +25,29 @@ class Preconditioner:
     taken, the matrix that is measured is ``P^(-1/2) H P^(-1/2)``. It has the eigenvalues of
     ``P^-1 H``: the curvature that the optimizer sees. The momentum m is the bias-corrected one.
 
-    It is a snapshot: what the optimizer does afterwards does not change it. Weight decay, clipping,
-    learning rates (also those that differ between groups) and factors of the step that a whole
-    tensor shares are no part of it.
+    It is a snapshot: what the optimizer does afterwards does not change it, unless it follows.
+    Weight decay, clipping, learning rates (also those that differ between groups) and factors of
+    the step that a whole tensor shares are no part of it.
 
     Args:
         scalings: Parameter name -> P^-1 of the parameter.
         name: What results call it.
+        again: Reads it anew, see :meth:`renewed`.
 
     Attributes:
         name: What results call it, such as ``AdamW``.
     """
 
-    def __init__(self, scalings: Mapping[str, Scaling], *, name: str) -> None:
+    def __init__(
+        self,
+        scalings: Mapping[str, Scaling],
+        *,
+        name: str,
+        again: Callable[[], Preconditioner] | None = None,
+    ) -> None:
         self.scalings = dict(scalings)
         self.name = name
+        self._again = again
 
     @classmethod
     def diagonal(cls, values: Mapping[str, Tensor], *, name: str = "diagonal") -> Preconditioner:
@@ -63,6 +71,8 @@ class Preconditioner:
         cls,
         optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
         model: nn.Module,
+        *,
+        follow: bool = False,
     ) -> Preconditioner:
         """P as the optimizer holds it now.
 
@@ -75,12 +85,13 @@ class Preconditioner:
             optimizer: One that has taken a step, or several that share the model's parameters
                 (Muon for matrices, AdamW for the rest).
             model: Whose parameters they are.
+            follow: What measures again and again (``blockspec.track``) reads P anew each time.
 
         Raises:
             ValueError: The optimizer is not known, has none of the model's parameters, or has no
                 state of one yet; the message names it.
         """
-        optimizers = optimizer if isinstance(optimizer, Iterable) else [optimizer]
+        optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         names = {parameter: name for name, parameter in model.named_parameters()}
         found: dict[str, Scaling] = {}
         titles = []
@@ -94,7 +105,8 @@ class Preconditioner:
                 f"the optimizer steps none of the parameters of this {type(model).__name__}: pass "
                 "the model that it was made for, not a copy of it"
             )
-        return cls(found, name=" + ".join(dict.fromkeys(titles)))
+        again = partial(cls.from_optimizer, optimizers, model, follow=True) if follow else None
+        return cls(found, name=" + ".join(dict.fromkeys(titles)), again=again)
 
     @classmethod
     def from_state(
@@ -134,6 +146,10 @@ class Preconditioner:
         for parameter in sorted(self.scalings):
             content.add([parameter, self.scalings[parameter].content()])
         return content.text()
+
+    def renewed(self) -> Preconditioner:
+        """As it is now, where it follows an optimizer; else the same."""
+        return self if self._again is None else self._again()
 
     def apply(self, tensors: Mapping[str, Tensor], exponent: float = 1.0) -> dict[str, Tensor]:
         """P^-1 to a power, times tensors.

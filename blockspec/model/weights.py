@@ -1,0 +1,150 @@
+"""Weights that stay where they are, while a layer at a time is computed with elsewhere.
+
+A model may lie on the CPU, or in files that are mapped into memory, in a type of half the width,
+and be computed with on another device and in another type. While the model is at work, what lies
+around its layers is brought over once. A layer is brought over for each of its calls: its
+parameters and buffers are swapped for copies, and put back when the call returns. The copies live
+as long as a graph holds them, so that a product a layer at a time never has the whole model beside
+itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockspec.model.containers import layer_modules
+from blockspec.model.patching import patched
+
+
+class Weights:
+    """The weights of a model, and what stands in for them while it computes.
+
+    Args:
+        model: Its own parameters are left alone.
+        device: Where it computes; None: where its first parameter is, and nothing is brought.
+        dtype: In which floating point type it computes; None: that of each parameter.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device | None, dtype: torch.dtype | None
+    ) -> None:
+        self.elsewhere = device is not None or dtype is not None
+        self.device = device or next(model.parameters()).device
+        self.dtype = dtype
+        self._model = model
+        self._around: dict[int, Tensor] = {}
+        self._last: dict[int, Tensor] = {}
+
+    def stand_in(self, parameter: Tensor) -> Tensor:
+        """What the latest call of the part of the model that a parameter belongs to computed with;
+        the parameter itself where nothing is brought.
+        """
+        return self._last.get(id(parameter), parameter)
+
+    def shape_of(self, parameter: Tensor) -> Tensor:
+        """A tensor like what is brought for a parameter, that takes no memory."""
+        if not self.elsewhere:
+            return parameter
+        dtype = self._type(parameter)
+        return torch.zeros(1, dtype=dtype, device=self.device).expand(parameter.shape)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While this is open, the model computes with what is brought."""
+        if not self.elsewhere:
+            yield
+            return
+        layers = layer_modules(self._model)
+        within = {id(m) for layer in layers.values() for m in layer.modules()}
+        around = [m for m in self._model.modules() if id(m) not in within]
+        changes = [
+            (layer, "forward", partial(self._called, layer, layer.forward))
+            for layer in layers.values()
+        ]
+        try:
+            with self._brought(around), patched(changes):
+                self._around = dict(self._last)
+                yield
+        finally:
+            self._around, self._last = {}, {}
+
+    def _called(self, layer: nn.Module, original: Any, *arguments: Any, **named: Any) -> Any:
+        """Stands in the place of the ``forward`` of a layer."""
+        self._last = dict(self._around)  # what another layer was given goes before more comes
+        with self._brought(layer.modules()):
+            return original(*arguments, **named)
+
+    @contextmanager
+    def _brought(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Swaps parameters and buffers of modules; a tensor that several have, once."""
+        swapped: list[tuple[Any, str, Tensor]] = []
+        copies: dict[int, Tensor] = {}
+        try:
+            for module in modules:
+                held: list[Any] = [module._parameters, module._buffers]
+                for tensors in held:
+                    for name, tensor in tensors.items():
+                        if tensor is None:
+                            continue
+                        if id(tensor) not in copies:
+                            copies[id(tensor)] = self._copy(tensor)
+                        swapped.append((tensors, name, tensor))
+            for tensors, name, tensor in swapped:
+                tensors[name] = copies[id(tensor)]
+            self._last = {**self._around, **copies}
+            yield
+        finally:
+            for tensors, name, tensor in swapped:
+                tensors[name] = tensor
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        known = self._around.get(id(tensor))
+        if known is not None:
+            return known
+        copy = tensor.detach().to(self.device, self._type(tensor))
+        if not isinstance(tensor, nn.Parameter):
+            return copy
+        return nn.Parameter(copy, requires_grad=tensor.requires_grad)
+
+    def _type(self, tensor: Tensor) -> torch.dtype:
+        return self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
+
+
+def map_weights(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Gives a model the weights in the safetensors files of a folder, without reading them: each
+    parameter is a part of a file that is mapped into memory.
+
+    Args:
+        model: Made without memory for its parameters, as by
+            ``accelerate.init_empty_weights(include_buffers=False)``.
+        folder: Of the files; the names in them are those of the model's parameters.
+
+    Raises:
+        ValueError: There are no such files, or a parameter is in none of them.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, Tensor] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if not found:
+        raise ValueError(f"weights on disk are read from safetensors files; {folder} has none")
+    unknown = model.load_state_dict(found, strict=False, assign=True).unexpected_keys
+    if tie := getattr(model, "tie_weights", None):
+        tie()
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing:
+        raise ValueError(
+            f"the files in {folder} have no {missing[0]!r} ({len(missing)} parameters are missing; "
+            f"names that the model does not know: {unknown[:3]}): load the model as usual, without "
+            "weights on disk"
+        )
+    return model
