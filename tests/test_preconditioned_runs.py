@@ -86,18 +86,12 @@ def test_a_plan_is_made_of_the_preconditioned_matrix(path):
 def test_a_training_loop_records_what_its_optimizer_sees(tmp_path):
     it = problems.nanogpt()
     blocks = blockspec.partition(it.model, include="*c_attn*")
+    optimizer = state_of(it.model, tmp_path / "x.pt")
+    p = Preconditioner.from_optimizer(optimizer, it.model, follow=True)
+    numbers = {"num_probes": 1, "num_steps": 2}
     for step in (1, 2):
-        optimizer = state_of(it.model, tmp_path / "x.pt", seed=step)
-        p = Preconditioner.from_optimizer(optimizer, it.model)
-        record(
-            tmp_path / "run",
-            step,
-            it.objective(),
-            blocks,
-            num_probes=1,
-            num_steps=2,
-            precondition=p,
-        )
+        record(tmp_path / "run", step, it.objective(), blocks, precondition=p, **numbers)
+        optimizer.step()
     found = json.loads((tmp_path / "run" / "run.json").read_text())
     assert found["settings"]["estimate"]["precondition"] == "AdamW"
     assert len({stage["identity"]["precondition"] for stage in found["stages"]}) == 2

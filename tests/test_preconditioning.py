@@ -16,6 +16,7 @@ from blockspec.model.blocks import Piece
 from blockspec.optim import AdaHessian
 from blockspec.products.curvature import Products
 from blockspec.products.preconditioning.operator import Preconditioned
+from blockspec.products.preconditioning.scalings import Factor, Kronecker, Rotated, cuts
 
 LR = 0.01
 
@@ -366,6 +367,64 @@ def test_nanogpts_checkpoint_and_the_trainers_order_name_parameters_rightly():
     live = Preconditioner.from_optimizer(optimizer, model)
     checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iter_num": 3}
     assert Preconditioner.from_state(checkpoint, model).digest == live.digest
+
+
+def test_the_trainers_order_is_known_where_it_is_not_that_of_matrices_first():
+    """It decays the weights of batch norms too, which are vectors."""
+    from transformers import Trainer
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+    decayed = Trainer.get_decay_parameter_names(None, model)
+    named = dict(model.named_parameters())
+    assert "1.weight" in decayed
+    groups = [
+        {"params": [p for n, p in named.items() if n in decayed]},
+        {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, LR)
+    step(model, [optimizer], 0)
+    live = Preconditioner.from_optimizer(optimizer, model)
+    assert Preconditioner.from_state(optimizer.state_dict(), model).digest == live.digest
+
+
+def test_saved_states_of_two_optimizers_are_joined():
+    model, optimizers, _ = trained(muon_and_adamw)
+    named = dict(model.named_parameters())
+    matrices = [n for n, p in named.items() if p.ndim == 2]
+    vectors = [n for n, p in named.items() if p.ndim < 2]
+    one, other = (
+        Preconditioner.from_state(optimizer.state_dict(), model, names=names)
+        for optimizer, names in zip(optimizers, (matrices, vectors), strict=True)
+    )
+    live = Preconditioner.from_optimizer(optimizers, model)
+    assert str(one | other) == str(live)
+
+
+def test_matrices_of_kernels_and_pieces_of_experts():
+    """Sides of four axes against an einsum; an expert is whole where its own axis is not mixed."""
+    generator = torch.Generator().manual_seed(4)
+    shape = (3, 2, 4, 5)
+    roots = [torch.randn(n, n, generator=generator, dtype=torch.float64) for n in shape]
+    roots = [r @ r.T for r in roots]
+    factors = []
+    for root in roots:
+        values, basis = torch.linalg.eigh(root)
+        factors.append(Factor(basis, values))
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    expected = torch.einsum("ai,bj,ck,dl,ijkl->abcd", *roots, x)
+    torch.testing.assert_close(Kronecker(tuple(factors), shape)(x), expected)
+    bases = tuple(f.basis for f in factors)
+    values = torch.rand(shape, generator=generator, dtype=torch.float64)
+    turned = torch.einsum("ia,jb,kc,ld,ijkl->abcd", *bases, x) * values
+    back = torch.einsum("ai,bj,ck,dl,ijkl->abcd", *bases, turned)
+    torch.testing.assert_close(Rotated(bases, values)(x), back)
+    expert = Piece("w", None, None, 1)
+    assert cuts(Kronecker(tuple(factors), shape), expert)
+    inner = Kronecker((None, *factors[1:]), shape)
+    assert not cuts(inner, expert)
+    torch.testing.assert_close(inner.cut(expert)(x[1]), inner(x)[1])
+    row = Piece("w", 0, slice(0, 1), 1)  # axis 1 of the parameter, which is mixed
+    assert cuts(inner, row)
 
 
 def test_two_orders_that_fit_are_told_and_not_chosen_between():

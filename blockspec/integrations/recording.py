@@ -42,6 +42,7 @@ from blockspec.model.objective import Objective
 from blockspec.model.training import refuse_wrapped, undisturbed
 from blockspec.numerics.content import fingerprint
 from blockspec.numerics.ranks import Ranks, everywhere, from_first
+from blockspec.products.preconditioning.preconditioner import Preconditioner
 from blockspec.products.selection import content_of, open_operator
 from blockspec.runs.record import Record
 from blockspec.runs.run import check_data, check_same, complete, held, measure_stage, opened
@@ -96,6 +97,8 @@ def record(
             other settings, and a step that the folder has of other weights or data: each training
             needs a folder of its own.
     """
+    if isinstance(given := settings.get("precondition"), Preconditioner):
+        settings["precondition"] = given.renewed()
     out, estimate = Path(out), EstimateSettings(**settings)
     resources = Resources(memory=memory, columns=columns)
     refuse_wrapped(objective.model)

@@ -130,7 +130,7 @@ def opened_preconditioner(
     """
     given = settings.precondition
     if isinstance(given, Preconditioner):
-        return given
+        return given.renewed()
     if not isinstance(given, (str, os.PathLike)):
         raise TypeError(
             "precondition is a blockspec.Preconditioner or the path of an optimizer's state, got "

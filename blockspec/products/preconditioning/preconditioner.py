@@ -151,6 +151,13 @@ class Preconditioner:
         """As it is now, where it follows an optimizer; else the same."""
         return self if self._again is None else self._again()
 
+    def __or__(self, other: Preconditioner) -> Preconditioner:
+        """Both, for a model whose parameters two optimizers share; where both have a parameter,
+        the second counts.
+        """
+        name = " + ".join(dict.fromkeys([self.name, other.name]))
+        return Preconditioner(self.scalings | other.scalings, name=name)
+
     def apply(self, tensors: Mapping[str, Tensor], exponent: float = 1.0) -> dict[str, Tensor]:
         """P^-1 to a power, times tensors.
 
