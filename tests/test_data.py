@@ -11,6 +11,7 @@ from populations import SampledOperator, population
 from problems import tokens
 
 import blockspec
+import blockspec.spectra.heterogeneity
 from blockspec.numerics.measures import wasserstein
 
 ADAPTIVE = {"num_probes": "auto", "num_steps": "auto", "tolerance": 1e-2}
@@ -51,7 +52,9 @@ def test_an_exact_block_has_every_eigenvalue_without_each_unit(settings):
     found = spectrum_of(operator, **settings)
     assert found.exact
     without = [np.linalg.eigvalsh(operator.without(unit)) for unit in range(10)]
-    np.testing.assert_allclose(found.sample.nodes[:, 0, :40], without, atol=1e-10)
+    nodes, weights = found.left_out()
+    np.testing.assert_allclose(nodes[:, 0, :40], without, atol=1e-7 * found.norm)
+    np.testing.assert_allclose(weights[:, 0, :40], 1 / 40, atol=1e-9)
     largest = [values[-1] for values in without]
     bias = 9 * (np.mean(largest) - found.largest.value)
     assert found.largest.data_stderr == pytest.approx(np.hypot(jackknife(largest), bias))
@@ -139,7 +142,7 @@ def test_an_exact_block_without_a_unit_is_that_of_the_other_batches(precondition
         )
         ((_, other),) = blockspec.estimate_spectra(rest, blocks, **settings).items()
         np.testing.assert_allclose(
-            found.sample.nodes[unit, 0], other.nodes[0], rtol=1e-9, atol=1e-9 * other.norm
+            found.left_out()[0][unit, 0], other.nodes[0], atol=1e-7 * other.norm
         )
 
 
@@ -192,7 +195,28 @@ def test_a_mixture_and_the_heterogeneity_have_errors_of_the_data():
     whole = blockspec.js_distances(parts).iloc[0, 1]
     error = np.hypot(jackknife(values), 9 * (np.mean(values) - whole))
     assert blockspec.js0(parts).data_stderr == pytest.approx(error)
-    assert isinstance(parts.summary(), pd.DataFrame)
+    errors = blockspec.spectra.heterogeneity.js_distance_errors(parts)
+    assert errors.iloc[0, 1] == pytest.approx(error)
+    assert errors.iloc[0, 0] == 0
+
+
+def test_files_keep_the_errors_to_the_bit(tmp_path):
+    both = [estimated(objective(micro_batch=1)), estimated(objective())]  # one without errors
+    for step, spectra in enumerate(both):
+        spectra.save(tmp_path / f"{step}.parquet", step=step)
+    tables = [pd.read_parquet(tmp_path / f"{step}.parquet") for step in (0, 1)]
+    pd.concat(tables).to_parquet(tmp_path / "both.parquet")
+    for step, spectra in enumerate(both):
+        again = blockspec.load_spectra(tmp_path / "both.parquet", step=step)
+        assert again.data == spectra.data
+        for name, found in spectra.items():
+            assert again[name].trace == found.trace
+            assert again[name].largest == found.largest
+            assert again[name].total_error == found.total_error
+        pd.testing.assert_frame_equal(again.summary(), spectra.summary())
+    dominant = both[0].summary()["dominant"]
+    assert set(dominant) <= {"data", "estimate"}
+    assert set(both[1].summary()["dominant"]) == {"unknown"}
 
 
 def test_the_distance_to_the_population_is_within_the_total_error():

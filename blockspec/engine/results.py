@@ -128,9 +128,10 @@ def lanczos_spectrum(
         if left_out:
             part = _beside(left_out[number], nodes, weights)
             without.append(_with_known(part, deflation, left, order))
+    arrays = _padded(rows, num_steps + len(known))
     return Spectrum(
         block=block,
-        **_padded(rows, num_steps + len(known)),
+        **arrays,
         steps=np.array([len(t.alphas) for t in ended]),
         breakdown=np.array([t.breakdown for t in ended]),
         orthogonality=np.array(
@@ -139,7 +140,7 @@ def lanczos_spectrum(
         steps_error=left * np.array([steps_error(t) for t in ended]),
         exact=False,
         dtype=str(dtype).removeprefix("torch."),
-        sample=_sample(without, num_steps + len(known)),
+        sample=_sample(without, arrays["nodes"], arrays["weights"]),
         **settings,  # type: ignore[arg-type]
     )
 
@@ -170,24 +171,26 @@ def _with_known(
     return LeftOut(nodes[:, order], weights[:, order])
 
 
-def _sample(parts: Sequence[LeftOut], width: int) -> Sample | None:
-    """Of K probes, padded like them."""
+def _sample(parts: Sequence[LeftOut], nodes: np.ndarray, weights: np.ndarray) -> Sample | None:
+    """Of K probes with these nodes and weights, (K, M) both, to which the parts are padded."""
     if not parts:
         return None
 
-    def padded(array: np.ndarray, mode: Literal["edge", "constant"]) -> np.ndarray:
-        return np.pad(array, ((0, 0), (0, width - array.shape[1])), mode=mode)
+    def padded(name: Literal["nodes", "weights"]) -> np.ndarray:
+        arrays = [getattr(part, name) for part in parts]
+        width = nodes.shape[1]
+        ends = [((0, 0), (0, width - array.shape[1])) for array in arrays]
+        return np.stack(
+            [np.pad(a, end, mode=PADDING[name]) for a, end in zip(arrays, ends, strict=True)], 1
+        )
 
-    return Sample(
-        nodes=np.stack([padded(part.nodes, PADDING["nodes"]) for part in parts], 1),
-        weights=np.stack([padded(part.weights, PADDING["weights"]) for part in parts], 1),
-    )
+    return Sample.of(nodes, weights, (padded("nodes"), padded("weights")))
 
 
 def _exact_sample(left_out: np.ndarray, whole: Spectrum) -> Sample:
     """From all eigenvalues (n, P) without each group; the rows of an exact spectrum are equal."""
-    weights = np.full(left_out.shape, 1 / left_out.shape[1])
-    sample = _sample([LeftOut(left_out, weights)], whole.nodes.shape[1])
+    part = LeftOut(left_out, np.full(left_out.shape, 1 / left_out.shape[1]))
+    sample = _sample([part], whole.nodes, whole.weights)
     assert sample is not None
     return sample
 
@@ -196,17 +199,15 @@ def transported(probes: Spectrum, whole: Spectrum) -> Sample:
     """What units of data change in a block whose eigenvalues are all known, as its probes have
     seen it: every eigenvalue moves as the same share of the probes' spectrum does.
     """
-    assert probes.sample is not None
-    old = probes.nodes.ravel(), probes.weights.ravel() / probes.num_probes
-    row, weights = whole.nodes[0], whole.weights[0]
-    still = transport(*old, row, weights)
-    without = zip(probes.sample.nodes, probes.sample.weights, strict=True)
-    moved = [transport(n.ravel(), w.ravel(), row, weights) for n, w in without]
-    nodes = np.stack(moved) - still + row
-    return Sample(
-        nodes=nodes[:, None],
-        weights=np.broadcast_to(weights, (len(nodes), 1, len(weights))),
-    )
+    row, shares = whole.nodes[0], whole.weights[0]
+
+    def carried(part: Spectrum) -> np.ndarray:
+        return transport(part.nodes.ravel(), part.weights.ravel(), row, shares)
+
+    still = carried(probes)
+    nodes = np.stack([row + carried(part) - still for part in probes.without_groups()])
+    weights = np.broadcast_to(shares, nodes.shape)
+    return Sample.of(whole.nodes, whole.weights, (nodes[:, None], weights[:, None]))
 
 
 def exact_spectrum(

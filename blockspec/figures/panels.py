@@ -4,7 +4,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from blockspec.figures.page import points
 from blockspec.figures.style import Look, column_of, eigenvalue_axis, look, short_name, spread
 from blockspec.model.pieces import FULL
 from blockspec.spectra.collection import block_diagonal
-from blockspec.spectra.resolved import even_grid, resolution, resolved_density
+from blockspec.spectra.resolved import even_grid, resolution, resolved_density, resolved_mean
 from blockspec.spectra.spectrum import Spectrum
 
 EIGENVALUE = "eigenvalue (loss / parameter²)"
@@ -74,7 +74,7 @@ def scale_of(spectra: Iterable[Spectrum]) -> Scale:
     low, high = linear * np.sinh(np.arcsinh(ends / linear) + np.array([-1.0, 1.0]))
     low, high = min(low, -linear), max(high, linear)
     grid = even_grid(low, high, linear)
-    top = 3 * max(float(resolved_density(part, grid, linear)[0].max()) for part in parts)
+    top = 3 * max(float(resolved_mean(part, grid, linear).max()) for part in parts)
     single = 1 / (
         norm * max(part.block.numel for part in parts)
     )  # about the density of one eigenvalue at the edge
@@ -168,5 +168,11 @@ def smoothing_note(spectra: Iterable[Spectrum]) -> str:
         min(part.num_probes for part in parts),
         max(int(part.steps.max()) for part in parts),
     )
-    band = f"band: ± 1 standard error over {probes} probes; " if probes > 1 else ""
-    return f"{band}a flat top is what {steps} Lanczos steps do not resolve"
+    return f"{_band(parts, probes)}a flat top is what {steps} Lanczos steps do not resolve"
+
+
+def _band(parts: Sequence[Spectrum], probes: int) -> str:
+    """Which errors the band holds, in words."""
+    with_data = all(part.sample is not None for part in parts)
+    held = [f"{probes} probes"] * (probes > 1) + [f"{parts[0].units} units of data"] * with_data
+    return f"band: ± 1 standard error over {' and '.join(held)}; " if held else ""

@@ -4,6 +4,7 @@ figure.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from blockspec.figures.panels import (
     mark_eigenvalues,
     panel_of,
     resolved_density,
+    resolved_mean,
     scale_of,
     smoothing_note,
 )
@@ -53,7 +55,7 @@ from blockspec.figures.trends import compare_runs as compare_runs
 from blockspec.figures.trends import heterogeneity_over_training as heterogeneity_over_training
 from blockspec.figures.trends import trace_by_kind_over_training as trace_by_kind_over_training
 from blockspec.spectra.collection import Spectra, block_diagonal
-from blockspec.spectra.spectrum import Spectrum
+from blockspec.spectra.spectrum import Estimate, RitzValue, Spectrum
 
 WRAP = 6  # panels in a row where rows are not layers
 MOST_PANELS = 30
@@ -205,7 +207,7 @@ def esd_stages(
     scale = scale_of(parts.values())
     figure = canvas(figsize=(width_of(5.5), 0.85 * len(steps) + 0.9), layout="constrained")
     axes = figure.subplots(len(steps), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    first, _ = resolved_density(parts[steps[0]], scale.grid, scale.linear)
+    first = resolved_mean(parts[steps[0]], scale.grid, scale.linear)
     for place, step, shade in zip(axes, steps, np.linspace(0.05, 0.8, len(steps)), strict=True):
         draw_density(
             place,
@@ -329,7 +331,8 @@ def edges_by_block(
     """Smallest, mean and largest eigenvalue of each block: how different the blocks are, at a
     glance.
 
-    Bars are residuals of the extreme Ritz values and the standard error of the mean. Of models with
+    Bars are residuals of the extreme Ritz values and the standard error of the mean, both with the
+    error of the data. Of models with
     more than ``max_blocks`` blocks, the blocks of one kind in one layer share a line, and evenly
     spread layers are drawn.
 
@@ -378,7 +381,7 @@ def edges_by_block(
     figure.legend(loc="outside lower center", ncols=3 if width_of(5.5) > 5 else 2)
     figure.suptitle(
         f"{matrix_name(spectra)}: eigenvalues of each block{note}\nbars: residuals of the ends, ± "
-        "1 standard error of the mean"
+        "1 standard error of the mean, both with the error of the data where it is known"
     )
     return figure
 
@@ -409,12 +412,18 @@ def _edge_markers(
 
 def edges(panels: Sequence[Panel]) -> pd.DataFrame:
     """A row a panel: smallest, mean and largest eigenvalue, each with its error (nan where it
-    cannot be known).
+    cannot be known): residual or standard error over probes, and the data's.
     """
     columns = ("smallest", "smallest_error", "mean", "mean_error", "largest", "largest_error")
     parts = [p.spectrum for p in panels]
-    rows = [(*s.smallest[:2], *s.moment(1)[:2], *s.largest[:2]) for s in parts]
+    rows = [(*_edge(s.smallest), *_edge(s.moment(1)), *_edge(s.largest)) for s in parts]
     return pd.DataFrame(rows, columns=columns).astype(float)
+
+
+def _edge(found: Estimate | RitzValue) -> tuple[float, float]:
+    """A value and its total error."""
+    value, error, data_error = found
+    return value, math.nan if error is None else math.hypot(error, data_error or 0.0)
 
 
 def _lines(spectra: Mapping[str, Spectrum], max_blocks: int) -> tuple[list[Panel], str]:

@@ -184,7 +184,7 @@ class Objective:
                 continue
             parts = [batch] if size is None else self._cut(number, batch, size)
             for part in parts:
-                yield number, self._placed(part)
+                yield number, placed(part, self.device, self.dtype)
 
     def largest_batch(self) -> int:
         """Examples of the largest batch; 1 where no batch can be cut."""
@@ -223,13 +223,7 @@ class Objective:
 
     def _evaluated(self, batch: Any) -> tuple[Tensor, float]:
         with self._evaluating(self.replacements):
-            return self._value_of(self._placed(batch))
-
-    def _placed(self, batch: Any) -> Any:
-        """The batch where the model is, with what the loss has to add to it."""
-        complete = getattr(self.loss, "complete", None)
-        batch = placed(batch, self.device, self.dtype)
-        return batch if complete is None else complete(self.model, batch)
+            return self._value_of(placed(batch, self.device, self.dtype))
 
     def whole_batches(self) -> Iterator[Any]:
         """The batches as they were given."""

@@ -34,3 +34,13 @@ def jackknife_error(value: float, left_out: np.ndarray) -> float | None:
     if stderr is None:
         return None
     return math.hypot(stderr, (len(left_out) - 1) * (float(np.mean(left_out)) - value))
+
+
+def jackknife_errors(values: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+    """:func:`jackknife_error` of many numbers (...,) at once, from their values (n, ...) without
+    each unit; nan where the units are too few.
+    """
+    rest = len(left_out) - 1
+    if rest + 1 < FEWEST_UNITS:
+        return np.full(np.shape(values), np.nan)
+    return np.hypot(np.sqrt(rest * left_out.var(0)), rest * (left_out.mean(0) - values))

@@ -12,7 +12,13 @@ from rich.console import Console
 from blockspec.numerics.memory import readable
 from blockspec.runs.json_files import read_json
 from blockspec.runs.printing import print_frame
-from blockspec.spectra.collection import Spectra, read_table, spectra_of, write_parquet
+from blockspec.spectra.collection import (
+    Spectra,
+    mean_data_stderr,
+    read_table,
+    spectra_of,
+    write_parquet,
+)
 
 if TYPE_CHECKING:  # a summary is printed without torch and matplotlib
     from matplotlib.figure import Figure
@@ -98,7 +104,8 @@ def _distances(table: pd.DataFrame) -> dict[int, pd.DataFrame]:
 
 def summary(spectra: Spectra) -> pd.DataFrame:
     """A row a role of block (its kind, where there is nothing to tell apart), and one for the full
-    matrix: number, largest and smallest eigenvalue, mean eigenvalue.
+    matrix: number, largest and smallest eigenvalue, mean eigenvalue with its standard errors over
+    probes and over the data, and which part dominates the error of most of its spectra.
     """
     table = spectra.summary().reset_index()
     roles = [spectrum.block.role for spectrum in spectra.values()]
@@ -112,6 +119,10 @@ def summary(spectra: Spectra) -> pd.DataFrame:
             "mean": groups["trace"].sum() / groups["numel"].sum(),
             "stderr": groups["trace_stderr"].apply(lambda s: (s**2).sum(skipna=False) ** 0.5)
             / groups["numel"].sum(),
+            "data stderr": groups["block"].apply(
+                lambda names: mean_data_stderr([spectra[name] for name in names])
+            ),
+            "larger error": groups["dominant"].agg(lambda parts: parts.mode()[0]),
         }
     )
 
@@ -129,8 +140,9 @@ def show(run: Path) -> None:
         loss = f": loss {stage['loss']:.4f}" if stage.get("loss") is not None else ""
         outcome = _outcome(stage)
         title = f"{stage_name(stage, step)}{loss}" + (f", {outcome}" if outcome else "")
-        print_frame(console, _written(summary(spectra_of(rows))), title)
-        say(console, _origin(stage))
+        spectra = spectra_of(rows)
+        print_frame(console, _written(summary(spectra)), title)
+        say(console, spectra.data, _origin(stage))
     _show_heterogeneity(run, console)
     say(console, f"run folder: {run}  (run.json, spectra.parquet, heterogeneity.parquet, figures/)")
 
@@ -270,6 +282,7 @@ def _show_heterogeneity(run: Path, console: Console) -> None:
             "step": rows["step"].map(str),
             "mean": rows["js0"].map("{:.4g}".format),
             "standard error": rows["js0_stderr"].map(_number),
+            "of the data": rows.get("js0_data_stderr", pd.Series(index=rows.index)).map(_number),
         }
     )
     print_frame(console, frame, "heterogeneity: mean distance over all pairs of blocks")
@@ -287,6 +300,8 @@ def _written(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _number(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return "unknown" if pd.isna(value) else f"{value:.3g}"
 
 

@@ -14,10 +14,12 @@ import pandas as pd
 
 from blockspec.numerics.content import Digest
 from blockspec.spectra.collection import Spectra, spectra_of, write_parquet
-from blockspec.spectra.heterogeneity import DEFINITIONS, js0, js_distances
+from blockspec.spectra.heterogeneity import DEFINITIONS, js0, js_distance_errors, js_distances
 
 logger = logging.getLogger(__name__)
 SPECTRA, HETEROGENEITY = "spectra.parquet", "heterogeneity.parquet"
+DATA_ERRORS = ("jensen-shannon", "wasserstein")
+"""Distances that are computed again without each group of data; the others take minutes."""
 Rows = dict[str, pd.DataFrame]
 HASHED = {
     SPECTRA: ("block", "probe", "index", "node", "weight", "residual"),
@@ -152,17 +154,29 @@ def heterogeneity_of(spectra: Spectra, *, step: int) -> pd.DataFrame | None:
 
 
 def heterogeneity_table(spectra: Spectra, definition: str, *, step: int) -> pd.DataFrame:
-    """Distances of all pairs of blocks as a tidy table, with their mean and its standard error in
+    """Distances of all pairs of blocks as a tidy table, with their mean and its standard errors in
     every row.
     """
-    distances = js_distances(spectra, definition)
-    mean = js0(spectra, definition)
-    pairs = (
-        distances.rename_axis("block")
-        .reset_index()
-        .melt("block", var_name="other", value_name="distance")
+    quick = definition in DATA_ERRORS
+    mean = js0(spectra, definition, data_errors=quick)
+    distances = _melted(js_distances(spectra, definition), "distance")
+    errors = js_distance_errors(spectra, definition) if quick else None
+    if errors is None:
+        distances["distance_data_stderr"] = np.nan
+    else:
+        distances = distances.merge(_melted(errors, "distance_data_stderr"), on=["block", "other"])
+    return distances.assign(
+        step=step,
+        definition=definition,
+        js0=mean.value,
+        js0_stderr=mean.stderr,
+        js0_data_stderr=mean.data_stderr,
     )
-    return pairs.assign(step=step, definition=definition, js0=mean.value, js0_stderr=mean.stderr)
+
+
+def _melted(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    rows = table.rename_axis("block").reset_index()
+    return rows.melt("block", var_name="other", value_name=name)
 
 
 def _join(rows: pd.DataFrame, path: Path, recorded: Collection[int] = ()) -> None:

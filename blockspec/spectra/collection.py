@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,8 +17,8 @@ import pandas as pd
 from blockspec.model.pieces import FULL, Block
 from blockspec.numerics.density import spacing
 from blockspec.numerics.files import whole_file
-from blockspec.numerics.jackknife import FEWEST_UNITS
-from blockspec.spectra.data import Sample
+from blockspec.numerics.jackknife import FEWEST_UNITS, jackknife_error
+from blockspec.spectra.data import PER_GROUP, Sample, listed, sample_of
 from blockspec.spectra.notebook import html
 from blockspec.spectra.spectrum import Spectrum, drawing
 
@@ -185,6 +186,21 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
     )
 
 
+def mean_data_stderr(parts: Sequence[Spectrum]) -> float | None:
+    """Standard error over the data of the mean eigenvalue of several disjoint blocks; None where
+    they do not have the same groups of data.
+
+    Blocks share the data, so that their errors do not add like those of independent numbers.
+    """
+    means = [part.means_left_out(lambda nodes: nodes) for part in parts]
+    if len({0 if values is None else len(values) for values in means}) > 1 or means[0] is None:
+        return None
+    shares = np.array([part.block.numel for part in parts], dtype=np.float64)
+    shares /= shares.sum()
+    value = float(shares @ [part.moment(1).value for part in parts])
+    return jackknife_error(value, shares @ np.stack(means))  # type: ignore[arg-type]
+
+
 def _mixed_samples(parts: list[Spectrum], probes: int, order: np.ndarray) -> Sample | None:
     """Of the mixture, in the order (K, M) of its nodes; None where the parts do not have the same
     groups of data.
@@ -259,6 +275,7 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     for name, value in {
         "precision_error": 0.0,
         "known": False,
+        "units": 0,
     }.items():  # what files, or stages, of earlier versions lack
         if name not in table:
             table[name] = value
@@ -266,6 +283,9 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
             table[name] = (
                 table[name].astype(object).where(table[name].notna(), value).astype(type(value))
             )
+    for name in PER_GROUP:
+        if name not in table:
+            table[name] = None
     if missing := set(COLUMNS) - set(table.columns):
         raise ValueError(
             f"{path} is not a table of spectra: it lacks the columns {sorted(missing)}"
@@ -289,6 +309,7 @@ PER_BLOCK = (
     "distribution",
     "seed",
     "precision_error",
+    "units",
 )
 PER_PROBE = ("steps", "breakdown", "orthogonality", "steps_error")
 PER_NODE = {"node": "nodes", "weight": "weights", "residual": "residuals", "known": "known"}
@@ -304,6 +325,7 @@ COLUMNS = (
     *PER_PROBE,
     *PER_BLOCK,
     "role",
+    *PER_GROUP,
 )
 
 
@@ -322,6 +344,7 @@ def _frame(spectrum: Spectrum, step: int) -> pd.DataFrame:
     columns |= {column: getattr(spectrum, name).ravel() for column, name in PER_NODE.items()}
     columns |= {name: np.repeat(getattr(spectrum, name), places) for name in PER_PROBE}
     columns |= {name: getattr(spectrum, name) for name in PER_BLOCK}
+    columns |= listed(spectrum.sample, probes * places)
     return pd.DataFrame(columns).astype({"layer": "Int64"})[list(COLUMNS)]
 
 
@@ -340,26 +363,44 @@ def _spectrum(rows: pd.DataFrame) -> Spectrum:
     block = Block(
         first["block"], first["kind"], layer, int(first["numel"]), role=str(first["role"])
     )
-    return Spectrum(block=block, **arrays)
+    return Spectrum(
+        block=block, **arrays, sample=sample_of({name: rows[name] for name in PER_GROUP}, probes)
+    )
 
 
 def _summary(spectrum: Spectrum) -> dict[str, object]:
     block, trace = spectrum.block, spectrum.trace
+    largest, smallest = spectrum.largest, spectrum.smallest
+    error, data_error = spectrum.error, spectrum.data_error
     return {
         "block": block.name,
         "kind": block.kind,
         "layer": block.layer,
         "numel": block.numel,
-        "largest": spectrum.largest.value,
-        "smallest": spectrum.smallest.value,
-        "residual": max(spectrum.largest.residual, spectrum.smallest.residual),
+        "largest": largest.value,
+        "smallest": smallest.value,
+        "residual": max(largest.residual, smallest.residual),
+        "largest_data_stderr": largest.data_stderr,
+        "smallest_data_stderr": smallest.data_stderr,
         "trace": trace.value,
         "trace_stderr": trace.stderr,
-        "error": spectrum.error,
+        "trace_data_stderr": trace.data_stderr,
+        "error": error,
+        "data_error": data_error,
+        "total_error": None if data_error is None else math.hypot(error, data_error),
+        "dominant": _dominant(error, data_error),
         "probes": spectrum.num_probes,
         "steps": int(spectrum.steps.max()),
+        "units": spectrum.units,
         "exact": spectrum.exact,
     }
+
+
+def _dominant(error: float, data_error: float | None) -> str:
+    """Which part of the total error is the larger one: what to spend more on."""
+    if data_error is None:
+        return "unknown"
+    return "data" if data_error > error else "estimate"
 
 
 def kept(

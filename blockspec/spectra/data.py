@@ -11,6 +11,7 @@ them have the covariance that the jackknife gives.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +19,16 @@ from scipy.special import ndtri, stdtrit
 
 from blockspec.numerics.jackknife import FEWEST_UNITS
 
-CELLS = 512  # between which distribution functions are compared
-DRAWS = 1000  # of random combinations: the level that is found is then 0.95 +- 0.007
+CELLS = 256  # between which distribution functions are compared
+DRAWS = 400  # of random combinations: the level that is found is then 0.95 +- 0.011
 LEVEL = 0.95
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Quadratures without each of n groups of data, place by place beside those of the spectrum.
+    """By how much a spectrum's nodes and weights change when each of n groups of data is left out.
+
+    They are kept in float32, which is closer than they are known.
 
     Attributes:
         nodes: (n, K, M) in the order of the spectrum's nodes; K may be 1 where all rows are equal.
@@ -34,6 +37,17 @@ class Sample:
 
     nodes: np.ndarray
     weights: np.ndarray
+
+    @classmethod
+    def of(
+        cls, nodes: np.ndarray, weights: np.ndarray, without: tuple[np.ndarray, np.ndarray]
+    ) -> Sample:
+        """From nodes and weights (K, M), and those without each group, (n, K, M) both."""
+        changes = (
+            without[0] - nodes[: without[0].shape[1]],
+            without[1] - weights[: without[1].shape[1]],
+        )
+        return cls(*(change.astype(np.float32) for change in changes))
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -54,19 +68,47 @@ class Sample:
         if not self.known:
             return None
         count = len(self)
-        pooled = np.sort(np.concatenate([nodes.ravel(), self.nodes.ravel()]))
+        without = nodes + self.nodes
+        pooled = np.sort(np.concatenate([nodes.ravel(), without.ravel()]))
         places = np.linspace(0, len(pooled) - 1, min(CELLS, len(pooled))).round().astype(int)
         grid = np.unique(pooled[places])
         if len(grid) < 2:
             return 0.0
-        found = np.stack(
-            [_integrals(n, w, grid) for n, w in zip(self.nodes, self.weights, strict=True)]
-        )
+        pairs = zip(without, weights + self.weights, strict=True)
+        found = np.stack([_integrals(*pair, grid) for pair in pairs])
         centred = found - found.mean(0)
         drawn = np.random.default_rng(0).standard_normal((DRAWS, count))
         moved = math.sqrt((count - 1) / count) * drawn @ centred
         few = float(stdtrit(count - 1, (1 + LEVEL) / 2) / ndtri((1 + LEVEL) / 2))
         return few * float(np.quantile(np.abs(moved).sum(1), LEVEL))
+
+
+PER_GROUP = {"node_changes": "nodes", "weight_changes": "weights"}
+"""Columns of lists: what changes when each group of data is left out."""
+
+
+def listed(sample: Sample | None, rows: int) -> dict[str, list[np.ndarray | None]]:
+    """The columns of a table with so many rows, one for each node of each probe; rows of an exact
+    spectrum are equal, and only the first probe's are written.
+    """
+    found: dict[str, list[np.ndarray | None]] = {}
+    for column, name in PER_GROUP.items():
+        changes = [] if sample is None else list(getattr(sample, name).reshape(len(sample), -1).T)
+        found[column] = changes + [None] * (rows - len(changes))
+    return found
+
+
+def sample_of(columns: Mapping[str, Iterable[object]], probes: int) -> Sample | None:
+    """What :func:`listed` gave, read from the columns of one spectrum; None where it lacks them."""
+    arrays = []
+    for column in PER_GROUP:
+        lists = list(columns[column])
+        written = [value for value in lists if isinstance(value, np.ndarray)]
+        if not written:
+            return None
+        changes = np.stack(written).T.astype(np.float32)
+        arrays.append(changes.reshape(len(changes), -1, len(lists) // probes))
+    return Sample(*arrays)
 
 
 def _integrals(nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray) -> np.ndarray:

@@ -14,9 +14,9 @@ from scipy.special import xlogy
 
 from blockspec.model.pieces import FULL
 from blockspec.numerics.density import RELATIVE_WIDTH, gaussians
-from blockspec.numerics.jackknife import jackknife_error
+from blockspec.numerics.jackknife import FEWEST_UNITS, jackknife_error, jackknife_errors
 from blockspec.numerics.measures import wasserstein
-from blockspec.spectra.resolved import even_grid, resolved_density
+from blockspec.spectra.resolved import even_grid, resolved_mean
 from blockspec.spectra.spectrum import Estimate, Spectrum
 
 DEFINITIONS = ("jensen-shannon", "resolved", "symmetrised-kl", "wasserstein")
@@ -27,6 +27,8 @@ PAPER_POINTS = 50_000
 PAPER_FLOOR = 1e-258
 MARGIN = 1.0  # of the grid of resolved distances, on the scale asinh(x / linear): ten widths
 POINTS = 2000  # of the common grid of jensen-shannon; 20 to 60 points per width
+
+OPTIONS = {"linear": None, "width": PAPER_WIDTH, "points": PAPER_POINTS, "floor": PAPER_FLOOR}
 
 Rows = list[tuple[np.ndarray, np.ndarray]]
 """Nodes (N,) and weights (N,) of each block, the probes merged into one measure."""
@@ -84,8 +86,37 @@ def js_distances(
     return pd.DataFrame(distances, index=list(parts), columns=list(parts))
 
 
-def js0(
+def js_distance_errors(
     spectra: Mapping[str, Spectrum], definition: str = "jensen-shannon", **settings: float
+) -> pd.DataFrame | None:
+    """Errors of :func:`js_distances` that come from the data: (blocks x blocks) standard errors.
+
+    All distances are computed again without each group of data, 32 times at most.
+
+    Args:
+        spectra, definition, settings: As there.
+
+    Returns:
+        None where the spectra do not have the same groups of data, at least 8 of them.
+    """
+    parts = _beside_each_other(spectra)
+    without = _without_groups(list(parts.values()))
+    if len(without) < FEWEST_UNITS:
+        return None
+    options = OPTIONS | settings
+    values, *left_out = (
+        _distances(some, definition, options) for some in (list(parts.values()), *without)
+    )
+    errors = jackknife_errors(values, np.stack(left_out))
+    return pd.DataFrame(errors, index=list(parts), columns=list(parts))
+
+
+def js0(
+    spectra: Mapping[str, Spectrum],
+    definition: str = "jensen-shannon",
+    *,
+    data_errors: bool = True,
+    **settings: float,
 ) -> Estimate:
     """Heterogeneity of a model: the mean distance over all pairs of blocks (JS^0 of arXiv
     2402.16788, there at initialisation).
@@ -98,6 +129,8 @@ def js0(
 
     Args:
         spectra, definition, settings: See :func:`js_distances`.
+        data_errors: Also how far the number of the population may lie that the data is a sample of,
+            from all distances without each group of data.
 
     Returns:
         The corrected mean. With one probe it is not corrected, and its standard error is None; it
@@ -107,40 +140,40 @@ def js0(
     parts = list(_beside_each_other(spectra).values())
     if len(parts) < 2:
         raise ValueError(f"a mean over pairs needs at least 2 blocks, got {len(parts)}")
-    options = {
-        "linear": None,
-        "width": PAPER_WIDTH,
-        "points": PAPER_POINTS,
-        "floor": PAPER_FLOOR,
-    } | settings
+    options = OPTIONS | settings
     return mean_over_probes(
-        parts, lambda some: _mean_over_pairs(_distances(some, definition, options))
+        parts,
+        lambda some: _mean_over_pairs(_distances(some, definition, options)),
+        data_errors=data_errors,
     )
 
 
 def mean_over_probes(
-    parts: Sequence[Spectrum], statistic: Callable[[list[Spectrum]], float]
+    parts: Sequence[Spectrum],
+    statistic: Callable[[list[Spectrum]], float],
+    *,
+    data_errors: bool = True,
 ) -> Estimate:
     """A number that is not negative, made of spectra, by the jackknife over their probes, and over
     the data; see :func:`js0`.
     """
     value = statistic(list(parts))
-    return _over_probes(parts, statistic, value)._replace(
-        data_stderr=_over_data(parts, statistic, value)
-    )
+    found = _over_probes(parts, statistic, value)
+    without = _without_groups(parts) if data_errors else []
+    if len(without) < FEWEST_UNITS:
+        return found
+    left_out = np.array([statistic(some) for some in without])
+    return found._replace(data_stderr=jackknife_error(value, left_out))
 
 
-def _over_data(
-    parts: Sequence[Spectrum], statistic: Callable[[list[Spectrum]], float], value: float
-) -> float | None:
-    """The error of the number that comes from the data: all spectra without the same group of data,
-    one group after the other; None where they do not have the same groups.
+def _without_groups(parts: Sequence[Spectrum]) -> list[list[Spectrum]]:
+    """All spectra without the same group of data, one group after the other; none where they do not
+    have the same groups.
     """
     without = [part.without_groups() for part in parts]
     if len({len(part) for part in without}) > 1:
-        return None
-    left_out = np.array([statistic(list(group)) for group in zip(*without, strict=True)])
-    return jackknife_error(value, left_out)
+        return []
+    return [list(some) for some in zip(*without, strict=True)]
 
 
 def _over_probes(
@@ -221,8 +254,8 @@ def _resolved(parts: list[Spectrum], linear: float) -> np.ndarray:
     distances = np.zeros((len(parts), len(parts)))
     for i, first in enumerate(parts):
         for j, second in enumerate(parts[:i]):
-            one = resolved_density(first, grid, linear, like=second)[0]
-            other = resolved_density(second, grid, linear, like=first)[0]
+            one = resolved_mean(first, grid, linear, like=second)
+            other = resolved_mean(second, grid, linear, like=first)
             masses = np.stack([one, other]) * cells
             masses /= masses.sum(1, keepdims=True)
             distances[i, j] = distances[j, i] = jensen_shannon(masses)[0, 1]

@@ -44,16 +44,38 @@ def resolved_density(
         like: A spectrum to compare with: the density is not drawn finer than that one is.
 
     Returns:
-        Mean (G,) and standard error (G,) over probes; the error is 0 where there is one probe.
+        Mean (G,) and total standard error (G,), over probes and over the data; where there is one
+        probe, or the data's error is not known, without that part.
     """
-    widths = spectrum.widths(linear)
-    if like is not None:
-        order = np.argsort(like.nodes, axis=None)
-        other = like.widths(linear).ravel()[order]
-        widths = np.maximum(widths, np.interp(spectrum.nodes, like.nodes.ravel()[order], other))
-    densities = np.stack(
-        [mixture(*p, grid) for p in zip(spectrum.nodes, spectrum.weights, widths, strict=True)]
-    )
+    widths = _widths(spectrum, linear, like)
+    densities = _drawn(spectrum, widths, grid)
     probes = len(densities)
     error = densities.std(0, ddof=1) / math.sqrt(probes) if probes > 1 else np.zeros(len(grid))
+    if (without := spectrum.left_out()) is not None:
+        flat = zip(*(array.reshape(len(array), -1) for array in without), strict=True)
+        left_out = np.stack([mixture(n, w, widths.ravel(), grid) for n, w in flat]) / probes
+        error = np.hypot(error, np.sqrt((len(left_out) - 1) * left_out.var(0)))
     return densities.mean(0), error
+
+
+def resolved_mean(
+    spectrum: Spectrum, grid: np.ndarray, linear: float, *, like: Spectrum | None = None
+) -> np.ndarray:
+    """(G,) the mean of :func:`resolved_density` alone."""
+    return _drawn(spectrum, _widths(spectrum, linear, like), grid).mean(0)
+
+
+def _drawn(spectrum: Spectrum, widths: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """(K, G)"""
+    rows = zip(spectrum.nodes, spectrum.weights, widths, strict=True)
+    return np.stack([mixture(*row, grid) for row in rows])
+
+
+def _widths(spectrum: Spectrum, linear: float, like: Spectrum | None) -> np.ndarray:
+    """(K, M)"""
+    widths = spectrum.widths(linear)
+    if like is None:
+        return widths
+    order = np.argsort(like.nodes, axis=None)
+    other = like.widths(linear).ravel()[order]
+    return np.maximum(widths, np.interp(spectrum.nodes, like.nodes.ravel()[order], other))

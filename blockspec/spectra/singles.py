@@ -93,7 +93,9 @@ def _rescaled(weights: np.ndarray, known: np.ndarray, exact: float) -> np.ndarra
 
 def _sample(found: Spectrum, weights: np.ndarray) -> Sample:
     """The same without each group of data, whose weights change as those of the whole do."""
-    assert found.sample is not None
-    factor = weights / np.where(found.weights > 0, found.weights, 1.0)
-    without = found.sample.weights * factor
-    return replace(found.sample, weights=without / without.sum(axis=-1, keepdims=True))
+    before = found.left_out()
+    assert before is not None
+    nodes, shares = before
+    without = shares * weights / np.where(found.weights > 0, found.weights, 1.0)
+    without = without / without.sum(axis=-1, keepdims=True)
+    return Sample.of(found.nodes, weights, (nodes, without))

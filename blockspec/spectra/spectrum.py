@@ -240,17 +240,17 @@ class Spectrum:
 
     def without_groups(self) -> list[Spectrum]:
         """What it would be without each group of data; empty where these were not told apart."""
-        if self.sample is None:
+        found = self.left_out()
+        if found is None:
             return []
         parts = []
-        for nodes, weights in zip(self.sample.nodes, self.sample.weights, strict=True):
-            order = np.argsort(np.broadcast_to(nodes, self.nodes.shape), axis=1)
+        for nodes, weights in zip(*found, strict=True):
+            order = np.argsort(nodes, axis=1)
             arrays = {"nodes": nodes, "weights": weights, "known": self.known}
             arrays |= {"residuals": self.residuals}
             arrays |= {} if self.apart is None else {"apart": self.apart}
             rows: dict[str, Any] = {
-                name: np.take_along_axis(np.broadcast_to(array, self.nodes.shape), order, 1)
-                for name, array in arrays.items()
+                name: np.take_along_axis(array, order, 1) for name, array in arrays.items()
             }
             parts.append(replace(self, **rows, sample=None))
         return parts
@@ -265,13 +265,17 @@ class Spectrum:
         """
         return with_exact_weights(self)
 
+    def left_out(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Nodes and weights, both (n, K, M), without each group of data, place by place."""
+        if self.sample is None:
+            return None
+        return self.nodes + self.sample.nodes, self.weights + self.sample.weights
+
     def _ritz(self, place: np.intp, extreme: Callable[..., np.ndarray]) -> RitzValue:
         value, residual = float(self.nodes.flat[place]), float(self.residuals.flat[place])
-        if self.sample is None:
+        if (without := self.left_out()) is None:
             return RitzValue(value, residual)
-        return RitzValue(
-            value, residual, jackknife_error(value, extreme(self.sample.nodes, (1, 2)))
-        )
+        return RitzValue(value, residual, jackknife_error(value, extreme(without[0], (1, 2))))
 
     def moment(self, k: int) -> Estimate:
         """tr(H^k) / P: the mean over probes of ``v' H^k v`` with v of norm 1; exact per probe for k
@@ -282,10 +286,19 @@ class Spectrum:
     def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
         """tr f(H) / P for a function f of an array of eigenvalues."""
         found = estimate((self.weights * function(self.nodes)).sum(1), exact=self.exact)
-        if self.sample is None:
-            return found
-        without = (self.sample.weights * function(self.sample.nodes)).sum(2).mean(1)
-        return found._replace(data_stderr=jackknife_error(found.value, without))
+        without = self.means_left_out(function)
+        return (
+            found
+            if without is None
+            else found._replace(data_stderr=jackknife_error(found.value, without))
+        )
+
+    def means_left_out(self, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | None:
+        """(n,) :meth:`mean` without each group of data; None where these were not told apart."""
+        if (without := self.left_out()) is None:
+            return None
+        nodes, weights = without
+        return (weights * function(nodes)).sum(2).mean(1)
 
     def cdf(self, points: np.ndarray) -> np.ndarray:
         """(G,) share of the eigenvalues that are at most ``points`` (G,), mean over probes."""
