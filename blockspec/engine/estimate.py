@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockspec.engine.accuracy import Accuracy
+from blockspec.engine.enough import ESTIMATES_SHARE, check_objective, with_enough_data
 from blockspec.engine.interrupts import held_back
 from blockspec.engine.plan import Plan, agree, check_possible, fit, plan
 from blockspec.engine.results import spectrum_of
 from blockspec.engine.sampling import Sampling
 from blockspec.engine.schedule import Schedule, deal
 from blockspec.engine.settings import EstimateSettings, Execution
-from blockspec.engine.state import Keeper
+from blockspec.engine.state import Keeper, clear
 from blockspec.engine.task import Probing, Task
 from blockspec.model.blocks import Block
 from blockspec.model.identity import identity_of, same_everywhere
@@ -83,6 +84,10 @@ def estimate_spectra(
             block's name).
         TypeError: A setting is of another type.
     """
+    if settings.data == "auto":
+        return _with_enough_data(
+            objective, blocks, settings, execution, state, keep_state, progress
+        )
     prepared = _prepare(
         objective, blocks, settings, columns=execution.columns, bounded=execution.memory is not None
     )
@@ -125,6 +130,50 @@ def estimate_spectra(
     by_name = {spectrum.block.name: spectrum for part in found for spectrum in part}
     cost = Cost(operator.gradients, operator.products, check_of(operator))
     return Spectra((by_name[block.name] for block in prepared.blocks), cost=cost)
+
+
+def _with_enough_data(
+    objective: Objective | None,
+    blocks: Sequence[Block] | Block,
+    settings: EstimateSettings,
+    execution: Execution,
+    state: str | os.PathLike[str] | None,
+    keep_state: bool,
+    progress: Progress | None,
+) -> Spectra:
+    """The estimate with ``data="auto"``: rounds with a part of the data each."""
+    whole = check_objective(objective)
+    by_name = {b.name: b for b in ((blocks,) if isinstance(blocks, Block) else blocks)}
+    own = replace(settings, data="all", tolerance=ESTIMATES_SHARE * settings.tolerance)
+    done = 0
+
+    def measure(part: Objective, names: Sequence[str], name: str) -> tuple[list[Spectrum], Cost]:
+        nonlocal done
+        latest = 0
+
+        def after_sweep(products: int, total: int | None) -> None:
+            nonlocal latest
+            latest = products
+            if progress is not None:
+                progress(done + products, None if total is None else done + total)
+
+        spectra = estimate_spectra(
+            part,
+            [by_name[name] for name in names],
+            **vars(own),
+            **vars(execution),
+            state=None if state is None else Path(state) / name,
+            keep_state=True,
+            progress=after_sweep,
+        )
+        done += latest
+        assert spectra.cost is not None
+        return list(spectra.values()), spectra.cost
+
+    found, cost = with_enough_data(whole, list(by_name), settings.tolerance, settings.seed, measure)
+    if state is not None and not keep_state:
+        everywhere(lambda: clear(Path(state)))
+    return Spectra((found[name] for name in by_name), cost=cost)
 
 
 @takes(settings=EstimateSettings, execution=Execution, positional=("num_probes", "num_steps"))

@@ -50,6 +50,9 @@ class EstimateSettings(OperatorSettings):
         precision: tf32 or bfloat16 products are faster on GPUs that have them. The error that they
             cause is measured with two more products a block (eight for small ones), and is a part
             of the stated error. If left out, products have the precision of the parameters.
+        data: all takes all of the data; auto takes as many units of it, drawn at random, as each
+            block needs, so that the total error (steps, probes and data) is within the tolerance.
+            It goes with num_probes and num_steps auto.
         data_errors: Measure also how far the numbers of the population that the batches are drawn
             from may lie, see :mod:`blockspec.spectra.data`. No product more is needed. The units
             are the micro-batches as they go through the model; they must have been drawn
@@ -65,6 +68,7 @@ class EstimateSettings(OperatorSettings):
     basis_dtype: Literal["bfloat16", "float32", "float64"] | None = None
     basis_device: str | None = None
     precision: Literal["tf32", "bfloat16"] | None = None
+    data: Literal["all", "auto"] = "all"
     data_errors: bool = True
 
     def __post_init__(self) -> None:
@@ -76,6 +80,12 @@ class EstimateSettings(OperatorSettings):
         _check_choice("distribution", self.distribution, DISTRIBUTIONS)
         if self.basis_dtype is not None:
             _check_choice("basis_dtype", self.basis_dtype, tuple(STORED))
+        _check_choice("data", self.data, ("all", "auto"))
+        if self.data == "auto" and not (self.reorthogonalize and self.data_errors):
+            raise ValueError(
+                "data='auto' needs the errors of the data: leave out data_errors=False and "
+                "reorthogonalize=False"
+            )
         if self.basis_device is not None:
             _check_device("basis_device", self.basis_device)
         precisions.check(self.precision)

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = re.compile(
     r"\.?(state-\d+of\d+-\d+of\d+-)\d{8}\.safetensors(?:\.[0-9a-f]{8}\.partial)?"
 )
+ROUND_FOLDER = re.compile(r"units_\d+_\d+")  # of an estimate with as much data as it needs
 KEPT = 2  # states of one process: another of its group may be killed between its own two
 
 Content = tuple[dict[str, Tensor], dict[str, Any]]
@@ -188,6 +190,10 @@ def clear(folder: Path, prefix: str = "") -> None:
     for path in folder.glob("*"):
         if (match := STATE_FILE.fullmatch(path.name)) and match[1].startswith(prefix):
             path.unlink(missing_ok=True)
+        if path.is_dir() and ROUND_FOLDER.fullmatch(path.name):
+            clear(path)
+            with suppress(OSError):  # not empty: what others put there is theirs
+                path.rmdir()
 
 
 def _content(schedule: Schedule) -> tuple[dict[str, Tensor], dict[str, Any]]:

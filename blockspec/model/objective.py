@@ -4,8 +4,9 @@ curvature is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -224,6 +225,24 @@ class Objective:
     def _evaluated(self, batch: Any) -> tuple[Tensor, float]:
         with self._evaluating(self.replacements):
             return self._value_of(placed(batch, self.device, self.dtype))
+
+    def num_units(self) -> int:
+        """Micro-batches in all, which are the units of data."""
+        return sum(1 for _ in self._units())
+
+    def of_units(self, numbers: Collection[int]) -> Objective:
+        """The same function on some of the micro-batches, by their numbers in the order of the
+        data.
+        """
+        part = copy(self)
+        part._batches = [unit for number, unit in enumerate(self._units()) if number in numbers]
+        part._carriers = {}
+        return part
+
+    def _units(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.whole_batches()):
+            size = self.micro_batch
+            yield from [batch] if size is None else self._cut(number, batch, size)
 
     def whole_batches(self) -> Iterator[Any]:
         """The batches as they were given."""

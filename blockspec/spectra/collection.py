@@ -88,7 +88,8 @@ class Spectra(Mapping[str, Spectrum]):
                 f"{FEWEST_UNITS} are needed: cut it finer with Objective(..., micro_batch=1), or "
                 "give more"
             )
-        return f"errors of the data from {fewest} units"
+        most = max(units)
+        return f"errors of the data from {fewest} {f'to {most} ' if most > fewest else ''}units"
 
     def select(
         self, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
@@ -187,18 +188,22 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
 
 
 def mean_data_stderr(parts: Sequence[Spectrum]) -> float | None:
-    """Standard error over the data of the mean eigenvalue of several disjoint blocks; None where
-    they do not have the same groups of data.
+    """Standard error over the data of the mean eigenvalue of several disjoint blocks; None where it
+    is not known of one of them.
 
-    Blocks share the data, so that their errors do not add like those of independent numbers.
+    Blocks share the data, so that their errors do not add like those of independent numbers; but
+    those of blocks that were done with other numbers of units do.
     """
-    means = [part.means_left_out(lambda nodes: nodes) for part in parts]
-    if len({0 if values is None else len(values) for values in means}) > 1 or means[0] is None:
-        return None
-    shares = np.array([part.block.numel for part in parts], dtype=np.float64)
-    shares /= shares.sum()
-    value = float(shares @ [part.moment(1).value for part in parts])
-    return jackknife_error(value, shares @ np.stack(means))  # type: ignore[arg-type]
+    total = sum(part.block.numel for part in parts)
+    sums: dict[int, np.ndarray] = {}
+    for part in parts:
+        values = part.means_left_out(lambda nodes: nodes)
+        if values is None:
+            return None
+        changes = (values - part.moment(1).value) * part.block.numel / total
+        sums[part.units] = sums.get(part.units, 0.0) + changes
+    errors = [jackknife_error(0.0, changes) for changes in sums.values()]
+    return None if None in errors else math.hypot(*errors)  # type: ignore[arg-type]
 
 
 def _mixed_samples(parts: list[Spectrum], probes: int, order: np.ndarray) -> Sample | None:
@@ -206,7 +211,7 @@ def _mixed_samples(parts: list[Spectrum], probes: int, order: np.ndarray) -> Sam
     groups of data.
     """
     samples = [part.sample for part in parts]
-    if len({0 if sample is None else len(sample) for sample in samples}) > 1:
+    if len({part.units for part in parts}) > 1:
         return None
     total = sum(part.block.numel for part in parts)
     nodes, weights = [], []

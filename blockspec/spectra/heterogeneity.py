@@ -14,7 +14,7 @@ from scipy.special import xlogy
 
 from blockspec.model.pieces import FULL
 from blockspec.numerics.density import RELATIVE_WIDTH, gaussians
-from blockspec.numerics.jackknife import FEWEST_UNITS, jackknife_error, jackknife_errors
+from blockspec.numerics.jackknife import jackknife_error, jackknife_errors
 from blockspec.numerics.measures import wasserstein
 from blockspec.spectra.resolved import even_grid, resolved_mean
 from blockspec.spectra.spectrum import Estimate, Spectrum
@@ -97,18 +97,19 @@ def js_distance_errors(
         spectra, definition, settings: As there.
 
     Returns:
-        None where the spectra do not have the same groups of data, at least 8 of them.
+        None where the data's error is not known.
     """
     parts = _beside_each_other(spectra)
-    without = _without_groups(list(parts.values()))
-    if len(without) < FEWEST_UNITS:
+    some = list(parts.values())
+    if any(part.sample is None or not part.sample.known for part in some):
         return None
     options = OPTIONS | settings
-    values, *left_out = (
-        _distances(some, definition, options) for some in (list(parts.values()), *without)
-    )
-    errors = jackknife_errors(values, np.stack(left_out))
-    return pd.DataFrame(errors, index=list(parts), columns=list(parts))
+    values = _distances(some, definition, options)
+    squares = np.zeros_like(values)
+    for units in {part.units for part in some}:
+        left_out = [_distances(s, definition, options) for s in _without_groups(some, units)]
+        squares += jackknife_errors(values, np.stack(left_out)) ** 2
+    return pd.DataFrame(np.sqrt(squares), index=list(parts), columns=list(parts))
 
 
 def js0(
@@ -159,21 +160,41 @@ def mean_over_probes(
     """
     value = statistic(list(parts))
     found = _over_probes(parts, statistic, value)
-    without = _without_groups(parts) if data_errors else []
-    if len(without) < FEWEST_UNITS:
+    if not data_errors:
         return found
-    left_out = np.array([statistic(some) for some in without])
-    return found._replace(data_stderr=jackknife_error(value, left_out))
+    return found._replace(data_stderr=_over_data(parts, statistic, value))
 
 
-def _without_groups(parts: Sequence[Spectrum]) -> list[list[Spectrum]]:
-    """All spectra without the same group of data, one group after the other; none where they do not
-    have the same groups.
+def _over_data(
+    parts: Sequence[Spectrum], statistic: Callable[[list[Spectrum]], float], value: float
+) -> float | None:
+    """The error of the number that comes from the data; None where it is not known of a part.
+
+    Spectra from the same units of data lose the same group at a time. Those from other numbers of
+    units take their turn, and the errors add like those of independent samples.
     """
-    without = [part.without_groups() for part in parts]
-    if len({len(part) for part in without}) > 1:
-        return []
-    return [list(some) for some in zip(*without, strict=True)]
+    if any(part.sample is None for part in parts):
+        return None
+    squares = 0.0
+    for units in {part.units for part in parts}:
+        left_out = np.array([statistic(some) for some in _without_groups(parts, units)])
+        error = jackknife_error(value, left_out)
+        if error is None:
+            return None
+        squares += error**2
+    return math.sqrt(squares)
+
+
+def _without_groups(parts: Sequence[Spectrum], units: int) -> list[list[Spectrum]]:
+    """All spectra, those from so many units without the same group of data, one group after the
+    other.
+    """
+    without = [part.without_groups() if part.units == units else None for part in parts]
+    count = min(len(some) for some in without if some is not None)
+    return [
+        [part if some is None else some[group] for part, some in zip(parts, without, strict=True)]
+        for group in range(count)
+    ]
 
 
 def _over_probes(

@@ -1,0 +1,153 @@
+"""Just enough data: as many units as the tolerance needs for each block.
+
+The idea. The total error has three parts: steps, probes and data. For n units, K probes and m steps
+a probe, the work is ``n K m``, and the parts fall like ``1 / m``, ``1 / sqrt(K)`` and ``1 /
+sqrt(n)``. The work is least where the squares of the parts are as 1 : 2 : 2. So the estimate itself
+is held within ``sqrt(3 / 5)`` of the tolerance, and the data may use what it leaves.
+
+A first round takes ``FIRST`` units for all blocks. Its error of the data foretells how many units
+each block needs. Blocks that need about as many go through the next round together, and the round
+after that is only for those whose error was foretold too small. Units are taken in a random order,
+each round's among those of the next: batches are often sorted, and the first ones would be no
+sample.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from blockspec.model.objective import Objective
+from blockspec.spectra.collection import Cost
+from blockspec.spectra.spectrum import Spectrum
+
+FIRST = 16  # units of the first round: enough to know their spread to a fifth
+ESTIMATES_SHARE = math.sqrt(3 / 5)  # of the tolerance
+SPARE = 1.15  # times the units that were foretold: half of the foretold numbers are too small
+LEAST = 1.5  # times the units of the round before, so that few rounds follow
+FINENESS = math.sqrt(2)  # between two numbers of units that rounds have
+
+COUNTED = ("gradients", "products")
+
+Measure = Callable[[Objective, Sequence[str], str], tuple[list[Spectrum], Cost]]
+"""``measure(objective, names of blocks, name of the round)``: their spectra."""
+
+
+def with_enough_data(
+    objective: Objective, names: Sequence[str], tolerance: float, seed: int, measure: Measure
+) -> tuple[dict[str, Spectrum], Cost]:
+    """The spectra by block, each from as many units of data as it needs.
+
+    Args:
+        objective: With all of the data.
+        names: Of the blocks.
+        tolerance: Of the total error, relative to the block's norm.
+        seed: Of the order in which units are taken.
+        measure: Makes spectra from a part of the data.
+    """
+    available = objective.num_units()
+    order = np.random.default_rng(seed).permutation(available)
+    found: dict[str, Spectrum] = {}
+    costs: list[Cost] = []
+    asked = dict.fromkeys(names, min(FIRST, available))
+    while asked:
+        for units, group in _groups(asked):
+            part = objective.of_units(sorted(order[:units].tolist()))
+            spectra, cost = measure(part, group, f"units_{units}_{len(costs)}")
+            costs.append(cost)
+            found |= {spectrum.block.name: spectrum for spectrum in spectra}
+        asked = _still_needed(found, list(asked), tolerance, available)
+    _warn_of_too_few(found, tolerance, available)
+    gradients, products = (sum(getattr(c, name) for c in costs) for name in COUNTED)
+    return found, replace(costs[0], gradients=gradients, products=products)
+
+
+def _groups(asked: dict[str, int]) -> Iterator[tuple[int, list[str]]]:
+    """Blocks that are given the same number of units."""
+    for units in sorted(set(asked.values())):
+        yield units, [name for name, number in asked.items() if number == units]
+
+
+def _still_needed(
+    found: dict[str, Spectrum], names: Sequence[str], tolerance: float, available: int
+) -> dict[str, int]:
+    """By block, the units of its next round; without those that are done, or have all of them."""
+    asked = {}
+    for name in names:
+        spectrum = found[name]
+        needed = SPARE * units_needed(spectrum, tolerance)
+        if needed > SPARE * spectrum.units and spectrum.units < available:
+            needed = max(needed, LEAST * spectrum.units)
+            steps = math.ceil(math.log(needed / FIRST, FINENESS))
+            asked[name] = min(available, round(FIRST * FINENESS**steps))
+    return asked
+
+
+def units_needed(spectrum: Spectrum, tolerance: float) -> int:
+    """How many units of data, of those that the spectrum is of, bring its total error within the
+    tolerance, relative to its norm; the error of the data falls like one over their root.
+
+    The error of the estimate is given at least what :data:`ESTIMATES_SHARE` leaves to the data.
+    """
+    allowed = tolerance * spectrum.norm
+    total, data = spectrum.total_error, spectrum.data_error
+    if total is None or data is None:
+        raise ValueError(
+            f"block {spectrum.block.name!r}: the error of its data is not known "
+            f"({spectrum.units} units)"
+        )
+    if total <= allowed or spectrum.is_zero:
+        return spectrum.units
+    left = allowed**2 - min(spectrum.error, ESTIMATES_SHARE * allowed) ** 2
+    return max(math.ceil(spectrum.units * data**2 / left), spectrum.units + 1)
+
+
+def _warn_of_too_few(found: dict[str, Spectrum], tolerance: float, available: int) -> None:
+    """Says how far the data got, and how many units would do."""
+    missing = {
+        name: units_needed(spectrum, tolerance)
+        for name, spectrum in found.items()
+        if spectrum.data_error is not None
+        and spectrum.data_error > tolerance * spectrum.norm * math.sqrt(1 - ESTIMATES_SHARE**2)
+        and units_needed(spectrum, tolerance) > spectrum.units
+    }
+    if not missing:
+        return
+    worst = max(missing, key=lambda name: missing[name])
+    error = found[worst].data_error
+    assert error is not None
+    warnings.warn(
+        f"the data are too few for the tolerance {tolerance:g} of {len(missing)} of {len(found)} "
+        f"blocks: of {worst!r} the error of the data is {error / found[worst].norm:.1e} of the "
+        f"norm with {found[worst].units} of {available} units; about {missing[worst]} units would "
+        "do",
+        stacklevel=4,
+    )
+
+
+def check_objective(objective: Objective | None) -> Objective:
+    """What ``data="auto"`` needs.
+
+    Raises:
+        ValueError: There is no objective, its data cannot be divided, or too few units.
+    """
+    if objective is None:
+        raise ValueError(
+            "data='auto' needs an objective: it takes as many of its batches as the error of the "
+            "data asks for"
+        )
+    if objective.sharded:
+        raise ValueError(
+            "data='auto' is not for Objective(..., sharded=True), where each process holds data of "
+            "its own: give every process all batches, and leave out sharded"
+        )
+    if (units := objective.num_units()) < FIRST:
+        raise ValueError(
+            f"data='auto' needs at least {FIRST} units, and the data go through the model in "
+            f"{units}: cut them finer with Objective(..., micro_batch=1), or give more"
+        )
+    return objective

@@ -1,0 +1,138 @@
+"""As much data as the tolerance needs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import blockspec
+from blockspec.engine.enough import FIRST, units_needed
+from blockspec.numerics.measures import wasserstein
+
+POPULATION, SIZES = 1200, {"plain": 40, "heavy": 40}
+
+
+class Sampled(nn.Module):
+    """A quadratic form a block, whose matrix is the mean over examples of outer products."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(size)) for name, size in SIZES.items()}
+        )
+
+    def forward(self, rows):
+        """rows: block -> (B, size)"""
+        return sum((rows[name] @ w) ** 2 / 2 for name, w in self.weights.items())
+
+
+def examples(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.arange(1, 41) ** -0.5
+    rows = {name: torch.randn(count, 40, generator=generator) * scale for name in SIZES}
+    rows["heavy"] *= (0.6 * torch.randn(count, 1, generator=generator)).exp()
+    return rows
+
+
+def spectra(chosen, **settings):
+    rows = [
+        {name: part[None] for name, part in zip(chosen, each, strict=True)}
+        for each in zip(*chosen.values(), strict=True)
+    ]
+    objective = blockspec.Objective(Sampled(), rows, loss)
+    blocks = blockspec.partition(objective.model, "tensor")
+    settings = {"num_probes": "auto", "num_steps": "auto", "data": "auto"} | settings
+    return blockspec.estimate_spectra(objective, blocks, check=False, **settings)
+
+
+def loss(model, batch):
+    terms = model(batch)
+    return terms.sum(), len(terms)
+
+
+def test_each_block_takes_the_data_that_it_needs_and_is_within_the_tolerance():
+    everyone = examples(POPULATION, 0)
+    truth = {
+        f"weights.{name}": np.linalg.eigvalsh((rows.T @ rows / POPULATION).double().numpy())
+        for name, rows in everyone.items()
+    }
+    held = 0
+    for seed in range(4):
+        order = torch.randperm(POPULATION, generator=torch.Generator().manual_seed(seed))[:600]
+        found = spectra(
+            {name: rows[order] for name, rows in everyone.items()}, tolerance=0.03, seed=seed
+        )
+        for name, spectrum in found.items():
+            assert FIRST <= spectrum.units < 600
+            assert spectrum.total_error <= 0.03 * spectrum.norm
+            measure = spectrum.nodes.ravel(), spectrum.weights.ravel() / spectrum.num_probes
+            distance = wasserstein(measure, (truth[name], np.full(40, 1 / 40)))
+            held += distance <= 0.03 * truth[name].max()
+    assert held >= 7  # of 8
+
+
+def test_data_that_are_too_few_are_told_with_how_many_would_do():
+    with pytest.warns(UserWarning, match=r"with 20 of 20 units; about \d+ units would do") as told:
+        found = spectra(examples(20, 0), tolerance=0.02)
+    (warning,) = (w for w in told if "would do" in str(w.message))
+    said = int(str(warning.message).split("about ")[1].split()[0])
+    assert said == max(units_needed(s, 0.02) for s in found.values())
+    assert 40 < said < 10_000
+
+
+def test_a_stopped_estimate_goes_on_in_the_round_that_it_was_in(tmp_path):
+    rows = examples(100, 1)
+
+    class Stop(Exception):
+        pass
+
+    def progress(done, total):
+        seen.append(done)
+        if len(seen) == 50:
+            raise Stop
+
+    seen = []
+    whole = spectra(rows, tolerance=0.03, progress=lambda done, total: seen.append(done))
+    assert seen == sorted(seen)
+    assert len(seen) > 55
+    seen = []
+    with pytest.raises(Stop):
+        spectra(rows, tolerance=0.03, progress=progress, state=tmp_path, state_every=0.0)
+    assert len(list(tmp_path.iterdir())) > 1
+    again = spectra(rows, tolerance=0.03, state=tmp_path)
+    for name, spectrum in whole.items():
+        np.testing.assert_array_equal(spectrum.nodes, again[name].nodes)
+        assert spectrum.units == again[name].units
+        assert spectrum.data_error == again[name].data_error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": "some"}, "data is one of"),
+        ({"data_errors": False}, "needs the errors of the data"),
+        ({"reorthogonalize": False}, "needs the errors of the data"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        spectra(examples(20, 0), **settings)
+
+
+def test_too_few_units_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"at least 16 units.* in 3: .*micro_batch=1"):
+        spectra(examples(3, 0))
+
+
+def test_numbers_with_other_units_have_errors_too():
+    found = spectra(examples(300, 0), tolerance=0.04)
+    assert len({s.units for s in found.values()}) == 2
+    errors = [s.trace.data_stderr / 80 for s in found.values()]
+    from blockspec.spectra.collection import mean_data_stderr
+
+    assert mean_data_stderr(list(found.values())) == pytest.approx(math.hypot(*errors), rel=1e-6)
+    assert blockspec.js0(found).data_stderr > 0
+    assert "units" in found.data
