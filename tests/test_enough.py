@@ -83,7 +83,7 @@ def test_data_that_are_too_few_are_told_with_how_many_would_do():
 
 
 def test_a_stopped_estimate_goes_on_in_the_round_that_it_was_in(tmp_path):
-    rows = examples(100, 1)
+    rows = examples(220, 1)
 
     class Stop(Exception):
         pass
