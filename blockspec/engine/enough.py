@@ -31,6 +31,7 @@ SPARE = 1.15  # times the units that were foretold: half of the foretold numbers
 LEAST = 1.5  # times the units of the round before, so that few rounds follow
 FINENESS = math.sqrt(2)  # between two numbers of units that rounds have
 
+DOUBT = 4.0  # units: from few, the error of the data is often found too small
 COUNTED = ("gradients", "products")
 
 Measure = Callable[[Objective, Sequence[str], str], tuple[list[Spectrum], Cost]]
@@ -93,17 +94,27 @@ def units_needed(spectrum: Spectrum, tolerance: float) -> int:
 
     The error of the estimate is given at least what :data:`ESTIMATES_SHARE` leaves to the data.
     """
-    allowed = tolerance * spectrum.norm
-    total, data = spectrum.total_error, spectrum.data_error
-    if total is None or data is None:
+    allowed = tolerance * _least_norm(spectrum)
+    data = spectrum.data_error
+    if data is None:
         raise ValueError(
             f"block {spectrum.block.name!r}: the error of its data is not known "
             f"({spectrum.units} units)"
         )
-    if total <= allowed or spectrum.is_zero:
+    data *= 1 + DOUBT / spectrum.units
+    if math.hypot(spectrum.error, data) <= allowed or spectrum.is_zero:
         return spectrum.units
     left = allowed**2 - min(spectrum.error, ESTIMATES_SHARE * allowed) ** 2
     return max(math.ceil(spectrum.units * data**2 / left), spectrum.units + 1)
+
+
+def _least_norm(spectrum: Spectrum) -> float:
+    """The norm without what few data add to it."""
+    without = spectrum.left_out()
+    assert without is not None
+    norms = np.abs(without[0]).max((1, 2))
+    bias = (len(norms) - 1) * (float(norms.mean()) - spectrum.norm)
+    return spectrum.norm - min(max(bias, 0.0), spectrum.norm / 2)
 
 
 def _warn_of_too_few(found: dict[str, Spectrum], tolerance: float, available: int) -> None:
@@ -111,9 +122,7 @@ def _warn_of_too_few(found: dict[str, Spectrum], tolerance: float, available: in
     missing = {
         name: units_needed(spectrum, tolerance)
         for name, spectrum in found.items()
-        if spectrum.data_error is not None
-        and spectrum.data_error > tolerance * spectrum.norm * math.sqrt(1 - ESTIMATES_SHARE**2)
-        and units_needed(spectrum, tolerance) > spectrum.units
+        if spectrum.data_error is not None and units_needed(spectrum, tolerance) > spectrum.units
     }
     if not missing:
         return

@@ -380,8 +380,8 @@ def edges_by_block(
     axes.set_ylabel("block")
     figure.legend(loc="outside lower center", ncols=3 if width_of(5.5) > 5 else 2)
     figure.suptitle(
-        f"{matrix_name(spectra)}: eigenvalues of each block{note}\nbars: residuals of the ends, ± "
-        "1 standard error of the mean, both with the error of the data where it is known"
+        f"{matrix_name(spectra)}: eigenvalues of each block{note}\n"
+        "bars: total errors, of estimate and data, as far as known"
     )
     return figure
 
