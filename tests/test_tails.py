@@ -98,7 +98,7 @@ def test_the_band_holds_the_population_where_the_error_of_the_data_is_known():
     """Eight groups of data, each of which moves the outlier by a known amount."""
     spectrum = spectra_of({"a": matrix_of([-0.5, 0.1, 3.0])}, num_steps=3)["weights.a"]
     shifts = np.linspace(-0.01, 0.01, 8)[:, None, None] * np.array([0, 0, 1])
-    sample = Sample(spectrum.nodes + shifts, np.repeat(spectrum.weights[None], 8, 0))
+    sample = Sample(shifts, np.zeros((8, *spectrum.weights.shape)))
     moved = replace(spectrum, sample=sample)
     stderr = np.sqrt(7 / 8 * (shifts[:, 0, 2] ** 2).sum())
     inside, outside = 3 - 2.3 * stderr, 3 - 2.4 * stderr  # Student's t of 7 degrees: 2.36
