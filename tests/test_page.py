@@ -7,14 +7,28 @@ import time
 import zlib
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from browser import chromium, needs_chromium
 from test_cli import invoke
 
-from blockspec import Block, Spectra, Spectrum, js0, js_distances, load_spectra
+from blockspec import (
+    Block,
+    Objective,
+    Spectra,
+    Spectrum,
+    estimate_spectra,
+    js0,
+    js_distances,
+    load_spectra,
+    losses,
+    partition,
+)
 from blockspec.numerics.files import whole_file
 from blockspec.runs.page import curves
-from blockspec.runs.page.numbers import jackknifed, read_run
+from blockspec.runs.page.answer import sentences
+from blockspec.runs.page.numbers import Run, as_json, jackknifed, read_run
 from blockspec.runs.page.write import report
 from blockspec.runs.tables import append_rows, heterogeneity_of, rows_of
 from blockspec.spectra.resolved import resolved_density
@@ -179,7 +193,7 @@ def test_the_answer_in_sentences(page, runs):
     assert f"{top.largest.value:.2g}"[:2] in text
     assert "layer 0</button>" in text
     assert "not known" in text  # how far the data reach
-    mean = js0(last.parts)
+    mean = js0(last)  # of the loaded run, as it is
     assert f"± {mean.stderr:.2g} nats</b> at step 300" in text
 
 
@@ -388,3 +402,27 @@ def test_two_runs_beside_each_other(runs, tmp_path):
         browser.run("state.stage = steps.indexOf(20); draw()")
         assert "Not measured at this step" in text(browser, "#density-note")
         assert browser.errors == []
+
+
+def test_errors_of_the_data_are_shown_where_they_are_known():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    batches = [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(12)]
+    objective = Objective(model, batches, losses.classification)
+    blocks = partition(model, by="tensor")
+    spectra = estimate_spectra(objective, blocks, num_probes=2, num_steps=4)
+    run = Run("r", {}, {0: spectra}, tuple(s.block for s in spectra.values()), pd.DataFrame())
+    numbers = as_json(run)["numbers"]
+    for place, one in enumerate(spectra.values()):
+        assert one.data_error > 0
+        for name, expected in (
+            ("largest", one.largest.data_stderr),
+            ("trace", one.trace.data_stderr),
+            ("error", one.data_error),
+        ):
+            assert numbers[name]["data"][place][0] == pytest.approx(expected, rel=1e-4)
+        assert numbers["total"]["value"][place][0] == pytest.approx(one.total_error, rel=1e-4)
+    told = " ".join(sentences(run, None))
+    shares = sorted(one.total_error / one.norm for one in spectra.values())
+    assert f"With them counted in, the error is <b>{50 * (shares[1] + shares[2]):.2g} %" in told
+    assert "not known" not in told
