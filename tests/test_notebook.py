@@ -40,7 +40,7 @@ def test_a_notebook_shows_a_table_with_names_escaped(make):
     assert "</script>&lt;script&gt;" not in html
     assert "<script>" not in html
     assert "<img" not in html
-    assert "h.0.&lt;/script&gt;" in html
+    assert "h.0.&lt;b&gt;&lt;/script&gt;" in html
 
 
 def test_every_number_has_its_errors_and_what_is_unknown_is_called_so():

@@ -34,7 +34,7 @@ from blockspec.runs.tables import append_rows, heterogeneity_of, rows_of
 from blockspec.spectra.resolved import resolved_density
 from blockspec.spectra.tails import SIDES, magnitudes_of, tail
 
-HOSTILE = "h.0.</script><script>hacked=1</script><img src=x onerror=hacked=2>\"'$x$[/x]{0}%{x}"
+HOSTILE = "h.0.<b></script><script>hacked=1</script><img src=x onerror=hacked=2>\"'$x$[/x]{0}%{x}"
 KINDS = ("query", "key", "value", "norm")
 STEPS = (0, 10, 300)
 
@@ -179,6 +179,7 @@ def test_what_comes_from_a_run_is_escaped(page):
     assert "<script>hacked" not in text
     assert "<i>0" not in text
     assert "m[/x]&lt;b&gt;" in text
+    assert "m[/x]<b>" not in text
     assert "blockspec run &#x27;a b&#x27;" in text
     assert text.count("plotly.js v") == 1
     for outside in ("<script src", "<link", "@import"):
@@ -265,6 +266,9 @@ def test_it_opens_without_an_error_and_asks_for_nothing(shown, page):
     assert [url for url in shown.requests if not url.startswith("data:")] == [page.as_uri()]
     assert shown.run("window.hacked === undefined")
     assert shown.run("document.querySelectorAll('img, iframe, main i:not(.chip i)').length") == 0
+    names = shown.run("data.runs[0].blocks.map(b => b.short)")
+    seen = shown.run("[...document.querySelectorAll('#map .ytick text')].map(t => t.textContent)")
+    assert set(seen) == set(names)
     assert HOSTILE in shown.run("[...document.querySelectorAll('#table button')].map(b => b.title)")
 
 
