@@ -19,6 +19,7 @@ from blockspec.model.evaluation import Copies, evaluation
 from blockspec.model.examples import Carriers, NoExamplesError, carriers, leaves, longest
 from blockspec.model.kernels import twice_differentiable
 from blockspec.model.losses import called_otherwise, name_of
+from blockspec.model.narrow import told_if_narrow
 from blockspec.model.plain import plain_functions
 from blockspec.model.second_order import cheap_modules
 from blockspec.model.suitability import check_batch, check_model, explained, length_of
@@ -412,7 +413,8 @@ class Objective:
                 if count > 0:
                     break
             _check_loss(total, count)
-            repeated, _ = self.loss_sum(batch)
+            with told_if_narrow(self.model):
+                repeated, _ = self.loss_sum(batch)
             if not torch.equal(total.detach(), repeated.detach()):
                 raise ValueError(_nondeterminism(self.model, total.item(), repeated.item()))
 
