@@ -129,13 +129,6 @@ def test_what_cannot_be_measured_is_refused_with_the_remedy(make, message):
     assert "attn_implementation" not in str(error.value)
 
 
-def test_sharded_parameters_are_named():
-    sharded = drawn(2)
-    sharded.device_mesh = object()
-    with pytest.raises(ValueError, match=r"'head\.weight' is sharded.*full_state_dict=True"):
-        suitability.check_unsharded({"head.bias": drawn(2), "head.weight": sharded})
-
-
 def test_sparse_tensors_of_a_batch_are_measured():
     model = Of(lambda self, x: torch.sparse.mm(x, self.weight), weight=drawn(3, 2))
     matrices = []

@@ -227,11 +227,11 @@ def _prepare(
     bounded: bool = False,
 ) -> Prepared:
     number = 1 if isinstance(blocks, Block) else len(blocks)
-    if objective is not None and objective.sharded:
+    if objective is not None and (objective.sharded or objective.weights.sharded):
         if columns not in (None, 1):
             raise ValueError(
                 f"columns={columns} splits the blocks over processes, but with Objective(..., "
-                "sharded=True) every process is "
+                "sharded=True), and for a model under fully_shard, every process is "
                 "needed for every block: leave out columns"
             )
         columns = 1

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 REMEDIES = {
     "ctc_loss": "torch's CTC loss has none; write its forward recursion in logarithms "
@@ -76,19 +76,6 @@ def check_model(model: nn.Module) -> None:
                 "second derivative: "
                 f"set its sparse to False (model.get_submodule({name!r}).sparse = False); the "
                 "numbers are the same"
-            )
-
-
-def check_unsharded(parameters: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for parameters that are spread over processes."""
-    for name, parameter in parameters.items():
-        if hasattr(parameter, "device_mesh"):
-            raise ValueError(
-                f"parameter {name!r} is sharded over processes (DTensor, as FSDP2 makes it); "
-                "products of whole graphs "
-                "need whole parameters. Load the model without fully_shard, or gather it first: "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict with "
-                "full_state_dict=True"
             )
 
 

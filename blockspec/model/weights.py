@@ -6,10 +6,16 @@ around its layers is brought over once. A layer is brought over for each of its 
 parameters and buffers are swapped for copies, and put back when the call returns. The copies live
 as long as a graph holds them, so that a product a layer at a time never has the whole model beside
 itself.
+
+The same holds for a model that FSDP2 has spread over processes (``fully_shard``): a layer is
+gathered from all of them for each of its calls. FSDP's own hooks, which would gather it too and
+wait for a backward pass that never comes, are taken off meanwhile. All processes have to call the
+layers equally often.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,7 +41,8 @@ class Weights:
     def __init__(
         self, model: nn.Module, device: torch.device | None, dtype: torch.dtype | None
     ) -> None:
-        self.elsewhere = device is not None or dtype is not None
+        self.sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+        self.elsewhere = self.sharded or device is not None or dtype is not None
         self.device = device or next(model.parameters()).device
         self.dtype = dtype
         self._model = model
@@ -69,7 +76,7 @@ class Weights:
             for layer in layers.values()
         ]
         try:
-            with self._brought(around), patched(changes):
+            with patched(_without_fsdp(self._model)), self._brought(around), patched(changes):
                 self._around = dict(self._last)
                 yield
         finally:
@@ -108,13 +115,28 @@ class Weights:
         known = self._around.get(id(tensor))
         if known is not None:
             return known
-        copy = tensor.detach().to(self.device, self._type(tensor))
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        copy = whole.detach().to(self.device, self._type(tensor))
         if not isinstance(tensor, nn.Parameter):
             return copy
         return nn.Parameter(copy, requires_grad=tensor.requires_grad)
 
     def _type(self, tensor: Tensor) -> torch.dtype:
         return self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
+
+
+def _without_fsdp(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[int, Any]]]:
+    """The hooks of modules that FSDP2 has spread, without its own."""
+    for module in model.modules():
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
+            hooks = getattr(module, name)
+            kept = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_fsdp(hook))
+            if len(kept) < len(hooks):
+                yield module, name, kept
+
+
+def _is_fsdp(hook: Any) -> bool:
+    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
 
 
 def map_weights(model: nn.Module, folder: str | Path) -> nn.Module:

@@ -53,6 +53,8 @@ class Digest:
 
     def _tensor(self, tensor: Tensor) -> None:
         self._mark(str(tensor.dtype), *tensor.shape)
+        if hasattr(tensor, "full_tensor"):  # spread over processes: its content is that of all
+            tensor = tensor.full_tensor()
         if tensor.layout is not torch.strided:
             tensor = tensor.to_dense()
         flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().flatten()

@@ -21,12 +21,12 @@ from torch import Tensor
 from blockspec.model.blocks import Block, gather
 from blockspec.model.losses import Loss
 from blockspec.model.objective import Objective
-from blockspec.model.suitability import check_unsharded, explained
+from blockspec.model.suitability import explained
 from blockspec.numerics import memory
 from blockspec.numerics.ranks import Ranks
 from blockspec.products.calibration import Costs, seconds_of, time_products
 from blockspec.products.finiteness import is_finite
-from blockspec.products.guard import OFF, checked
+from blockspec.products.guard import OFF, Check, checked
 from blockspec.products.layerwise import TOGETHER
 from blockspec.products.linearisations import ENDS, Ask, Linearised, Tensors
 from blockspec.products.precision import check, reduced_model, reduced_multiplication
@@ -100,6 +100,7 @@ class Products:
         self._parameters = {
             name: objective.weights.shape_of(p) for name, p in objective.parameters().items()
         }
+        self._check_sharded()
 
     @property
     def rebuilt(self) -> int:
@@ -123,11 +124,33 @@ class Products:
         What was found of the products is ``checked`` from then on, see
         :mod:`blockspec.products.guard`.
         """
-        check_unsharded(self._parameters)
         self.objective.check()
-        if self._guarded:
+        if self._guarded and self.objective.weights.sharded:
+            self.checked = Check("unchecked", "a model that is spread over processes is not copied")
+        elif self._guarded:
             self.checked = checked(
                 self.objective, blocks, self.curvature, self._of, way=self.way.name
+            )
+
+    def _check_sharded(self) -> None:
+        """Raises ValueError where processes that gather layers from each other would do so
+        unequally often, and wait for ever.
+        """
+        if not self.objective.weights.sharded:
+            return
+        if self.ranks.columns > 1:
+            raise ValueError(
+                "the model is spread over processes (fully_shard), so that all of them are needed "
+                "for every block: leave out columns, or give columns=1"
+            )
+        own = self.objective.dealt_batches(
+            self.micro_batch, row=self.ranks.row, rows=self.ranks.rows
+        )
+        counts = self.ranks.all_of(sum(1 for _ in own))
+        if len(set(counts)) > 1:
+            raise ValueError(
+                "the model is spread over processes (fully_shard), which have to take equally "
+                f"many batches; they hold {counts}: give each as many"
             )
 
     def _of(self, objective: Objective) -> Products:

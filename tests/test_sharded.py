@@ -1,0 +1,72 @@
+"""A model that FSDP2 has spread over processes gives the numbers of one process."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from launching import together
+from models import tiny_gpt2
+from torch.distributed.fsdp import fully_shard
+
+import blockspec
+
+DIMS = {"layers": 2, "n_embd": 10, "n_head": 2, "vocab_size": 13}  # 10 and 13: ragged shards
+SETTINGS = {"num_probes": 2, "num_steps": 4}
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(13, (2, 5), generator=generator)} for _ in range(6)]
+
+
+def chosen(model):
+    return blockspec.partition(model, include=["*c_fc.weight", "*h.1*/key", "*wte*", "*ln_f.bias"])
+
+
+def nodes(model, batches, **settings):
+    objective = blockspec.Objective(model, batches, blockspec.losses.next_token, **settings)
+    found = blockspec.estimate_spectra(objective, chosen(model), **SETTINGS)
+    return np.concatenate([s.nodes.ravel() for s in found.values()])
+
+
+def process(rank, folder, world):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
+    )
+    model = tiny_gpt2(**DIMS)
+    for layer in model.transformer.h:
+        fully_shard(layer)
+    fully_shard(model)
+    hooks = {path: len(m._forward_pre_hooks) for path, m in model.named_modules()}
+    own = data()[rank::world]
+    np.save(f"{folder}/{rank}.npy", nodes(model, own, sharded=True))
+    assert {path: len(m._forward_pre_hooks) for path, m in model.named_modules()} == hooks
+    held = sum(p.to_local().numel() for p in model.parameters())
+    said = ""
+    try:
+        nodes(model, own[: 1 + rank], sharded=True)
+    except ValueError as error:
+        said = str(error)
+    Path(folder, f"{rank}.json").write_text(json.dumps({"held": held, "said": said}))
+    batch = own[0]  # the model still trains
+    model(**batch).logits.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_model_under_fully_shard_gives_the_numbers_of_one_process(tmp_path, world):
+    together(process, str(tmp_path), world, processes=world)
+    model = tiny_gpt2(**DIMS)
+    truth = nodes(model, data())
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
+    for rank in range(world):
+        np.testing.assert_allclose(
+            np.load(tmp_path / f"{rank}.npy"), truth, rtol=1e-8, atol=1e-10 * abs(truth).max()
+        )
+        assert "have to take equally many batches; they hold [1, 2" in told[rank]["said"]
+    whole = sum(p.numel() for p in model.parameters())
+    assert max(t["held"] for t in told) <= (1 / world + 0.05) * whole
