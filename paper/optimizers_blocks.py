@@ -342,46 +342,46 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 def judge(tables: Tables) -> list[Finding]:
     table = last(tables)
-    findings = [_removed(row) for row in table.itertuples(index=False) if row.optimizer != "sgd"]
+    findings = [_removed(row) for row in table.to_dict("records") if row["optimizer"] != "sgd"]
     return [*findings, *_better(table), _ranks(table)]
 
 
-def _removed(row: Any) -> Finding:
-    values = dict(zip(_COLUMNS, row, strict=True))
-    before, after = values["js0 hessian"], values["js0 preconditioned"]
-    error = float(np.hypot(values["stderr hessian"], values["stderr preconditioned"]))
-    agrees = before - after > 2 * error
+def _removed(row: Mapping[Any, Any]) -> Finding:
+    before, after = row["js0 hessian"], row["js0 preconditioned"]
+    errors = [row[f"stderr {matrix}"] for matrix in MATRICES]
+    agrees = before - after > 2 * float(np.hypot(*errors))
     return Finding(
-        f"the optimizer's preconditioner makes the blocks alike ({row.model}, {row.optimizer})",
-        f"JS^0 {with_error(before, values['stderr hessian'])} of H, "
-        f"{with_error(after, values['stderr preconditioned'])} of what it sees: "
-        f"{100 * (1 - after / before):.0f} % removed; sizes of blocks spread over "
-        f"{values['decades hessian']:.2f} and {values['decades preconditioned']:.2f} decades",
+        "the optimizer's preconditioner makes the blocks alike "
+        f"({row['model']}, {row['optimizer']})",
+        f"JS^0 {with_error(before, errors[0])} of H, {with_error(after, errors[1])} of what it "
+        f"sees: {100 * (1 - after / before):.0f} % removed; sizes of blocks spread over "
+        f"{row['decades hessian']:.2f} and {row['decades preconditioned']:.2f} decades",
         "agrees" if agrees else "disagrees",
         "agrees where JS^0 falls by more than two standard errors",
     )
 
 
-_COLUMNS = [
-    "model", "optimizer", "decades hessian", "decades preconditioned", "js0 hessian",
-    "js0 preconditioned", "stderr hessian", "stderr preconditioned", "lr", "train", "held_out",
-]  # fmt: skip
-
-
 def _better(table: pd.DataFrame) -> Iterator[Finding]:
     """Muon and Shampoo against Adam, by the share of JS^0 that is left."""
     for model, rows in table.groupby("model", sort=False):
-        left = (rows["js0 preconditioned"] / rows["js0 hessian"]).set_axis(rows["optimizer"])
-        spread = (rows["stderr preconditioned"] / rows["js0 hessian"]).set_axis(rows["optimizer"])
-        for name in {"muon", "shampoo"} & set(left.index) if "adam" in left.index else ():
-            error = float(np.hypot(spread[name], spread["adam"]))
+        left = {row["optimizer"]: _left(row) for row in rows.to_dict("records")}
+        for name in ("muon", "shampoo"):
+            if not {name, "adam"} <= left.keys():
+                continue
+            (own, own_error), (adams, error) = left[name], left["adam"]
             yield Finding(
                 f"a matrix as preconditioner makes blocks more alike than Adam's ({model}, {name})",
-                f"{with_error(left[name], spread[name])} of JS^0 left, with Adam "
-                f"{with_error(left['adam'], spread['adam'])}",
-                "agrees" if left["adam"] - left[name] > 2 * error else "disagrees",
+                f"{with_error(own, own_error)} of JS^0 left, with Adam {with_error(adams, error)}",
+                "agrees" if adams - own > 2 * float(np.hypot(own_error, error)) else "disagrees",
                 "agrees where less is left by more than two standard errors",
             )
+
+
+def _left(row: Mapping[Any, Any]) -> tuple[float, float]:
+    """The share of JS^0 that is left, and its standard error."""
+    before, after = row["js0 hessian"], row["js0 preconditioned"]
+    relative = np.hypot(row["stderr hessian"] / before, row["stderr preconditioned"] / after)
+    return after / before, float(after / before * relative)
 
 
 def _ranks(table: pd.DataFrame) -> Finding:
