@@ -6,10 +6,19 @@ import contextlib
 import copy
 import io
 import re
+import shlex
+import sys
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from test_cli import invoke
+
+from blockspec import js0, load_run, load_spectra
+from blockspec.runs.factories import explained
+from blockspec.runs.hugging_face import hugging_face
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -40,7 +49,11 @@ def numbers_of(text):
 
 
 def run(page, names):
+    """Runs the Python of a page; what begins with the name of a file is written to it first."""
     for code in blocks_of(page):
+        if named := re.match(r"# (\w+)\.py\n", code):
+            Path(f"{named[1]}.py").write_text(code)
+            sys.modules.pop(named[1], None)
         exec(compile(code, str(page), "exec"), names)
 
 
@@ -48,9 +61,42 @@ def run(page, names):
 def names(tmp_path_factory):
     """What README's Python leaves behind, in a folder of its own, and what it printed."""
     folder, found = tmp_path_factory.mktemp("readme"), {}
-    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        mock.patch.object(sys, "path", [str(folder), *sys.path]),
+    ):
         run(README, found)
     return {**found, "folder": folder, "printed": out.getvalue()}
+
+
+def test_the_command_of_readme_gives_the_numbers_of_its_python(names, monkeypatch):
+    monkeypatch.chdir(names["folder"])
+    monkeypatch.syspath_prepend(str(names["folder"]))
+    commands = blocks_of(README, language="bash")
+    lines = [line for block in commands for line in block.splitlines()]
+    (line,) = [line for line in lines if "first:tiny" in line]
+    _, *arguments = shlex.split(line)
+    done = invoke(*arguments, "--plots", "false")
+    assert done.code == 0, done.err
+    found = load_run("runs/first").last
+    assert list(found) == list(names["spectra"])
+    for name, spectrum in names["spectra"].items():
+        np.testing.assert_array_equal(found[name].nodes, spectrum.nodes)
+    assert js0(found) == js0(load_spectra("spectra.parquet"))
+
+
+def test_the_table_of_arguments_is_the_one_that_help_prints():
+    page = (ROOT / "docs/your_model.md").read_text(encoding="utf-8")
+    rows = [(name, default, text) for name, default, text in explained(hugging_face)]
+    assert len(rows) >= 7
+    for name, default, text in rows:
+        assert f"| `{name}` | {default} | {text} |" in page
+    for command in ("run", "plan"):
+        printed = invoke(command, "--help").out
+        for name, _, text in rows:
+            assert f"--model_args.{name}" in printed
+            assert text.split(".")[0] in " ".join(printed.split())
 
 
 def test_readme_prints_what_it_says(names):

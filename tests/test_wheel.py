@@ -1,9 +1,12 @@
 """The package as it is installed: from a wheel, in an empty folder, without the checkout."""
 
+import atexit
+import functools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -28,10 +31,11 @@ RUN += ("--estimate.num_probes", "1", "--estimate.num_steps", "2")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel, built from a copy, since building leaves files beside the sources."""
-    copy = tmp_path_factory.mktemp("sources")
+@functools.cache
+def build_wheel():
+    """A wheel, built once from a copy, since building leaves files beside the sources."""
+    copy = Path(tempfile.mkdtemp(prefix="blockspec-wheel-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
     for name in SOURCES:
         kind = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         kind(ROOT / name, copy / name)
@@ -39,6 +43,11 @@ def wheel(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "pip", "wheel", str(copy), *options], check=True)
     (built,) = copy.glob("*.whl")
     return built
+
+
+@pytest.fixture
+def wheel():
+    return build_wheel()
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
@@ -49,7 +58,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     wanted |= {f"blockspec/runs/page/page.{kind}" for kind in ("html", "css", "js")}
     assert wanted | {"blockspec/py.typed", "blockspec/__init__.pyi"} <= set(names)
     metadata = zipfile.ZipFile(wheel).read(f"{dist}/METADATA").decode()
-    for line in (f"Version: {blockspec.__version__}", "License-Expression: MIT", "Classifier: "):
+    for line in (
+        f"Version: {blockspec.__version__}",
+        "License-Expression: MIT",
+        "Classifier: ",
+        "Project-URL: ",
+    ):
         assert line in metadata
     for line in ("Requires-Dist: matplotlib", "Requires-Dist: torch"):
         assert line in metadata

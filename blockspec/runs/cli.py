@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -127,7 +129,28 @@ def _parsed(arguments: list[str]) -> Namespace:
     parser, command = _parser(called)
     given = gathered(_spelled_out(arguments), greedy=called != "blocks")
     check_flags(given, command._option_string_actions)
-    return parser.parse_args(given)
+    try:
+        return parser.parse_args(given)
+    except SystemExit:
+        if {"-h", "--help"} & set(given) and "--model_args" in command._option_string_actions:
+            _explain_arguments(given)
+        raise
+
+
+def _explain_arguments(given: Sequence[str]) -> None:
+    """The settings of ``--model``: of a Hugging Face model, or of the factory that is named."""
+    from blockspec.runs.factories import explained, find_factory
+    from blockspec.runs.hugging_face import hugging_face
+
+    named = [word for word in given if ":" in word and not word.startswith("-")]
+    if named:
+        factory, title = find_factory(named[0]).__wrapped__, named[0]  # type: ignore[attr-defined]
+    else:
+        factory, title = hugging_face, "a Hugging Face name or folder"
+    print(f"\nSettings of --model, where it is {title}:")
+    for name, default, text in explained(factory):
+        print(f"  --model_args.{name} (default: {default})")
+        print(textwrap.fill(text, initial_indent=" " * 24, subsequent_indent=" " * 24, width=98))
 
 
 def _parser(called: str | None) -> tuple[ArgumentParser, ArgumentParser]:

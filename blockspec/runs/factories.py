@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -74,6 +75,7 @@ def _checked(factory: Callable[..., Any], name: str) -> Factory:
         _check_arguments(factory, name, arguments)
         return _three(factory(**arguments), name)
 
+    made.__wrapped__ = factory  # type: ignore[attr-defined]
     return made
 
 
@@ -102,3 +104,18 @@ def _three(found: Any, name: str) -> tuple[nn.Module, Any, Any]:
         "torch.nn.Module, a list of batches, and one of blockspec.losses or a function "
         "loss(model, batch) -> (sum of the loss terms, number of terms)"
     )
+
+
+def explained(factory: Callable[..., Any]) -> list[tuple[str, str, str]]:
+    """Name, default and explanation of what ``--model_args.NAME`` may set of a factory."""
+    found = inspect.getdoc(factory) or ""
+    listed = found.split("Args:\n", 1)[-1].split("\n\n", 1)[0]
+    told = dict(re.findall(r"^ {4}(\w+): (.*?)(?=\n {4}\w|\Z)", listed, re.DOTALL | re.MULTILINE))
+    rows = []
+    for parameter in inspect.signature(factory).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "checkpoint":
+            text = " ".join(told.get(parameter.name, "").split())
+            missing = parameter.default is parameter.empty
+            default = "needed" if missing else str(parameter.default)
+            rows.append((parameter.name, "left out" if default == "None" else default, text))
+    return rows
