@@ -11,6 +11,7 @@ from unittest import mock
 
 import factories_for_runs as factories
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -193,6 +194,22 @@ def test_runs_that_say_nothing_about_each_other_are_not_compared(
     assert not (tmp_path / "both").exists()
 
 
+def test_figures_say_which_stages_they_show(done):
+    drawn = {}
+    with mock.patch.object(
+        plots, "save", lambda figure, folder, name: drawn.update({name: figure})
+    ):
+        report.draw(done / "first")
+    titles = {name: " ".join(figure.get_suptitle().split()) for name, figure in drawn.items()}
+    for name in ("tails_by_block", "esd_by_block", "edges_by_block", "full_and_block_diagonal"):
+        assert titles[name].startswith("step 20, the last of 2 Hessian"), name
+    assert "dashed: step 10" in titles["esd_full"]
+    table = pd.read_parquet(done / "first/heterogeneity.parquet")
+    four = pd.concat([table.assign(step=table["step"] + i) for i in (0, 1)])
+    figures = report._heterogeneity_figures(four, every_block=True)
+    assert figures["distances"].get_suptitle() == "3 of 4 stages"
+
+
 def test_compare_draws_the_distances_of_each_runs_first_step(done, tmp_path):
     drawn = {}
 
@@ -229,7 +246,8 @@ def test_a_run_says_what_it_planned_and_how_it_came_out(tmp_path):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     (stage,) = record["stages"]
     batches = len(stage["data"])
-    assert stage["planned"]["products"] * batches == stage["cost"]["products"]
+    assert stage["planned"]["products"] == stage["cost"]["products"]
+    assert stage["planned"]["products"] * batches == stage["cost"]["batch_products"]
     assert f"planned: {stage['planned']['products']} products" in result.err
     assert stage["planned"]["seconds"] > 0
     assert 0 < stage["planned"]["peak"] < 2 * stage["peak"]

@@ -101,12 +101,15 @@ def test_somebody_who_fine_tunes_with_a_trainer(python, blockspec, tmp_path):
         import torch, transformers
         from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
         from tokenizers import Tokenizer, models, pre_tokenizers
+        from blockspec.engine.settings import EstimateSettings
         from blockspec.integrations import SpectrumCallback
         from blockspec.runs.settings import BlockSettings
 
         words = Tokenizer(models.WordLevel({w: i for i, w in enumerate("uabcdefgh")}, unk_token="u"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="u")
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, unk_token="u", pad_token="u"
+        )
         sizes = {"vocab_size": 9, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
         model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
         rows = [{"input_ids": row, "labels": row} for row in torch.randint(9, (8, 16))]
@@ -116,7 +119,9 @@ def test_somebody_who_fine_tunes_with_a_trainer(python, blockspec, tmp_path):
         trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
         batches = [{"input_ids": torch.stack([row["input_ids"] for row in rows])}]
         blocks = BlockSettings(include="*c_attn.weight*")
-        trainer.add_callback(SpectrumCallback(trainer, "spectra", batches, blocks=blocks))
+        quick = EstimateSettings(num_probes=1, num_steps=2)
+        callback = SpectrumCallback(trainer, "spectra", batches, blocks=blocks, estimate=quick)
+        trainer.add_callback(callback)
         trainer.train()
         print(sorted(trainer.state.log_history[-1]))
     """

@@ -49,6 +49,7 @@ from blockspec.figures.style import (
     styled,
 )
 from blockspec.figures.style import save as save
+from blockspec.figures.style import with_note as with_note
 from blockspec.figures.tails import tails_by_block as tails_by_block
 from blockspec.figures.tails import tails_of_full as tails_of_full
 from blockspec.figures.trends import compare_runs as compare_runs
@@ -60,6 +61,7 @@ from blockspec.spectra.spectrum import Estimate, RitzValue, Spectrum
 WRAP = 6  # panels in a row where rows are not layers
 MOST_PANELS = 30
 PANEL = 1.1  # width of a panel in inches
+LEAST_HEIGHT = 2.6  # inches, in which the name of the vertical axis finds room
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ def esd_stages(
     if normalised:
         parts = {step: divided(part, tenth_largest(part)) for step, part in parts.items()}
     scale = scale_of(parts.values())
-    figure = canvas(figsize=(width_of(5.5), 0.85 * len(steps) + 0.9), layout="constrained")
+    height = max(0.85 * len(steps) + 0.9, LEAST_HEIGHT)
+    figure = canvas(figsize=(width_of(5.5), height), layout="constrained")
     axes = figure.subplots(len(steps), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     first = resolved_mean(parts[steps[0]], scale.grid, scale.linear)
     for place, step, shade in zip(axes, steps, np.linspace(0.05, 0.8, len(steps)), strict=True):
@@ -241,8 +244,11 @@ def esd_stages(
         else ""
     )
     called = "full spectrum" if block == "model" else f"spectrum of {block}"
-    marks = f"{matrix_name(parts)}: {called}{note}; marks: converged eigenvalues"
-    figure.suptitle(f"{marks}\n{smoothing_note(parts.values())}")
+    marks = "marks: converged eigenvalues"
+    if len(steps) > 1:
+        marks += f"; dashed: step {step_label(steps[0])}"
+    lines = [f"{matrix_name(parts)}: {called}{note}", marks, smoothing_note(parts.values())]
+    figure.suptitle("\n".join(lines))
     return figure
 
 
@@ -297,7 +303,7 @@ def full_and_block_diagonal(spectra: Spectra, *, full: str = "model") -> Figure:
     """
     whole, mixture = spectra[full], block_diagonal(spectra.select(exclude=full))
     scale = scale_of([whole])
-    figure = canvas(figsize=(width_of(5.5), 2.8), layout="constrained")
+    figure = canvas(figsize=(width_of(5.5), 3.3), layout="constrained")
     axes = figure.subplots()
     draw_density(
         axes, Panel("", whole, Look("", "", "#777777", "")), scale, width=width_of(5.5) - 0.7

@@ -254,6 +254,15 @@ def _wrapped_title(figure: Figure) -> Figure:
     return figure
 
 
+def with_note(figure: Figure, note: str) -> Figure:
+    """The figure, whose title begins with what the figure is of."""
+    if not note:
+        return figure
+    with matplotlib.rc_context(_rc()):
+        figure.suptitle("\n".join(filter(None, [note, figure.get_suptitle()])))
+        return _wrapped_title(figure)
+
+
 def save(figure: Figure, folder: str | os.PathLike[str], name: str) -> Path:
     """Writes ``name.png`` and ``name.pdf`` into ``folder``, each whole or not at all; returns the
     path of the png.

@@ -64,6 +64,9 @@ def _figures(run: Path, settings: PlotSettings) -> dict[str, Figure]:
         figures["esd_full"] = plots.esd_stages(by_step)
         if by_step[last].parts:
             figures["full_and_block_diagonal"] = plots.full_and_block_diagonal(by_step[last])
+    if len(by_step) > 1:  # the others say themselves what they show
+        for name in set(figures) - {"tails_full", "esd_full"}:
+            plots.with_note(figures[name], f"step {last:,}, the last of {len(by_step)}")
     if (run / "heterogeneity.parquet").exists():
         distances = settings.chosen(pd.read_parquet(run / "heterogeneity.parquet"))
         figures |= _heterogeneity_figures(distances, every_block=settings.every_block)
@@ -79,9 +82,9 @@ def _heterogeneity_figures(table: pd.DataFrame, *, every_block: bool) -> dict[st
     maps = _distances(table)
     steps = list(maps)
     chosen = dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]])
-    figures = {
-        "distances": plots.distance_heatmaps({f"step {step}": maps[step] for step in chosen})
-    }
+    shown = plots.distance_heatmaps({f"step {step}": maps[step] for step in chosen})
+    left_out = "" if len(chosen) == len(maps) else f"{len(chosen)} of {len(maps)} stages"
+    figures = {"distances": plots.with_note(shown, left_out)}
     if len(maps) > 1 and every_block:
         figures["heterogeneity"] = plots.heterogeneity_over_training(
             table[table["definition"] == "jensen-shannon"]

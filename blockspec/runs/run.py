@@ -298,6 +298,14 @@ def measure_stage(
 ) -> tuple[Spectra, dict[str, Any]]:
     """The spectra of one step, and its entry in run.json; the state is left for who writes both."""
     started = time.perf_counter()
+    products = 0
+
+    def update(done: int, total: int) -> None:
+        nonlocal products
+        products = done
+        if progress is not None:
+            progress(done, total)
+
     spectra = estimate_spectra(
         objective,
         blocks,
@@ -307,7 +315,7 @@ def measure_stage(
         state=state,
         state_every=resources.state_every,
         keep_state=True,
-        progress=progress,
+        progress=update,
     )
     entry = {
         "step": step,
@@ -316,10 +324,18 @@ def measure_stage(
         "model": _describe(objective.model),
         "data": [fingerprint(batch) for batch in objective.whole_batches()],
         "loss": identity[MEASURED]["loss"],
-        "cost": dataclasses.asdict(spectra.cost) if spectra.cost else None,
+        "cost": _cost(spectra, products),
         "seconds": round(time.perf_counter() - started, 2),
     }
     return spectra, entry
+
+
+def _cost(spectra: Spectra, products: int) -> dict[str, Any] | None:
+    """Of a stage: products over all batches, as a plan counts them, and over single batches."""
+    if spectra.cost is None:
+        return None
+    counted = dataclasses.asdict(spectra.cost)
+    return counted | {"products": products, "batch_products": counted["products"]}
 
 
 def complete(
