@@ -132,8 +132,6 @@ def _plan(run: Run, shown: bool) -> str:
     for step in run.steps:
         entry = run.entry(step)
         planned, cost = entry.get("planned") or {}, entry.get("cost") or {}
-        batches = len(entry.get("data") or [None])
-        products = planned.get("products")
         rows.append(
             [
                 f"{step:,}",
@@ -142,11 +140,11 @@ def _plan(run: Run, shown: bool) -> str:
                 _cell(entry.get("peak"), readable),
                 _cell(planned.get("peak"), readable),
                 _cell(cost.get("products"), "{:,}".format),
-                _cell(None if products is None else products * batches, "{:,}".format),
+                _cell(planned.get("products"), "{:,}".format),
             ]
         )
     names = ["step", "time", "planned", "peak memory", "planned"]
-    names += ["products × batches", "planned"]
+    names += ["products", "planned"]
     return (_heading(run) if shown else "") + _table(names, rows)
 
 
