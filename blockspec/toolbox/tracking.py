@@ -381,7 +381,7 @@ class Tracker:
         return pd.DataFrame(self._parts, columns=PART_COLUMNS)
 
     def go_on_from(self, folder: str | os.PathLike[str], step: int) -> None:
-        """Takes over what an earlier part of a training has saved, up to this step (excluded)."""
+        """Takes over what an earlier part of a training has saved of the steps before this one."""
         for name, rows in ((VALUES, self._values), (LOCALISATION, self._parts)):
             if (path := Path(folder) / name).exists():
                 before = pd.read_parquet(path)
