@@ -143,9 +143,10 @@ def test_tables_are_tidy(tmp_path):
     assert axes.has_data()
     plt.close(axes.figure)
     distances = pd.read_parquet(out / "heterogeneity.parquet")
-    assert {"block", "other", "distance", "step", "definition", "js0", "js0_stderr"} == set(
-        distances.columns
-    )
+    assert set(distances.columns) == {
+        *("block", "other", "distance", "step", "definition", "js0", "js0_stderr"),
+        *("distance_data_stderr", "js0_data_stderr"),
+    }
     assert set(distances["definition"]) == set(DEFINITIONS)
     assert "model" not in set(distances["block"])
     rows = distances[
