@@ -34,6 +34,8 @@ from blockspec.products.boundaries import Boundaries, Call, check_same, leaves_o
 from blockspec.products.linearisations import Ask, End, Linear, Part, Tensors, derivative, grad
 
 TOGETHER = 16  # directions; the layers that are built again for them are then 1/5 of the work
+LEAST_TOGETHER = 4
+BETWEEN = 2**28  # bytes of all their tensors between layers; fewer go together where there are more
 Key = int | str
 """Number of a wire, or name of a parameter."""
 
@@ -193,13 +195,20 @@ class Layerwise:
         down.
         """
         travels = sorted(map(self._travel, range(len(asks)), asks), key=lambda t: t.first)
-        for start in range(0, len(travels), TOGETHER):
-            group = travels[start : start + TOGETHER]
+        while travels:
+            size = self._together(travels[0].first)
+            group, travels = travels[:size], travels[size:]
             yield from self._up(group)
             yield from self._at_the_end(group)
             yield from self._down(group)
             for travel in group:
                 yield Part(travel.number, {}, True)
+
+    def _together(self, first: int) -> int:
+        """How many directions that begin at a stretch go together."""
+        wires = {wire for stretch in self._stretches[first:] for wire in stretch.outputs}
+        size = sum(self._boundaries.wires[wire].nbytes for wire in wires)
+        return min(max(BETWEEN // max(size, 1), LEAST_TOGETHER), TOGETHER)
 
     def _travel(self, number: int, ask: Ask) -> Travel:
         return Travel(number, ask, self._first(ask.block.parameters), self._first(ask.targets))
