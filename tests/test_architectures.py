@@ -1,14 +1,24 @@
 """What names alone tell: kinds, cuts and layers of architectures, and where they stay silent."""
 
+import sys
+
+import models
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from blockspec.model.architectures import layer_prefix, role
+from blockspec.model.architectures import _matched, layer_prefix, role
 from blockspec.model.blocks import partition
 
 NAMES = {
+    "funnel.encoder.blocks.0.0.attention.q_head.weight": "query",
+    "funnel.encoder.blocks.0.0.attention.post_proj.weight": "attention_output",
+    "funnel.encoder.blocks.0.0.attention.r_kernel": "position",
+    "decoder.decoder_pred.weight": "head",  # ViT-MAE
+    "decoder.decoder_embed.weight": "embedding",
+    "rwkv.blocks.0.attention.time_mix_key": "mixer",
+    "wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original1": "conv",
     "model.classification_head.out_proj.weight": "head",  # BART, T5
     "model.layers.0.mamba.out_proj.weight": "mixer",  # Jamba
     "model.layers.0.mamba.in_proj.weight": "mixer",
@@ -164,3 +174,23 @@ def test_stages_and_lists_side_by_side_are_no_layers():
     swins = {b.layer for b in partition(swin)}
     assert swins == {None, 0, 1, 2}
     assert {b.layer for b in partition(swin) if "downsample" in b.name} == {None}
+
+
+def test_names_alone_cost_no_pass_and_few_calls(monkeypatch):
+    """720 calls of functions a parameter is what it took before models were watched."""
+    model = models.tiny_gpt2(layers=12)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("a gradient"))
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    _matched.cache_clear()
+    sys.setprofile(count)
+    try:
+        partition(model)
+    finally:
+        sys.setprofile(None)
+    assert calls < 720 * len(list(model.parameters()))

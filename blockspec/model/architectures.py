@@ -12,7 +12,7 @@ another.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,17 +38,17 @@ ENDINGS: dict[str, tuple[str, ...]] = {
     "query": (
         "q_proj", "query", "query_proj", "q_attn", "q_lin", "q_proj_weight", "wq", "w_q", "c_q",
         "to_q", "to_query", "queries", "project_q", "linear_q", "projection_query", "query_global",
-        "q_b_proj", "q_a_proj", "wq_a", "wq_b", "@attention.q", "self.q",
+        "q_b_proj", "q_a_proj", "wq_a", "wq_b", "@attention.q", "self.q", "q_head",
     ),
     "key": (
         "k_proj", "key", "key_proj", "k_lin", "k_proj_weight", "wk", "w_k", "c_k", "to_k",
         "to_key", "keys", "project_k", "linear_k", "projection_key", "key_global", "@attention.k",
-        "self.k",
+        "self.k", "k_head",
     ),
     "value": (
         "v_proj", "value", "value_proj", "v_lin", "v_proj_weight", "wv", "w_v", "c_v", "to_v",
         "to_value", "values", "project_v", "linear_v", "projection_value", "value_global",
-        "@attention.v", "self.v",
+        "@attention.v", "self.v", "v_head",
     ),
     "qkv": (
         "self.in_proj", "c_attn", "crossattention.c_attn", "qkv", "qkv_proj", "Wqkv", "to_qkv",
@@ -63,7 +63,7 @@ ENDINGS: dict[str, tuple[str, ...]] = {
         "@attention.wo", "@attention.w_o", "@attention.w_out", "@attention.o", "@attention.output",
         "@attention.out", "@attention.to_out", "@attention.to_out.0", "to_out.0", "to_out",
         "@attention.attention_out", "@attention.final", "@attention.linear_out", "attn_out",
-        "linear_proj", "o_a_proj", "o_b_proj", "@attention.final_linear", "att_out",
+        "linear_proj", "post_proj", "o_a_proj", "o_b_proj", "@attention.final_linear", "att_out",
     ),
     "attention_gate": (
         "@attention.output_gate", "@attention.g_proj", "@attention.q_gate_proj",
@@ -100,7 +100,8 @@ ENDINGS: dict[str, tuple[str, ...]] = {
         "conv_kernel_layer", "@mixer.out_proj", "@mixer.in_proj", "@mixer.x_proj",
         "@mixer.dt_proj", "A_log", "@mixer.D", "@mixer.o_proj", "conv.in_proj", "conv.out_proj",
         "f_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj", "@attention.receptance",
-        "@attention.time_decay", "time_mix_k", "forget_gate.f_proj", "@attention.b_proj",
+        "@attention.time_decay", "time_first", "time_mix_key", "time_mix_value",
+        "time_mix_receptance", "time_mix_k", "forget_gate.f_proj", "@attention.b_proj",
         "@mixer.g_proj",
     ),
     "router": (
@@ -122,7 +123,8 @@ ENDINGS: dict[str, tuple[str, ...]] = {
         "embeddings.patch_embeddings.layernorm", "latents", "query_tokens", "visual_projection.0",
         "multi_modal_projector.linear", "projector.linear", "multi_modal_projector",
         "projector.proj", "projector", "mm_input_projection_weight", "modality_projection",
-        "modality_projection.proj", "model.in_proj", "input_projection",
+        "modality_projection.proj", "decoder_embed", "masked_spec_embed", "model.in_proj",
+        "input_projection",
     ),
     "position": (
         "wpe", "position_embeddings", "position_embedding", "embed_positions", "pos_embed",
@@ -131,8 +133,8 @@ ENDINGS: dict[str, tuple[str, ...]] = {
         "distance_embedding", "relative_k_proj", "relative_key_proj", "r_proj", "linear_pos",
         "pos_key_proj", "pos_query_proj", "pos_proj", "rel_logits_proj.proj",
         "h_position_embeddings", "w_position_embeddings", "x_position_embeddings",
-        "y_position_embeddings", "@attention.r", "rel_pos_h", "rel_pos_w", "attention_biases",
-        "position_encoding",
+        "y_position_embeddings", "@attention.r", "r_kernel", "rel_pos_h", "rel_pos_w",
+        "attention_biases", "position_encoding",
     ),
     "head": (
         "lm_head", "lm_heads.#", "lm_heads", "embed_out", "predictions.decoder", "lm_head.decoder",
@@ -144,8 +146,9 @@ ENDINGS: dict[str, tuple[str, ...]] = {
         "transformer.ff_out", "lm_head.w_out", "vocab_transform", "vocab_projector", "mlp_head.#",
         "ctc_head", "pred_layer.proj", "to_logits", "encoder.out", "encoder.out_mid", "summary",
         "@head.proj", "visual_projection", "text_projection", "logits_proj", "lm_loss", "cls_head",
-        "lm_head_w", "reg_head",
+        "lm_head_w", "reg_head", "decoder_pred",
     ),
+    "conv": ("pos_conv_embed.conv",),
 }  # fmt: skip
 """Kind -> endings. ``#`` stands for a number in any component but the last, ``@attention`` for a
 component with one of the words of CONTEXTS (first component only), ``^`` for the beginning of the
@@ -333,7 +336,7 @@ def _matched(path: str, names: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple
     for table in (own, _KIND_OF):
         if table and "^" + path in table:
             return table["^" + path], "^" + path
-        longest = max((ending.count(".") + 1 for ending in table), default=0)
+        longest = _LONGEST if table is _KIND_OF else _longest(table)
         for length in range(min(longest, len(parts)), 0, -1):
             for ending in _spellings(parts, len(parts) - length):
                 if ending in table:
@@ -364,7 +367,13 @@ def _contexts(part: str) -> list[str]:
     ]
 
 
+def _longest(table: Iterable[str]) -> int:
+    """Components of the longest ending."""
+    return max((ending.count(".") + 1 for ending in table), default=0)
+
+
 _KIND_OF = {ending: kind for kind, endings in ENDINGS.items() for ending in endings}
+_LONGEST = _longest(_KIND_OF)
 
 
 def layer_prefix(name: str) -> str | None:

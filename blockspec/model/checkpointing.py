@@ -22,10 +22,17 @@ from torch.autograd.graph import Node
 from blockspec.model.patching import shared
 
 REENTRANT = "CheckpointFunction"  # what torch, fairscale, DeepSpeed and Megatron call theirs
+REVERSIBLE = "Revers"  # Reformer's _ReversibleFunction and its like
 
 
 def hiding(node: Node) -> str:
     """What to say of a node of the graph that hides parameters; empty for other nodes."""
+    if REVERSIBLE in node.name():
+        return (
+            f"the model has reversible layers ({node.name()}), which compute themselves anew in a "
+            "backward pass of their own and hide the parameters in there from second derivatives: "
+            "it cannot be measured, unless the layers are called as ordinary ones"
+        )
     if REENTRANT not in node.name():
         return ""
     return (

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from blockspec.model import heads
 from blockspec.model.heads import Logits
+from blockspec.model.placeholders import placeholders_of, without_placeholders
 from blockspec.model.second_order import cross_entropies
 
 IGNORED = -100  # the label that torch and transformers leave out; nanoGPT uses -1
@@ -38,13 +39,16 @@ class Loss:
             gradients.
         chunked: ``terms`` takes :class:`blockspec.model.heads.Logits`, so that the logits of a
             vocabulary need not be held whole.
+        complete: ``(model, batch) -> batch``, where a batch lacks what only the model knows.
     """
 
     outputs: Callable[[nn.Module, Any], Tensor]
     terms: Callable[[Tensor, Any], Tensor]
     chunked: bool = False
+    complete: Callable[[nn.Module, Any], Any] = lambda model, batch: batch
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        batch = self.complete(model, batch)
         with heads.deferred(model) if self.chunked else nullcontext():
             outputs = self.outputs(model, batch)
         terms = self.terms(outputs, batch)
@@ -210,6 +214,17 @@ def _next_token_terms(logits: Tensor, batch: Any) -> Tensor:
     return _cross_entropies(logits, targets.masked_fill(targets == -1, IGNORED))
 
 
+def _without_pictures(model: nn.Module, batch: Any) -> Any:
+    """The batch, with labels that leave out what stands for pictures; as it is where nothing
+    does.
+    """
+    if not isinstance(batch, Mapping) or not placeholders_of(model):
+        return batch
+    labels = _next_labels(batch)
+    kept = without_placeholders(labels, model, IGNORED)
+    return batch if kept is labels else {**batch, "labels": kept}
+
+
 def _next_labels(batch: Mapping[str, Any]) -> Tensor:
     """The labels of a batch, or its tokens without the padding."""
     if "labels" in batch:
@@ -244,11 +259,12 @@ def _squared_errors(outputs: Tensor, batch: Any) -> Tensor:
     return (outputs - targets).square().reshape(len(outputs), -1).sum(1)
 
 
-next_token = Loss(_causal_logits, _next_token_terms, chunked=True)
+next_token = Loss(_causal_logits, _next_token_terms, chunked=True, complete=_without_pictures)
 """Cross entropy of the next token, one term per predicted token.
 
 Batches: a mapping for Hugging Face causal models (``labels`` default to ``input_ids``, are shifted
-by one here, -100 is left out), or nanoGPT's pair ``(x, y)`` of already shifted tokens. A model gets
+by one here, -100 is left out, and so are the placeholders of pictures, films and sounds that the
+model's configuration names), or nanoGPT's pair ``(x, y)`` of already shifted tokens. A model gets
 y too where its ``forward`` has an argument ``targets``: ``model(x, targets=y) -> (logits, loss)``.
 """
 

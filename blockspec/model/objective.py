@@ -186,7 +186,7 @@ class Objective:
                 continue
             parts = [batch] if size is None else self._cut(number, batch, size)
             for part in parts:
-                yield number, placed(part, self.device, self.dtype)
+                yield number, self._placed(part)
 
     def largest_batch(self) -> int:
         """Examples of the largest batch; 1 where no batch can be cut."""
@@ -225,7 +225,13 @@ class Objective:
 
     def _evaluated(self, batch: Any) -> tuple[Tensor, float]:
         with self._evaluating(self.replacements):
-            return self._value_of(placed(batch, self.device, self.dtype))
+            return self._value_of(self._placed(batch))
+
+    def _placed(self, batch: Any) -> Any:
+        """The batch where the model is, with what the loss has to add to it."""
+        complete = getattr(self.loss, "complete", None)
+        batch = placed(batch, self.device, self.dtype)
+        return batch if complete is None else complete(self.model, batch)
 
     def num_units(self) -> int:
         """Micro-batches in all, which are the units of data."""

@@ -205,9 +205,9 @@ def _compared(trial: Trial, make: Make) -> Check:
     asymmetry = _asymmetry(trial, (direction, product), (other, others))
     del other, others
     reference, error = _settled(trial, direction, product)
+    note = check_reach(trial, reference)
     if all(gradient is None for gradient in reference.gradient.values()):
         return Check("unchecked", "the loss computes with another model than its first argument")
-    note = check_reach(trial, reference)
     if error > TOLERANCE[trial.dtype]:
         reason = "the gradient is not smooth enough for its central differences"
         return Check("unchecked", reason, error, asymmetry)

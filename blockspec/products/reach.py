@@ -59,7 +59,9 @@ def check_reach(trial: Trial, reference: Reference) -> str:
 
 
 NO_GRAD = (
-    "take torch.no_grad, torch.inference_mode or .detach() away while the curvature is measured"
+    "take torch.no_grad, torch.inference_mode or .detach() away while the curvature is measured. "
+    "Layers that compute themselves anew in a backward pass of their own (reversible layers, as "
+    "Reformer's) have no second derivative: such a model cannot be measured"
 )
 
 
