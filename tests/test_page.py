@@ -274,6 +274,7 @@ def test_it_opens_without_an_error_and_asks_for_nothing(shown, page):
 
 @needs_chromium
 def test_the_slider_changes_what_is_shown(shown):
+    shown.run("state.stage = 2; draw()")
     before = drawn(shown, "density"), text(shown, "#table")
     shown.run("$('stage').focus()")
     shown.press("ArrowLeft")
