@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from test_cli import invoke
+from transformers import Trainer, TrainingArguments
 
 from blockspec import js0, load_run, load_spectra
 from blockspec.runs.factories import explained
@@ -173,7 +174,10 @@ def test_a_how_to_goes_on_with_readme(page, names, tmp_path, monkeypatch):
 
 def test_the_page_of_a_training_follows_eigenvalues(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    arguments = TrainingArguments("trained", report_to=[], save_strategy="no", use_cpu=True)
     training = {"held_out": names["batches"][0], "num_steps": 20, "lr": 1e-3}
+    training["held_out_batches"] = names["batches"]
+    training["trainer"] = Trainer(names["model"], arguments)
     run(ROOT / "docs/training.md", names | training)
     assert (tmp_path / "runs/mine/tracking.parquet").exists()
 
@@ -181,7 +185,8 @@ def test_the_page_of_a_training_follows_eigenvalues(names, tmp_path, monkeypatch
 @pytest.mark.slow
 def test_the_page_of_scale_gives_the_same_a_layer_at_a_time(names):
     query = [block for block in names["blocks"] if block.kind == "query"]
-    run(ROOT / "docs/scale.md", names | {"blocks": query})
+    given = {"my_batches": names["batches"], "loss": names["blockspec"].losses.next_token}
+    run(ROOT / "docs/scale.md", names | given | {"blocks": query})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
