@@ -21,6 +21,7 @@ COLOURS = ListedColormap(
     colormaps["magma_r"](np.linspace(0, 0.88, 256))
 )  # lightness falls evenly: readable in grey
 CHARACTER = 0.66  # mean width of a character over the size of its font, generously
+VECTORS = 40  # blocks: the cells of larger maps are drawn as one picture, not one by one
 SMALLEST = 4.5  # points: below, a number cannot be read
 
 BOUNDED_TICKS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -135,7 +136,12 @@ def _map(
     values = np.ma.array(table.to_numpy(float), mask=upper)
     edges = np.arange(size + 1)
     image = axes.pcolormesh(
-        edges, edges, np.maximum(values, norm.vmin or 0.0), cmap=COLOURS, norm=norm
+        edges,
+        edges,
+        np.maximum(values, norm.vmin or 0.0),
+        cmap=COLOURS,
+        norm=norm,
+        rasterized=size > VECTORS,
     )
     axes.set_xlim(0, size)
     axes.set_ylim(size, 0)

@@ -38,6 +38,7 @@ from blockspec.figures.style import (
 )
 from blockspec.model.pieces import FULL
 from blockspec.spectra.collection import block_diagonal, spectra_of
+from blockspec.spectra.groups import compared
 from blockspec.spectra.heterogeneity import js0
 from blockspec.spectra.spectrum import Estimate, Spectrum
 
@@ -240,7 +241,7 @@ def _heterogeneity_course(table: pd.DataFrame) -> dict[int, Estimate]:
     """Step -> js0; without steps that have a single block."""
     parts = table[table["kind"] != FULL]
     return {
-        step: js0(spectra_of(parts[parts["step"] == step]))
+        step: js0(compared(spectra_of(parts[parts["step"] == step])))
         for step in sorted(parts["step"].unique().tolist())
         if parts.loc[parts["step"] == step, "block"].nunique() > 1
     }

@@ -19,6 +19,7 @@ from blockspec.spectra.collection import (
     spectra_of,
     write_parquet,
 )
+from blockspec.spectra.groups import MOST_COMPARED
 
 if TYPE_CHECKING:  # a summary is printed without torch and matplotlib
     from matplotlib.figure import Figure
@@ -249,7 +250,13 @@ def show_totals(plan: Plan, console: Console, *, stages: int = 1) -> None:
     groups = f"{plan.passes} group(s) of recurrences"
     peak = f"peak memory {readable(plan.peak)}{bound}, {micro_batch}, {groups}"
     products = f"{plan.products:,} products {plan.told}"
-    for line in (f"planned: {products}, {time}", f"planned: {peak}"):
+    lines = [f"planned: {products}, {time}", f"planned: {peak}"]
+    if len(plan.table) > MOST_COMPARED:
+        lines.append(
+            f"of {len(plan.table):,} blocks, distances are taken between the mixtures of each kind "
+            f"and layer (up to {MOST_COMPARED} blocks, between all pairs)"
+        )
+    for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from blockspec.numerics.content import Digest
 from blockspec.spectra.collection import Spectra, spectra_of, write_parquet
+from blockspec.spectra.groups import compared
 from blockspec.spectra.heterogeneity import DEFINITIONS, js0, js_distance_errors, js_distances
 
 logger = logging.getLogger(__name__)
@@ -145,8 +146,12 @@ def rows_digest(rows: pd.DataFrame, file: str) -> str:
 
 
 def heterogeneity_of(spectra: Spectra, *, step: int) -> pd.DataFrame | None:
-    """A step's part of heterogeneity.parquet; None for a single block."""
-    parts = spectra.parts
+    """A step's part of heterogeneity.parquet; None for a single block.
+
+    Of many blocks, groups of them are compared, which their names say; see
+    :mod:`blockspec.spectra.groups`.
+    """
+    parts = compared(spectra.parts)
     if len(parts) < 2:
         return None
     tables = [heterogeneity_table(parts, definition, step=step) for definition in DEFINITIONS]

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class Spectra(Mapping[str, Spectrum]):
         """The tidy table that :meth:`save` writes: one row per node of each probe of each block;
         ``step`` is a column.
         """
-        return pd.concat([_frame(spectrum, step) for spectrum in self.values()], ignore_index=True)
+        return _frame(list(self.values()), step)
 
     to_frame = frame
 
@@ -300,7 +301,16 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 def spectra_of(table: pd.DataFrame) -> Spectra:
     """The spectra of one step of a tidy table."""
-    return Spectra(_spectrum(rows) for _, rows in table.groupby("block", sort=False))
+    codes, names = pd.factorize(table["block"])
+    order = np.argsort(codes, kind="stable")
+    ends = np.cumsum(np.bincount(codes, minlength=len(names)))
+    # whole columns once: a table of a block's own rows costs more than its spectrum
+    columns = {name: table[name].to_numpy()[order] for name in COLUMNS if name != "layer"}
+    layers = table["layer"].astype(object).to_numpy()[order]
+    return Spectra(
+        _spectrum({name: values[start:stop] for name, values in columns.items()}, layers[start])
+        for start, stop in pairwise([0, *ends.tolist()])
+    )
 
 
 TABLE = "spectra.parquet"
@@ -316,6 +326,7 @@ PER_BLOCK = (
     "precision_error",
     "units",
 )
+TEXTS = ("curvature", "dtype", "distribution")  # of PER_BLOCK
 PER_PROBE = ("steps", "breakdown", "orthogonality", "steps_error")
 PER_NODE = {"node": "nodes", "weight": "weights", "residual": "residuals", "known": "known"}
 COLUMNS = (
@@ -334,39 +345,57 @@ COLUMNS = (
 )
 
 
-def _frame(spectrum: Spectrum, step: int) -> pd.DataFrame:
-    probes, places = spectrum.nodes.shape
-    block = spectrum.block
-    columns: dict[str, object] = {
-        "step": step,
-        "block": block.name,
-        "kind": block.kind,
-        "role": block.role,
-        "layer": block.layer,
+def _frame(spectra: Sequence[Spectrum], step: int) -> pd.DataFrame:
+    """Column by column for all blocks at once: a table for each would cost milliseconds."""
+    blocks = [spectrum.block for spectrum in spectra]
+    shapes = [spectrum.nodes.shape for spectrum in spectra]
+    rows = np.array([probes * places for probes, places in shapes])
+
+    def per_block(values: Sequence[Any]) -> np.ndarray:
+        return np.repeat(np.array(values), rows)
+
+    def joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate(list(arrays))
+
+    columns: dict[str, Any] = {
+        name: pd.Series(np.repeat(np.array([getattr(b, name) for b in blocks], object), rows))
+        for name in ("kind", "role", "layer")
     }
-    columns |= {"numel": block.numel, "probe": np.repeat(np.arange(probes), places)}
-    columns |= {"index": np.tile(np.arange(places), probes)}
-    columns |= {column: getattr(spectrum, name).ravel() for column, name in PER_NODE.items()}
-    columns |= {name: np.repeat(getattr(spectrum, name), places) for name in PER_PROBE}
-    columns |= {name: getattr(spectrum, name) for name in PER_BLOCK}
-    columns |= listed(spectrum.sample, probes * places)
-    return pd.DataFrame(columns).astype({"layer": "Int64"})[list(COLUMNS)]
+    columns["block"] = np.repeat(np.array([block.name for block in blocks], object), rows)
+    columns["step"] = step
+    columns["numel"] = per_block([block.numel for block in blocks])
+    columns["probe"] = joined(np.repeat(np.arange(k), m) for k, m in shapes)
+    columns["index"] = joined(np.tile(np.arange(m), k) for k, m in shapes)
+    for column, name in PER_NODE.items():
+        columns[column] = joined(getattr(s, name).ravel() for s in spectra)
+    for name in PER_PROBE:
+        values = (np.repeat(getattr(s, name), s.nodes.shape[1]) for s in spectra)
+        columns[name] = joined(values)
+    for name in PER_BLOCK:
+        columns[name] = per_block([getattr(s, name) for s in spectra])
+    changes = [listed(s.sample, s.nodes.size) for s in spectra]
+    for name in PER_GROUP:
+        lists = list(chain.from_iterable(part[name] for part in changes))
+        columns[name] = pd.Series(lists, dtype=object)
+    texts = {name: "str" for name in ("block", "kind", "role", *TEXTS)}
+    return pd.DataFrame(columns).astype({"layer": "Int64"} | texts)[list(COLUMNS)]
 
 
-def _spectrum(rows: pd.DataFrame) -> Spectrum:
-    first = rows.iloc[0]
-    probes = int(rows["probe"].nunique())
-    layer = None if pd.isna(first["layer"]) else int(first["layer"])
+def _spectrum(rows: Mapping[str, np.ndarray], layer: Any) -> Spectrum:
+    """From a block's part of every column."""
+    first = {name: values[0] for name, values in rows.items()}
+    probes = len(np.unique(rows["probe"]))
     arrays: dict[str, Any] = {
-        name: rows[column].to_numpy().reshape(probes, -1) for column, name in PER_NODE.items()
+        name: rows[column].reshape(probes, -1) for column, name in PER_NODE.items()
     }
-    arrays |= {name: rows[name].to_numpy().reshape(probes, -1)[:, 0] for name in PER_PROBE}
+    arrays |= {name: rows[name].reshape(probes, -1)[:, 0] for name in PER_PROBE}
     arrays |= {
         name: first[name].item() if hasattr(first[name], "item") else first[name]
         for name in PER_BLOCK
     }
+    number = None if pd.isna(layer) else int(layer)
     block = Block(
-        first["block"], first["kind"], layer, int(first["numel"]), role=str(first["role"])
+        first["block"], first["kind"], number, int(first["numel"]), role=str(first["role"])
     )
     return Spectrum(
         block=block, **arrays, sample=sample_of({name: rows[name] for name in PER_GROUP}, probes)
