@@ -21,7 +21,6 @@ import torch
 sys.path.insert(0, sys.argv[1])
 import models
 from blockspec import Objective, losses, partition
-from blockspec.engine.plan import MARGIN
 from blockspec.numerics import memory
 from blockspec.products.curvature import Products
 
@@ -39,7 +38,7 @@ def measured(way, layers):
     if way == "layerwise" and layers == 24:
         with memory.watched(CPU) as again:
             Products(objective, guarded=False, products=way).rehearse(blocks, None)
-        planned = MARGIN * again.growth
+        planned = again.growth
     return {"peak": peak.growth, "planned": planned}
 
 measured("layerwise", 2)  # what is allocated once
@@ -76,6 +75,7 @@ def test_memory_does_not_grow_with_depth_but_for_what_stays_between_layers(peaks
 
 
 def test_the_plan_foresees_it(peaks):
+    """The rehearsal does; on top of it a plan keeps a margin, because memory= is a bound."""
     found = peaks["layerwise"]["24"]
     assert found["planned"] == pytest.approx(found["peak"], rel=0.2), peaks
 
