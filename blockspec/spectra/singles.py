@@ -49,7 +49,7 @@ def with_exact_weights(found: Spectrum) -> Spectrum:
     known = np.zeros(found.nodes.shape, bool)
     np.put_along_axis(known, places.T, True, axis=1)
     weights = _rescaled(found.weights, known, 1 / found.block.numel)
-    sample = None if found.sample is None else _sample(found, weights)
+    sample = None if found.sample is None else _sample(found, weights, known)
     return replace(found, weights=weights, known=known, sample=sample)
 
 
@@ -91,11 +91,13 @@ def _rescaled(weights: np.ndarray, known: np.ndarray, exact: float) -> np.ndarra
     return np.where(known, exact, rest * left / rest.sum(axis=-1, keepdims=True))
 
 
-def _sample(found: Spectrum, weights: np.ndarray) -> Sample:
-    """The same without each group of data, whose weights change as those of the whole do."""
+def _sample(found: Spectrum, weights: np.ndarray, known: np.ndarray) -> Sample:
+    """The same without each group of data: known eigenvalues keep their exact weight there too.
+
+    To scale their weights as those of the whole would not do: a weight that a probe has next to
+    nothing of changes many times over.
+    """
     before = found.left_out()
     assert before is not None
     nodes, shares = before
-    without = shares * weights / np.where(found.weights > 0, found.weights, 1.0)
-    without = without / without.sum(axis=-1, keepdims=True)
-    return Sample.of(found.nodes, weights, (nodes, without))
+    return Sample.of(found.nodes, weights, (nodes, _rescaled(shares, known, 1 / found.block.numel)))
