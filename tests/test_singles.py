@@ -86,6 +86,29 @@ def test_weights_and_samples_are_whole():
     np.testing.assert_allclose(moved, 1.01, rtol=1e-6)
 
 
+def test_a_weight_that_a_probe_has_next_to_nothing_of_adds_no_error_of_the_data():
+    """Without a group of data such a weight is many times what it was: scaled up by the same factor
+    as in the whole, it would be all of the spectrum.
+    """
+    (before,) = drawn(bulk(), 1, 60, seeds=1)
+    weights = before.weights.copy()
+    largest = before.nodes.argmax()
+    weights.flat[largest] = 1e-13
+    nodes = np.repeat(before.nodes[None], 9, 0) * (1 + 0.01 * np.arange(-4, 5)[:, None, None])
+    shares = np.repeat(weights[None], 9, 0)
+    shares[3:, :, largest] = 1e-6
+    sampled = replace(
+        before,
+        weights=weights,
+        sample=Sample.of(before.nodes, weights, (nodes, shares)),
+        units=9,
+    )
+    after = sampled.with_exact_weights()
+    assert after.known.flat[largest]
+    moved = 0.01 * np.std(np.arange(9)) * np.sqrt(8)  # the jackknife of nodes that move alike
+    assert after.trace.data_stderr == pytest.approx(moved * after.trace.value, rel=0.01)
+
+
 def test_auto_has_them_and_fixed_numbers_keep_their_moments(tmp_path):
     values = torch.from_numpy(bulk())
     operator = FunctionOperator(lambda v: values * v, SIZE)

@@ -68,8 +68,8 @@ class SpectrumCallback(TrainerCallback):
     is raised at its beginning. A training that begins at step 0 is refused where the folder holds
     the record of another one. Steps that the folder has already, of the same weights, are not
     measured again; a resumed training measures them anew where its weights differ. With several
-    processes all of them share the work and the first writes; sharded parameters (FSDP, ZeRO-3) are
-    not supported.
+    processes all of them share the work and the first writes. Parameters that FSDP1 or ZeRO-3 has
+    sharded are not supported.
     """
 
     def __init__(
