@@ -32,12 +32,14 @@ def dense_couplings(it, blocks, direction, matrix):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "resnet"])
-@pytest.mark.parametrize("by", ["matrix", "layer"])
-def test_entries_are_those_of_the_dense_matrix(name, by):
+@pytest.mark.parametrize(
+    ("by", "products"), [("matrix", "whole"), ("layer", "whole"), ("matrix", "layerwise")]
+)
+def test_entries_are_those_of_the_dense_matrix(name, by, products):
     it = problem(name)
     blocks = blockspec.partition(it.model, by)
     direction = drawn(it.model)
-    found = blockspec.directional(it.objective(), blocks, direction)
+    found = blockspec.directional(it.objective(), blocks, direction, products=products)
     expected = dense_couplings(it, blocks, direction, truth(name))
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found.curvature.to_numpy(), expected, atol=1e-10 * scale, rtol=0)
@@ -296,3 +298,10 @@ def test_sharpness_in_the_spectral_ball_of_a_multiple_of_the_identity():
     assert found.value == pytest.approx(matrix[0, 0] * 3, rel=1e-9)
     values = torch.linalg.svdvals(found.direction.view(3, 4))
     torch.testing.assert_close(values, torch.ones(3, dtype=torch.float64))
+
+
+def test_data_that_are_spread_over_processes_are_refused():
+    it = problem("gpt2")
+    objective = it.objective(sharded=True)
+    with pytest.raises(ValueError, match="give every process all batches"):
+        blockspec.directional(objective, blockspec.partition(it.model), drawn(it.model))

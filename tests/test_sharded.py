@@ -45,6 +45,9 @@ def process(rank, folder, world):
     np.save(f"{folder}/{rank}.npy", nodes(model, own, sharded=True))
     assert {path: len(m._forward_pre_hooks) for path, m in model.named_modules()} == hooks
     held = sum(p.to_local().numel() for p in model.parameters())
+    objective = blockspec.Objective(model, own, blockspec.losses.next_token, sharded=True)
+    with pytest.raises(ValueError, match="save a full checkpoint"):
+        blockspec.directional(objective, chosen(model), {})
     said = ""
     try:
         nodes(model, own[: 1 + rank], sharded=True)

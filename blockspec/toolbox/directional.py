@@ -165,7 +165,8 @@ def directional(
         [settings]
 
     Raises:
-        ValueError: Blocks overlap, or the direction has an unknown name or a wrong shape.
+        ValueError: Blocks overlap, the direction has an unknown name or a wrong shape, or the data
+            or the weights are spread over processes.
     """
     return _directionals(objective, blocks, {"": direction}, couplings, measure, settings)[""]
 
@@ -201,6 +202,16 @@ def _directionals(
     measure: bool,
     settings: OperatorSettings,
 ) -> dict[str, Directional]:
+    if objective.weights.sharded:
+        raise ValueError(
+            "the model is spread over processes (fully_shard), and its weights cannot be moved "
+            "along a direction: save a full checkpoint, and measure a model that was loaded from it"
+        )
+    if objective.sharded:
+        raise ValueError(
+            "a direction is measured unit of data by unit, and with Objective(..., sharded=True) "
+            "each process holds a part of them: give every process all batches instead"
+        )
     operator, chosen = open_operator(objective, blocks, settings)
     union = Union(operator, chosen)
     if sum(block.numel for block in chosen) > union.covered:
