@@ -141,7 +141,7 @@ def test_tables_are_tidy(tmp_path):
         table_of(out), x="node", weights="weight", hue="kind", stat="density", bins=30
     )
     assert axes.has_data()
-    plt.close(axes.figure)
+    plt.close("all")
     distances = pd.read_parquet(out / "heterogeneity.parquet")
     assert set(distances.columns) == {
         *("block", "other", "distance", "step", "definition", "js0", "js0_stderr"),

@@ -251,7 +251,7 @@ def test_the_config_of_vit_base_has_the_papers_14_blocks():
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("spectra/*.yaml")), ids=lambda path: path.stem)
 def test_every_config_has_the_weight_matrices_of_its_model(path):
     given = ["run", "--config", str(path)]
-    settings = cli._parser(given).parse_args(given)["run"]
+    settings = cli._parser("run")[0].parse_args(given)["run"]
     name = settings.model_args.get("model") or path.stem
     with torch.device("meta"):
         model = build(ModelSettings(name))

@@ -86,7 +86,7 @@ class Schedule:
     def waiting(self, task: Task) -> int:
         """Products of jobs that have not been started."""
         if task.exact:
-            return 0 if task.columns else task.block.numel
+            return 0 if task.columns is not None else task.block.numel
         return task.to_start * (task.accuracy.num_steps or TYPICAL_STEPS)
 
     def _retire(self) -> None:

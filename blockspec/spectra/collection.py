@@ -124,9 +124,6 @@ class Spectra(Mapping[str, Spectrum]):
 
     def _repr_html_(self) -> str:
         table = self.summary().drop(columns="exact")
-        place = list(table.columns).index("error") + 1
-        for name in ("total_error", "data_error"):
-            table.insert(place, name, [getattr(spectrum, name) for spectrum in self.values()])
         layers = table["layer"].map(lambda layer: "" if pd.isna(layer) else f"{layer:.0f}")
         return html(repr(self), table.assign(layer=layers))
 
