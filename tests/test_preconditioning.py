@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from problems import PROBLEMS, problem
+from problems import PROBLEMS
 from torch import nn
 from torch.func import functional_call, hessian
 

@@ -159,7 +159,9 @@ class Lanczos:
         vectors so far and this one.
         """
         assert self._whole is not None
-        return torch.cat([self._whole.along(product), (self.vector @ product.to(self.vector))[None]])
+        return torch.cat(
+            [self._whole.along(product), (self.vector @ product.to(self.vector))[None]]
+        )
 
     def combined(self, coefficients: np.ndarray) -> Tensor:
         """(c, m) -> (c, P) combinations of the m Krylov vectors, which :meth:`finish` lets go."""
