@@ -28,7 +28,7 @@ done
 source setup_env.sh
 python - "$device" <<'END'    # before hours of training
 import sys
-from blockspec.runs.run import find_device
+from blockspec.runs.settings import find_device
 try:
     find_device(sys.argv[1])
 except ValueError as error:

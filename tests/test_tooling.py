@@ -191,3 +191,13 @@ def test_docstrings_explain_arguments_under_args(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert not undocumented_way(node), f"{path.stem}.{node.name}"
+
+
+def test_scripts_run_the_python_that_they_hold():
+    """run_gpt2.sh asks for a device that is not there: refused by the package, in one line."""
+    script = (ROOT / "run_gpt2.sh").read_text()
+    (program,) = re.findall(r"<<'END'[^\n]*\n(.+?)\nEND\n", script, flags=re.S)
+    call = [sys.executable, "-", "nowhere"]
+    done = subprocess.run(call, input=program, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.match(r"run_gpt2.sh: .*nowhere", done.stderr), done.stderr
