@@ -53,4 +53,5 @@ spectra=language_models/configs/spectra/${config/_tiny/}.yaml
 "${launcher[@]}" -m language_models.train --config "language_models/configs/$config.yaml" --out "$out" \
     --training.device "$trainer_device"
 blockspec run --config "$spectra" --checkpoints "$out/step_*" --out "$out/spectra" --device "$device"
-echo "a page to explore it: $(blockspec report "$out/spectra" -o "$out/report.html")"
+page="$(blockspec report "$out/spectra" -o "$out/report.html")"    # not within echo, which would hide that it failed
+echo "a page to explore it: $page"

@@ -267,6 +267,14 @@ class Overheard(Net):
         return super().forward(x) + Writing.last[:, :3]
 
 
+class Passed(Net):
+    """A later layer is given what an earlier one has left."""
+
+    def forward(self, x):
+        x = self.blocks[0](self.start(x))
+        return self.head(self.blocks[1](x + 2 * Writing.last))
+
+
 class InPlace(Block):
     def forward(self, x):
         return super().forward(x.add_(1.0))
@@ -291,6 +299,7 @@ class Counting(Block):
     [
         (Listening, "'blocks.1' takes a tensor from the inside of layer 'blocks.0'"),
         (lambda: Overheard(Writing), "takes a tensor from the inside of layer 'blocks.2'"),
+        (lambda: Passed(Writing), "takes a tensor from the inside of layer 'blocks.0'"),
         (lambda: Net(InPlace), "'blocks.0' changes its input in place"),
         (lambda: ChangedBehind(Block), "changed in place"),
         (lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), "no container of layers"),

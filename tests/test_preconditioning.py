@@ -623,6 +623,14 @@ def test_what_the_inner_operator_can_do_stays_within_reach():
             lambda m: Preconditioner.diagonal({"0.weight": torch.zeros(6, 4)}),
             "'0.weight' cannot be inverted",
         ),
+        (
+            lambda m: Preconditioner.diagonal({"0.weight": -torch.ones(6, 4)}),
+            "not above 0 and finite",
+        ),
+        (
+            lambda m: Preconditioner.diagonal({"0.weight": torch.full((6, 4), torch.inf)}),
+            "not above 0 and finite",
+        ),
         (lambda m: Preconditioner.from_state({"model": {}}, m), "holds no optimizer's state"),
         (
             lambda m: Preconditioner.from_state("nowhere.pt", m),

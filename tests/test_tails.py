@@ -94,6 +94,18 @@ def test_quantiles_of_known_eigenvalues():
     assert (quantiles(zero(), [0.5, 1.0]) == 0).all(axis=None)
 
 
+def test_quantiles_lie_between_points_of_a_grid_of_many_decades():
+    values = np.geomspace(1e-8, 1, 8)
+    spectrum = spectra_of({"a": matrix_of(values)}, num_steps=8)["weights.a"]
+    found = quantiles(spectrum, (np.arange(8) + 0.5) / 8)
+    truth = values[found["low"].to_numpy() > 0]
+    found = found[found["low"] > 0]
+    assert len(truth) >= 6
+    assert (found["low"] <= truth * (1 + 1e-6)).all()
+    assert (truth * (1 - 1e-6) <= found["high"]).all()
+    assert (found["high"] <= found["low"] * 1.05).all()
+
+
 def test_the_band_holds_the_population_where_the_error_of_the_data_is_known():
     """Eight groups of data, each of which moves the outlier by a known amount."""
     spectrum = spectra_of({"a": matrix_of([-0.5, 0.1, 3.0])}, num_steps=3)["weights.a"]

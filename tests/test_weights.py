@@ -82,6 +82,16 @@ def test_the_value_and_an_estimate_need_no_whole_model():
         assert found[name].nodes == pytest.approx(spectrum.nodes, rel=1e-8)
 
 
+def test_what_needs_the_weights_themselves_is_refused():
+    """The graph holds copies: a gradient by the weights would be all zeros."""
+    model = low()
+    objective = blockspec.Objective(model, [BATCH], losses.next_token, dtype=torch.float64)
+    with pytest.raises(ValueError, match="weights stay elsewhere"):
+        objective.gradient()
+    with pytest.raises(ValueError, match="weights stay elsewhere"):
+        blockspec.directional(objective, blockspec.partition(model), {})
+
+
 def test_weights_on_disk_are_mapped_and_not_read(tmp_path):
     model = low()
     save_file({n: p.detach() for n, p in model.named_parameters()}, tmp_path / "model.safetensors")

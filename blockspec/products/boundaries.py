@@ -115,7 +115,8 @@ class Boundaries:
         """Raises NoCutError where nothing was cut, or the end takes something out of a layer."""
         if not self.calls:
             raise NoCutError("none of its layers was called with gradients enabled")
-        for leaf in leaves_of([outputs]):
+        around = [w for w, made in zip(self.wires, self.made, strict=True) if made is None]
+        for leaf in leaves_of([outputs, *around]):  # what leads to a later layer counts as well
             if path := self.inside.get(id(leaf)):
                 raise NoCutError(
                     f"the loss, or a part of the model outside of the layers, takes a tensor from "

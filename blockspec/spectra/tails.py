@@ -197,19 +197,25 @@ def quantiles(spectrum: Spectrum, levels: Sequence[float]) -> pd.DataFrame:
     grid = magnitudes_of([spectrum])
     sides = [tail(spectrum, grid, side) for side in SIDES]
     above = (1 - np.asarray(levels)) * spectrum.block.numel
+    # the true one lies between two points of the grid: below it for low, above it for high
+    lower, upper = np.append(0.0, grid), np.concatenate([[0.0], grid[1:], grid[-1:]])
     found = {
-        name: _where(grid, sum(getattr(one, field) for one in sides), above)
-        for name, field in (("value", "count"), ("low", "low"), ("high", "high"))
+        name: _where(ends, sum(getattr(one, field) for one in sides), above)
+        for name, field, ends in (
+            ("value", "count", np.sqrt(lower * upper)),
+            ("low", "low", lower),
+            ("high", "high", upper),
+        )
     }
     return pd.DataFrame(found, index=list(levels))
 
 
-def _where(grid: np.ndarray, counts: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """The magnitudes beyond which so many eigenvalues lie: the largest one with more than that many
-    beyond it, and 0 where there is none.
+def _where(ends: np.ndarray, counts: np.ndarray, above: np.ndarray) -> np.ndarray:
+    """The entry of ``ends`` (G + 1,) for the last of G magnitudes with more than so many
+    eigenvalues beyond it; the first entry where there is none.
     """
     more = counts[None] > np.maximum(above, 0.5)[:, None]  # counts fall along the grid
-    return np.concatenate([[0.0], grid])[more.sum(1)]
+    return ends[more.sum(1)]
 
 
 def magnitudes_of(

@@ -202,10 +202,10 @@ def _directionals(
     measure: bool,
     settings: OperatorSettings,
 ) -> dict[str, Directional]:
-    if objective.weights.sharded:
+    if objective.weights.elsewhere:
         raise ValueError(
-            "the model is spread over processes (fully_shard), and its weights cannot be moved "
-            "along a direction: save a full checkpoint, and measure a model that was loaded from it"
+            "the weights stay elsewhere (device=, dtype=, fully_shard) and cannot be moved along a "
+            "direction: leave these out, or save a full checkpoint and measure that model"
         )
     if objective.sharded:
         raise ValueError(

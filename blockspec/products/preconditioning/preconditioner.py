@@ -60,6 +60,11 @@ class Preconditioner:
         Raises:
             ValueError: An entry is not above 0 and finite.
         """
+        for n, v in values.items():
+            if not (torch.isfinite(v) & (v > 0)).all():
+                raise ValueError(
+                    f"P of {n!r} cannot be inverted: P has entries that are not above 0 and finite"
+                )
         made = {
             n: Diagonal(_positive(n, 1 / v.detach().to(_wide(v)), "P has entries"))
             for n, v in values.items()

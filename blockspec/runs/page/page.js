@@ -242,8 +242,8 @@ function drawDensity() {
   const missing = data.runs.filter(run => stageOf(run) < 0).map(run => run.name);
   const dashes = several ? ` Lines: ${data.runs.map((run, r) => `${DASHES[r % 5]} ${run.name}`).join(", ")}.` : "";
   $("density-note").textContent = `At step ${steps[state.stage]}. ` + (state.view === "tail"
-    ? "How many eigenvalues lie beyond x, seen from zero. Band: 95 %, for the given batches."
-    : "Band: ± 1 standard error over probes. A flat top is what the Lanczos steps do not resolve.") + `${state.view === "tail" || state.axis === "log" ? " Dotted: negative eigenvalues." : ""}${dashes}`
+    ? "How many eigenvalues lie beyond x, seen from zero. Band: 95 %, of steps and probes, and of the data where their error is known."
+    : "Band: ± 1 standard error over probes, and over the data where that is known. A flat top is what the Lanczos steps do not resolve.") + `${state.view === "tail" || state.axis === "log" ? " Dotted: negative eigenvalues." : ""}${dashes}`
     + (missing.length ? ` Not measured at this step: ${missing.join(", ")}.` : "");
 }
 
