@@ -380,17 +380,9 @@ class Objective:
 
     def gradient(self) -> dict[str, Tensor]:
         """Gradient of the mean loss, by parameter name; zeros where the loss does not depend on a
-        parameter.
-
-        Raises:
-            ValueError: The model computes with copies of its weights, which stay elsewhere.
+        parameter. Raises ValueError where weights stay elsewhere.
         """
-        if self.weights.elsewhere:
-            raise ValueError(
-                "there is no gradient of a model whose weights stay elsewhere (device=, dtype=, "
-                "fully_shard): it computes with copies; leave these out, or measure a full "
-                "checkpoint"
-            )
+        self.weights.refuse_gradients()
         parameters = self.parameters()
         gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
         counts = 0.0

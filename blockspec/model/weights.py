@@ -49,6 +49,17 @@ class Weights:
         self._around: dict[int, Tensor] = {}
         self._last: dict[int, Tensor] = {}
 
+    def refuse_gradients(self) -> None:
+        """Raises ValueError where the graph holds copies: a gradient by the weights themselves
+        would be all zeros.
+        """
+        if self.elsewhere:
+            raise ValueError(
+                "there is no gradient of a model whose weights stay elsewhere (device=, dtype=, "
+                "fully_shard): it computes with copies; leave these out, or measure a full "
+                "checkpoint"
+            )
+
     def stand_in(self, parameter: Tensor) -> Tensor:
         """What the latest call of the part of the model that a parameter belongs to computed with;
         the parameter itself where nothing is brought.
