@@ -7,10 +7,12 @@ A fork of the test process itself would not do: autograd refuses to work in a fo
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -70,3 +72,18 @@ def _script(rank: int, path: str, arguments: tuple[str, ...], processes: int, po
     sys.path[:0] = PATHS.split(os.pathsep)
     sys.argv = [path, *arguments]
     runpy.run_path(path, run_name="__main__")
+
+
+def printed_alone(script: str) -> Any:
+    """What a script prints last, as JSON, in a process whose memory goes back to the system as soon
+    as it is free; its argument is the folder of the tests.
+    """
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
+    command = [sys.executable, "-c", script, os.path.dirname(__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,12 +1,8 @@
 """Memory of products a layer at a time, as the system counts it, in a process of its own."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from launching import printed_alone
 from models import tiny_gpt2, tiny_vit
 
 import blockspec
@@ -53,15 +49,7 @@ BETWEEN = (
 @pytest.fixture(scope="module")
 def peaks():
     """Bytes, by way and number of layers."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }
-    command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_alone(SCRIPT)
 
 
 def test_memory_does_not_grow_with_depth_but_for_what_stays_between_layers(peaks):

@@ -1,11 +1,7 @@
 """Memory of whole processes: resident sets as the system counts them, in a process of their own."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+from launching import printed_alone
 
 SCRIPT = """
 import gc, json, re, sys
@@ -92,15 +88,7 @@ ALLOWED = 8  # MiB; the graph of one batch takes several times as much, see the 
 @pytest.fixture(scope="module")
 def growth():
     """MiB by which a process grew, by what was done in it."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }
-    command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_alone(SCRIPT)
 
 
 @pytest.mark.slow

@@ -99,15 +99,6 @@ class Directional:
             )
         return float(np.trace(self.curvature.to_numpy()) / self.bend.value)
 
-    @property
-    def best_step(self) -> float:
-        """The multiple of d at which the quadratic is lowest: ``-g'd / d'Hd``; infinite where it
-        falls for ever.
-        """
-        if self.bend.value <= 0:
-            return math.inf if self.slope.value < 0 else 0.0
-        return max(-self.slope.value / self.bend.value, 0.0)
-
     def frame(self) -> pd.DataFrame:
         """A row a block: kind, layer, numel, gradient, rows and within (each with its error over
         the data).

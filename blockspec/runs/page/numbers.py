@@ -111,14 +111,15 @@ def numbers_of(spectra: Mapping[str, Spectrum]) -> dict[str, dict[str, Number]]:
 def _numbers(spectrum: Spectrum, rank: float, rank_error: float) -> dict[str, Number]:
     largest, smallest = spectrum.largest, spectrum.smallest
     mean, trace = spectrum.moment(1), spectrum.trace
+    error, data = spectrum.error, spectrum.data_error  # each is played through: once
     return {
         "largest": (largest.value, largest.residual, largest.data_stderr),
         "smallest": (smallest.value, smallest.residual, smallest.data_stderr),
         "mean": (mean.value, mean.stderr, mean.data_stderr),
         "trace": (trace.value, trace.stderr, trace.data_stderr),
         "effective_rank": (rank, rank_error, None),
-        "error": (spectrum.error, None, spectrum.data_error),
-        "total": (spectrum.total_error, None, None),
+        "error": (error, None, data),
+        "total": (None if data is None else math.hypot(error, data), None, None),
     }
 
 
