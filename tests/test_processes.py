@@ -143,6 +143,12 @@ def left_open(count):
     return [after - before for before, after in zip(*held, strict=True)]
 
 
+def threads_of_groups():
+    """Names of the threads that process groups have left behind."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 def stopped(folder):
     """An estimate on both processes that ends after its third sweep, and leaves its state."""
 
@@ -189,8 +195,9 @@ def process(rank, world, folder):
     found["value"] = sharded[0].value()
     found["gradient"] = {n: float(g.norm()) for n, g in sharded[0].gradient().items()}
     found["columns"] = said(nodes, *sharded, columns=world)
-    Path(f"{folder}/{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+    found["threads"] = threads_of_groups()
+    Path(f"{folder}/{rank}.json").write_text(json.dumps(found))
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])

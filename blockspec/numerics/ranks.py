@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -123,24 +124,22 @@ def arrange(num_blocks: int, *, columns: int | None = None) -> Ranks:
     return Ranks(column, columns, row, rows, _groups(columns, rows)[column])
 
 
-_MADE: dict[tuple[int, int], list[Any]] = {}
-_OF_WORLD: Any = None  # the groups are made anew where torch.distributed has been
+_MADE: WeakKeyDictionary[Any, dict[tuple[int, int], list[Any]]] = WeakKeyDictionary()
+"""The groups made beside each world of processes. They go when the world is destroyed: a group that
+outlived it would keep its threads until the interpreter ends, and abort the program there."""
 
 
 def _groups(columns: int, rows: int) -> list[Any]:
     """The communication group of each group; made once, because each one holds sockets and threads
-    until the program ends.
+    as long as the world of processes stands.
     """
-    global _OF_WORLD
     if columns == 1:
         return [None]  # all processes
-    if dist.group.WORLD is not _OF_WORLD:
-        _MADE.clear()
-        _OF_WORLD = dist.group.WORLD
-    if (columns, rows) not in _MADE:
+    made = _MADE.setdefault(dist.group.WORLD, {})
+    if (columns, rows) not in made:
         places = [list(range(c * rows, (c + 1) * rows)) for c in range(columns)]
-        _MADE[columns, rows] = [dist.new_group(place) for place in places]
-    return _MADE[columns, rows]
+        made[columns, rows] = [dist.new_group(place) for place in places]
+    return made[columns, rows]
 
 
 def is_first() -> bool:
