@@ -106,3 +106,18 @@ def test_processes_that_do_not_come_are_told_soon(monkeypatch, rank):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with pytest.raises(ValueError, match=f"process {rank} has waited 1 s for all 2 processes"):
         launched.join(patience=1.0)
+
+
+def test_the_group_of_processes_ends_before_the_interpreter(monkeypatch):
+    values = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    at_exit = []
+    monkeypatch.setattr(launched.atexit, "register", at_exit.append)
+    assert launched.join(patience=30.0)
+    assert torch.distributed.is_initialized()
+    (leave,) = at_exit
+    leave()
+    leave()  # a program may have left by itself
+    assert not torch.distributed.is_initialized()

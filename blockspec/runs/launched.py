@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -41,7 +42,16 @@ def join(patience: float = PATIENCE) -> bool:
         if backend == "nccl":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        atexit.register(_leave)
     return dist.get_rank() == 0
+
+
+def _leave() -> None:
+    """Ends the group of processes while the interpreter still stands; its threads abort a program
+    that ends under them.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _meet(rank: int, world: int, patience: float) -> dist.Store:
