@@ -86,6 +86,7 @@ def main(
             optimizer.step()
             optimizer.zero_grad()
             history.append(loss.item())
+    accelerator.end_training()  # ends the processes' group while Python still stands
     return history
 
 
