@@ -653,6 +653,28 @@ def test_what_cannot_be_read_is_refused_by_name(make, message):
         make(net())
 
 
+@pytest.mark.parametrize("entry", [torch.inf, torch.nan, -1.0, 0.0])
+def test_a_state_without_an_inverse_is_refused_before_products(entry):
+    """An infinite second moment has P^-1 = 0, which is finite and no inverse either."""
+    model, optimizer, _ = trained(lambda m: torch.optim.Adam(m.parameters(), LR, eps=0))
+    optimizer.state[model[0].weight]["exp_avg_sq"][0, 0] = entry
+    with pytest.raises(ValueError, match=r"P of '0.weight' cannot be inverted"):
+        Preconditioner.from_optimizer(optimizer, model)
+
+
+def test_an_inverse_that_the_parameters_dtype_cannot_hold_is_refused():
+    """Numbers are read in float64, and given in the parameter's dtype."""
+    model = net().float()
+    optimizer = torch.optim.Adam(model.parameters(), LR, eps=1e-40)
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    optimizer.state[model[0].weight]["exp_avg_sq"].zero_()
+    with pytest.raises(ValueError, match="too small for the parameter's dtype"):
+        Preconditioner.from_optimizer(optimizer, model)
+    with pytest.raises(ValueError, match="too small for the parameter's dtype"):
+        Preconditioner.diagonal({"0.weight": torch.full((6, 4), 1e-40)})
+
+
 def test_a_block_that_the_optimizer_does_not_step_is_refused_and_others_are_not():
     model = net()
     optimizer = torch.optim.Adam(list(model.parameters())[:2], LR)

@@ -129,7 +129,25 @@ def test_what_is_missed_is_said(caplog):
     assert (table["residual"] > 0.03 * table["value"].abs())[1:].all()
     assert len(caplog.records) == 1
     assert "step 1, block 'matrix'" in caplog.text
+    assert "after 1 rounds of products" in caplog.text
     assert "max_rounds" in caplog.text
+
+
+def test_what_the_first_search_misses_is_said_apart(caplog):
+    """It is bounded in products, and what follows may miss something too."""
+    values = torch.linspace(0, 1, 3000, dtype=torch.float64)
+    crowded = FunctionOperator(lambda v: values * v, len(values))
+    tracker = blockspec.track(
+        None, crowded.block(), tolerance=1e-7, max_rounds=2, curvature=crowded
+    )
+    tracker(0), tracker(1), tracker(2)
+    first, later = (record.message for record in caplog.records)
+    products = tracker.table["products"].iloc[0]
+    assert "step 0, block 'matrix'" in first
+    assert f"after {products} products of the first search" in first
+    assert "rounds" not in first
+    assert "step 1, block 'matrix'" in later
+    assert "after 2 rounds of products" in later
 
 
 def test_a_random_vector_finds_what_the_residual_cannot_see():

@@ -225,7 +225,7 @@ class Tracker:
         self.products = 0
         self._values: list[dict[str, Any]] = []
         self._parts: list[dict[str, Any]] = []
-        self._told = False
+        self._told: set[bool] = set()
 
     def __call__(self, step: int) -> dict[str, float]:
         """Measures where the step is due.
@@ -305,6 +305,7 @@ class Tracker:
     def _note(self, step: int, matrix: str, one: Followed, ritz: Ritz) -> dict[str, float]:
         """Adds a measurement of one block to the tables; its scalars."""
         block, k = one.block, self.tracking.k
+        searched = one.vectors is None
         overlap, before = _overlaps(ritz.vectors[:k], one.vectors)
         one.vectors = ritz.vectors
         self.products += ritz.products
@@ -337,7 +338,7 @@ class Tracker:
                     common | {"rank": i + 1, "kind": kind, "share": share, "ipr": part}
                 )
         if not converged.all():
-            self._tell(step, block, float(relative.max()))
+            self._tell(step, block, float(relative.max()), ritz, searched=searched)
         name = f"track/{matrix}/{block.name}"
         return {f"{name}/{i + 1}": float(value) for i, value in enumerate(values)} | {
             f"{name}/residual": float(relative.max()),
@@ -345,17 +346,25 @@ class Tracker:
             f"{name}/ipr": float(localised[0]),
         }
 
-    def _tell(self, step: int, block: Block, relative: float) -> None:
-        """Says once that something was missed; the table says it of every step."""
-        if self._told:
+    def _tell(
+        self, step: int, block: Block, relative: float, ritz: Ritz, *, searched: bool
+    ) -> None:
+        """Says once of the first search and once of what follows that something was missed; the
+        table says it of every step.
+        """
+        if searched in self._told:
             return
-        self._told = True
-        t = self.tracking
+        self._told.add(searched)
+        bound = f"(tolerance {self.tracking.tolerance:.1%})"
+        if searched:
+            found = f"{ritz.products} products of the first search {bound}"
+            remedy = "The next measurements go on from there. Allow a larger tolerance or fewer k"
+        else:
+            found = f"{ritz.rounds} rounds of products {bound}"
+            remedy = "Allow more max_rounds or guards, or measure more often"
         logger.warning(
             f"step {step}, block {block.name!r}: an eigenvalue is known to {relative:.1%} only "
-            f"after {t.max_rounds} rounds of products (tolerance {t.tolerance:.1%}). The column "
-            "'converged' marks such rows, this is said once. Allow more max_rounds or guards, or "
-            "measure more often"
+            f"after {found}. The column 'converged' marks such rows, this is said once. {remedy}"
         )
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from blockspec.numerics.content import Digest
 from blockspec.products.preconditioning.readers import READERS, STATELESS, Held, NotReady, Reader
-from blockspec.products.preconditioning.scalings import Diagonal, Scaling
+from blockspec.products.preconditioning.scalings import Diagonal, Rotated, Scaling
 from blockspec.products.preconditioning.states import Kind, StateDict, kind_of, load_state, names_of
 
 Item = tuple[str, Tensor, Held, Reader]
@@ -66,7 +66,7 @@ class Preconditioner:
                     f"P of {n!r} cannot be inverted: P has entries that are not above 0 and finite"
                 )
         made = {
-            n: Diagonal(_positive(n, 1 / v.detach().to(_wide(v)), "P has entries"))
+            n: _invertible(n, Diagonal(1 / v.detach().to(_wide(v))), "P has entries")
             for n, v in values.items()
         }
         return cls(made, name=name)
@@ -255,9 +255,8 @@ def _scaling(name: str, parameter: Tensor, held: Held, reader: Reader) -> Scalin
             f"the optimizer's state of {name!r} cannot be read ({type(error).__name__}: {error}); "
             f"it has {sorted(map(str, held.state))}"
         ) from error
-    for tensor in _tensors(found.content()):
-        _positive(name, tensor, "the optimizer's state has entries")
-    return found.to(_wide(parameter), parameter.device)
+    found = found.to(_wide(parameter), parameter.device)
+    return _invertible(name, found, "the optimizer's state has entries")
 
 
 def _tensors(content: Any) -> Iterable[Tensor]:
@@ -268,12 +267,18 @@ def _tensors(content: Any) -> Iterable[Tensor]:
             yield from _tensors(part)
 
 
-def _positive(name: str, values: Tensor, what: str) -> Tensor:
-    if not torch.isfinite(values).all():
+def _invertible(name: str, scaling: Scaling, what: str) -> Scaling:
+    """P^-1 itself, where it is finite and, entry by entry, above 0: else P is infinite there.
+
+    A small matrix may be singular: Muon moves nothing where its momentum has no part.
+    """
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(scaling.content()))
+    if not finite or (isinstance(scaling, Diagonal | Rotated) and not (scaling.values > 0).all()):
         raise ValueError(
-            f"P of {name!r} cannot be inverted: {what} that are 0 or not finite (an epsilon of 0?)"
+            f"P of {name!r} cannot be inverted: {what} that are negative, infinite, no numbers, or "
+            "0 (an epsilon of 0, or one too small for the parameter's dtype?)"
         )
-    return values
+    return scaling
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
