@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from populations import SampledOperator
 from torch import nn
 
 import blockspec
-from blockspec.engine.enough import FIRST, units_needed
+from blockspec.engine.enough import FIRST, units_needed, with_enough_data
 from blockspec.numerics.measures import wasserstein
 
 POPULATION, SIZES = 1200, {"plain": 40, "heavy": 40}
@@ -80,6 +81,35 @@ def test_data_that_are_too_few_are_told_with_how_many_would_do():
     said = int(str(warning.message).split("about ")[1].split()[0])
     assert said == max(units_needed(s, 0.02) for s in found.values())
     assert 40 < said < 10_000
+
+
+def test_units_that_go_through_the_model_in_parts_are_counted_whole():
+    """As where memory is short: the objective's units are batches of eight, the sweep's are single
+    examples, so that the sweep's are eight times as many.
+    """
+    rows = examples(800, 0)
+    batches = [{name: part[n : n + 8] for name, part in rows.items()} for n in range(0, 800, 8)]
+    taken = []
+
+    def measure(part, names, _):
+        taken.append(part.num_units())
+        single = torch.cat([batch["heavy"] for batch in part.whole_batches()]).double()
+        operator = SampledOperator(single[:, :, None] * single[:, None])
+        found = blockspec.estimate_spectra(
+            None, operator.block(), curvature=operator, num_steps=40, check=False
+        )
+        assert found["matrix"].units == 8 * taken[-1]
+        return list(found.values()), found.cost
+
+    objective = blockspec.Objective(Sampled(), batches, loss)
+    spectrum = with_enough_data(objective, ["matrix"], 0.03, 0, measure)[0]["matrix"]
+    assert spectrum.total_error <= 0.03 * spectrum.norm
+    assert 2 <= len(taken) <= 4
+    assert taken[0] < taken[-1] < 100
+    with pytest.warns(UserWarning, match=r"with 100 of 100 units; about \d+ units") as told:
+        with_enough_data(objective, ["matrix"], 0.01, 0, measure)
+    said = int(str(told[0].message).split("about ")[1].split()[0])
+    assert 100 < said < 800  # it said eight times as many
 
 
 def test_a_stopped_estimate_goes_on_in_the_round_that_it_was_in(tmp_path):

@@ -9,6 +9,7 @@ from quadratics import decaying, matrix_of, spectra_of
 
 from blockspec.spectra.collection import block_diagonal
 from blockspec.spectra.data import Sample
+from blockspec.spectra.resolved import resolved_density
 from blockspec.spectra.tails import SIDES, magnitudes_of, quantiles, tail
 
 GRID = np.geomspace(1e-3, 4, 200)
@@ -120,6 +121,24 @@ def test_the_band_holds_the_population_where_the_error_of_the_data_is_known():
     np.testing.assert_allclose(found.high, [1, 1, 1, 0], atol=1e-9)
     given = tail(moved, np.array([inside]), data=False)
     assert (given.low == given.high) & (not given.of_population)
+
+
+def test_the_band_and_the_density_know_the_bias_of_the_data():
+    """Every group, left out, moves the outlier outwards: more data would move it inwards."""
+    spectrum = spectra_of({"a": matrix_of([-0.5, 0.1, 3.0])}, num_steps=3)["weights.a"]
+    shifts = np.full((8, 1, 1), 0.01) * np.array([0, 0, 1])
+    sample = Sample(shifts, np.zeros((8, *spectrum.weights.shape)))
+    biased = replace(spectrum, sample=sample)
+    bias = 7 * 0.01
+    found = tail(biased, np.array([3 - 2.4 * bias, 3 - 2.3 * bias, 3 + 2.3 * bias]))
+    np.testing.assert_allclose(found.low, [1, 0, 0], atol=1e-9)
+    grid = np.array([2.5, 3.2])
+    width = spectrum.widths(1.0)[0, -1]
+    at = (grid - 3) / width, (grid - 3.01) / width
+    before, after = (np.exp(-(x**2) / 2) / (3 * width * np.sqrt(2 * np.pi)) for x in at)
+    np.testing.assert_allclose(
+        resolved_density(biased, grid, 1.0)[1], 7 * np.abs(after - before), rtol=1e-4
+    )
 
 
 def zero():

@@ -18,6 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,24 @@ Measure = Callable[[Objective, Sequence[str], str], tuple[list[Spectrum], Cost]]
 """``measure(objective, names of blocks, name of the round)``: their spectra."""
 
 
+class Round(NamedTuple):
+    """What a block's latest round gave.
+
+    Attributes:
+        spectrum: Its ``units`` are those that went through the model. They are finer than the
+            objective's where memory was short.
+        taken: Units of the objective.
+    """
+
+    spectrum: Spectrum
+    taken: int
+
+    def needed(self, tolerance: float) -> int:
+        """Units of the objective that bring the total error within the tolerance."""
+        factor = units_needed(self.spectrum, tolerance) / self.spectrum.units
+        return math.ceil(factor * self.taken)
+
+
 def with_enough_data(
     objective: Objective, names: Sequence[str], tolerance: float, seed: int, measure: Measure
 ) -> tuple[dict[str, Spectrum], Cost]:
@@ -52,7 +71,7 @@ def with_enough_data(
     """
     available = objective.num_units()
     order = np.random.default_rng(seed).permutation(available)
-    found: dict[str, Spectrum] = {}
+    found: dict[str, Round] = {}
     costs: list[Cost] = []
     asked = dict.fromkeys(names, min(FIRST, available))
     while asked:
@@ -60,11 +79,12 @@ def with_enough_data(
             part = objective.of_units(sorted(order[:units].tolist()))
             spectra, cost = measure(part, group, f"units_{units}_{len(costs)}")
             costs.append(cost)
-            found |= {spectrum.block.name: spectrum for spectrum in spectra}
+            found |= {spectrum.block.name: Round(spectrum, units) for spectrum in spectra}
         asked = _still_needed(found, list(asked), tolerance, available)
     _warn_of_too_few(found, tolerance, available)
     gradients, products = (sum(getattr(c, name) for c in costs) for name in COUNTED)
-    return found, replace(costs[0], gradients=gradients, products=products)
+    spectra_of = {name: latest.spectrum for name, latest in found.items()}
+    return spectra_of, replace(costs[0], gradients=gradients, products=products)
 
 
 def _groups(asked: dict[str, int]) -> Iterator[tuple[int, list[str]]]:
@@ -74,16 +94,16 @@ def _groups(asked: dict[str, int]) -> Iterator[tuple[int, list[str]]]:
 
 
 def _still_needed(
-    found: dict[str, Spectrum], names: Sequence[str], tolerance: float, available: int
+    found: dict[str, Round], names: Sequence[str], tolerance: float, available: int
 ) -> dict[str, int]:
     """By block, the units of its next round; without those that are done, or have all of them."""
     asked = {}
     for name in names:
-        spectrum = found[name]
-        needed = SPARE * units_needed(spectrum, tolerance)
-        if needed > SPARE * spectrum.units and spectrum.units < available:
-            needed = max(needed, LEAST * spectrum.units)
-            steps = math.ceil(math.log(needed / FIRST, FINENESS))
+        latest = found[name]
+        needed = latest.needed(tolerance)
+        if needed > latest.taken and latest.taken < available:
+            aim = max(SPARE * needed, LEAST * latest.taken)
+            steps = math.ceil(math.log(aim / FIRST, FINENESS))
             asked[name] = min(available, round(FIRST * FINENESS**steps))
     return asked
 
@@ -117,23 +137,23 @@ def _least_norm(spectrum: Spectrum) -> float:
     return spectrum.norm - min(max(bias, 0.0), spectrum.norm / 2)
 
 
-def _warn_of_too_few(found: dict[str, Spectrum], tolerance: float, available: int) -> None:
+def _warn_of_too_few(found: dict[str, Round], tolerance: float, available: int) -> None:
     """Says how far the data got, and how many units would do."""
     missing = {
-        name: units_needed(spectrum, tolerance)
-        for name, spectrum in found.items()
-        if spectrum.data_error is not None and units_needed(spectrum, tolerance) > spectrum.units
+        name: latest.needed(tolerance)
+        for name, latest in found.items()
+        if latest.needed(tolerance) > latest.taken
     }
     if not missing:
         return
     worst = max(missing, key=lambda name: missing[name])
-    error = found[worst].data_error
+    spectrum, taken = found[worst]
+    error = spectrum.data_error
     assert error is not None
     warnings.warn(
         f"the data are too few for the tolerance {tolerance:g} of {len(missing)} of {len(found)} "
-        f"blocks: of {worst!r} the error of the data is {error / found[worst].norm:.1e} of the "
-        f"norm with {found[worst].units} of {available} units; about {missing[worst]} units would "
-        "do",
+        f"blocks: of {worst!r} the error of the data is {error / spectrum.norm:.1e} of the "
+        f"norm with {taken} of {available} units; about {missing[worst]} units would do",
         stacklevel=4,
     )
 

@@ -77,7 +77,8 @@ def esd_by_block(spectra: Mapping[str, Spectrum], *, max_layers: int = 4) -> Fig
     Rows are layers (evenly spread ones where there are more than ``max_layers``), columns are kinds
     of block, and what lies outside the layers comes last; models with fewer than three kinds of
     matrix in a layer get a panel a block. Several blocks of one kind in one layer, such as heads or
-    norms, are thin curves in one panel. The band is one standard error over probes.
+    norms, are thin curves in one panel. The band is one standard error,
+    over probes and, where it is known, over the data.
     How curves are smoothed: see :func:`blockspec.figures.panels.resolved_density`.
     """
     rows, note = _rows(spectra, max_layers)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from blockspec.numerics.density import mixture
+from blockspec.numerics.jackknife import FEWEST_UNITS, jackknife_errors
 from blockspec.spectra.spectrum import RESOLUTION, Spectrum
 
 POINTS = 800  # of a curve; 5 to 20 a width of smoothing
@@ -51,11 +52,13 @@ def resolved_density(
     densities = _drawn(spectrum, widths, grid)
     probes = len(densities)
     error = densities.std(0, ddof=1) / math.sqrt(probes) if probes > 1 else np.zeros(len(grid))
-    if (without := spectrum.left_out()) is not None:
+    mean = densities.mean(0)
+    without = spectrum.left_out()
+    if without is not None and len(without[0]) >= FEWEST_UNITS:
         flat = zip(*(array.reshape(len(array), -1) for array in without), strict=True)
         left_out = np.stack([mixture(n, w, widths.ravel(), grid) for n, w in flat]) / probes
-        error = np.hypot(error, np.sqrt((len(left_out) - 1) * left_out.var(0)))
-    return densities.mean(0), error
+        error = np.hypot(error, jackknife_errors(mean, left_out))
+    return mean, error
 
 
 def resolved_mean(

@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import betaincinv, stdtrit
 
+from blockspec.numerics.jackknife import jackknife_errors
 from blockspec.numerics.measures import SAME
 from blockspec.spectra.spectrum import Spectrum
 
@@ -116,9 +117,9 @@ def _moved_by_data(spectrum: Spectrum) -> np.ndarray | None:
     sample = spectrum.sample
     if sample is None or not sample.known:
         return None
-    groups = len(sample)
-    spread = sample.nodes.std(0) * np.sqrt(groups - 1)  # the jackknife's standard error
-    return np.broadcast_to(stdtrit(groups - 1, 1 - OUTSIDE) * spread, spectrum.nodes.shape)
+    changes = sample.nodes.astype(np.float64)
+    error = jackknife_errors(np.zeros(changes.shape[1:]), changes)
+    return np.broadcast_to(stdtrit(len(sample) - 1, 1 - OUTSIDE) * error, spectrum.nodes.shape)
 
 
 def _beyond(
