@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import blockspec
-from blockspec import FunctionOperator, js_distances, load_spectra
+from blockspec import FunctionOperator, js0, js_distances, load_spectra
 from blockspec.figures import plots
 from blockspec.runs.tables import heterogeneity_of
+from blockspec.spectra import heterogeneity, pairs
 from blockspec.spectra.groups import MOST_COMPARED, MOST_MIXED, compared
 
 
@@ -100,3 +101,42 @@ def test_a_large_map_does_not_grow_with_its_cells(many, tmp_path):
         plots.save(plots.distance_heatmap(js_distances(part)), tmp_path, "map")
         sizes.append((tmp_path / "map.pdf").stat().st_size)
     assert max(sizes) < 300_000
+
+
+def test_the_mean_distance_of_many_blocks_is_that_of_a_sample_and_says_so(many):
+    """The number of pairs that are looked at does not grow with the number of blocks; the stated
+    error holds what the sample leaves out.
+    """
+    with pytest.warns(UserWarning, match=r"a random sample of 60 of the 240 blocks"):
+        found = js0(many, max_blocks=60)
+    truth = js0(many, max_blocks=None)
+    assert truth.value == pytest.approx(mean_distance(many), rel=1e-9)
+    assert truth.stderr == 0 < found.stderr
+    assert abs(found.value - truth.value) < 3 * found.stderr
+    errors = []
+    for seed in range(30):
+        chosen = np.random.default_rng(100 + seed).choice(len(many), 60, replace=False)
+        part = blockspec.Spectra(list(many.values())[place] for place in chosen)
+        errors.append(js0(part).value - truth.value)
+    assert np.std(errors) == pytest.approx(found.stderr, rel=0.4)
+    with pytest.raises(ValueError, match="max_blocks=2 is too few: at least 3"):
+        js0(many, max_blocks=2)
+
+
+def mean_distance(spectra):
+    return js_distances(spectra).to_numpy()[np.triu_indices(len(spectra), 1)].mean()
+
+
+def test_tables_of_very_many_pairs_are_announced_or_refused_before_the_work(many, monkeypatch):
+    monkeypatch.setattr(heterogeneity, "_distances", lambda parts, *_: np.zeros((len(parts),) * 2))
+    monkeypatch.setattr(pairs, "MOST_UNSAID", 100)
+    for call in (js_distances, lambda spectra: js0(spectra, max_blocks=None)):
+        with pytest.warns(UserWarning, match="of 240 blocks is 28,680 pairs.*groups.compared"):
+            call(many)
+    monkeypatch.setattr(pairs, "MOST_ENTRIES", 50_000)
+    for call in (js_distances, lambda spectra: js0(spectra, max_blocks=None)):
+        with pytest.raises(ValueError, match="57,600 numbers held at once, and at most 50,000"):
+            call(many)
+    few = blockspec.Spectra(list(many.values())[:40])
+    js_distances(few)
+    js0(few)

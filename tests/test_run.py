@@ -145,7 +145,7 @@ def test_tables_are_tidy(tmp_path):
     distances = pd.read_parquet(out / "heterogeneity.parquet")
     assert set(distances.columns) == {
         *("block", "other", "distance", "step", "definition", "js0", "js0_stderr"),
-        *("distance_data_stderr", "js0_data_stderr"),
+        *("distance_data_stderr", "js0_data_stderr", "label"),
     }
     assert set(distances["definition"]) == set(DEFINITIONS)
     assert "model" not in set(distances["block"])

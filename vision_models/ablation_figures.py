@@ -22,7 +22,8 @@ from blockspec.figures.panels import (
     scale_of,
     smoothing_note,
 )
-from blockspec.figures.style import RUN_MARKERS, RUNS, save, spread, step_axis, step_label, styled
+from blockspec.figures.stages import step_axis, step_label
+from blockspec.figures.style import RUN_MARKERS, RUNS, save, spread, styled
 from blockspec.figures.trends import DASHES
 from blockspec.spectra.collection import Spectra
 

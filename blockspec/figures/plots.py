@@ -35,6 +35,7 @@ from blockspec.figures.panels import (
     smoothing_note,
 )
 from blockspec.figures.quantiles import quantiles_by_block as quantiles_by_block
+from blockspec.figures.stages import Labels, stage_title
 from blockspec.figures.style import (
     Look,
     canvas,
@@ -45,7 +46,6 @@ from blockspec.figures.style import (
     matrix_name,
     short_names,
     spread,
-    step_label,
     styled,
 )
 from blockspec.figures.style import save as save
@@ -190,6 +190,7 @@ def esd_stages(
     *,
     normalised: str | None = None,
     max_stages: int = 6,
+    labels: Labels | None = None,
 ) -> Figure:
     """The spectrum of one block at stages of training, one below the other; the first stage as a
     dashed line in each.
@@ -198,6 +199,7 @@ def esd_stages(
         normalised: None, or ``"tenth"``: eigenvalues are divided by the 10th largest one of their
             stage, as in figure 1 of arXiv 2402.16788; see :func:`tenth_largest`.
         max_stages: Evenly spread stages are drawn where there are more.
+        labels: What the stages are called, where their training steps are not known.
     """
     if normalised not in (None, "tenth"):
         raise ValueError(f"normalised is None or 'tenth', got {normalised!r}")
@@ -229,7 +231,7 @@ def esd_stages(
                 linewidth=0.6,
             )
         mark_eigenvalues(place, parts[step], colour="0.2")
-        place.set_title(f"step {step_label(step)}", loc="right", y=0.72)
+        place.set_title(stage_title(step, labels), loc="right", y=0.72)
     figure.supylabel(
         "spectral density (no unit)" if normalised else in_units_of(DENSITY, parts),
         fontsize="medium",
@@ -247,7 +249,7 @@ def esd_stages(
     called = "full spectrum" if block == "model" else f"spectrum of {block}"
     marks = "marks: converged eigenvalues"
     if len(steps) > 1:
-        marks += f"; dashed: step {step_label(steps[0])}"
+        marks += f"; dashed: {stage_title(steps[0], labels)}"
     lines = [f"{matrix_name(parts)}: {called}{note}", marks, smoothing_note(parts.values())]
     figure.suptitle("\n".join(lines))
     return figure

@@ -436,33 +436,6 @@ def power_of_ten(value: float) -> str:
     return rf"${sign}10^{{{round(math.log10(abs(value)))}}}$"
 
 
-def step_axis(axes: Axes, steps: Sequence[int], *, width: float) -> None:
-    """A logarithmic axis of steps with a place for step 0; ticks at the steps that find room in
-    ``width`` inches.
-    """
-    steps = sorted(steps)
-    first = next((step for step in steps if step > 0), 1)
-    axes.set_xscale("symlog", linthresh=first, linscale=0.5)
-    place = axes.xaxis.get_transform()
-    position = dict(zip(steps, place.transform(np.array(steps, float)), strict=True))
-    margin = 0.06 * (position[steps[-1]] - position[steps[0]]) or 0.5
-    low, high = position[steps[0]] - margin, position[steps[-1]] + margin
-    axes.set_xlim(*place.inverted().transform(np.array([low, high])))
-    room = 0.4 / width * (high - low)  # what "1,000" takes, with a gap
-    shown: list[int] = []
-    for step in [steps[0], *reversed(steps[1:])]:
-        if all(abs(position[step] - position[other]) >= room for other in shown):
-            shown.append(step)
-    axes.set_xticks(shown, [step_label(step) for step in shown])
-    axes.xaxis.set_minor_locator(FixedLocator(steps))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("training step")
-
-
-def step_label(step: int) -> str:
-    return f"{step / 1000:g}k" if step >= 10_000 else f"{step:,}"
-
-
 def matrix_name(spectra: Mapping) -> str:
     """What the spectra are of, for a title."""
     return matrix_called(next(iter(spectra.values())).curvature)

@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, LogLocator, NullFormatter, NullLocator
 
 from blockspec.figures.page import inches, page, width_of
+from blockspec.figures.stages import Labels, stage_title
 from blockspec.figures.style import (
     Look,
     canvas,
@@ -27,7 +28,6 @@ from blockspec.figures.style import (
     matrix_name,
     power_of_ten,
     spread,
-    step_label,
     styled,
 )
 from blockspec.model.pieces import FULL
@@ -87,6 +87,7 @@ def tails_of_full(
     block: str = "model",
     columns: float = 1,
     max_stages: int = 6,
+    labels: Labels | None = None,
 ) -> Figure:
     """Tail counts of one block at stages of training, laid over each other; for the full matrix,
     below them, the last stage beside the spectrum that it would have if it were block diagonal.
@@ -96,21 +97,23 @@ def tails_of_full(
         block: Its name; ``model`` is the full matrix.
         columns: Width of the figure in columns of a paper, 1 or 2.
         max_stages: Evenly spread stages are drawn where there are more.
+        labels: What the stages are called, where their training steps are not known.
     """
     steps = spread(sorted(spectra_by_step), max_stages)
     if not steps:
         raise ValueError("no stages to draw: the mapping is empty")
     shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(steps)))
     stages = [
-        Curve(spectra_by_step[step][block], Look(f"step {step_label(step)}", "", shade, marker))
+        Curve(spectra_by_step[step][block], Look(stage_title(step, labels), "", shade, marker))
         for step, shade, marker in zip(steps, shades, STAGE_MARKERS, strict=False)
     ]
     last = spectra_by_step[steps[-1]]
     called = "full spectrum" if last[block].block.kind == FULL else f"spectrum of {block}"
-    panels = {"along training" if len(steps) > 1 else "": stages}
+    several = "all stages" if labels else "along training"
+    panels = {several if len(steps) > 1 else "": stages}
     if last[block].block.kind == FULL and len(last) > 1:
         mixture = block_diagonal(last.parts)
-        panels["last step" if len(steps) > 1 else ""] = [
+        panels[f"last {'stage' if labels else 'step'}" if len(steps) > 1 else ""] = [
             Curve(last[block], look(FULL)),
             Curve(mixture, Look("if block diagonal", "", "#AA3377", "s")),
         ]

@@ -5,7 +5,7 @@ beside each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from blockspec.figures.panels import (
     resolved_density,
     scale_of,
 )
+from blockspec.figures.stages import Labels, step_axis
 from blockspec.figures.style import (
     RUN_MARKERS,
     RUNS,
@@ -33,7 +34,6 @@ from blockspec.figures.style import (
     canvas,
     eigenvalue_axis,
     looks_of,
-    step_axis,
     styled,
 )
 from blockspec.model.pieces import FULL
@@ -41,6 +41,7 @@ from blockspec.spectra.collection import block_diagonal, spectra_of
 from blockspec.spectra.groups import compared
 from blockspec.spectra.heterogeneity import js0
 from blockspec.spectra.spectrum import Estimate, Spectrum
+from blockspec.spectra.stages import short_labels, stage_labels
 
 QUANTITIES = {"mean": "mean eigenvalue (loss / parameter²)", "trace": "trace (loss / parameter²)"}
 
@@ -52,7 +53,8 @@ def heterogeneity_over_training(table: pd.DataFrame) -> Figure:
 
     Args:
         table: Columns step, definition, js0, js0_stderr, as in a run's heterogeneity.parquet;
-            repeated rows count once.
+            repeated rows count once. A column label says what stages are called whose training
+            steps are not known.
     """
     rows = table.drop_duplicates(["definition", "step"]).sort_values("step")
     definitions = [definition for definition in MEASURES if definition in set(rows["definition"])]
@@ -70,6 +72,7 @@ def heterogeneity_over_training(table: pd.DataFrame) -> Figure:
             axes,
             part["step"].tolist(),
             width=width_of(3.5 * len(definitions)) / len(definitions) - 0.7,
+            labels=stage_labels(part),
         )
     figure.suptitle("Heterogeneity: mean distance over all pairs of blocks")
     return figure
@@ -138,12 +141,14 @@ def trace_by_kind_over_training(table: pd.DataFrame, quantity: str = "mean") -> 
             axes, part["step"], part["value"], part["stderr"], drawn[kind], label=drawn[kind].label
         )
     _value_axis(axes, rows)
-    step_axis(axes, steps, width=width - 1.7 if width > 5 else width - 0.7)
+    labels = stage_labels(table)
+    step_axis(axes, steps, width=width - 1.7 if width > 5 else width - 0.7, labels=labels)
     axes.set_ylabel(QUANTITIES[quantity])
+    last_one = f"at the last {'stage' if labels else 'step'},"
     if width > 5:
-        figure.legend(loc="outside right center", title="at the last step,\nlargest first")
+        figure.legend(loc="outside right center", title=f"{last_one}\nlargest first")
     else:
-        figure.legend(loc="outside lower center", ncols=2, title="at the last step, largest first")
+        figure.legend(loc="outside lower center", ncols=2, title=f"{last_one} largest first")
     bars = " (bars: ± 1 standard error)" if rows["stderr"].notna().any() else ""
     figure.suptitle(f"Curvature by kind of block{bars}")
     return figure
@@ -186,7 +191,8 @@ def compare_runs(tables: Mapping[str, pd.DataFrame]) -> Figure:
     places = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     upper, lower = places[0], places[-1]
     if some:
-        _heterogeneity_of_runs(upper.subplots(), courses, looks)
+        labels = _common_labels(tables.values())
+        _heterogeneity_of_runs(upper.subplots(), courses, looks, labels)
         upper.suptitle("Heterogeneity")
     _runs_legend(upper, looks)
     scale = scale_of(part for parts in kinds.values() for part in parts.values())
@@ -248,7 +254,10 @@ def _heterogeneity_course(table: pd.DataFrame) -> dict[int, Estimate]:
 
 
 def _heterogeneity_of_runs(
-    axes: Axes, courses: Mapping[str, Mapping[int, Estimate]], looks: Mapping[str, Look]
+    axes: Axes,
+    courses: Mapping[str, Mapping[int, Estimate]],
+    looks: Mapping[str, Look],
+    labels: Labels,
 ) -> None:
     for name, course in courses.items():
         values = [estimate.value for estimate in course.values()]
@@ -256,4 +265,25 @@ def _heterogeneity_of_runs(
         _course(axes, list(course), values, errors, looks[name], label=name)
     axes.set_ylim(0, math.log(2))
     axes.set_ylabel("mean JS divergence over pairs\n(nats; axis ends at ln 2)")
-    step_axis(axes, sorted({step for course in courses.values() for step in course}), width=5)
+    steps = sorted({step for course in courses.values() for step in course})
+    step_axis(axes, steps, width=5, labels=labels)
+
+
+def _common_labels(tables: Iterable[pd.DataFrame]) -> Labels:
+    """Place -> what the runs call it, each name once; empty where all training steps are known.
+
+    Raises:
+        ValueError: Some runs have training steps, and others only places in an order.
+    """
+    each = [short_labels(table) for table in tables]
+    if any(each) and not all(each):
+        raise ValueError(
+            "the training steps of some of these runs are known, and others hold stages in the "
+            "order in which they were given, so that there is no axis for both: name all "
+            "checkpoints by their training step (step_500)"
+        )
+    places = sorted({place for labels in each for place in labels})
+    return {
+        place: " / ".join(dict.fromkeys(labels[place] for labels in each if place in labels))
+        for place in places
+    }

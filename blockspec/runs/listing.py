@@ -71,8 +71,9 @@ def unnamed(blocks: Sequence[Block]) -> str:
     return (
         f"warning: {len(names)} of {len(blocks)} blocks are of kind other: "
         f"{', '.join(names[:SHOWN])}{more}. Neither their names nor a forward pass tell what they "
-        "are. Their spectra are as right as the others, but no comparison by kind holds them. "
-        "blockspec.partition(..., names=) takes the names of your model's parts"
+        "are. Their spectra are as right as the others, but no comparison by kind holds them, but "
+        "for the full matrix. To say what the parts of your model are called, pass --names (of "
+        "blockspec blocks), --blocks.names (of run and plan) or names= (of blockspec.partition)"
     )
 
 

@@ -20,6 +20,7 @@ from blockspec.spectra.collection import (
     write_parquet,
 )
 from blockspec.spectra.groups import MOST_COMPARED
+from blockspec.spectra.stages import shortened, stage_label, stage_labels
 
 if TYPE_CHECKING:  # a summary is printed without torch and matplotlib
     from matplotlib.figure import Figure
@@ -46,13 +47,14 @@ def draw(run: Path, settings: PlotSettings | None = None) -> list[Path]:
 
 def _figures(run: Path, settings: PlotSettings) -> dict[str, Figure]:
     from blockspec.figures import plots
+    from blockspec.figures.stages import stage_title
 
     table = settings.chosen(read_table(run / "spectra.parquet"))
     by_step = {
         step: spectra_of(table[table["step"] == step])
         for step in sorted(table["step"].unique().tolist())
     }
-    last = max(by_step)
+    last, labels = max(by_step), stage_labels(table)
     parts = by_step[last].parts or by_step[last]
     figures = {
         "tails_by_block": plots.tails_by_block(parts),
@@ -61,13 +63,14 @@ def _figures(run: Path, settings: PlotSettings) -> dict[str, Figure]:
         "edges_by_block": plots.edges_by_block(parts),
     }
     if "model" in by_step[last]:
-        figures["tails_full"] = plots.tails_of_full(by_step)
-        figures["esd_full"] = plots.esd_stages(by_step)
+        figures["tails_full"] = plots.tails_of_full(by_step, labels=labels)
+        figures["esd_full"] = plots.esd_stages(by_step, labels=labels)
         if by_step[last].parts:
             figures["full_and_block_diagonal"] = plots.full_and_block_diagonal(by_step[last])
     if len(by_step) > 1:  # the others say themselves what they show
+        note = f"{stage_title(last, labels)}, the last of {len(by_step)}"
         for name in set(figures) - {"tails_full", "esd_full"}:
-            plots.with_note(figures[name], f"step {last:,}, the last of {len(by_step)}")
+            plots.with_note(figures[name], note)
     if (run / "heterogeneity.parquet").exists():
         distances = settings.chosen(pd.read_parquet(run / "heterogeneity.parquet"))
         figures |= _heterogeneity_figures(distances, every_block=settings.every_block)
@@ -79,11 +82,14 @@ def _figures(run: Path, settings: PlotSettings) -> dict[str, Figure]:
 def _heterogeneity_figures(table: pd.DataFrame, *, every_block: bool) -> dict[str, Figure]:
     """The means that a table holds are over all blocks: of chosen ones only the map is drawn."""
     from blockspec.figures import plots
+    from blockspec.figures.stages import stage_title
 
     maps = _distances(table)
     steps = list(maps)
     chosen = dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]])
-    shown = plots.distance_heatmaps({f"step {step}": maps[step] for step in chosen})
+    labels = stage_labels(table)
+    titles = {step: stage_title(step, labels) for step in chosen}
+    shown = plots.distance_heatmaps({titles[step]: maps[step] for step in chosen})
     left_out = "" if len(chosen) == len(maps) else f"{len(chosen)} of {len(maps)} stages"
     figures = {"distances": plots.with_note(shown, left_out)}
     if len(maps) > 1 and every_block:
@@ -160,7 +166,14 @@ def say(console: Console, *lines: str) -> None:
 def stage_name(stage: Mapping[str, Any], step: int) -> str:
     """``step 500``; the checkpoint's name beside its place where its step is not known."""
     label = stage.get("label")
-    return f"step {step}" if label is None else f"stage {step} ({label})"
+    return stage_label(step) if label is None else f"stage {step} ({label})"
+
+
+def _stage_column(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    """A column that says of which stage each row is, by its step or by what it is called."""
+    if not stage_labels(rows):
+        return {"step": rows["step"].map(str)}
+    return {"stage": rows["label"].map(shortened(rows["label"]))}
 
 
 def described(record: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
@@ -289,7 +302,7 @@ def _show_heterogeneity(run: Path, console: Console) -> None:
     rows = pd.read_parquet(path).drop_duplicates(["definition", "step"]).set_index("definition")
     frame = pd.DataFrame(
         {
-            "step": rows["step"].map(str),
+            **_stage_column(rows),
             "mean": rows["js0"].map("{:.4g}".format),
             "standard error": rows["js0_stderr"].map(_number),
             "of the data": rows.get("js0_data_stderr", pd.Series(index=rows.index)).map(_number),
@@ -326,6 +339,7 @@ def compare(runs: list[Path], out: Path) -> None:
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least 2 runs, got {len(runs)}")
     from blockspec.figures import plots
+    from blockspec.figures.stages import stage_title
 
     names = _names(runs)
     spectra = {
@@ -341,13 +355,19 @@ def compare(runs: list[Path], out: Path) -> None:
     written = ""
     if tables:
         first = {name: next(iter(_distances(table).items())) for name, table in tables.items()}
-        maps = {f"{name}, step {step}": distance for name, (step, distance) in first.items()}
+        labels = {name: stage_labels(table) for name, table in tables.items()}
+        maps = {
+            f"{name}, {stage_title(step, labels[name])}": distance
+            for name, (step, distance) in first.items()
+        }
         figures["distances"] = plots.distance_heatmaps(maps)
         joined = _means(tables)
         write_parquet(joined, out / "comparison.parquet")
         chosen = joined[joined["definition"] == "jensen-shannon"].set_index("run")
         title = "mean Jensen-Shannon divergence over all pairs of blocks (nats)"
-        print_frame(console, _written(chosen[["step", "js0", "js0_stderr"]]), title)
+        numbers = _written(chosen[["js0", "js0_stderr"]])
+        frame = pd.DataFrame(_stage_column(chosen) | dict(numbers.items()))
+        print_frame(console, frame, title)
         written = f"table: {out / 'comparison.parquet'}   "
     paths = [plots.save(figure, out / "figures", name) for name, figure in figures.items()]
     say(console, f"{written}figures: {', '.join(map(str, paths))}")
@@ -379,7 +399,7 @@ def _means(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         table.drop_duplicates(["definition", "step"]).assign(run=name)
         for name, table in tables.items()
     ]
-    return pd.concat(means)[["run", "step", "definition", "js0", "js0_stderr"]]
+    return pd.concat(means)[["run", "step", "label", "definition", "js0", "js0_stderr"]]
 
 
 def _names(runs: list[Path]) -> list[str]:

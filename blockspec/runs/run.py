@@ -59,6 +59,7 @@ from blockspec.runs.tables import (
     rows_of,
 )
 from blockspec.spectra.collection import Spectra
+from blockspec.spectra.stages import stage_label
 
 Progress = Callable[[str, int, int], None]
 Announce = Callable[[Plan, int], None]
@@ -202,7 +203,7 @@ class _Run:
         def update(done: int, total: int) -> None:
             if is_first() and not self.record["stages"] and not (self.out / "run.json").exists():
                 write_record(self.out, self.record)
-            self.progress(f"step {stage.step}", done, total)
+            self.progress(stage.label or stage_label(stage.step), done, total)
 
         return update
 
@@ -354,7 +355,8 @@ def complete(
         entry: Of the stage in run.json; gets the digests of its rows in the tables.
         heterogeneity: The stage's part of heterogeneity.parquet; None for a single block.
     """
-    rows = rows_of(spectra, heterogeneity, step=entry["step"])
+    label = entry.get("label")
+    rows = rows_of(spectra, heterogeneity, step=entry["step"], label=label)
     entry["tables"] = digests_of(rows)
     recorded = [stage["step"] for stage in record["stages"]]
     announce_stage(out, record, entry)

@@ -16,6 +16,7 @@ from blockspec.numerics.content import Digest
 from blockspec.spectra.collection import Spectra, spectra_of, write_parquet
 from blockspec.spectra.groups import compared
 from blockspec.spectra.heterogeneity import DEFINITIONS, js0, js_distance_errors, js_distances
+from blockspec.spectra.stages import stage_label, stage_labels
 
 logger = logging.getLogger(__name__)
 SPECTRA, HETEROGENEITY = "spectra.parquet", "heterogeneity.parquet"
@@ -28,10 +29,14 @@ HASHED = {
 }
 
 
-def rows_of(spectra: Spectra, heterogeneity: pd.DataFrame | None, *, step: int) -> Rows:
+def rows_of(
+    spectra: Spectra, heterogeneity: pd.DataFrame | None, *, step: int, label: str | None = None
+) -> Rows:
     """What a step adds to each table; heterogeneity is None for a single block."""
-    rows = {SPECTRA: spectra.frame(step=step)}
-    return rows if heterogeneity is None else rows | {HETEROGENEITY: heterogeneity}
+    rows = {SPECTRA: spectra.frame(step=step, label=label)}
+    if heterogeneity is not None:
+        rows[HETEROGENEITY] = heterogeneity.assign(label=label or stage_label(step))
+    return rows
 
 
 def append_rows(out: Path, rows: Rows, *, recorded: Collection[int] = ()) -> None:
@@ -93,8 +98,10 @@ def check_tables(out: Path, stages: Sequence[dict[str, Any]]) -> tuple[list[int]
     for step in mended:
         table = tables[SPECTRA]
         assert table is not None
-        rows = heterogeneity_of(spectra_of(table[table["step"] == step]), step=step)
+        part = table[table["step"] == step]
+        rows = heterogeneity_of(spectra_of(part), step=step)
         assert rows is not None
+        rows["label"] = stage_labels(part).get(step, stage_label(step))
         _join(rows, out / HETEROGENEITY)
         digests[step][HETEROGENEITY] = rows_digest(rows, HETEROGENEITY)
     return lost, bool(mended)

@@ -22,6 +22,7 @@ from blockspec.numerics.jackknife import FEWEST_UNITS, jackknife_error
 from blockspec.spectra.data import PER_GROUP, Sample, listed, sample_of
 from blockspec.spectra.notebook import html
 from blockspec.spectra.spectrum import Spectrum, drawing
+from blockspec.spectra.stages import stage_label
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,11 @@ class Spectra(Mapping[str, Spectrum]):
         """Without the full matrix, which is no block beside the others."""
         return Spectra(s for s in self.values() if s.block.kind != FULL)
 
-    def frame(self, *, step: int = 0) -> pd.DataFrame:
+    def frame(self, *, step: int = 0, label: str | None = None) -> pd.DataFrame:
         """The tidy table that :meth:`save` writes: one row per node of each probe of each block;
-        ``step`` is a column.
+        ``step``, and ``label``, what a stage is called whose step is not known, are columns.
         """
-        return _frame(list(self.values()), step)
+        return _frame(list(self.values()), step).assign(label=label or stage_label(step))
 
     to_frame = frame
 
@@ -289,6 +290,8 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     for name in PER_GROUP:
         if name not in table:
             table[name] = None
+    if "label" not in table:
+        table["label"] = table["step"].map(stage_label)
     if missing := set(COLUMNS) - set(table.columns):
         raise ValueError(
             f"{path} is not a table of spectra: it lacks the columns {sorted(missing)}"

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from blockspec.model.pieces import Block
 from blockspec.spectra.collection import Spectra, block_diagonal
+from blockspec.spectra.pairs import MOST_COMPARED
 from blockspec.spectra.spectrum import Spectrum
 
-MOST_COMPARED = 200  # blocks; their distances take some seconds
 MOST_MIXED = 32  # blocks of a group that are looked at, spread evenly
 Key = tuple[str, int | None]
 

@@ -16,6 +16,7 @@ from blockspec.model.pieces import FULL
 from blockspec.numerics.density import RELATIVE_WIDTH, gaussians
 from blockspec.numerics.jackknife import jackknife_error, jackknife_errors
 from blockspec.numerics.measures import wasserstein
+from blockspec.spectra.pairs import MOST_COMPARED, sampling_stderr, say_what_comes, some_of
 from blockspec.spectra.resolved import even_grid, resolved_mean
 from blockspec.spectra.spectrum import Estimate, Spectrum
 
@@ -77,11 +78,16 @@ def js_distances(
     Distances between estimated spectra are biased upwards by their noise; :func:`js0` corrects for
     it.
 
+    The work grows with the square of the number of blocks. Of more than a thousand, a warning says
+    what is to come.
+
     Raises:
-        ValueError: The definition is unknown, or there are no spectra.
+        ValueError: The definition is unknown, there are no spectra, or so many that the table would
+            not fit (10,000).
     """
     settings = {"linear": linear, "width": width, "points": points, "floor": floor}
     parts = _beside_each_other(spectra)
+    say_what_comes(len(parts), "js_distances")
     distances = _distances(list(parts.values()), definition, settings)
     return pd.DataFrame(distances, index=list(parts), columns=list(parts))
 
@@ -98,11 +104,17 @@ def js_distance_errors(
 
     Returns:
         None where the data's error is not known.
+
+    Raises:
+        ValueError: As there; it takes fewer blocks, as all those tables are held at once.
     """
     parts = _beside_each_other(spectra)
     some = list(parts.values())
-    if any(part.sample is None or not part.sample.known for part in some):
+    samples = [part.sample for part in some]
+    if any(sample is None or not sample.known for sample in samples):
         return None
+    groups = max(len(sample) for sample in samples if sample is not None)
+    say_what_comes(len(some), "js_distance_errors", tables=groups)
     options = OPTIONS | settings
     values = _distances(some, definition, options)
     squares = np.zeros_like(values)
@@ -117,6 +129,7 @@ def js0(
     definition: str = "jensen-shannon",
     *,
     data_errors: bool = True,
+    max_blocks: int | None = MOST_COMPARED,
     **settings: float,
 ) -> Estimate:
     """Heterogeneity of a model: the mean distance over all pairs of blocks (JS^0 of arXiv
@@ -132,21 +145,31 @@ def js0(
         spectra, definition, settings: See :func:`js_distances`.
         data_errors: Also how far the number of the population may lie that the data is a sample of,
             from all distances without each group of data.
+        max_blocks: Of more blocks, a random sample of so many is compared, the same at each call,
+            and a warning says so; at least 3. The standard error then holds how far the sample's
+            mean may lie from that of all pairs. None compares all pairs: the work grows with the
+            square of the number of blocks.
 
     Returns:
         The corrected mean. With one probe it is not corrected, and its standard error is None; it
-        is 0 where all blocks are exact. An interval takes Student's t with one degree of freedom
-        less than the fewest probes.
+        is 0 where all blocks are exact and compared. An interval takes Student's t with one degree
+        of freedom less than the fewest probes.
     """
     parts = list(_beside_each_other(spectra).values())
     if len(parts) < 2:
         raise ValueError(f"a mean over pairs needs at least 2 blocks, got {len(parts)}")
     options = OPTIONS | settings
-    return mean_over_probes(
-        parts,
+    some = some_of(parts, max_blocks)
+    mean = mean_over_probes(
+        some,
         lambda some: _mean_over_pairs(_distances(some, definition, options)),
         data_errors=data_errors,
     )
+    if len(some) == len(parts) or mean.stderr is None:
+        return mean
+    left = 1 - len(some) / len(parts)  # a sample of nearly all blocks is nearly all of the truth
+    sampling = math.sqrt(left) * sampling_stderr(_distances(some, definition, options))
+    return mean._replace(stderr=math.hypot(mean.stderr, sampling))
 
 
 def mean_over_probes(

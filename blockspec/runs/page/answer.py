@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -49,8 +49,10 @@ def _what(run: Run) -> str:
     source = f" from <code>{escape(str(settings['model']))}</code>" if "model" in settings else ""
     data = f", on {len(entry['data'])} batches of data" if entry.get("data") else ""
     steps, losses = run.steps, [run.entry(step).get("loss") for step in run.steps]
-    at = f"step {steps[0]:,}" if len(steps) == 1 else f"{len(steps)} steps"
-    span = "" if len(steps) == 1 else f", from step {steps[0]:,} to {steps[-1]:,}"
+    ends = [escape(run.called(step)) for step in (steps[0], steps[-1])]
+    several = f"{len(steps)} {'stages' if run.labels else 'steps'}"
+    at = ends[0] if len(steps) == 1 else several
+    span = "" if len(steps) == 1 else f", from {ends[0]} to {ends[1]}"
     loss = "" if losses[-1] is None else f" The loss is {losses[-1]:.4g}"
     if loss and losses[0] is not None and len(steps) > 1:
         loss += f" at the end; it was {losses[0]:.4g} at the start"
@@ -68,12 +70,12 @@ def _largest(run: Run, parts: Mapping[str, Spectrum], names: Mapping[str, str]) 
     now = _plus_minus(top.largest.value, top.largest.residual)
     text = (
         f"The largest eigenvalue of all blocks is <b>{now}</b>, in {_button(run, name, names)}, "
-        f"at step {run.steps[-1]:,}."
+        f"at {escape(run.called(run.steps[-1]))}."
     )
     if len(run.steps) > 1 and name in first:
         before = first[name].largest
         was = _plus_minus(before.value, before.residual)
-        text += f" It was {was} in that block at step {run.steps[0]:,}."
+        text += f" It was {was} in that block at {escape(run.called(run.steps[0]))}."
     for whole in (s.largest for s in run.last.values() if FULL == s.block.kind != top.block.kind):
         text += f" That of the full matrix is {_plus_minus(whole.value, whole.residual)}."
     return text
@@ -86,7 +88,8 @@ def _heterogeneity(run: Run, distances: np.ndarray) -> str:
         return ""
     rows = rows[rows["definition"] == "jensen-shannon"].drop_duplicates("step").set_index("step")
     told = [
-        f"<b>{_plus_minus(*rows.loc[step, ['js0', 'js0_stderr']])} nats</b> at step {step:,}"
+        f"<b>{_plus_minus(*rows.loc[step, ['js0', 'js0_stderr']])} nats</b> at "
+        f"{escape(run.called(step))}"
         for step in dict.fromkeys([run.steps[-1], run.steps[0]])
         if step in rows.index
     ]
@@ -142,13 +145,13 @@ def _trust(run: Run, parts: Mapping[str, Spectrum], names: Mapping[str, str]) ->
     shares = {n: s.error / s.norm for n, s in parts.items() if s.norm}
     if shares:
         worst = max(shares, key=lambda name: shares[name])
-        probes = sorted({s.num_probes for s in parts.values()})
+        probes = [s.num_probes for s in parts.values()]
         steps = max(int(s.steps.max()) for s in parts.values())
         yield (
             "How far to trust it: with 95 % confidence a block's spectrum is known to "
             f"<b>{_percent(shares)} of its largest magnitude</b> (median over blocks; at worst "
             f"{_percent({worst: shares[worst]})}, {_named(worst, names)}), for the batches that "
-            f"were given. {'–'.join(map(str, probes))} probes of at most {steps} Lanczos steps."
+            f"were given. {_range(probes)} probes of at most {steps} Lanczos steps."
         )
     totals = {n: s.total_error for n, s in parts.items()}
     known = {n: t / parts[n].norm for n, t in totals.items() if t is not None and parts[n].norm}
@@ -166,6 +169,11 @@ def _trust(run: Run, parts: Mapping[str, Spectrum], names: Mapping[str, str]) ->
     check = (run.entry(run.steps[-1]).get("cost") or {}).get("check")
     if check:
         yield f"Products against differences of gradients: {escape(str(check))}."
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _percent(shares: Mapping[str, float]) -> str:

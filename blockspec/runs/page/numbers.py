@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from blockspec.runs.json_files import read_json
 from blockspec.spectra.collection import Spectra, read_table, spectra_of
 from blockspec.spectra.heterogeneity import js_distances, without_probes
 from blockspec.spectra.spectrum import Spectrum
+from blockspec.spectra.stages import short_labels
 from blockspec.toolbox.norms import norms
 
 DIGITS = 5  # of a number on the page; errors are rarely below 1e-3 of it
@@ -49,6 +50,7 @@ class Run:
         stages: Step -> spectra, in the order of steps.
         blocks: Of all stages, in order; the full matrix, if it was measured, is last.
         distances: The run's heterogeneity.parquet; empty where there is none.
+        labels: Step -> what a stage is called; empty where the training steps are known.
     """
 
     name: str
@@ -56,6 +58,11 @@ class Run:
     stages: dict[int, Spectra]
     blocks: tuple[Block, ...]
     distances: pd.DataFrame
+    labels: dict[int, str] = field(default_factory=dict)
+
+    def called(self, step: int) -> str:
+        """``step 1,000``, or ``stage ckpt.pt``."""
+        return f"stage {self.labels[step]}" if self.labels else f"step {step:,}"
 
     @property
     def steps(self) -> list[int]:
@@ -96,7 +103,7 @@ def read_run(folder: Path, name: str) -> Run:
     path = folder / "heterogeneity.parquet"
     distances = pd.read_parquet(path) if path.exists() else pd.DataFrame()
     in_order = sorted(blocks.values(), key=lambda block: block.kind == FULL)
-    return Run(name, record, stages, tuple(in_order), distances)
+    return Run(name, record, stages, tuple(in_order), distances, short_labels(table))
 
 
 def numbers_of(spectra: Mapping[str, Spectrum]) -> dict[str, dict[str, Number]]:
@@ -145,7 +152,8 @@ def as_json(run: Run) -> dict[str, Any]:
         for b in run.blocks
     ]
     return {"name": run.name, "steps": run.steps, "blocks": blocks, "numbers": numbers} | {
-        "loss": [run.entry(step).get("loss") for step in run.steps]
+        "loss": [run.entry(step).get("loss") for step in run.steps],
+        "called": [run.called(step) for step in run.steps],
     }
 
 

@@ -34,6 +34,9 @@ function plusMinus(value, error) {
 }
 const thisRun = () => data.runs[state.run];
 const stageOf = run => run.steps.indexOf(steps[state.stage]);
+// What a stage is called: by its step, or by its checkpoint; several runs may call a place differently.
+const called = (step, some = data.runs) => [...new Set(some.flatMap(run => run.steps.includes(step) ? [run.called[run.steps.indexOf(step)]] : []))].join(" / ");
+const brief = (step, some) => called(step, some).replace(/^(step|stage) /, "");
 const blockOf = (run, name) => run.blocks.findIndex(block => block.name === name);
 const parts = run => run.blocks.filter(block => block.kind !== "full");
 const at = (run, number, part, block, stage) =>
@@ -185,9 +188,9 @@ function drawMap(id, rows, columns, z, look, tell, act, table) {
 function drawBlocks() {
   const run = thisRun(), rows = run.blocks.map(block => block.short), values = run.numbers[state.number].value;
   const scale = colours(values.flat()), { place, ...look } = scale;
-  const tell = (i, j) => `${rows[i]}, step ${run.steps[j]}\n${data.numbers[state.number]}: ${written(run, state.number, i, j)}`;
+  const tell = (i, j) => `${rows[i]}, ${run.called[j]}\n${data.numbers[state.number]}: ${written(run, state.number, i, j)}`;
   $("map-title").textContent = `${data.numbers[state.number]} of all blocks at all stages`;
-  drawMap("map", rows, run.steps.map(String), values.map(line => line.map(place)), look, tell, (i, j) => {
+  drawMap("map", rows, run.steps.map(step => brief(step, [run])), values.map(line => line.map(place)), look, tell, (i, j) => {
     state.stage = steps.indexOf(run.steps[j]);
     choose(run.blocks[i].name, true);
     $("map-cell").textContent = tell(i, j).replaceAll("\n", ", ");
@@ -231,7 +234,7 @@ function drawPair() {
     colour: COLOURS[k], dash: DASHES[k] })));
   const named = places.map(place => run.blocks[place].short);
   $("pair-note").textContent = places.length === 2
-    ? `${named[0]} (blue, solid) and ${named[1]} (red, dashed) at step ${steps[state.stage]}. Distance: ${apart(run, ...places)}.`
+    ? `${named[0]} (blue, solid) and ${named[1]} (red, dashed) at ${called(steps[state.stage])}. Distance: ${apart(run, ...places)}.`
     : "No pair is chosen.";
 }
 
@@ -241,7 +244,7 @@ function drawDensity() {
     label: label(name) + (several ? ` (${run.name})` : ""), colour: colour(name, k), dash: DASHES[r % 5] }))));
   const missing = data.runs.filter(run => stageOf(run) < 0).map(run => run.name);
   const dashes = several ? ` Lines: ${data.runs.map((run, r) => `${DASHES[r % 5]} ${run.name}`).join(", ")}.` : "";
-  $("density-note").textContent = `At step ${steps[state.stage]}. ` + (state.view === "tail"
+  $("density-note").textContent = `At ${called(steps[state.stage])}. ` + (state.view === "tail"
     ? "How many eigenvalues lie beyond x, seen from zero. Band: 95 %, of steps and probes, and of the data where their error is known."
     : "Band: ± 1 standard error over probes, and over the data where that is known. A flat top is what the Lanczos steps do not resolve.") + `${state.view === "tail" || state.axis === "log" ? " Dotted: negative eigenvalues." : ""}${dashes}`
     + (missing.length ? ` Not measured at this step: ${missing.join(", ")}.` : "");
@@ -250,16 +253,16 @@ function drawDensity() {
 function drawCourse() {
   const traces = state.chosen.flatMap((name, k) => data.runs.map((run, r) => {
     const block = blockOf(run, name), of = part => steps.map(step => at(run, state.number, part, block, run.steps.indexOf(step)));
-    const x = steps.map(String), y = of("value"), error = of("error");
+    const x = steps.map(step => plain(brief(step))), y = of("value"), error = of("error");
     return { x, y, mode: "lines+markers", connectgaps: true, line: { color: colour(name, k), dash: DASHES[r % 5] }, marker: { symbol: k },
       error_y: { array: error.map(e => e ?? 0), thickness: 1 }, hoverinfo: "text",
-      text: steps.map(step => plain(`${label(name)} (${run.name}), step ${step}: `) + written(run, state.number, block, run.steps.indexOf(step))),
+      text: steps.map(step => plain(`${label(name)} (${run.name}), ${called(step, [run])}: `) + written(run, state.number, block, run.steps.indexOf(step))),
       rows: steps.map((step, i) => [run.name, name, step, y[i], error[i]]) };
   }));
   const known = traces.flatMap(trace => trace.y).filter(v => v !== null);
   const log = known.every(v => v > 0) && Math.max(...known) > 30 * Math.min(...known);
   $("course-title").textContent = `${data.numbers[state.number]} along training`;
-  plot("course", traces, { height: 260, xaxis: { type: "category", title: { text: "training step" } },
+  plot("course", traces, { height: 260, xaxis: { type: "category", title: { text: $("stage-word").textContent.toLowerCase() } },
     yaxis: { type: log ? "log" : "linear", exponentformat: "power", title: { text: data.numbers[state.number] } },
     shapes: [{ type: "line", x0: state.stage, x1: state.stage, y0: 0, y1: 1, yref: "paper", line: { color: css("--pale"), dash: "dot" } }] },
   [["run", "block", "step", state.number, "error"], ...traces.flatMap(trace => trace.rows)]);
@@ -301,7 +304,7 @@ function drawTables() {
     [title, row => of(name, "value", row), row => written(run, name, blockOf(run, row.block.name), stage)]);
   const errors = [["error of the estimate", "error", "value"], ["error of the data", "error", "data"], ["error, both", "total", "value"]]
     .map(([title, name, part]) => [title, row => of(name, part, row), row => short(of(name, part, row))]);
-  $("table-step").textContent = steps[state.stage] + (data.runs.length > 1 ? `, ${run.name}` : "");
+  $("table-step").textContent = called(steps[state.stage]) + (data.runs.length > 1 ? `, ${run.name}` : "");
   $("table-note").textContent = "Largest and smallest: ± residual, an eigenvalue lies that near. Mean, trace, rank: ± 1 standard error over "
     + "probes. Error of the estimate: with 95 % confidence the spectrum is that near to the true one of the given batches (Wasserstein-1).";
   drawTable("table", [...described, ...numbers, ...errors], wanted(run.blocks));
@@ -318,7 +321,7 @@ function drawDifferences() {
   drawTable("differences", [...described.slice(0, 2), one(a, "first"), one(b, "second"), ["second − first", difference,
     row => difference(row) === null ? "–" : state.number === "error" ? short(difference(row)) : plusMinus(difference(row), error(row))],
   ["second / first", ratio, row => ratio(row) === null ? "–" : short(ratio(row))]], rows);
-  $("compare-note").textContent = `${title} at step ${steps[state.stage]}, of the ${rows.length} blocks that both runs have. The number and the step are chosen above.`;
+  $("compare-note").textContent = `${title} at ${called(steps[state.stage])}, of the ${rows.length} blocks that both runs have. The number and the step are chosen above.`;
   const values = [a, b].flatMap(run => rows.map(row => of(run, "value", row))).filter(v => v !== null);
   const log = values.length && values.every(v => v > 0);
   plot("beside", [a, b].map((run, k) => ({ x: rows.map(row => of(run, "value", row)), y: rows.map(row => plain(row.block.short)), mode: "markers",
@@ -362,7 +365,7 @@ function buildTree() {
 }
 function draw() {
   $("stage").value = state.stage;
-  $("step").textContent = `${steps[state.stage]} (${state.stage + 1} of ${steps.length})`;
+  $("step").textContent = `${brief(steps[state.stage])} (${state.stage + 1} of ${steps.length})`;
   for (const name of ["run", "number", "axis", "view", "definition", "first", "second"]) $(name).value = state[name];
   $("axis").disabled = state.view === "tail";
   for (const some of [drawChips, drawBlocks, drawDensity, drawCourse]) some();
@@ -399,6 +402,7 @@ async function start() {
   Object.assign(state, { stage: steps.indexOf(run.steps[last]), definition: definitions[0] || "", chosen: [top.name],
     pair: (pair.length === 2 ? pair : parts(run).slice(0, 2)).map(block => block.name) });
   $("stage").max = steps.length - 1;
+  if (data.runs.some(run => run.called[0].startsWith("stage "))) $("stage-word").textContent = "Stage";
   const set = (id, event, change) => $(id).addEventListener(event, () => { change($(id)); draw(); });
   set("stage", "input", input => { state.stage = Number(input.value); });
   for (const id of ["number", "axis", "view", "definition"]) set(id, "change", input => { state[id] = input.value; });

@@ -134,7 +134,7 @@ def _plan(run: Run, shown: bool) -> str:
         planned, cost = entry.get("planned") or {}, entry.get("cost") or {}
         rows.append(
             [
-                f"{step:,}",
+                run.labels.get(step, f"{step:,}"),
                 _cell(entry.get("seconds"), duration),
                 _cell(planned.get("seconds"), duration),
                 _cell(entry.get("peak"), readable),
@@ -143,7 +143,7 @@ def _plan(run: Run, shown: bool) -> str:
                 _cell(planned.get("products"), "{:,}".format),
             ]
         )
-    names = ["step", "time", "planned", "peak memory", "planned"]
+    names = ["stage" if run.labels else "step", "time", "planned", "peak memory", "planned"]
     names += ["products", "planned"]
     return (_heading(run) if shown else "") + _table(names, rows)
 
@@ -162,7 +162,7 @@ def _origin(run: Run) -> str:
     )
     rows += [("commits", ", ".join(commits)), ("machine", json.dumps(record.get("machine")))]
     rows += [("started", record.get("started")), ("finished", record.get("finished"))]
-    rows += [(f"step {step}", _digests(run.entry(step))) for step in run.steps if run.entry(step)]
+    rows += [(run.called(step), _digests(run.entry(step))) for step in run.steps if run.entry(step)]
     command = escape(" ".join(map(shlex.quote, _command(record))))
     table = _table(["setting", "value"], [[str(a), str(b)] for a, b in rows])
     return f"{_heading(run)}<p>The command:</p><pre><code>{command}</code></pre>{table}"
