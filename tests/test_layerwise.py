@@ -410,3 +410,57 @@ def test_layers_are_found_by_name_or_by_likeness():
             self.mixed = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
 
     assert list(layer_modules(Own())) == ["stack.0", "stack.1"]
+
+
+class Pair(nn.Module):
+    """Two calls, one after the other, of what nobody calls as one."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        for first, second in self.layers:
+            x = second(torch.tanh(first(x)))
+        return x
+
+
+def linear():
+    return nn.Linear(6, 6)
+
+
+@pytest.mark.parametrize(
+    ("build", "paths"),
+    [
+        # a layer of two operations is one layer, wherever its container stands
+        (
+            lambda: nn.Sequential(*(nn.Sequential(linear(), linear()) for _ in range(2))),
+            ["0", "1"],
+        ),
+        (
+            lambda: nn.Sequential(Block(), nn.Sequential(linear(), linear())),
+            ["1.0", "1.1"],  # of other classes: the outer container holds no layers
+        ),
+        # stages: their layers count, and a stage of one layer is that layer
+        (
+            lambda: nn.Sequential(
+                nn.Sequential(Block(), Block()), nn.Sequential(Block(), Block(), Block())
+            ),
+            ["0.0", "0.1", "1.0", "1.1", "1.2"],
+        ),
+        # lists cannot be called: what is within them is, by likeness and by name
+        (
+            lambda: nn.Sequential(
+                Pair(nn.ModuleList(nn.ModuleList([linear(), linear()]) for _ in range(2)))
+            ),
+            ["0.layers.0.0", "0.layers.0.1", "0.layers.1.0", "0.layers.1.1"],
+        ),
+    ],
+)
+def test_containers_within_containers(build, paths):
+    model = nn.Sequential(build(), nn.Linear(6, 3))
+    assert list(layer_modules(build())) == paths
+    objective = classified(lambda: nn.Sequential(*model))
+    found, truth, operator = both(objective, requests_of(objective, "tensor"))
+    assert_same(found, truth)
+    assert operator.rebuilt > 0

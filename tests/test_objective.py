@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from blockspec import Objective, estimate_spectra, losses, partition
-from blockspec.model.objective import fingerprint, placed
+from blockspec.model.objective import placed
+from blockspec.numerics.content import fingerprint
 
 
 def mean_of_terms(it):

@@ -102,3 +102,36 @@ def test_a_state_of_another_precision_is_refused(tmp_path):
 def test_unknown_precisions_are_refused():
     with pytest.raises(ValueError, match=r"precision is one of \('tf32', 'bfloat16'\).*got 'half'"):
         blockspec.estimate_spectra(*make(), 1, 2, precision="half")
+
+
+def test_the_other_precision_is_measured_in_the_same_way(monkeypatch):
+    """A layer at a time, from the micro-batch that was fitted, and never beside another graph."""
+    from blockspec.engine import estimate
+    from blockspec.products.curvature import Products
+
+    objective, blocks = make()
+    made = []
+
+    class Noted(Products):
+        def sweep(self, requests):
+            found = super().sweep(requests)
+            made.append(self)
+            assert {one for one in made if one._kept} == {self}
+            return found
+
+    monkeypatch.setattr("blockspec.products.selection.Products", Noted)
+    monkeypatch.setattr(estimate, "Products", Noted)
+
+    def at_once(schedule, operator, limit):
+        operator.micro_batch, operator.graphs = 2, 2  # both graphs are kept
+        return limit
+
+    monkeypatch.setattr(estimate, "fit", at_once)
+    blockspec.estimate_spectra(
+        objective, blocks, 1, 2, precision="bfloat16", products="layerwise", memory="2GiB"
+    )
+    narrow, wide = dict.fromkeys(made)
+    assert (narrow.precision, wide.precision) == ("bfloat16", None)
+    assert wide.way.layerwise
+    assert wide.rebuilt > 0
+    assert wide.micro_batch == 2

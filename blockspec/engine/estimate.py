@@ -29,7 +29,7 @@ from blockspec.numerics.memory import parse
 from blockspec.numerics.progress import shows_progress
 from blockspec.numerics.ranks import Ranks, arrange, everywhere
 from blockspec.products.curvature import Products
-from blockspec.products.operators import Operator
+from blockspec.products.operators import Operator, forget
 from blockspec.products.preconditioning.operator import Preconditioned
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import check_of, open_operator, told
@@ -289,26 +289,44 @@ def precision_errors(operator: Operator, schedule: Schedule) -> dict[str, float]
     wide = _in_own_precision(operator)
     squares: dict[str, list[float]] = {}
     for tasks in schedule.groups():
-        for probe in range(PROBES_OF_SMALL):
-            chosen = [task for task in tasks if probe == 0 or task.block.numel < LARGE]
-            requests = [(task.block, task.probe(probe)) for task in chosen]
-            for (block, q), a, b in zip(
-                requests, operator.sweep(requests), wide.sweep(requests), strict=True
-            ):
+        sweeps = [
+            [
+                (task.block, task.probe(probe))
+                for task in tasks
+                if probe == 0 or task.block.numel < LARGE
+            ]
+            for probe in range(PROBES_OF_SMALL)
+        ]
+        rounded = [operator.sweep(requests) for requests in sweeps]
+        forget(operator)  # its graph must not lie beside the other one
+        for requests, narrow in zip(sweeps, rounded, strict=True):
+            for (block, q), a, b in zip(requests, narrow, wide.sweep(requests), strict=True):
                 squares.setdefault(block.name, []).append(
                     float((a - b).square().sum() / q.square().sum())
                 )
+        forget(wide)
     operator.gradients += wide.gradients  # type: ignore[misc]  # counters of its class
     operator.products += wide.products  # type: ignore[misc]
     return {name: math.sqrt(statistics.fmean(values)) for name, values in squares.items()}
 
 
 def _in_own_precision(operator: Operator) -> Operator:
-    """The same matrix by products in the parameters' own precision."""
+    """The same matrix by products in the parameters' own precision, made in the same way and from
+    as many examples at once, which was fitted to memory.
+    """
     if isinstance(operator, Preconditioned):
         return Preconditioned(_in_own_precision(operator.inner), operator.preconditioner)
     assert isinstance(operator, Products)  # no other has a precision: see open_operator
-    return Products(operator.objective, operator.curvature, ranks=operator.ranks)
+    way = "layerwise" if operator.way.layerwise else operator.way.name
+    wide = Products(
+        operator.objective,
+        operator.curvature,
+        ranks=operator.ranks,
+        graphs=operator.graphs,
+        products=way,
+    )
+    wide.micro_batch = operator.micro_batch
+    return wide
 
 
 def _warn_of_missed_tolerance(accuracy: Accuracy, spectrum: Spectrum) -> None:

@@ -13,6 +13,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from blockspec.model.checkpointing import hiding
+from blockspec.model.layer_by_layer import Look, layer_by_layer, weighed
 from blockspec.model.objective import Objective
 from blockspec.model.suitability import explained, remedy
 
@@ -21,7 +22,8 @@ FORBIDDEN = "torch::autograd::Error"
 
 
 def check_twice_differentiable(objective: Objective, names: Iterable[str]) -> None:
-    """Takes one gradient of the first batch by the parameters named, and looks at its graph.
+    """Takes one gradient of the first batch by the parameters named, and looks at its graph. Where
+    weights stay elsewhere, it does so a layer at a time.
 
     Raises:
         ValueError: A custom function of the model forbids a second derivative, or has a backward
@@ -31,10 +33,44 @@ def check_twice_differentiable(objective: Objective, names: Iterable[str]) -> No
     everything = objective.parameters()
     parameters = [everything[name] for name in dict.fromkeys(names)]
     with objective.prepared(), explained():
-        total, _ = objective.loss_sum(next(iter(objective.batches())))
-        if hidden := next(filter(None, map(hiding, nodes([total]))), None):
-            raise ValueError(hidden)
-        watched_gradients(total, parameters)
+        batch = next(iter(objective.batches()))
+        if objective.weights.elsewhere:
+            look = _look_at_layers(objective, parameters)
+            with layer_by_layer(objective.model, look):
+                total, _ = objective.loss_sum(batch)
+            look([total])
+        else:
+            total, _ = objective.loss_sum(batch)
+            _check_hidden([total])
+            watched_gradients(total, parameters)
+
+
+def _look_at_layers(objective: Objective, parameters: Sequence[Tensor]) -> Look:
+    """The same of one layer after the other: by the copies that stand in for the parameters, and
+    by what comes from below where some of them are there.
+    """
+    weights, below = objective.weights, False
+
+    def look(outputs: Sequence[Tensor]) -> None:
+        nonlocal below
+        _check_hidden(outputs)
+        every = {id(weights.stand_in(p)) for p in objective.model.parameters()}
+        wanted = {id(weights.stand_in(p)) for p in parameters}
+        leaves = [
+            leaf
+            for leaf in leaves_of(outputs)
+            if id(leaf) in wanted or (below and id(leaf) not in every)
+        ]
+        if leaves:
+            below = True
+            watched_gradients(weighed(outputs), leaves)
+
+    return look
+
+
+def _check_hidden(outputs: Iterable[Tensor]) -> None:
+    if hidden := next(filter(None, map(hiding, nodes(outputs))), None):
+        raise ValueError(hidden)
 
 
 def watched_gradients(total: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -74,6 +110,16 @@ def nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
             seen.add(node)
             yield node
             todo += [following for following, _ in node.next_functions if following is not None]
+
+
+def leaves_of(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The leaves of the graphs of tensors, each once."""
+    outputs = list(outputs)
+    for node in nodes(outputs):
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            yield variable
+    yield from (t for t in outputs if t.requires_grad and t.grad_fn is None)
 
 
 def _watch(node: Node, lost: set[str]) -> Any:

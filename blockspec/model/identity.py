@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from blockspec.model.blocks import Block
+from blockspec.model.differentiability import leaves_of
+from blockspec.model.layer_by_layer import layer_by_layer, weighed
 from blockspec.model.objective import Objective
 from blockspec.numerics.content import Digest, fingerprint_of_all
 from blockspec.numerics.ranks import gathered
@@ -139,7 +141,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def _measured(objective: Objective) -> dict[str, float]:
     dtype = torch.float32
     for parameter in objective.parameters().values():
-        dtype = parameter.dtype
+        dtype = objective.weights.dtype or parameter.dtype
     rounding = math.sqrt(torch.finfo(dtype).eps)
     gradient, product = _slopes(objective)
     if objective.sharded:
@@ -161,19 +163,46 @@ def _slopes(objective: Objective) -> tuple[float, float]:
     parameters = list(objective.parameters().values())
     with objective.prepared():
         for example in objective.batches(micro_batch=1):
+            if objective.weights.elsewhere:
+                found, count = _slopes_of_layers(objective, example)
+                if count > 0:
+                    return found
+                continue
             total, count = objective.loss_sum(example)
             if count > 0 and total.requires_grad:
-                break
-        else:
-            return 0.0, 0.0
-        gradient = _grad(total, parameters, create_graph=True)
-        if not any(part.requires_grad for part in gradient):
-            return _length(gradient), 0.0
-        product = _grad(sum(part.sum().to(objective.device) for part in gradient), parameters)
-        return _length(gradient), _length(product)
+                return _lengths(total, parameters, objective.device)
+    return 0.0, 0.0
 
 
-def _grad(total: Any, parameters: list[nn.Parameter], **settings: Any) -> list[Tensor]:
+def _lengths(
+    total: Tensor, leaves: Sequence[Tensor], device: torch.device, **settings: Any
+) -> tuple[float, float]:
+    gradient = _grad(total, leaves, create_graph=True)
+    if not any(part.requires_grad for part in gradient):
+        return _length(gradient), 0.0
+    slope = sum(part.sum().to(device) for part in gradient)
+    return _length(gradient), _length(_grad(slope, leaves, **settings))
+
+
+def _slopes_of_layers(objective: Objective, example: Any) -> tuple[tuple[float, float], float]:
+    """The same of one layer after the other, where no more is in memory: of numbers made from its
+    outputs, by its weights and inputs. And the number of loss terms.
+    """
+    found: list[tuple[float, float]] = []
+
+    def look(outputs: Sequence[Tensor]) -> None:
+        leaves = list(leaves_of(outputs))
+        found.append(_lengths(weighed(outputs), leaves, objective.device, retain_graph=True))
+
+    with layer_by_layer(objective.model, look):
+        total, count = objective.loss_sum(example)
+    if total.requires_grad:
+        look([total])
+    gradient, product = (math.hypot(*lengths) for lengths in zip(*found, strict=True))
+    return (gradient, product), count
+
+
+def _grad(total: Any, parameters: Sequence[Tensor], **settings: Any) -> list[Tensor]:
     found = torch.autograd.grad(total, parameters, allow_unused=True, **settings)
     return [part for part in found if part is not None]
 

@@ -22,10 +22,10 @@ from blockspec.model.losses import called_otherwise, name_of
 from blockspec.model.narrow import told_if_narrow
 from blockspec.model.plain import plain_functions
 from blockspec.model.second_order import cheap_modules
+from blockspec.model.soundness import check_deterministic, check_loss, check_repeatable
 from blockspec.model.suitability import check_batch, check_model, explained, length_of
 from blockspec.model.weight_norms import elementary_weight_norms
 from blockspec.model.weights import Weights
-from blockspec.numerics.content import fingerprint
 from blockspec.numerics.ranks import Ranks, arrange
 
 if TYPE_CHECKING:
@@ -225,7 +225,8 @@ class Objective:
 
     def _evaluated(self, batch: Any) -> tuple[Tensor, float]:
         with self._evaluating(self.replacements):
-            return self._value_of(self._placed(batch))
+            total, count = self._value_of(self._placed(batch))
+            return total.detach(), count
 
     def _placed(self, batch: Any) -> Any:
         """The batch where the model is, with what the loss has to add to it."""
@@ -368,6 +369,10 @@ class Objective:
         return sums / counts
 
     def _value_of(self, batch: Any) -> tuple[Tensor, float]:
+        with self.weights.let_go():
+            return self._value_with_graph(batch)
+
+    def _value_with_graph(self, batch: Any) -> tuple[Tensor, float]:
         if not self._needs_saved_tensors:
             try:
                 with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _dropped):
@@ -412,18 +417,18 @@ class Objective:
                 shuffled data, random numbers in the loss).
         """
         if not isinstance(self._batches, (list, tuple)):  # those give the same objects again
-            _check_repeatable(self.whole_batches)
+            check_repeatable(self.whole_batches)
         with self.prepared(), explained():
             for batch in self.batches(self.checked_examples):
                 check_batch(batch)
-                total, count = self.loss_sum(batch)
+                total, count = self._value_of(batch)
                 if count > 0:
                     break
-            _check_loss(total, count)
+            check_loss(total, count)
+            total = total.detach()  # one graph at a time
             with told_if_narrow(self.model):
-                repeated, _ = self.loss_sum(batch)
-            if not torch.equal(total.detach(), repeated.detach()):
-                raise ValueError(_nondeterminism(self.model, total.item(), repeated.item()))
+                repeated = self._value_of(batch)[0].detach()
+            check_deterministic(self.model, total, repeated)
 
 
 def _dropped(nothing: None) -> NoReturn:
@@ -450,51 +455,3 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(mapped(item, function) for item in value)
     return value
-
-
-def _check_repeatable(batches: Callable[[], Iterable[Any]]) -> None:
-    first, again = ([fingerprint(batch) for batch in batches()] for _ in range(2))
-    if first != again:
-        number = next(
-            (i for i, (a, b) in enumerate(zip(first, again, strict=False)) if a != b),
-            min(len(first), len(again)),
-        )
-        raise ValueError(
-            f"the batches are not the same the second time (batch {number} differs): the data is "
-            "shuffled or drawn "
-            "anew. Pass a list, or a DataLoader with shuffle=False and without random augmentation"
-        )
-
-
-def _check_loss(total: Tensor, count: float) -> None:
-    if not isinstance(total, Tensor) or total.numel() != 1:
-        raise TypeError(f"the loss must give a scalar tensor and a count; it gave {total!r}")
-    if count <= 0:
-        raise ValueError(
-            f"the loss has {count:g} terms on all of the batches; it needs at least one (all "
-            "labels -100?)"
-        )
-    if not total.requires_grad:
-        raise ValueError(
-            "the loss has no graph: it does not depend on a parameter that requires gradients (a "
-            "frozen model, "
-            "torch.no_grad, .detach() or .item() in the loss); call model.requires_grad_(True) or "
-            "mend the loss"
-        )
-    if not torch.isfinite(total):
-        raise ValueError(
-            f"the loss is {total.item()} on the first batch; curvature needs a finite one: check "
-            "the checkpoint"
-        )
-
-
-def _nondeterminism(model: nn.Module, first: float, second: float) -> str:
-    return (
-        f"the objective is not deterministic: the same batch gave {first!r} and then {second!r}, "
-        "with "
-        f"{type(model).__name__} in eval mode. Something still draws random numbers: dropout that "
-        "ignores eval mode "
-        "(F.dropout without training=self.training, a module that overrides train()), or a loss or "
-        "augmentation with random "
-        "numbers"
-    )

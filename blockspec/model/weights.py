@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from blockspec.model.containers import layer_modules
+from blockspec.model.layer_by_layer import layer_by_layer
 from blockspec.model.patching import patched
 
 
@@ -46,6 +47,7 @@ class Weights:
         self.device = device or next(model.parameters()).device
         self.dtype = dtype
         self._model = model
+        self._at_work = False
         self._around: dict[int, Tensor] = {}
         self._last: dict[int, Tensor] = {}
 
@@ -59,6 +61,14 @@ class Weights:
                 "fully_shard): it computes with copies; leave these out, or measure a full "
                 "checkpoint"
             )
+
+    @contextmanager
+    def let_go(self) -> Iterator[None]:
+        """While this is open, what was brought for a layer goes when the next one is called: for
+        passes whose value alone is wanted.
+        """
+        with layer_by_layer(self._model) if self.elsewhere else nullcontext():
+            yield
 
     def stand_in(self, parameter: Tensor) -> Tensor:
         """What the latest call of the part of the model that a parameter belongs to computed with;
@@ -75,8 +85,10 @@ class Weights:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """While this is open, the model computes with what is brought."""
-        if not self.elsewhere:
+        """While this is open, the model computes with what is brought; once, however often it is
+        opened within itself.
+        """
+        if not self.elsewhere or self._at_work:
             yield
             return
         layers = layer_modules(self._model)
@@ -86,12 +98,13 @@ class Weights:
             (layer, "forward", partial(self._called, layer, layer.forward))
             for layer in layers.values()
         ]
+        self._at_work = True
         try:
             with patched(_without_fsdp(self._model)), self._brought(around), patched(changes):
                 self._around = dict(self._last)
                 yield
         finally:
-            self._around, self._last = {}, {}
+            self._around, self._last, self._at_work = {}, {}, False
 
     def _called(self, layer: nn.Module, original: Any, *arguments: Any, **named: Any) -> Any:
         """Stands in the place of the ``forward`` of a layer."""

@@ -17,7 +17,7 @@ around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from blockspec.model.differentiability import nodes
+from blockspec.model.differentiability import leaves_of
 from blockspec.model.patching import patched
 
 SAME = 1e-3  # of the largest entry; what a layer gives twice may differ by the order of its sums
@@ -68,7 +68,7 @@ class Call:
 
     def again(self, leaves: Mapping[int, Tensor]) -> list[Any]:
         """The flattened outputs, with a graph from ``leaves`` (by wire) and the parameters on."""
-        # Views, because tools that count the work of modules (FlopCounterMode) refuse leaves
+        # Views, because counters of users that follow modules (FlopCounterMode) refuse leaves
         given = {number: leaf.view_as(leaf) for number, leaf in leaves.items()}
         flat = [given[a.number] if isinstance(a, Wire) else a for a in self.arguments]
         arguments, named = tree_unflatten(flat, self.form)
@@ -245,16 +245,6 @@ def cut(
         if "leaf Variable" not in str(error):
             raise
         raise NoCutError("the output of a layer is changed in place") from None
-
-
-def leaves_of(outputs: Any) -> Iterator[Tensor]:
-    """The leaves of the graphs of tensors, each once."""
-    outputs = list(outputs)
-    for node in nodes(outputs):
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            yield variable
-    yield from (t for t in outputs if t.requires_grad and t.grad_fn is None)
 
 
 def _context(arguments: Sequence[Any]) -> Callable[[], AbstractContextManager[Any]]:

@@ -6,10 +6,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from blockspec.model.blocks import Block
 from blockspec.products.operators import Operator
@@ -17,14 +19,42 @@ from blockspec.products.operators import Operator
 MEASURED = 60  # products that are timed; the others take the time of the nearest one
 
 
-def _of_added_product(_: object, a: torch.Size, b: torch.Size, **__: object) -> int:
-    return 2 * math.prod(a) * b[-1]
+def _of_added_product(_: Tensor, a: Tensor, b: Tensor, **__: object) -> int:
+    return 2 * math.prod(a.shape) * b.shape[-1]
 
 
 IN_PLACE = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), _of_added_product)
-"""Products that PyTorch's counter does not know: heads in chunks and attention in strips are made
-of them.
+"""Products that PyTorch's table does not know: heads in chunks and attention in strips are made of
+them.
 """
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations of products of matrices while it is open, as PyTorch's table
+    says.
+
+    PyTorch's own counter follows modules too, by hooks that keep every graph to the end: for layers
+    that are built one after the other, those are all of them.
+
+    Attributes:
+        total: Operations so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        named = kwargs or {}
+        result = function(*args, **named)
+        packet: Any = getattr(function, "overloadpacket", None)
+        if count := IN_PLACE.get(packet):
+            self.total += count(*args, **named)
+        elif formula := flop_registry.get(packet):
+            self.total += formula(*args, **named, out_val=result)
+        return result
 
 
 @dataclass(frozen=True)
@@ -94,9 +124,9 @@ def time_products(
     for index, (key, product) in enumerate(products.items()):
         if index % stride == 0:
             seconds = seconds_of(product, device)
-            with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            with Operations() as counter:
                 product()
-            nearest = (seconds, float(counter.get_total_flops()))
+            nearest = (seconds, float(counter.total))
         measured[key] = nearest
     return measured
 

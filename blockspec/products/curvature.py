@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import chain, islice
 from operator import itemgetter
 from typing import Any
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 
 from blockspec.model.blocks import Block, gather
+from blockspec.model.differentiability import check_twice_differentiable, leaves_of
+from blockspec.model.layer_by_layer import layer_by_layer, weighed
 from blockspec.model.losses import Loss
 from blockspec.model.objective import Objective
 from blockspec.model.suitability import explained
@@ -126,6 +130,7 @@ class Products:
         """
         self.objective.check()
         if self._guarded and self.objective.weights.sharded:
+            check_twice_differentiable(self.objective, [n for b in blocks for n in b.parameters])
             self.checked = Check("unchecked", "a model that is spread over processes is not copied")
         elif self._guarded:
             self.checked = checked(
@@ -387,13 +392,7 @@ class Products:
         """
         with self.objective.prepared(), reduced_multiplication(self.precision):
             batch = next(iter(self.batches()))
-            everything = list(self._parameters.values())
-
-            def gradient() -> None:
-                torch.autograd.grad(
-                    self.objective.loss_sum(batch)[0], everything, allow_unused=True
-                )
-
+            gradient = partial(self._gradient, batch)
             gradient()
             gradient_seconds = min(seconds_of(gradient, self.device) for _ in range(3))
             linearised: list[Linearised] = []
@@ -413,6 +412,20 @@ class Products:
         nearest = next(iter(found.values()))
         by_block = {block.name: found.get(block.parameters, nearest) for block in blocks}
         return Costs(gradient_seconds, shared_seconds, by_block)
+
+    def _gradient(self, batch: Any) -> None:
+        """What a gradient of one micro-batch takes; a layer at a time, that of one layer after the
+        other, in the memory of one.
+        """
+
+        def look(outputs: Sequence[Tensor]) -> None:
+            leaves = list(leaves_of(outputs))
+            torch.autograd.grad(weighed(outputs), leaves, allow_unused=True, retain_graph=True)
+
+        model = self.objective.model
+        with layer_by_layer(model, look) if self.way.layerwise else nullcontext():
+            total, _ = self.objective.loss_sum(batch)
+        look([total])
 
     def _timed_together(self, blocks: Sequence[Block]) -> list[list[Block]]:
         """Each block alone; a layer at a time, some of them, who share what is built again."""

@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from blockspec.products.boundaries import Boundaries, Call, check_same, leaves_of
+from blockspec.model.differentiability import leaves_of
+from blockspec.products.boundaries import Boundaries, Call, check_same
 from blockspec.products.linearisations import Ask, End, Linear, Part, Tensors, derivative, grad
 
 TOGETHER = 16  # directions; the layers that are built again for them are then 1/5 of the work

@@ -34,8 +34,9 @@ from blockspec.model.identity import (
     remembered,
     same_everywhere,
 )
-from blockspec.model.objective import Objective, fingerprint
+from blockspec.model.objective import Objective
 from blockspec.numerics import memory
+from blockspec.numerics.content import fingerprint
 from blockspec.numerics.files import only_writer
 from blockspec.numerics.ranks import everywhere, from_first, is_first
 from blockspec.products.selection import content_of
