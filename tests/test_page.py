@@ -5,9 +5,9 @@ import json
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from browser import chromium, needs_chromium
@@ -21,16 +21,19 @@ from blockspec import (
     estimate_spectra,
     js0,
     js_distances,
+    load_run,
     load_spectra,
     losses,
     partition,
 )
 from blockspec.numerics.files import whole_file
+from blockspec.runs.loading import Run
 from blockspec.runs.page import curves
 from blockspec.runs.page.answer import sentences
-from blockspec.runs.page.numbers import Run, as_json, jackknifed, read_run
+from blockspec.runs.page.numbers import as_json
 from blockspec.runs.page.write import report
 from blockspec.runs.tables import append_rows, heterogeneity_of, rows_of
+from blockspec.spectra.heterogeneity import corrected_distances
 from blockspec.spectra.resolved import resolved_density
 from blockspec.spectra.tails import SIDES, magnitudes_of, tail
 
@@ -168,7 +171,7 @@ def test_curves_and_distances_survive_their_packing(page, runs):
 def test_errors_of_distances_add_up_to_that_of_their_mean(runs):
     """For two blocks the mean over pairs is the pair."""
     two = load_spectra(runs[0] / "spectra.parquet", step=0).select(include="h.0.[qk]*")
-    corrected, errors = jackknifed(two)
+    corrected, errors = corrected_distances(two)
     assert corrected[0, 1] == pytest.approx(js0(two).value, rel=1e-9)
     assert errors[0, 1] == pytest.approx(js0(two).stderr, rel=1e-9)
     assert errors[0, 0] == corrected[0, 0] == 0
@@ -222,7 +225,7 @@ def test_a_run_without_distances_and_with_one_block(tmp_path):
     append_rows(folder, rows_of(one, None, step=0))
     (folder / "run.json").write_text('{"stages": []}')
     assert report([folder], tmp_path / "deep" / "one.html").stat().st_size > 1e6
-    assert read_run(folder, "one").distances.empty
+    assert load_run(folder).heterogeneity is None
 
 
 def test_a_report_without_plotly_says_what_to_install(runs, tmp_path, monkeypatch):
@@ -416,8 +419,8 @@ def test_errors_of_the_data_are_shown_where_they_are_known():
     objective = Objective(model, batches, losses.classification)
     blocks = partition(model, by="tensor")
     spectra = estimate_spectra(objective, blocks, num_probes=2, num_steps=4)
-    run = Run("r", {}, {0: spectra}, tuple(s.block for s in spectra.values()), pd.DataFrame())
-    numbers = as_json(run)["numbers"]
+    run = Run(Path("r"), {}, spectra.frame(step=0))
+    numbers = as_json(run, "r")["numbers"]
     for place, one in enumerate(spectra.values()):
         assert one.data_error > 0
         for name, expected in (

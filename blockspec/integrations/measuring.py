@@ -52,7 +52,33 @@ class TrackSettings(Tracking):
     preconditioned: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
+class CallbackSettings(Resources):
+    """What every callback takes beside its trainer, its folder, its batches and its loss.
+
+    Args:
+        steps: Numbers of updates after which to measure; 0 is the beginning.
+        fractions: The same as shares of the whole training.
+        blocks: Which blocks; ``BlockSettings(full=False)`` leaves out the full matrix.
+        estimate: How well.
+        images: Hand a figure of each measurement to the trackers that take one (TensorBoard,
+            Weights & Biases).
+        track: ``TrackSettings(k=2, every=10)`` follows the top eigenvalues at every 10th step as
+            well, see :func:`blockspec.track`; they are logged, and go to ``tracking.parquet``,
+            ``localisation.parquet`` and a figure in ``out``.
+    """
+
+    steps: Sequence[int] = ()
+    fractions: Sequence[float] = (0.0, 1.0)
+    blocks: BlockSettings = BlockSettings()
+    estimate: EstimateSettings = EstimateSettings()
+    images: bool = True
+    track: TrackSettings | None = None
+
+    def __post_init__(self) -> None:
+        due_steps(self.steps, self.fractions, total=1)
+
+
 class Measuring:
     """Measurements of one training.
 
@@ -60,28 +86,19 @@ class Measuring:
         out: A folder as ``blockspec run`` leaves it.
         batches: Fixed batches, held out from training.
         loss: See :mod:`blockspec.losses`.
-        steps: Numbers of updates after which to measure; 0 is the beginning.
-        fractions: The same as shares of the whole training.
-        blocks: Which blocks.
-        estimate: How well.
-        resources: ``memory`` and ``columns`` of :func:`blockspec.integrations.record`.
-        track: What is followed at every n-th step; None: nothing.
+        settings: When, what, and how well.
     """
 
-    out: str | os.PathLike[str]
-    batches: Iterable[Any]
-    loss: Any
-    steps: Sequence[int]
-    fractions: Sequence[float]
-    blocks: BlockSettings
-    estimate: EstimateSettings
-    resources: Mapping[str, Any]
-    track: TrackSettings | None = None
-    due: frozenset[int] = field(default=frozenset(), init=False)
-    last: int = field(default=-1, init=False)
-
-    def __post_init__(self) -> None:
-        due_steps(self.steps, self.fractions, total=1)
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        batches: Iterable[Any],
+        loss: Any,
+        settings: CallbackSettings,
+    ) -> None:
+        self.out, self.batches, self.loss, self.settings = out, batches, loss, settings
+        self.due: frozenset[int] = frozenset()
+        self.last = -1
 
     def begin(
         self,
@@ -93,7 +110,9 @@ class Measuring:
         optimizer: Any = None,
     ) -> None:
         """Raises before training what would fail in the middle of it."""
-        self.due = due_steps(self.steps, self.fractions, total=total)
+        self.due = due_steps(
+            self.settings.steps, self.settings.fractions, total=total
+        )
         self.objective = Objective(model, self.batches, self.loss)
         self.chosen: tuple[Block, ...] = choose_blocks(self.objective, self.blocks)
         begins = step == 0

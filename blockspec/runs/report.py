@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 
 from blockspec.numerics.memory import readable
-from blockspec.runs.json_files import read_json
+from blockspec.runs.loading import load_run
 from blockspec.runs.printing import print_frame
 from blockspec.spectra.collection import (
     Spectra,
@@ -140,17 +140,13 @@ def summary(spectra: Spectra) -> pd.DataFrame:
 def show(run: Path) -> None:
     """Prints what a run found, of what, and where it is."""
     console = Console()
-    record = read_json(run / "run.json")
-    table = read_table(run / "spectra.parquet")
-    stages = {stage["step"]: stage for stage in record["stages"]}
-    say(console, *described(record, table))
-    for step in sorted(table["step"].unique().tolist()):
-        rows = table[table["step"] == step]
-        stage = stages.get(step, {})
+    found = load_run(run)
+    say(console, *described(found.record, found.table))
+    for step, spectra in found.stages.items():
+        stage = found.entry(step)
         loss = f": loss {stage['loss']:.4f}" if stage.get("loss") is not None else ""
         outcome = _outcome(stage)
         title = f"{stage_name(stage, step)}{loss}" + (f", {outcome}" if outcome else "")
-        spectra = spectra_of(rows)
         print_frame(console, _written(summary(spectra)), title)
         say(console, spectra.data, _origin(stage))
     _show_heterogeneity(run, console)
@@ -342,10 +338,9 @@ def compare(runs: list[Path], out: Path) -> None:
     from blockspec.figures.stages import stage_title
 
     names = _names(runs)
-    spectra = {
-        name: read_table(run / "spectra.parquet") for name, run in zip(names, runs, strict=True)
-    }
-    records = {name: read_json(run / "run.json") for name, run in zip(names, runs, strict=True)}
+    found = {name: load_run(run) for name, run in zip(names, runs, strict=True)}
+    spectra = {name: run.table for name, run in found.items()}
+    records = {name: run.record for name, run in found.items()}
     _check_comparable(records, spectra)
     figures = {"comparison": plots.compare_runs(spectra)}
     console = Console()

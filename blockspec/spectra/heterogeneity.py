@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -172,6 +173,20 @@ def js0(
     return mean._replace(stderr=math.hypot(mean.stderr, sampling))
 
 
+def corrected_distances(spectra: Mapping[str, Spectrum]) -> tuple[np.ndarray, np.ndarray]:
+    """(blocks, blocks) Jensen-Shannon divergences with the bias by the noise of probes taken off,
+    and their standard errors, by the jackknife of :func:`js0`; the errors are nan where there is
+    one probe.
+    """
+    parts = list(_beside_each_other(spectra).values())
+
+    def statistic(some: list[Spectrum]) -> np.ndarray:
+        return _distances(some, "jensen-shannon", OPTIONS)
+
+    corrected, errors = _over_probes(parts, statistic, statistic(parts))
+    return corrected, np.full_like(corrected, np.nan) if errors is None else errors
+
+
 def mean_over_probes(
     parts: Sequence[Spectrum],
     statistic: Callable[[list[Spectrum]], float],
@@ -182,7 +197,8 @@ def mean_over_probes(
     the data; see :func:`js0`.
     """
     value = statistic(list(parts))
-    found = _over_probes(parts, statistic, value)
+    corrected, stderr = _over_probes(parts, statistic, value)
+    found = Estimate(float(corrected), None if stderr is None else float(stderr))
     if not data_errors:
         return found
     return found._replace(data_stderr=_over_data(parts, statistic, value))
@@ -221,19 +237,23 @@ def _without_groups(parts: Sequence[Spectrum], units: int) -> list[list[Spectrum
 
 
 def _over_probes(
-    parts: Sequence[Spectrum], statistic: Callable[[list[Spectrum]], float], value: float
-) -> Estimate:
+    parts: Sequence[Spectrum], statistic: Callable[[list[Spectrum]], Any], values: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Numbers that are not negative, (...,), with the bias by the noise of probes taken off, and
+    their standard errors; these are None where there is one probe.
+    """
     groups = min((part.num_probes for part in parts if not part.exact), default=0)
+    values = np.asarray(values)
     if groups < 2:
-        return Estimate(value, 0.0 if groups == 0 else None)
-    left_out = np.array(
+        return values, np.zeros_like(values) if groups == 0 else None
+    left_out = np.stack(
         [
             statistic([without_probes(part, group, groups) for part in parts])
             for group in range(groups)
         ]
     )
-    corrected = groups * value - (groups - 1) * float(left_out.mean())
-    return Estimate(max(corrected, 0.0), math.sqrt((groups - 1) * left_out.var()))
+    corrected = groups * values - (groups - 1) * left_out.mean(0)
+    return np.maximum(corrected, 0.0), np.sqrt((groups - 1) * left_out.var(0))
 
 
 def _beside_each_other(spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:

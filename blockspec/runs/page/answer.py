@@ -11,7 +11,8 @@ import numpy as np
 
 from blockspec.figures.style import matrix_name
 from blockspec.model.pieces import FULL, Block
-from blockspec.runs.page.numbers import Maps, Run
+from blockspec.runs.loading import Run
+from blockspec.runs.page.numbers import Maps, names_of
 from blockspec.spectra.spectrum import Spectrum
 
 MOST_LAYERS = 12  # of query against key
@@ -26,7 +27,7 @@ def sentences(run: Run, maps: Maps | None) -> list[str]:
         run: As it was read.
         maps: Its Jensen-Shannon divergences, where it has them.
     """
-    names = run.names
+    names = names_of(run)
     parts = dict(run.last.parts or run.last)
     found = [_what(run), _largest(run, parts, names)]
     if maps is not None:
@@ -83,8 +84,8 @@ def _largest(run: Run, parts: Mapping[str, Spectrum], names: Mapping[str, str]) 
 
 def _heterogeneity(run: Run, distances: np.ndarray) -> str:
     """Mean distance, as the run's table has it."""
-    rows = run.distances
-    if rows.empty:
+    rows = run.heterogeneity
+    if rows is None:
         return ""
     rows = rows[rows["definition"] == "jensen-shannon"].drop_duplicates("step").set_index("step")
     told = [

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from blockspec.runs.page.numbers import Maps, Run
+from blockspec.runs.loading import Run
+from blockspec.runs.page.numbers import Maps
 from blockspec.spectra.resolved import resolved_density
 from blockspec.spectra.spectrum import Spectrum
 from blockspec.spectra.tails import SIDES, magnitudes_of, tail

@@ -7,21 +7,16 @@ that a number is the same wherever it is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from blockspec.figures.style import plain_names
-from blockspec.model.pieces import FULL, Block
-from blockspec.runs.json_files import read_json
-from blockspec.spectra.collection import Spectra, read_table, spectra_of
-from blockspec.spectra.heterogeneity import js_distances, without_probes
+from blockspec.model.pieces import FULL
+from blockspec.runs.loading import Run
+from blockspec.spectra.heterogeneity import corrected_distances
 from blockspec.spectra.spectrum import Spectrum
-from blockspec.spectra.stages import short_labels
 from blockspec.toolbox.norms import norms
 
 DIGITS = 5  # of a number on the page; errors are rarely below 1e-3 of it
@@ -40,70 +35,10 @@ NUMBERS = {
 """Of each block at each stage; the first is shown first."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run as it lies on the disk.
-
-    Attributes:
-        name: The folder's name, or its path where names repeat.
-        record: Content of run.json.
-        stages: Step -> spectra, in the order of steps.
-        blocks: Of all stages, in order; the full matrix, if it was measured, is last.
-        distances: The run's heterogeneity.parquet; empty where there is none.
-        labels: Step -> what a stage is called; empty where the training steps are known.
-    """
-
-    name: str
-    record: dict[str, Any]
-    stages: dict[int, Spectra]
-    blocks: tuple[Block, ...]
-    distances: pd.DataFrame
-    labels: dict[int, str] = field(default_factory=dict)
-
-    def called(self, step: int) -> str:
-        """``step 1,000``, or ``stage ckpt.pt``."""
-        return f"stage {self.labels[step]}" if self.labels else f"step {step:,}"
-
-    @property
-    def steps(self) -> list[int]:
-        return list(self.stages)
-
-    @property
-    def last(self) -> Spectra:
-        return self.stages[self.steps[-1]]
-
-    @property
-    def parts(self) -> list[Block]:
-        """The blocks without the full matrix."""
-        return [block for block in self.blocks if block.kind != FULL]
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Block -> how the page calls it."""
-        short = plain_names([block.name for block in self.blocks])
-        return short | {b.name: "full matrix" for b in self.blocks if b.kind == FULL}
-
-    def entry(self, step: int) -> dict[str, Any]:
-        """What run.json says of a step."""
-        return next((s for s in self.record.get("stages", []) if s["step"] == step), {})
-
-
-def read_run(folder: Path, name: str) -> Run:
-    """Reads a run's folder.
-
-    Raises:
-        FileNotFoundError: It is no run's folder, or has no complete stage.
-        ValueError: A file of it is damaged.
-    """
-    record = read_json(folder / "run.json")
-    table = read_table(folder / "spectra.parquet")
-    steps = sorted(table["step"].unique().tolist())
-    stages = {step: spectra_of(table[table["step"] == step]) for step in steps}
-    blocks = {name: s.block for spectra in stages.values() for name, s in spectra.items()}
-    path = folder / "heterogeneity.parquet"
-    distances = pd.read_parquet(path) if path.exists() else pd.DataFrame()
-    in_order = sorted(blocks.values(), key=lambda block: block.kind == FULL)
-    return Run(name, record, stages, tuple(in_order), distances, short_labels(table))
+def names_of(run: Run) -> dict[str, str]:
+    """Block -> how the page calls it."""
+    short = plain_names([block.name for block in run.blocks])
+    return short | {block.name: "full matrix" for block in run.blocks if block.kind == FULL}
 
 
 def numbers_of(spectra: Mapping[str, Spectrum]) -> dict[str, dict[str, Number]]:
@@ -130,10 +65,15 @@ def _numbers(spectrum: Spectrum, rank: float, rank_error: float) -> dict[str, Nu
     }
 
 
-def as_json(run: Run) -> dict[str, Any]:
-    """Numbers and names of a run: number -> value, error, data -> blocks x stages."""
+def as_json(run: Run, name: str) -> dict[str, Any]:
+    """Numbers and names of a run: number -> value, error, data -> blocks x stages.
+
+    Args:
+        run: As it was read.
+        name: How the page calls it.
+    """
     found = [numbers_of(spectra) for spectra in run.stages.values()]
-    names = run.names
+    names = names_of(run)
 
     def of(number: str, place: int) -> list[list[float | None]]:
         return [
@@ -151,7 +91,7 @@ def as_json(run: Run) -> dict[str, Any]:
         | {"numel": b.numel}
         for b in run.blocks
     ]
-    return {"name": run.name, "steps": run.steps, "blocks": blocks, "numbers": numbers} | {
+    return {"name": name, "steps": run.steps, "blocks": blocks, "numbers": numbers} | {
         "loss": [run.entry(step).get("loss") for step in run.steps],
         "called": [run.called(step) for step in run.steps],
     }
@@ -175,9 +115,10 @@ def distance_maps(run: Run, definition: str) -> Maps | None:
     Only Jensen-Shannon divergences are corrected and have errors: the others take too long.
     """
     places = {block.name: place for place, block in enumerate(run.parts)}
-    if run.distances.empty or not 2 <= len(places) <= MOST_PAIRED:
+    distances = run.heterogeneity
+    if distances is None or not 2 <= len(places) <= MOST_PAIRED:
         return None
-    rows = run.distances[run.distances["definition"] == definition]
+    rows = distances[distances["definition"] == definition]
     rows = rows[rows["block"].isin(places) & rows["other"].isin(places)]
     if rows.empty:
         return None
@@ -189,25 +130,6 @@ def distance_maps(run: Run, definition: str) -> Maps | None:
         maps["values"][at, one, other] = some["distance"]
         if definition == "jensen-shannon" and len(spectra.parts) > 1:
             inside = np.ix_(*2 * [[places[name] for name in spectra.parts]])
-            maps["corrected"][at][inside], maps["errors"][at][inside] = jackknifed(spectra.parts)
+            corrected, errors = corrected_distances(spectra.parts)
+            maps["corrected"][at][inside], maps["errors"][at][inside] = corrected, errors
     return maps
-
-
-def jackknifed(spectra: Spectra) -> tuple[np.ndarray, np.ndarray]:
-    """(blocks, blocks) Jensen-Shannon divergences with the bias by the noise of probes taken off,
-    and their standard errors, as :func:`blockspec.js0` does it for their mean; nan where they
-    cannot be known.
-    """
-    parts: Sequence[Spectrum] = list(spectra.values())
-    values = js_distances(spectra).to_numpy()
-    groups = min((part.num_probes for part in parts if not part.exact), default=0)
-    if groups < 2:
-        return values, np.full(values.shape, np.nan if groups else 0.0)
-    left_out = np.stack(
-        [
-            js_distances(Spectra(without_probes(p, group, groups) for p in parts)).to_numpy()
-            for group in range(groups)
-        ]
-    )
-    corrected = groups * values - (groups - 1) * left_out.mean(0)
-    return np.maximum(corrected, 0.0), math.sqrt(groups - 1) * left_out.std(0)

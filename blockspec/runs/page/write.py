@@ -15,6 +15,7 @@ from blockspec.figures.panels import DENSITY, EIGENVALUE
 from blockspec.figures.style import KINDS
 from blockspec.numerics.files import whole_file
 from blockspec.numerics.memory import readable
+from blockspec.runs.loading import Run, load_run
 from blockspec.runs.page.answer import sentences
 from blockspec.runs.page.curves import (
     DEEPEST,
@@ -26,14 +27,7 @@ from blockspec.runs.page.curves import (
     distances,
     points_of,
 )
-from blockspec.runs.page.numbers import (
-    NUMBERS,
-    Maps,
-    Run,
-    as_json,
-    distance_maps,
-    read_run,
-)
+from blockspec.runs.page.numbers import NUMBERS, Maps, as_json, distance_maps
 from blockspec.runs.report import duration
 
 UNKNOWN = "not known"
@@ -53,20 +47,23 @@ def report(folders: Sequence[Path], out: Path) -> Path:
         ValueError: A run is damaged, or plotly is not installed.
     """
     script = _plotly()
-    runs = [read_run(f, name) for f, name in zip(folders, _names(folders), strict=True)]
-    maps = [_maps(run) for run in runs]
+    runs = dict(zip(_names(folders), map(load_run, folders), strict=True))
+    maps = [_maps(run) for run in runs.values()]
     several = len(runs) > 1
     here = files("blockspec.runs.page")
     text = {name: (here / f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")}
     filled = Template(text["html"]).substitute(
-        title=escape(", ".join(run.name for run in runs)),
+        title=escape(", ".join(runs)),
         css=text["css"],
         js=text["js"],
         plotly=script,
         data=_data(runs, maps),
-        answers="".join(_answer(run, its, several) for run, its in zip(runs, maps, strict=True)),
-        plans="".join(_plan(run, several) for run in runs),
-        origins="".join(_origin(run) for run in runs),
+        answers="".join(
+            _heading(name, several) + _answer(run, its)
+            for (name, run), its in zip(runs.items(), maps, strict=True)
+        ),
+        plans="".join(_heading(name, several) + _plan(run) for name, run in runs.items()),
+        origins="".join(_heading(name) + _origin(run) for name, run in runs.items()),
         several="" if several else "hidden",
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -93,13 +90,14 @@ def _plotly() -> str:
     return get_plotlyjs().replace("</script", "<\\/script")
 
 
-def _data(runs: Sequence[Run], maps: Sequence[dict[str, Maps]]) -> str:
-    store, points = Store(), points_of(runs)
+def _data(runs: Mapping[str, Run], maps: Sequence[dict[str, Maps]]) -> str:
+    store, points = Store(), points_of(runs.values())
     described = [
-        as_json(run) | {"curves": curves(run, points, store), "distances": distances(its, store)}
-        for run, its in zip(runs, maps, strict=True)
+        as_json(run, name)
+        | {"curves": curves(run, points, store), "distances": distances(its, store)}
+        for (name, run), its in zip(runs.items(), maps, strict=True)
     ]
-    kinds = {block.role for run in runs for block in run.blocks}
+    kinds = {block.role for run in runs.values() for block in run.blocks}
     return store.packed(
         {
             "runs": described,
@@ -116,17 +114,17 @@ def _maps(run: Run) -> dict[str, Maps]:
     return {definition: maps for definition, maps in found.items() if maps is not None}
 
 
-def _answer(run: Run, maps: dict[str, Maps], shown: bool) -> str:
+def _answer(run: Run, maps: dict[str, Maps]) -> str:
     told = sentences(run, maps.get("jensen-shannon"))
     lines = "".join(f"<li>{sentence}</li>" for sentence in told if sentence)
-    return f"{_heading(run) if shown else ''}<ul class='answer'>{lines}</ul>"
+    return f"<ul class='answer'>{lines}</ul>"
 
 
-def _heading(run: Run) -> str:
-    return f"<h3>{escape(run.name)}</h3>"
+def _heading(name: str, shown: bool = True) -> str:
+    return f"<h3>{escape(name)}</h3>" if shown else ""
 
 
-def _plan(run: Run, shown: bool) -> str:
+def _plan(run: Run) -> str:
     """Plan against actual, a row a stage."""
     rows = []
     for step in run.steps:
@@ -145,7 +143,7 @@ def _plan(run: Run, shown: bool) -> str:
         )
     names = ["stage" if run.labels else "step", "time", "planned", "peak memory", "planned"]
     names += ["products", "planned"]
-    return (_heading(run) if shown else "") + _table(names, rows)
+    return _table(names, rows)
 
 
 def _cell(value: Any, written: Any) -> str:
@@ -165,7 +163,7 @@ def _origin(run: Run) -> str:
     rows += [(run.called(step), _digests(run.entry(step))) for step in run.steps if run.entry(step)]
     command = escape(" ".join(map(shlex.quote, _command(record))))
     table = _table(["setting", "value"], [[str(a), str(b)] for a, b in rows])
-    return f"{_heading(run)}<p>The command:</p><pre><code>{command}</code></pre>{table}"
+    return f"<p>The command:</p><pre><code>{command}</code></pre>{table}"
 
 
 def _digests(entry: Mapping[str, Any]) -> str:
