@@ -47,6 +47,7 @@ html_copy_source = False
 html_show_copyright = False
 html_show_sourcelink = False
 myst_heading_anchors = 3
+autoclass_content = "both"  # what a class is made from may be told at __init__
 napoleon_use_ivar = True  # fields of named tuples are described once
 autodoc_typehints = "description"
 autodoc_typehints_format = "short"

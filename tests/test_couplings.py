@@ -80,7 +80,7 @@ def test_nothing_at_all():
     objective, blocks = coupled(torch.zeros(8, 8, dtype=torch.float64), (3, 5))
     found = blockspec.coupling(objective, blocks, 2)
     assert found.off_diagonal_share == Estimate(0.0, 0.0)
-    assert not found.frame()[["norm", "stderr", "relative"]].to_numpy().any()
+    assert not found.to_frame()[["norm", "stderr", "relative"]].to_numpy().any()
 
 
 def test_errors_of_one_probe_are_unknown():
@@ -125,7 +125,7 @@ def test_frame_has_a_row_for_each_pair():
     it = problem("gpt2")
     blocks = partition(it.model)
     found = blockspec.coupling(it.objective(), blocks, 2)
-    table = found.frame().set_index(["row", "column"])
+    table = found.to_frame().set_index(["row", "column"])
     assert len(table) == len(blocks) ** 2
     first, second = blocks[4].name, blocks[0].name
     assert table.loc[(first, second), "norm"] == found.norms.loc[first, second]

@@ -80,7 +80,7 @@ def test_a_diagonal_matrix_is_exact_with_one_probe():
     found = blockspec.diagonal(objective, blocks, num_probes=1)
     torch.testing.assert_close(torch.cat(list(found.values.values())), values)
     assert found.stderrs is None
-    assert np.isnan(found.frame()["stderr"]).all()
+    assert np.isnan(found.to_frame()["stderr"]).all()
 
 
 def test_errors_of_entries_are_those_of_a_block_of_one_entry():

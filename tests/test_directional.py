@@ -3,6 +3,7 @@ really take.
 """
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from models import tiny_gpt2
 from problems import problem, truth
 
 import blockspec
+from blockspec.products.curvature import Products
 from blockspec.toolbox import directions
 from blockspec.toolbox.moves import shifted
 from blockspec.toolbox.sharpness import ball_sharpness, critical_steps
@@ -85,14 +87,33 @@ def test_predicted_and_measured_agree_for_small_moves():
     assert found.measured.value == pytest.approx(found.predicted.value, rel=1e-4)
 
 
+def counted_passes(model):
+    """Forward passes of the model while this list grows."""
+    passes = []
+    return passes, model.register_forward_hook(lambda *_: passes.append(None))
+
+
 def test_costs_are_counted():
+    """One product and one gradient a batch; the whole matrix takes as many passes over the data."""
     it = problem("gpt2")
     blocks = blockspec.partition(it.model)
     batches = len(it.batches)
-    cheap = blockspec.directional(it.objective(), blocks, drawn(it.model), couplings=False)
-    assert (cheap.cost.products, cheap.cost.gradients) == (batches, batches)
+    passes, hook = counted_passes(it.model)
+    taken = {}
+    for couplings in (False, True):
+        passes.clear()
+        found = blockspec.directional(
+            it.objective(), blocks, drawn(it.model), couplings=couplings, check=False
+        )
+        taken[couplings] = len(passes), found
+    hook.remove()
+    (few, cheap), (many, whole) = taken[False], taken[True]
+    assert len(blocks) > 16
+    # the graph of the products, the gradient, the loss behind the move
+    assert whole.cost.gradients == cheap.cost.gradients == 2 * batches
+    assert many - few == 0
+    assert cheap.cost.products == batches
     assert cheap.curvature is None
-    whole = blockspec.directional(it.objective(), blocks, drawn(it.model))
     assert whole.cost.products == batches * len(blocks)
     np.testing.assert_allclose(cheap.rows, whole.rows, rtol=1e-9, atol=1e-14)
 
@@ -165,7 +186,7 @@ def samples_of(whole, places):
     """What the sequences at these places give: the same numbers as an objective of them alone,
     without the passes.
     """
-    from blockspec.toolbox.directional import over_units
+    from blockspec.toolbox.by_unit import over_units
 
     terms = whole.terms[places]
     slopes = whole.samples["gradient"].sum(1)[places]
@@ -300,8 +321,21 @@ def test_sharpness_in_the_spectral_ball_of_a_multiple_of_the_identity():
     torch.testing.assert_close(values, torch.ones(3, dtype=torch.float64))
 
 
-def test_data_that_are_spread_over_processes_are_refused():
-    it = problem("gpt2")
-    objective = it.objective(sharded=True)
-    with pytest.raises(ValueError, match="give every process all batches"):
-        blockspec.directional(objective, blockspec.partition(it.model), drawn(it.model))
+def test_an_operator_of_ones_own_is_one_unit_of_data():
+    """A matrix (the dense truth) that knows nothing of the data: the same numbers, no errors."""
+    it = problem("resnet")
+    objective, blocks = it.objective(), blockspec.partition(it.model, "layer")
+    inner = Products(objective)
+    own = types.SimpleNamespace(
+        **{name: getattr(inner, name) for name in ("curvature", "objective", "parameters")},
+        **{name: getattr(inner, name) for name in ("device", "ranks", "gradients", "products")},
+        **{name: getattr(inner, name) for name in ("check", "sweep", "columns")},
+    )
+    direction = drawn(it.model)
+    found = blockspec.directional(objective, blocks, direction, curvature=own)
+    truth_ = blockspec.directional(objective, blocks, direction)
+    np.testing.assert_allclose(found.gradient, truth_.gradient, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(found.curvature, truth_.curvature, rtol=1e-9, atol=1e-15)
+    assert found.measured.value == pytest.approx(truth_.measured.value, rel=1e-9)
+    assert found.units == 1
+    assert found.predicted.data_stderr is None

@@ -83,7 +83,7 @@ def test_tables_are_made_column_by_column(many, tmp_path, monkeypatch):
     counts = []
     for part in (list(many.values())[:10], list(many.values())):
         made.clear()
-        table = blockspec.Spectra(part).frame()
+        table = blockspec.Spectra(part).to_frame()
         blockspec.spectra.collection.spectra_of(table)
         counts.append(len(made))
     assert counts[0] == counts[1]
@@ -91,7 +91,7 @@ def test_tables_are_made_column_by_column(many, tmp_path, monkeypatch):
     assert (tmp_path / "many.parquet").stat().st_size < 400 * len(many) + 20_000
     again = load_spectra(tmp_path / "many.parquet")
     assert list(again) == list(many)
-    pd.testing.assert_frame_equal(again.frame(), many.frame())
+    pd.testing.assert_frame_equal(again.to_frame(), many.to_frame())
 
 
 def test_a_large_map_does_not_grow_with_its_cells(many, tmp_path):

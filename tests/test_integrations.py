@@ -192,7 +192,7 @@ def test_the_folder_is_a_run_s(trained, capsys):
         **QUICK,
     )
     pd.testing.assert_frame_equal(
-        load_spectra(out / "spectra.parquet", step=4).frame(step=4), expected.frame(step=4)
+        load_spectra(out / "spectra.parquet", step=4).to_frame(step=4), expected.to_frame(step=4)
     )
     report.show(out)
     assert "step 4" in capsys.readouterr().out

@@ -128,7 +128,7 @@ def test_random_plane_of_a_block_and_its_table():
     )
     assert found.losses[1, 1] == pytest.approx(it.objective().value(), abs=1e-14)
     assert len(np.unique(found.losses)) == 9
-    table = found.frame()
+    table = found.to_frame()
     assert list(table.columns) == ["random direction 1", "random direction 2", "loss"]
     assert table["loss"].to_numpy().tolist() == found.losses.ravel().tolist()
     assert table["random direction 2"].tolist() == [-1, 0, 1] * 3

@@ -419,7 +419,7 @@ def test_errors_of_the_data_are_shown_where_they_are_known():
     objective = Objective(model, batches, losses.classification)
     blocks = partition(model, by="tensor")
     spectra = estimate_spectra(objective, blocks, num_probes=2, num_steps=4)
-    run = Run(Path("r"), {}, spectra.frame(step=0))
+    run = Run(Path("r"), {}, spectra.to_frame(step=0))
     numbers = as_json(run, "r")["numbers"]
     for place, one in enumerate(spectra.values()):
         assert one.data_error > 0

@@ -246,7 +246,7 @@ def stages(transformer_blocks, noise):
                 for i, scale in enumerate(blocks)
             ]
             parts.append(spectrum("model", BULK + 3, residual=0.01, noise=noise, seed=len(model)))
-            tables.append(Spectra(parts).frame(step=step).assign(model=model))
+            tables.append(Spectra(parts).to_frame(step=step).assign(model=model))
             losses.append(
                 {"model": model, "step": step, "fraction": fraction, "held_out_loss": 1.0}
             )
@@ -292,7 +292,10 @@ def test_stages_of_two_models_belong_together_though_their_steps_round_different
             spectrum(name, BULK + 3, residual=0.01, noise=0.01) for name in ("a", "b", "model")
         )
         return pd.concat(
-            [found.frame(step=read_record(path)["step"]) for path in list_checkpoints(checkpoints)]
+            [
+                found.to_frame(step=read_record(path)["step"])
+                for path in list_checkpoints(checkpoints)
+            ]
         )
 
     monkeypatch.setattr(figure_1, "trained", trained)

@@ -119,7 +119,7 @@ def test_figures_logs_and_tables_go_by_role(tmp_path):
     assert [s.block.role for s in loaded.values()] == [block.role for block in blocks]
     titles = {axes.get_title() for axes in plots.esd_by_block(spectra).axes}
     assert {"query", "cross query", "cross attention out"} <= titles
-    figure = plots.trace_by_kind_over_training(spectra.frame(step=0))
+    figure = plots.trace_by_kind_over_training(spectra.to_frame(step=0))
     drawn = {text.get_text() for text in figure.legends[0].get_texts()}
     assert {"encoder query", "decoder query", "decoder cross query", "encoder MLP in"} <= drawn
     assert list(looks_of(["decoder_query", "mlp_in", "query"])) == [

@@ -60,7 +60,7 @@ def scaled(spectrum: Spectrum, factor: float) -> Spectrum:
 @pytest.fixture(scope="module")
 def table(by_step: dict[int, Spectra]) -> pd.DataFrame:
     return pd.concat(
-        [spectra.frame(step=step) for step, spectra in by_step.items()], ignore_index=True
+        [spectra.to_frame(step=step) for step, spectra in by_step.items()], ignore_index=True
     )
 
 
@@ -136,7 +136,7 @@ def figures(
         "trace_by_kind_over_training of traces": plots.trace_by_kind_over_training(table, "trace"),
         "compare_runs": plots.compare_runs({"a run": table, "another": table[table["step"] == 0]}),
         "compare_runs of a few kinds": plots.compare_runs(
-            {"one": convolutional().frame(step=0), "two": convolutional().frame(step=9)}
+            {"one": convolutional().to_frame(step=0), "two": convolutional().to_frame(step=9)}
         ),
         "edges_by_block": plots.edges_by_block(last),
         "edges_by_block of 12 layers": plots.edges_by_block(layers),

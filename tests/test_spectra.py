@@ -426,7 +426,7 @@ def test_the_file_is_a_tidy_table(tmp_path):
 def test_a_step_is_chosen_where_a_file_holds_several(tmp_path):
     path = tmp_path / "s.parquet"
     first, last = small(seed=0), small(seed=1)
-    pd.concat([first.frame(step=0), last.frame(step=100)]).to_parquet(path)
+    pd.concat([first.to_frame(step=0), last.to_frame(step=100)]).to_parquet(path)
     assert_same_spectrum(load_spectra(path, step=100)["weights.a"], last["weights.a"])
     with pytest.raises(ValueError, match=r"holds the steps \[0, 100\]: choose one"):
         load_spectra(path)

@@ -4,9 +4,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from launching import together
-from problems import problem
+from problems import problem, tokens
 
 import blockspec
+from blockspec import losses
+from blockspec.toolbox.sharpness import critical_steps
 from blockspec.toolbox.traces import METHODS
 
 
@@ -29,10 +31,35 @@ def numbers():
     return np.concatenate([np.ravel(part) for part in parts])
 
 
+def along_a_direction(batches, **settings):
+    """Numbers of moves, and their errors over the data: the first process has twelve units of the
+    twenty, and one batch more.
+    """
+    it = problem("gpt2")
+    objective = blockspec.Objective(it.model, batches, losses.next_token, micro_batch=1, **settings)
+    blocks = blockspec.partition(it.model, "layer")
+    move = {name: 0.01 * p.detach().sign() for name, p in it.model.named_parameters()}
+    found = blockspec.directional(objective, blocks, move)
+    least = blockspec.directional(objective, blocks, move, couplings=False, curvature="ggn")
+    numbers = [found.predicted, found.measured, found.slope, found.bend, least.bend]
+    critical = critical_steps(objective, blocks[:2], move)["measured"]
+    table = found.to_frame().select_dtypes("number").to_numpy(float)
+    parts = [table, found.curvature, [[n.value, n.data_stderr] for n in numbers], critical]
+    return np.concatenate([np.ravel(part) for part in parts])
+
+
+def sequences():
+    """Five batches of unequal numbers of sequences."""
+    return [{"input_ids": tokens(rows, 6, seed=rows)} for rows in (3, 4, 5, 2, 6)]
+
+
 def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     np.save(f"{folder}/{rank}.npy", numbers())
+    np.save(f"{folder}/dealt{rank}.npy", along_a_direction(sequences()))
+    own = sequences()[rank::2]
+    np.save(f"{folder}/sharded{rank}.npy", along_a_direction(own, sharded=True))
     dist.destroy_process_group()
 
 
@@ -43,3 +70,8 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         np.testing.assert_allclose(
             np.load(tmp_path / f"{rank}.npy"), expected, rtol=1e-8, atol=1e-11
         )
+    along = along_a_direction(sequences())
+    assert np.isfinite(along).sum() > 40
+    for name in ("dealt0", "dealt1", "sharded0", "sharded1"):
+        found = np.load(tmp_path / f"{name}.npy")
+        np.testing.assert_allclose(found, along, rtol=1e-8, atol=1e-12, err_msg=name)

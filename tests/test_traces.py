@@ -221,11 +221,11 @@ def test_frame_and_progress():
     def told(done, total):
         seen.append((done, total))
 
-    table = blockspec.trace(objective, blocks, num_probes=10, progress=told).frame()
+    table = blockspec.trace(objective, blocks, num_probes=10, progress=told).to_frame()
     assert seen == [(8, 10), (10, 10)]
     assert list(table.index) == ["parts.0", "parts.1", "parts.2"]
     assert list(table.columns) == ["kind", "layer", "numel", "value", "stderr"]
-    assert np.isnan(blockspec.trace(objective, blocks, num_probes=1).frame()["stderr"]).all()
+    assert np.isnan(blockspec.trace(objective, blocks, num_probes=1).to_frame()["stderr"]).all()
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def directional_waterfall(found: Directional) -> Figure:
     change is a line. A bar is a block's slope ``g_b'd_b`` with half of its row of the matrix: its
     own curvature and half of every coupling.
     """
-    table = found.frame()
+    table = found.to_frame()
     labels = list(short_names(table.index).values())
     ends = table["predicted"].cumsum().to_numpy()
     starts = np.concatenate([[0.0], ends[:-1]])

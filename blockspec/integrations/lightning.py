@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from blockspec.engine.settings import EstimateSettings
-from blockspec.integrations.measuring import IMAGE, Measuring, TrackSettings
-from blockspec.runs.settings import BlockSettings
+from blockspec.integrations.measuring import IMAGE, CallbackSettings, Measuring
+from blockspec.products.settings import takes
 
 try:
     from lightning.pytorch import Callback
@@ -31,25 +30,11 @@ class LightningSpectrumCallback(Callback):
         )
         Trainer(callbacks=[callback], ...)
 
-    out: a folder as ``blockspec run`` leaves it; ``blockspec plot`` and ``blockspec show`` read it.
-    batches: fixed batches, held out from training: a list of what the loss understands.
-    loss: see :mod:`blockspec.losses`.
-    model: which module is measured; if left out, the LightningModule itself, whose ``forward`` the
-        loss then calls.
-    steps: numbers of updates after which to measure; 0 is the beginning.
-    fractions: the same as shares of the whole training.
-    blocks: which blocks; ``BlockSettings(full=False)`` leaves out the full matrix.
-    estimate: how well.
-    images: hand a figure of each measurement to the loggers that take one.
-    memory, columns: see :func:`blockspec.estimate_spectra`.
-    track: ``TrackSettings(k=2, every=10)`` follows the top eigenvalues at every 10th step as well,
-        see :func:`blockspec.track`; they are logged, and go to ``tracking.parquet``,
-        ``localisation.parquet`` and a figure in ``out``.
-
     Scalars go to the trainer's loggers; see :func:`blockspec.integrations.record`. What would fail
     in the middle of training is raised at its beginning, as for ``transformers.Trainer``.
     """
 
+    @takes(settings=CallbackSettings)
     def __init__(
         self,
         out: str | os.PathLike[str],
@@ -57,21 +42,21 @@ class LightningSpectrumCallback(Callback):
         loss: Any,
         *,
         model: Callable[[Any], nn.Module] = module_itself,
-        steps: Sequence[int] = (),
-        fractions: Sequence[float] = (0.0, 1.0),
-        blocks: BlockSettings = BlockSettings(),
-        estimate: EstimateSettings = EstimateSettings(),
-        images: bool = True,
-        memory: int | float | str | None = None,
-        columns: int | None = None,
-        track: TrackSettings | None = None,
+        settings: CallbackSettings,
     ) -> None:
-        resources = {"memory": memory, "columns": columns}
-        self.measuring = Measuring(
-            out, batches, loss, steps, fractions, blocks, estimate, resources, track
-        )
+        """Of one training.
+
+        Args:
+            out: A folder as ``blockspec run`` leaves it; ``blockspec plot`` and ``blockspec show``
+                read it.
+            batches: Fixed batches, held out from training: a list of what the loss understands.
+            loss: See :mod:`blockspec.losses`.
+            model: Which module is measured; if left out, the LightningModule itself, whose
+                ``forward`` the loss then calls.
+            [settings]
+        """
+        self.measuring = Measuring(out, batches, loss, settings)
         self.model = model
-        self.images = images
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Before the first update."""
@@ -98,7 +83,7 @@ class LightningSpectrumCallback(Callback):
             return
         for logger in trainer.loggers:
             logger.log_metrics(found, step)
-        if self.images:
+        if self.measuring.settings.images:
             self._show(trainer.loggers, step)
 
     def _show(self, loggers: Sequence[Any], step: int) -> None:

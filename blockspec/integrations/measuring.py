@@ -53,7 +53,7 @@ class TrackSettings(Tracking):
 
 
 @dataclass(frozen=True)
-class CallbackSettings(Resources):
+class CallbackSettings:
     """What every callback takes beside its trainer, its folder, its batches and its loss.
 
     Args:
@@ -66,14 +66,18 @@ class CallbackSettings(Resources):
         track: ``TrackSettings(k=2, every=10)`` follows the top eigenvalues at every 10th step as
             well, see :func:`blockspec.track`; they are logged, and go to ``tracking.parquet``,
             ``localisation.parquet`` and a figure in ``out``.
+        memory: See :func:`blockspec.estimate_spectra`.
+        columns: See :func:`blockspec.estimate_spectra`.
     """
 
     steps: Sequence[int] = ()
     fractions: Sequence[float] = (0.0, 1.0)
-    blocks: BlockSettings = BlockSettings()
-    estimate: EstimateSettings = EstimateSettings()
+    blocks: BlockSettings = field(default_factory=BlockSettings)
+    estimate: EstimateSettings = field(default_factory=EstimateSettings)
     images: bool = True
     track: TrackSettings | None = None
+    memory: int | float | str | None = None
+    columns: int | None = None
 
     def __post_init__(self) -> None:
         due_steps(self.steps, self.fractions, total=1)
@@ -110,17 +114,16 @@ class Measuring:
         optimizer: Any = None,
     ) -> None:
         """Raises before training what would fail in the middle of it."""
-        self.due = due_steps(
-            self.settings.steps, self.settings.fractions, total=total
-        )
+        wanted = self.settings
+        self.due = due_steps(wanted.steps, wanted.fractions, total=total)
         self.objective = Objective(model, self.batches, self.loss)
-        self.chosen: tuple[Block, ...] = choose_blocks(self.objective, self.blocks)
+        self.chosen: tuple[Block, ...] = choose_blocks(self.objective, wanted.blocks)
         begins = step == 0
         self.training = dict(training)
         told = self.training if begins else None
-        check(self.out, self.objective, self.chosen, self.estimate, training=told)
+        check(self.out, self.objective, self.chosen, wanted.estimate, training=told)
         self.replace = not begins  # a resumed training may not be bit by bit the one before
-        self.tracker = None if self.track is None else self._tracker(self.track, optimizer)
+        self.tracker = None if wanted.track is None else self._tracker(wanted.track, optimizer)
         if self.tracker is not None and not begins:
             self.tracker.go_on_from(self.out, step)
         self._saved = time.monotonic()
@@ -166,9 +169,17 @@ class Measuring:
     def _spectra(self, step: int) -> dict[str, float] | None:
         if step not in self.due:
             return None
-        settings = asdict(self.estimate) | dict(self.resources)
-        settings |= {"replace": self.replace, "training": self.training}
-        return record(self.out, step, self.objective, self.chosen, **settings)
+        return record(
+            self.out,
+            step,
+            self.objective,
+            self.chosen,
+            memory=self.settings.memory,
+            columns=self.settings.columns,
+            replace=self.replace,
+            training=self.training,
+            **asdict(self.settings.estimate),
+        )
 
     def figure(self, step: int) -> Figure | None:
         """Tail counts of the blocks at a step, for a tracker; None but on the first process, and

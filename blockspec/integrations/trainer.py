@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from blockspec.engine.settings import EstimateSettings
-from blockspec.integrations.measuring import IMAGE, Measuring, TrackSettings
+from blockspec.integrations.measuring import IMAGE, CallbackSettings, Measuring
 from blockspec.model.losses import next_token
-from blockspec.runs.settings import BlockSettings
+from blockspec.products.settings import takes
 
 TRAINING = (  # arguments of a training on which its weights depend
     "seed",
@@ -48,22 +47,6 @@ class SpectrumCallback(TrainerCallback):
         trainer.add_callback(SpectrumCallback(trainer, "runs/mine", held_out_batches, fractions=(0,
         0.1, 1)))
 
-    trainer: whose trackers (``report_to``) and ``log_history`` get the scalars of
-        :func:`blockspec.integrations.record`.
-    out: a folder as ``blockspec run`` leaves it; ``blockspec plot`` and ``blockspec show`` read it.
-    batches: fixed batches, held out from training: a list of what the loss understands.
-    loss: see :mod:`blockspec.losses`.
-    steps: numbers of updates after which to measure; 0 is the beginning.
-    fractions: the same as shares of the whole training.
-    blocks: which blocks; ``BlockSettings(full=False)`` leaves out the full matrix.
-    estimate: how well.
-    images: hand a figure of each measurement to the trackers that take one (TensorBoard, Weights &
-        Biases).
-    memory, columns: see :func:`blockspec.estimate_spectra`.
-    track: ``TrackSettings(k=2, every=10)`` follows the top eigenvalues at every 10th step as well,
-        see :func:`blockspec.track`; they are logged, and go to ``tracking.parquet``,
-        ``localisation.parquet`` and a figure in ``out``.
-
     What would fail in the middle of training (another model's batches, a folder of other settings)
     is raised at its beginning. A training that begins at step 0 is refused where the folder holds
     the record of another one. Steps that the folder has already, of the same weights, are not
@@ -72,6 +55,7 @@ class SpectrumCallback(TrainerCallback):
     sharded are not supported.
     """
 
+    @takes(settings=CallbackSettings)
     def __init__(
         self,
         trainer: Trainer,
@@ -79,26 +63,26 @@ class SpectrumCallback(TrainerCallback):
         batches: Iterable[Any],
         *,
         loss: Any = next_token,
-        steps: Sequence[int] = (),
-        fractions: Sequence[float] = (0.0, 1.0),
-        blocks: BlockSettings = BlockSettings(),
-        estimate: EstimateSettings = EstimateSettings(),
-        images: bool = True,
-        memory: int | float | str | None = None,
-        columns: int | None = None,
-        track: TrackSettings | None = None,
+        settings: CallbackSettings,
     ) -> None:
+        """Of one training.
+
+        Args:
+            trainer: Whose trackers (``report_to``) and ``log_history`` get the scalars of
+                :func:`blockspec.integrations.record`.
+            out: A folder as ``blockspec run`` leaves it; ``blockspec plot`` and ``blockspec show``
+                read it.
+            batches: Fixed batches, held out from training: a list of what the loss understands.
+            loss: See :mod:`blockspec.losses`.
+            [settings]
+        """
         if not isinstance(trainer, Trainer):
             raise TypeError(
                 "trainer is the transformers.Trainer that this is added to, got a "
                 f"{type(trainer).__name__}"
             )
-        resources = {"memory": memory, "columns": columns}
-        self.measuring = Measuring(
-            out, batches, loss, steps, fractions, blocks, estimate, resources, track
-        )
+        self.measuring = Measuring(out, batches, loss, settings)
         self.trainer = trainer
-        self.images = images
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
@@ -132,7 +116,7 @@ class SpectrumCallback(TrainerCallback):
         asked = control.should_log  # logging takes it back, and this step's loss would be lost
         self.trainer.log(found)
         control.should_log = asked
-        if self.images:
+        if self.measuring.settings.images:
             self._show(state.global_step)
 
     def _show(self, step: int) -> None:

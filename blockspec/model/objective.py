@@ -362,7 +362,7 @@ class Objective:
                 sums, counts = sums + float(total.detach()), counts + count
         sums, counts = (
             float(t)
-            for t in self._shards().sums(
+            for t in self.shards().sums(
                 [torch.tensor([x], dtype=torch.float64) for x in (sums, counts)]
             )
         )
@@ -399,12 +399,12 @@ class Objective:
                 for gradient, part in zip(gradients.values(), parts, strict=True):
                     if part is not None:
                         gradient += part
-        *summed, terms = self._shards().sums(
+        *summed, terms = self.shards().sums(
             [*gradients.values(), torch.tensor([counts], dtype=torch.float64)]
         )
         return {name: part / terms.item() for name, part in zip(gradients, summed, strict=True)}
 
-    def _shards(self) -> Ranks:
+    def shards(self) -> Ranks:
         """The processes that hold a part of the data each."""
         return arrange(1) if self.sharded else Ranks()
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain, islice
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -194,31 +193,26 @@ class Products:
 
     def columns_by_unit(
         self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Reduce
-    ) -> tuple[list[list[Tensor]], list[Unit]]:
-        """:meth:`columns`, and what ``each`` makes of every unit's own products before they are
-        summed.
-
-        A unit is a micro-batch. The products that ``each`` is given are sums over the unit's loss
-        terms. The units of all processes are returned, in the order of the batches.
-        """
+    ) -> list[tuple[int, Unit]]:
+        """See :class:`blockspec.products.units.ColumnsByUnit`."""
         units: list[tuple[int, Unit]] = []
-        found = self._pass([(block, vector, targets) for block, vector in requests], each, units)
-        if self.ranks.rows == 1:
-            return found, [unit for _, unit in units]
-        everyone = self.ranks.all_of((self.ranks.column, units))
-        column = [unit for c, own in everyone if c == self.ranks.column for unit in own]
-        return found, [unit for _, unit in sorted(column, key=itemgetter(0))]
+        asked = [(block, vector, targets) for block, vector in requests]
+        self._pass(asked, each, units, summed=False)
+        return units
 
     def _pass(
         self,
         requests: Sequence[Request],
         each: Reduce | None = None,
         units: list[tuple[int, Unit]] | None = None,
+        *,
+        summed: bool = True,
     ) -> list[list[Tensor]]:
+        """The products; without their sums, what ``each`` has kept of every unit is all."""
         self._compare(requests)
         while True:
             totals = [
-                [vector.new_zeros(target.numel) for target in targets]
+                [vector.new_zeros(target.numel) for target in targets] if summed else []
                 for _, vector, targets in requests
             ]
             terms, error = 0.0, None
@@ -234,7 +228,7 @@ class Products:
             *parts, words = self.ranks.sums([*(p for total in totals for p in total), words])
             terms, exhausted = words.tolist()
             if not exhausted:
-                return self._checked(requests, [part.div_(terms) for part in parts])
+                return self._checked(requests, [p.div_(terms) for p in parts]) if summed else []
             if not self._halve_micro_batch() and not self._save_memory():
                 raise error or MemoryError("another process of this run is out of memory")
             if units is not None:
@@ -272,7 +266,7 @@ class Products:
                 for number, parts in self._completed(requests, linearised):
                     if each is not None:
                         values[number] = each(number, parts)
-                    for whole, part in zip(totals[number], parts, strict=True):
+                    for whole, part in zip(totals[number], parts):  # noqa: B905 - none, if not summed
                         whole += part.to(whole)
                 if units is not None:
                     units.append((batch, Unit(linearised.terms, values)))

@@ -34,10 +34,11 @@ def takes(
 
     def decorate(function: Callable[..., R]) -> Callable[..., R]:
         signature = _signature(function, kinds, positional)
+        called = function.__qualname__.removesuffix(".__init__")
 
         @wraps(function)
         def call(*arguments: Any, **named: Any) -> R:
-            _check_names(function.__name__, named, signature)
+            _check_names(called, named, signature)
             given = signature.bind(*arguments, **named).arguments
             parts: dict[str, dict[str, Any]] = {name: {} for name in kinds}
             for name in [name for name in given if name in home]:
@@ -66,7 +67,9 @@ def _signature(
 
 def _parameter(field: Field[Any], positional: bool) -> inspect.Parameter:
     kinds = inspect.Parameter
-    default = field.default if field.default is not MISSING else inspect.Parameter.empty
+    default = field.default if field.default is not MISSING else kinds.empty
+    if field.default_factory is not MISSING:
+        default = field.default_factory()
     kind = kinds.POSITIONAL_OR_KEYWORD if positional else kinds.KEYWORD_ONLY
     return kinds(field.name, kind, default=default, annotation=field.type)
 

@@ -57,3 +57,25 @@ class ByUnit(Operator, Protocol):
         ``each`` is given every unit's own product, a sum over its loss terms.
         """
         ...
+
+
+@runtime_checkable
+class ColumnsByUnit(Operator, Protocol):
+    """An operator that tells the units of its data apart in whole columns of blocks.
+
+    Attributes:
+        micro_batch: Examples of a unit; None: batches as they come.
+    """
+
+    @property
+    def micro_batch(self) -> int | None: ...
+
+    def columns_by_unit(
+        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Reduce
+    ) -> list[tuple[int, Unit]]:
+        """The units of this process, each with the number of its batch, in the order of the data.
+
+        ``each`` is given every unit's own products with the targets, sums over its loss terms. They
+        are not kept: one sweep serves any number of requests in the memory of a few.
+        """
+        ...

@@ -33,7 +33,7 @@ def rows_of(
     spectra: Spectra, heterogeneity: pd.DataFrame | None, *, step: int, label: str | None = None
 ) -> Rows:
     """What a step adds to each table; heterogeneity is None for a single block."""
-    rows = {SPECTRA: spectra.frame(step=step, label=label)}
+    rows = {SPECTRA: spectra.to_frame(step=step, label=label)}
     if heterogeneity is not None:
         rows[HETEROGENEITY] = heterogeneity.assign(label=label or stage_label(step))
     return rows

@@ -108,19 +108,17 @@ class Spectra(Mapping[str, Spectrum]):
         """Without the full matrix, which is no block beside the others."""
         return Spectra(s for s in self.values() if s.block.kind != FULL)
 
-    def frame(self, *, step: int = 0, label: str | None = None) -> pd.DataFrame:
+    def to_frame(self, *, step: int = 0, label: str | None = None) -> pd.DataFrame:
         """The tidy table that :meth:`save` writes: one row per node of each probe of each block;
         ``step``, and ``label``, what a stage is called whose step is not known, are columns.
         """
         return _frame(list(self.values()), step).assign(label=label or stage_label(step))
 
-    to_frame = frame
-
     def to_xarray(self) -> Any:
         """Nodes, weights and residuals as a Dataset (blocks, probes, places); nan where a block has
         fewer of them. It needs xarray, which blockspec does not install.
         """
-        table = self.frame().set_index(["block", "probe", "index"])
+        table = self.to_frame().set_index(["block", "probe", "index"])
         return table[["node", "weight", "residual"]].to_xarray().reindex(block=list(self))
 
     def _repr_html_(self) -> str:
@@ -130,7 +128,7 @@ class Spectra(Mapping[str, Spectrum]):
 
     def save(self, path: str | os.PathLike[str], *, step: int = 0) -> None:
         """Writes the table as parquet, whole or not at all."""
-        write_parquet(self.frame(step=step), path)
+        write_parquet(self.to_frame(step=step), path)
 
     def summary(self) -> pd.DataFrame:
         """A row a block: extreme eigenvalues, trace, and how far to trust them."""

@@ -62,26 +62,23 @@ class Estimates(Mapping[str, Estimate]):
         """Of one block; see :func:`interval`."""
         return interval(self[name], self.probes[name], confidence, one_sign=self._one_sign[name])
 
-    def frame(self) -> pd.DataFrame:
-        """A row a block: kind, layer, numel, value, stderr (nan where it cannot be known)."""
+    def to_frame(self) -> pd.DataFrame:
+        """A row a block: kind, layer, numel, value, stderr, data_stderr (nan where one cannot be
+        known).
+        """
         return frame_of(self._blocks, self._values.values())
 
-    to_frame = frame
-
     def _repr_html_(self) -> str:
-        table = self.frame().drop(columns=["kind", "layer", "numel"])
-        table["data_stderr"] = [value.data_stderr for value in self.values()]
+        table = self.to_frame().drop(columns=["kind", "layer", "numel"])
         return html(f"Estimates of {len(self)} blocks", table)
 
 
 def frame_of(blocks: Sequence[Block], values: Iterable[Estimate]) -> pd.DataFrame:
     """A row a block, with its estimate."""
-    rows = [
-        (b.name, b.kind, b.layer, b.numel, v.value, np.nan if v.stderr is None else v.stderr)
-        for b, v in zip(blocks, values, strict=True)
-    ]
-    table = pd.DataFrame(rows, columns=["block", "kind", "layer", "numel", "value", "stderr"])
-    return table.astype({"layer": "Int64"}).set_index("block")
+    rows = [(b.name, b.kind, b.layer, b.numel, *v) for b, v in zip(blocks, values, strict=True)]
+    table = pd.DataFrame(rows, columns=["block", "kind", "layer", "numel", *Estimate._fields])
+    types = {"layer": "Int64", "stderr": "float64", "data_stderr": "float64"}  # None becomes nan
+    return table.astype(types).set_index("block")
 
 
 PRIOR, MOST_VARIABLE = 3.0, 2.0

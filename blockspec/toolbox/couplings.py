@@ -123,7 +123,7 @@ class Coupling:
         )
         return replace(self, blocks=blocks, samples=member @ self.samples @ member.T)
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """A row a pair of blocks: row, column, their kinds and layers, norm, stderr, squared_norm,
         squared_stderr, relative.
         """
@@ -143,8 +143,6 @@ class Coupling:
                     {block.name: getattr(block, what) for block in self.blocks}
                 )
         return table.astype({"row_layer": "Int64", "column_layer": "Int64"})
-
-    to_frame = frame
 
     def _repr_html_(self) -> str:
         share = self.off_diagonal_share

@@ -71,7 +71,7 @@ class Diagonal:
             rows, orient="index", columns=["blocks", "numel", "value", "stderr"]
         )
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """A row a block: kind, layer, numel, mean, stderr."""
         return frame_of(self.blocks, self.means.values())
 

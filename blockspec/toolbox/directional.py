@@ -3,8 +3,8 @@
 To second order, a move d changes the loss by ``g'd + d'Hd / 2``. Both terms split over blocks:
 ``g_b'd_b`` is what block b gains by itself, and the matrix ``d_b'H_bc d_c`` says how blocks help or
 hinder each other. Row sums of this matrix come from one product ``H d``; all of its entries take a
-product ``H_:c d_c`` for every block c, since one vector cannot tell the blocks apart. The loss's
-real change stands beside, from two forward passes.
+product ``H_:c d_c`` for every block c, since one vector cannot tell the blocks apart. They share
+one sweep: one graph of every batch. The loss's real change stands beside, from one forward pass.
 
 Units of data (micro-batches) give every number a second error: each number is a ratio of sums over
 units, and a jackknife over the units says how far the value for the whole population may lie.
@@ -12,8 +12,7 @@ units, and a jackknife over the units says how far the value for the whole popul
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,16 +29,22 @@ from blockspec.products.preconditioning.operator import Preconditioned
 from blockspec.products.selection import OperatorSettings, open_operator
 from blockspec.products.settings import takes
 from blockspec.products.union import Union
+from blockspec.products.units import ColumnsByUnit, Unit
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.spectrum import Estimate
+from blockspec.toolbox.by_unit import (
+    Numbered,
+    Samples,
+    gradients_by_unit,
+    losses_by_unit,
+    of_all_processes,
+    over_units,
+)
 from blockspec.toolbox.moves import joined, shifted
 
 Direction = Mapping[str, Tensor]
 """Parameter name -> how it moves; parameters that are left out stay."""
 Directions = Mapping[str, Mapping[Block, Tensor]]
-Samples = dict[str, np.ndarray]
-FEWEST_UNITS = 8  # of data, before a standard error over them is believed
-AT_ONCE = 16  # products of one pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +58,8 @@ class Directional:
         curvature: (n, n) ``d_b'H_bc d_c``; None where it was not asked for.
         units: How many units of data (micro-batches) the data's errors rest on.
         matrix: Which matrix H is.
-        cost: What it took.
+        cost: Of this process, over all directions of the call. Its ``gradients`` are the graphs of
+            the products and the gradients of ``g'd``, one of each for every micro-batch.
     """
 
     blocks: tuple[Block, ...]
@@ -99,7 +105,7 @@ class Directional:
             )
         return float(np.trace(self.curvature.to_numpy()) / self.bend.value)
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """A row a block: kind, layer, numel, gradient, rows and within (each with its error over
         the data).
         """
@@ -151,13 +157,13 @@ def directional(
             directions come from. With ``precondition=P`` it is one in the coordinates of the
             preconditioned matrix, which moves the weights by ``P^(-1/2) d``.
         couplings: Also the matrix ``d_b'H_bc d_c``, for one product a block; else one product in
-            all.
+            all. Both take one sweep over the data.
         measure: Also the loss's real change, for one more forward pass.
         [settings]
 
     Raises:
-        ValueError: Blocks overlap, the direction has an unknown name or a wrong shape, or the data
-            or the weights are spread over processes.
+        ValueError: Blocks overlap, the direction has an unknown name or a wrong shape, or the
+            weights stay elsewhere (``device=``, ``dtype=``, ``fully_shard``).
     """
     return _directionals(objective, blocks, {"": direction}, couplings, measure, settings)[""]
 
@@ -198,26 +204,28 @@ def _directionals(
             "the weights stay elsewhere (device=, dtype=, fully_shard) and cannot be moved along a "
             "direction: leave these out, or save a full checkpoint and measure that model"
         )
-    if objective.sharded:
-        raise ValueError(
-            "a direction is measured unit of data by unit, and with Objective(..., sharded=True) "
-            "each process holds a part of them: give every process all batches instead"
-        )
     operator, chosen = open_operator(objective, blocks, settings)
     union = Union(operator, chosen)
     if sum(block.numel for block in chosen) > union.covered:
         raise ValueError("blocks overlap (is 'model' beside its parts?): give disjoint ones")
     directions = {name: restricted(d, operator.parameters, chosen) for name, d in given.items()}
     moves = {name: _moves(operator, d) for name, d in directions.items()}
-    gradients = _gradients(objective, chosen, moves)
     products, terms = _products(operator, union, directions, couplings)
-    cost = Cost(operator.gradients, operator.products)
+    shared: dict[str, Any] = {"ranks": objective.shards()}
+    if told_apart := isinstance(operator, ColumnsByUnit):  # as the products took the data
+        shared = {"ranks": operator.ranks, "micro_batch": operator.micro_batch}
+    first, taken = _first_order(objective, chosen, moves, **shared)
+    cost = Cost(operator.gradients + taken, operator.products)
     found = {}
-    for name in directions:
-        samples = products[name] | {"gradient": gradients[name]}
+    for place, name in enumerate(directions):
+        samples = {"gradient": first["values"][:, place]}
         if measure:
-            samples["measured"] = _measured(objective, moves[name])
-        found[name] = _result(chosen, samples, terms, operator.curvature, cost)
+            samples["measured"] = _moved(objective, moves[name], **shared) - first["losses"]
+        if not told_apart:
+            samples = {
+                n: v.sum(0, keepdims=True) / first["terms"].sum() for n, v in samples.items()
+            }
+        found[name] = _result(chosen, products[name] | samples, terms, operator.curvature, cost)
     return found
 
 
@@ -256,56 +264,85 @@ def _moves(operator: Operator, direction: Mapping[Block, Tensor]) -> Mapping[Blo
     return {block: operator.root(block, vector) for block, vector in direction.items()}
 
 
-def _gradients(
-    objective: Objective, blocks: Sequence[Block], directions: Directions
-) -> dict[str, np.ndarray]:
-    """For each direction, (U, n) the sums ``g_b'd_b`` of every unit; one gradient a unit serves all
-    directions.
+def _first_order(
+    objective: Objective, blocks: Sequence[Block], moves: Directions, **shared: Any
+) -> tuple[Samples, int]:
+    """Of every unit: its loss, its number of terms, and ``values`` (U, directions, n), the sums
+    ``g_b'd_b``. One gradient a unit serves all directions; also how many this process took.
     """
+    taken = 0
+
+    def each(gradient: Mapping[str, Tensor]) -> list[float]:
+        nonlocal taken
+        taken += 1
+        parts = [(block, gather(block, gradient)) for block in blocks]
+        return [_dot(part, d[block]) for d in moves.values() for block, part in parts]
+
+    found = gradients_by_unit(objective, each, len(moves) * len(blocks), **shared)
+    found["values"] = found["values"].reshape(-1, len(moves), len(blocks))
+    return found, taken
+
+
+def _moved(objective: Objective, direction: Mapping[Block, Tensor], **shared: Any) -> np.ndarray:
+    """(U,) the loss of every unit behind the move, from one forward pass."""
     parameters = objective.parameters()
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in directions}
-    with objective.prepared():
-        for batch in objective.batches():
-            total, _ = objective.loss_sum(batch)
-            parts = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-            gradient = {
-                name: torch.zeros_like(p) if part is None else part
-                for (name, p), part in zip(parameters.items(), parts, strict=True)
-            }
-            for name, d in directions.items():
-                rows[name].append(
-                    np.array([_dot(gather(block, gradient), d[block]) for block in blocks])
-                )
-    return {name: np.array(values) for name, values in rows.items()}
+    with shifted(parameters, joined(direction, parameters)):
+        return losses_by_unit(objective, **shared)[0]
 
 
 def _products(
     operator: Operator, union: Union, directions: Directions, couplings: bool
 ) -> tuple[dict[str, Samples], np.ndarray]:
     """For each direction, ``"rows"`` (U, n) and, where wanted, ``"curvature"`` (U, n, n): sums over
-    the loss terms of every unit; and the units' (U,) numbers of terms.
+    the loss terms of every unit, all from one sweep; and the units' (U,) numbers of terms. The only
+    unit of an operator that does not tell them apart is the mean over all terms.
     """
-    blocks = union.blocks
-    sources = []
-    for name, d in directions.items():
-        if couplings:
-            sources += [(name, block, vector) for block, vector in d.items()]
-        else:
-            whole = gather(union.block, joined(d, union.parameters))
-            sources.append((name, union.block, whole))
-    rows, terms = [], np.empty(0)
-    for start in range(0, len(sources), AT_ONCE):
-        group = sources[start : start + AT_ONCE]
-        aims = [directions[name] for name, _, _ in group]
+    asked = _asked(union, directions, couplings)
+    aims = [directions[name] for name, _, _ in asked]
+    requests = [(block, vector) for _, block, vector in asked]
 
-        def each(number: int, parts: list[Tensor], aims: list[Any] = aims) -> np.ndarray:
-            return np.array([_dot(p, aims[number][b]) for p, b in zip(parts, blocks, strict=True)])
+    def each(number: int, parts: list[Tensor]) -> list[float]:
+        return [_dot(part, aims[number][b]) for part, b in zip(parts, union.blocks, strict=True)]
 
-        units = _units(operator, [(block, vector) for _, block, vector in group], blocks, each)
-        rows.append(np.array([values for _, values in units]))  # (U, sources, n)
-        terms = np.array([count for count, _ in units])
-    split = np.split(np.concatenate(rows, axis=1), len(directions), axis=1)
-    return {n: _samples(part, couplings) for n, part in zip(directions, split, strict=True)}, terms
+    if isinstance(operator, ColumnsByUnit):
+        make = operator.columns_by_unit
+        units = of_all_processes(
+            operator.ranks, lambda: _tabled(make(requests, union.blocks, each))
+        )
+    else:
+        columns = operator.columns(requests, union.blocks)
+        mean = Unit(1.0, [each(number, parts) for number, parts in enumerate(columns)])
+        _, units = _tabled([(0, mean)])
+    found = units["values"].reshape(-1, len(asked), len(union.blocks))
+    _check_finite(found, [block for block, _ in requests])
+    split = np.split(found, len(directions), axis=1)
+    samples = [_samples(part, couplings) for part in split]
+    return dict(zip(directions, samples, strict=True)), units["terms"]
+
+
+def _asked(
+    union: Union, directions: Directions, couplings: bool
+) -> list[tuple[str, Block, Tensor]]:
+    """(name of the direction, block, vector) of every product: one a block, or one in all."""
+    if couplings:
+        return [(name, b, vector) for name, d in directions.items() for b, vector in d.items()]
+    wholes = {name: joined(d, union.parameters) for name, d in directions.items()}
+    return [(name, union.block, gather(union.block, whole)) for name, whole in wholes.items()]
+
+
+def _tabled(units: Sequence[tuple[int, Unit]]) -> Numbered:
+    values = np.array([np.ravel(unit.values) for _, unit in units], float)
+    terms = np.array([unit.terms for _, unit in units], float)
+    return [number for number, _ in units], {"values": values, "terms": terms}
+
+
+def _check_finite(found: np.ndarray, blocks: Sequence[Block]) -> None:
+    finite = np.isfinite(found).all((0, 2))
+    if not finite.all():
+        raise ValueError(
+            f"a product with block {blocks[int(finite.argmin())].name!r} holds NaN or infinite "
+            "values; check the checkpoint and the data, or use a wider dtype (model.double())"
+        )
 
 
 def _samples(part: np.ndarray, couplings: bool) -> Samples:
@@ -313,53 +350,6 @@ def _samples(part: np.ndarray, couplings: bool) -> Samples:
         return {"rows": part[:, 0]}
     matrix = (part + part.transpose(0, 2, 1)) / 2
     return {"rows": matrix.sum(2), "curvature": matrix}
-
-
-def _units(
-    operator: Operator,
-    requests: Sequence[tuple[Block, Tensor]],
-    blocks: Sequence[Block],
-    each: Callable[[int, list[Tensor]], np.ndarray],
-) -> Sequence[tuple[float, list[np.ndarray]]]:
-    """(terms, values) of every unit; an operator that does not tell units apart is one unit."""
-    by_unit = getattr(operator, "columns_by_unit", None)
-    if by_unit is not None:
-        return by_unit(requests, blocks, each)[1]
-    found = operator.columns(requests, blocks)
-    return [(1.0, [each(number, parts) for number, parts in enumerate(found)])]
-
-
-def _measured(objective: Objective, direction: Mapping[Block, Tensor]) -> np.ndarray:
-    """(U,) the change of every unit's loss, from one forward pass before and one behind the
-    move.
-    """
-    parameters = objective.parameters()
-    before, _ = losses_by_unit(objective)
-    with shifted(parameters, joined(direction, parameters)):
-        after, _ = losses_by_unit(objective)
-    return after - before
-
-
-def losses_by_unit(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
-    """(U,) sums of the loss terms of the micro-batches, and (U,) their numbers of terms."""
-    with objective.prepared(), torch.no_grad():
-        pairs = [objective.loss_sum(batch) for batch in objective.batches()]
-    return np.array([float(total) for total, _ in pairs]), np.array([count for _, count in pairs])
-
-
-def over_units(sums: np.ndarray, terms: np.ndarray) -> Estimate:
-    """The mean over all loss terms, exact for the given data, with its jackknife error over units.
-
-    Args:
-        sums: (U,) sums over the terms of each unit.
-        terms: (U,) numbers of terms.
-    """
-    value = float(sums.sum() / terms.sum())
-    count = len(sums)
-    if count < FEWEST_UNITS:
-        return Estimate(value, 0.0, None)
-    left_out = (sums.sum() - sums) / (terms.sum() - terms)
-    return Estimate(value, 0.0, math.sqrt((count - 1) * left_out.var()))
 
 
 def _result(

@@ -43,7 +43,7 @@ class Landscape:
     losses: np.ndarray = field(repr=False)
     names: tuple[str, ...]
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """A row a point: a column for the multiple of each direction, by its name, and ``loss``."""
         grid = np.meshgrid(*self.steps, indexing="ij")
         names = (

@@ -27,7 +27,8 @@ from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, open_operator
 from blockspec.products.settings import takes
 from blockspec.products.sweeps import run_together
-from blockspec.toolbox.directional import losses_by_unit, over_units, restricted
+from blockspec.toolbox.by_unit import losses_by_unit, over_units
+from blockspec.toolbox.directional import restricted
 from blockspec.toolbox.directions import quantised
 from blockspec.toolbox.moves import joined, shifted
 from blockspec.toolbox.traces import trace

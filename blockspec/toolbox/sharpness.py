@@ -28,7 +28,8 @@ from blockspec.numerics.probes import draw_probe
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, open_operator
 from blockspec.products.settings import takes
-from blockspec.toolbox.directional import Direction, directional, losses_by_unit, restricted
+from blockspec.toolbox.by_unit import losses_by_unit
+from blockspec.toolbox.directional import Direction, directional, restricted
 from blockspec.toolbox.moves import joined, shifted
 
 LARGEST_STEP = 2.0**20

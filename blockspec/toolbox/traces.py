@@ -75,7 +75,7 @@ def trace(
     blocks.
 
     Returns:
-        A mapping from block name to :class:`blockspec.Estimate`, with ``frame()``, ``cost``,
+        A mapping from block name to :class:`blockspec.Estimate`, with ``to_frame()``, ``cost``,
         ``probes`` and ``interval(name)``. The unit is that of an eigenvalue.
 
     Raises:

@@ -129,17 +129,16 @@ class Preconditioned:
         return [self._after(targets, parts) for parts in found]
 
     def _columns_by_unit(
-        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Any
-    ) -> tuple[list[list[Tensor]], Any]:
-        """:meth:`columns`, and what ``each`` makes of every unit's products."""
+        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Reduce
+    ) -> list[tuple[int, Unit]]:
+        """:meth:`columns`, as what ``each`` makes of every unit's products."""
 
         def each_of_ours(number: int, parts: list[Tensor]) -> Any:
             return each(number, self._after(targets, parts))
 
-        found, units = self.inner.columns_by_unit(  # type: ignore[attr-defined]
+        return self.inner.columns_by_unit(  # type: ignore[attr-defined]
             self._before(requests), targets, each_of_ours
         )
-        return [self._after(targets, parts) for parts in found], units
 
     def _sweep_by_unit(
         self, requests: Sequence[tuple[Block, Tensor]], each: Reduce
