@@ -224,7 +224,8 @@ def test_frame_and_progress():
     table = blockspec.trace(objective, blocks, num_probes=10, progress=told).to_frame()
     assert seen == [(8, 10), (10, 10)]
     assert list(table.index) == ["parts.0", "parts.1", "parts.2"]
-    assert list(table.columns) == ["kind", "layer", "numel", "value", "stderr"]
+    columns = ["kind", "layer", "numel", "value", "stderr", "data_stderr"]
+    assert list(table.columns) == columns  # a number shows both of its errors
     assert np.isnan(blockspec.trace(objective, blocks, num_probes=1).to_frame()["stderr"]).all()
 
 
