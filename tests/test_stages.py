@@ -12,8 +12,9 @@ from test_run import checkpoint
 from blockspec.figures import plots
 from blockspec.figures.stages import stage_title, step_axis
 from blockspec.runs import report
+from blockspec.runs.loading import load_run
 from blockspec.runs.page.answer import sentences
-from blockspec.runs.page.numbers import as_json, read_run
+from blockspec.runs.page.numbers import as_json
 from blockspec.spectra.stages import shortened, stage_labels
 
 
@@ -92,8 +93,8 @@ def test_print_and_comparison_say_it(runs, tmp_path):
 
 
 def test_the_page_says_it(runs):
-    run = read_run(runs / "of_one", "of_one")
-    assert as_json(run)["called"] == ["stage a/model.pt", "stage b/model.pt"]
+    run = load_run(runs / "of_one")
+    assert as_json(run, "of_one")["called"] == ["stage a/model.pt", "stage b/model.pt"]
     said = " ".join(sentences(run, None))
     assert "from stage a/model.pt to stage b/model.pt" in said
     assert "at step" not in said
