@@ -57,7 +57,12 @@ class Store:
         text = json.dumps(described, allow_nan=False, separators=(",", ":")).encode()
         planes = [(differences & 255).astype(np.uint8), (differences >> 8).astype(np.uint8)]
         content = [len(text).to_bytes(4, "little"), text, *(plane.tobytes() for plane in planes)]
-        return base64.b64encode(zlib.compress(b"".join(content), 9)).decode()
+        return deflated(b"".join(content))
+
+
+def deflated(content: bytes) -> str:
+    """As text that the page inflates, in base64."""
+    return base64.b64encode(zlib.compress(content, 9)).decode()
 
 
 def points_of(runs: Iterable[Run]) -> int:

@@ -8,10 +8,12 @@ const state = { run: 0, stage: 0, number: "largest", chosen: [], axis: "symlog",
   normalised: false, definition: "", pair: null, sort: ["", -1], filter: "", first: 0, second: 1 };
 let data, store, steps, later = 0;
 
-async function unpack(text) {
-  const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const all = new Uint8Array(await new Response(stream).arrayBuffer());
+function inflated(id) { // text that was deflated, in base64
+  const bytes = Uint8Array.from(atob($(id).textContent.trim()), c => c.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
+}
+async function unpack() {
+  const all = new Uint8Array(await inflated("data").arrayBuffer());
   const length = new DataView(all.buffer).getUint32(0, true);
   const planes = all.subarray(4 + length), count = planes.length / 2, numbers = new Int16Array(count);
   for (let i = 0; i < count; i++)
@@ -75,7 +77,34 @@ function curve(run, block, stage) {
 // Plots -------------------------------------------------------------------------------------------
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const coarse = matchMedia("(pointer: coarse)").matches; // a finger scrolls; it does not zoom
-function plot(id, traces, layout, rows) {
+// Sentences and tables come first: plotly is a second's work. A figure is drawn where it can be seen.
+const waiting = new Map(), near = new Set();
+function paint(id, anyhow) {
+  const draw = waiting.get(id);
+  if (!draw || !window.Plotly || !(anyhow || near.has(id))) return;
+  waiting.delete(id);
+  draw();
+}
+const watcher = new IntersectionObserver(changes => changes.forEach(({ target, isIntersecting }) => {
+  if (isIntersecting) near.add(target.id); else near.delete(target.id);
+  paint(target.id);
+}), { rootMargin: "300px" });
+async function loadFigures() {
+  performance.mark("figures");
+  document.body.append(element("script", { textContent: await inflated("plotly").text() }));
+  document.querySelectorAll(".plot").forEach(figure => watcher.observe(figure));
+  addEventListener("beforeprint", () => [...waiting.keys()].forEach(id => paint(id, true)));
+  requestAnimationFrame(() => setTimeout(() => {
+    document.documentElement.dataset.ready = "true";
+    [...waiting.keys()].forEach(id => setTimeout(() => paint(id, true), 500)); // once; then where it is seen
+  }));
+}
+function afterFirstPaint(act) {
+  const once = () => { clearTimeout(patience); act(); act = () => {}; }, patience = setTimeout(once, 3000);
+  new PerformanceObserver(seen => { if (seen.getEntriesByName("first-contentful-paint").length) once(); })
+    .observe({ type: "paint", buffered: true });
+}
+function plot(id, traces, layout, rows, drawn = () => {}) {
   const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), automargin: true };
   const base = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
     font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 }, hovermode: "closest",
@@ -84,11 +113,15 @@ function plot(id, traces, layout, rows) {
   if (layout.height) $(id).style.height = `${layout.height}px`;
   base.xaxis = { ...axis, ...layout.xaxis };
   base.yaxis = { ...axis, ...layout.yaxis };
-  Plotly.react($(id), traces, base, { responsive: true, displaylogo: false,
-    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], displayModeBar: coarse ? false : "hover",
-    doubleClickDelay: traces[0]?.type === "heatmap" ? 0 : 300, // two quick clicks are two cells
-    toImageButtonOptions: { format: "svg", filename: id } });
+  waiting.set(id, () => {
+    Plotly.react($(id), traces, base, { responsive: true, displaylogo: false,
+      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], displayModeBar: coarse ? false : "hover",
+      doubleClickDelay: traces[0]?.type === "heatmap" ? 0 : 300, // two quick clicks are two cells
+      toImageButtonOptions: { format: "svg", filename: id } });
+    drawn();
+  });
   $(id).rows = rows;
+  paint(id);
 }
 
 const decades = value => `10<sup>${Math.round(Math.log10(value))}</sup>`.replace("-", "−");
@@ -165,7 +198,10 @@ function drawMap(id, rows, columns, z, look, tell, act, table) {
   yaxis: { tickvals: rows.map((_, i) => i), ticktext: rows.map(plain), autorange: "reversed", showgrid: false, zeroline: false,
     tickfont: { size: left } },
   shapes: div.cursor ? [{ type: "rect", x0: div.cursor[1] - .5, x1: div.cursor[1] + .5, y0: div.cursor[0] - .5,
-    y1: div.cursor[0] + .5, line: { color: css("--ink"), width: 2 } }] : [] }, table);
+    y1: div.cursor[0] + .5, line: { color: css("--ink"), width: 2 } }] : [] }, table, () => {
+    if (!div.listens) div.on("plotly_click", event => div.act(event.points[0].y, event.points[0].x));
+    div.listens = true;
+  });
   div.act = (i, j) => { if (z[i]?.[j] !== null && z[i]?.[j] !== undefined) { div.cursor = [i, j]; act(i, j); } };
   div.move = (di, dj) => {
     const [i, j] = div.cursor || [0, 0], inside = (v, n) => Math.min(Math.max(v, 0), n - 1);
@@ -175,7 +211,6 @@ function drawMap(id, rows, columns, z, look, tell, act, table) {
   };
   if (div.ready) return;
   div.ready = true;
-  div.on("plotly_click", event => div.act(event.points[0].y, event.points[0].x));
   div.addEventListener("keydown", event => {
     const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     if (move) div.move(...move);
@@ -373,7 +408,6 @@ function draw() {
   later = setTimeout(() => {
     for (const some of [drawDistances, drawPair, drawTables]) some();
     later = 0;
-    document.documentElement.dataset.ready = "true";
   }, 60);
 }
 
@@ -389,7 +423,7 @@ function fill(id, options) {
   $(id).replaceChildren(...options.map(([value, text]) => element("option", { value }, text)));
 }
 async function start() {
-  [data, store] = await unpack($("data").textContent.trim());
+  [data, store] = await unpack();
   steps = [...new Set(data.runs.flatMap(run => run.steps))].sort((a, b) => a - b);
   const names = data.runs.map((run, k) => [k, run.name]);
   for (const id of ["run", "first", "second"]) fill(id, names);
@@ -427,6 +461,9 @@ async function start() {
     show(pair ? "pair" : "density");
   }));
   buildTree();
+  drawTables();
+  performance.mark("tables");
   draw();
+  afterFirstPaint(loadFigures);
 }
 start();

@@ -24,6 +24,7 @@ from blockspec.runs.page.curves import (
     PER_UNIT,
     Store,
     curves,
+    deflated,
     distances,
     points_of,
 )
@@ -81,13 +82,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _plotly() -> str:
+    """Its script, deflated: the page reads it when sentences and tables are shown."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise ValueError(
             "a report needs plotly, which is not installed: pip install 'blockspec[report]'"
         ) from None
-    return get_plotlyjs().replace("</script", "<\\/script")
+    return deflated(get_plotlyjs().encode())
 
 
 def _data(runs: Mapping[str, Run], maps: Sequence[dict[str, Maps]]) -> str:
