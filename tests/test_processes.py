@@ -4,6 +4,7 @@ give one process's numbers.
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -160,6 +161,32 @@ def stopped(folder):
         nodes(*problem(), state=folder, state_every=0, progress=progress)
 
 
+def told_to_stop(rank, folder, columns):
+    """One process alone hears Ctrl-C after its second sweep, by SIGTERM and its echo; then the same
+    call again. Sweeps before and after, what was raised, and the numbers.
+    """
+    sweeps, told = [], ""
+
+    def progress(done, total):
+        sweeps.append(done)
+        if len(sweeps) == 2 and (rank == 1 or columns == 2):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = {"state": folder, "columns": columns, "num_steps": 4}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command line does
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        nodes(*problem(), progress=progress, **settings)
+    except KeyboardInterrupt as error:
+        told = str(error)
+    before = len(sweeps)
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    dist.barrier()
+    found = nodes(*problem(), progress=lambda done, total: sweeps.append(done), **settings)
+    return {"before": before, "after": len(sweeps) - before, "told": told, "nodes": found.tolist()}
+
+
 def stages_of_first(rank, folder):
     """Two nodes without a common disk: the second one's folder is empty, or holds another run's
     record.
@@ -186,6 +213,7 @@ def process(rank, world, folder):
         found["groups"] = groups_made(3)
         found["left open"] = left_open(int(os.environ.get("ESTIMATES", "10")))
         stopped(f"{folder}/state")
+        found["told to stop"] = [told_to_stop(rank, f"{folder}/{c}", c) for c in (1, 2)]
         np.save(f"{folder}/memory{rank}.npy", out_of_memory_once(rank))
         unequal, seen = of_unequal_memory(rank)
         np.save(f"{folder}/unequal{rank}.npy", unequal)
@@ -278,6 +306,19 @@ def test_estimates_leave_no_files_and_threads_open(found):
     world, told, *_ = found
     if world == 2:
         assert [process["left open"] for process in told] == [[0, 0], [0, 0]]
+
+
+def test_all_processes_stop_after_the_sweep_in_which_one_was_told_to(found):
+    """Split by batches only one hears it, and all agree; split by blocks each hears it."""
+    world, told, *_ = found
+    if world == 3:
+        return
+    expected = nodes(*problem(), num_steps=4)
+    for process in told:
+        for stop in process["told to stop"]:
+            assert stop["told"] == "all sweeps are saved"
+            assert (stop["before"], stop["after"]) == (3, 1)
+            np.testing.assert_allclose(stop["nodes"], expected, rtol=1e-8, atol=1e-10)
 
 
 def test_one_process_begins_anew_beside_the_state_of_two_and_says_so(found, caplog):

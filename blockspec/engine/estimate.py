@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blockspec.engine.accuracy import Accuracy
 from blockspec.engine.enough import ESTIMATES_SHARE, check_objective, with_enough_data
-from blockspec.engine.interrupts import held_back
+from blockspec.engine.interrupts import SAVED, held_back
 from blockspec.engine.plan import Plan, agree, check_possible, fit, plan
 from blockspec.engine.results import spectrum_of
 from blockspec.engine.sampling import Sampling
@@ -68,7 +68,8 @@ def estimate_spectra(
         [settings]
         state: A folder for what a killed estimate goes on from; the same call then gives the same
             numbers, bit by bit on the same machine. It is saved every ``state_every`` seconds, and
-            removed at the end. Ctrl-C ends the sweep that is under way, and saves it.
+            removed at the end. Ctrl-C ends the sweep that is under way, and saves it; so does what
+            a launcher of several processes sends them.
         keep_state: Leave the state, saved once more after the last sweep, for a caller who saves
             the result first; :func:`blockspec.engine.state.clear` removes it.
         progress: Called with (products done, products in all as far as known) after each sweep. If
@@ -104,15 +105,15 @@ def estimate_spectra(
     keeper.restore(schedule)
 
     def after_sweep(schedule: Schedule) -> None:
-        keeper.after_sweep(schedule)
+        stop = keeper.after_sweep(schedule, stop=stopped())
         if progress is not None:
             progress(schedule.products, schedule.products + schedule.remaining)
-        if stopped():
+        if stop or (stopped() and not several):  # several processes agree after the next sweep
             keeper.save_last(schedule)
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(SAVED)
 
-    alone = operator.ranks.rows * operator.ranks.columns == 1  # else a launcher ends all of them
-    with held_back(wanted=folder is not None and alone) as stopped:
+    several = operator.ranks.rows * operator.ranks.columns > 1
+    with held_back(wanted=folder is not None, several=several) as stopped:
         schedule.run(operator, after_sweep=after_sweep)
     if keep_state:
         keeper.save_last(schedule)

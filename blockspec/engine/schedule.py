@@ -55,15 +55,14 @@ class Schedule:
     def groups(self) -> Iterator[list[Task]]:
         """The tasks, as many at once as ``budget`` has room for one run of each, at least one."""
         group: list[Task] = []
+        used = 0
         for task in self.tasks:
-            if (
-                group
-                and self.budget is not None
-                and sum(t.job_bytes() for t in (*group, task)) > self.budget
-            ):
+            size = task.job_bytes()
+            if group and self.budget is not None and used + size > self.budget:
                 yield group
-                group = []
+                group, used = [], 0
             group.append(task)
+            used += size
         yield group
 
     @property
@@ -104,6 +103,8 @@ class Schedule:
             task.held_bytes for task in self.tasks
         )
         for task in self.tasks:
+            if not task.waits:  # nearly all of very many, in nearly every sweep
+                continue
             jobs = task.pending()
             while self.budget is None or not self.active or used + task.job_bytes() <= self.budget:
                 job = next(jobs, None)

@@ -56,15 +56,25 @@ class Keeper:
     _sweep: int = 0
     _saved: int = -1
 
-    def after_sweep(self, schedule: Schedule) -> None:
-        """Saves if it is time to: all processes of a group after the same sweep."""
+    def after_sweep(self, schedule: Schedule, *, stop: bool = False) -> bool:
+        """Saves if it is time to: all processes of a group after the same sweep.
+
+        Args:
+            schedule: What is saved.
+            stop: Whether this process was told to stop.
+
+        Returns:
+            Whether any process of the group was told to stop; then the sweep is saved.
+        """
         self._sweep += 1
-        if self.folder is None or not self.ranks.first_of_column(
-            time.monotonic() - self._last >= self.interval
-        ):
-            return
-        self.save(schedule)
-        self._last = time.monotonic()
+        if self.folder is None:
+            return stop
+        due = time.monotonic() - self._last >= self.interval
+        due, stop = self.ranks.agreed(first=due, anyone=stop)
+        if due or stop:
+            self.save(schedule)
+            self._last = time.monotonic()
+        return stop
 
     def save(self, schedule: Schedule) -> None:
         """Writes this process's file, and deletes all but the newest two."""

@@ -128,13 +128,18 @@ class Task:
         """(c,) eigenvalues in whose complement the probes are."""
         return NOTHING if self.deflation is None else self.deflation.values
 
+    @property
+    def waits(self) -> bool:
+        """Whether a job is known to be needed and not started."""
+        return self.columns is None if self.exact else self.to_start > 0
+
     def pending(self) -> Iterator[Job]:
         """Starts the jobs that are known to be needed and not started, one at each step of the
         iteration.
         """
-        if self.exact and self.columns is None:
+        if self.exact and self.waits:
             yield self.begin_columns()
-        while not self.exact and self.to_start > 0:
+        while not self.exact and self.waits:
             job = self.run(self.next_probe)
             self.next_probe += 1
             self.to_start -= 1

@@ -87,13 +87,18 @@ class Ranks:
             dist.all_gather_object(items, item, group=self.group)
         return items
 
-    def first_of_column(self, flag: bool) -> bool:
-        """The flag of the group's first process, known to all of the group: a decision by the
-        clock.
+    def agreed(self, *, first: bool, anyone: bool) -> tuple[bool, bool]:
+        """The same two flags on all processes of the group, by one message.
+
+        Args:
+            first: That of the group's first process counts: a decision by the clock.
+            anyone: That of any process does: one of them was told to stop.
         """
         if self.rows == 1:
-            return flag
-        return bool(self.sums([torch.tensor([float(flag and self.row == 0)])])[0].item())
+            return first, anyone
+        flags = torch.tensor([float(first and self.row == 0), float(anyone)])
+        due, stop = self.sums([flags])[0].tolist()
+        return due > 0, stop > 0
 
 
 def arrange(num_blocks: int, *, columns: int | None = None) -> Ranks:

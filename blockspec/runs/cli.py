@@ -79,10 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         parsed = _parsed([argument for argument in arguments if argument != "--debug"])
         _dispatch(parsed.subcommand, parsed[parsed.subcommand])
-    except KeyboardInterrupt:
-        told = " (another process has ended: its message says why)" if _launched() else ""
-        told = f"blockspec: stopped{told}; the same command goes on from the last saved state"
-        console.print(told, highlight=False, soft_wrap=True)
+    except KeyboardInterrupt as stopped:
+        console.print(_how_to_go_on(stopped), highlight=False, soft_wrap=True)
         sys.exit(130)
     except Exception as error:
         if debug:
@@ -91,6 +89,14 @@ def main(arguments: list[str] | None = None) -> None:
             f"blockspec: error: {_one_line(error)}", highlight=False, markup=False, soft_wrap=True
         )
         sys.exit(1)
+
+
+def _how_to_go_on(stopped: KeyboardInterrupt) -> str:
+    """What is said where the work was stopped: saved by ourselves, or wherever it was."""
+    if stopped.args:
+        return f"blockspec: stopped, {stopped.args[0]}; the same command goes on from there"
+    told = " (another process has ended: its message says why)" if _launched() else ""
+    return f"blockspec: stopped{told}; the same command goes on from the last saved state"
 
 
 COMMANDS = {
