@@ -245,6 +245,29 @@ def test_several_blocks_share_the_passes_over_the_data(tmp_path):
     assert len(pd.read_parquet(tmp_path / "localisation.parquet")) == 2 * 2 * len(blocks)
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+def test_the_model_is_prepared_once_where_no_forward_pass_follows(batches, monkeypatch):
+    """A kept graph needs no more; every other pass begins with the buffers that the first had."""
+    it = problems.PROBLEMS["gpt2"]()
+    tracker = blockspec.track(blockspec.Objective(it.model, it.batches[:batches], it.loss), k=2)
+    tracker(0)
+    with torch.no_grad():
+        for parameter in it.model.parameters():
+            parameter.mul_(1.2)
+    prepared = blockspec.Objective.prepared
+    calls = []
+    monkeypatch.setattr(
+        blockspec.Objective, "prepared", lambda self: calls.append(1) or prepared(self)
+    )
+    tracker(1)
+    rounds = tracker.table.query("step == 1")["rounds"].max()
+    assert rounds > 1
+    assert len(calls) == (1 if batches == 1 else rounds)
+    tracker._operator.forget()
+    tracker._operator.sweep([(tracker.blocks[0], torch.ones(tracker.blocks[0].numel).double())])
+    assert len(calls) == (2 if batches == 1 else rounds + 1)  # outside, each pass does it itself
+
+
 def test_participation_by_kind():
     it = problems.problem("gpt2")
     whole = partition(it.model, "model")[0]

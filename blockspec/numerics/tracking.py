@@ -79,24 +79,24 @@ def refine(
     looked = start[:0] if scout is None else scout[None]
     basis = new = orthonormal(torch.cat([start, looked]), start[:0])
     kept, products = min(kept, len(basis)), 0
-    images = basis[:0]
+    images, projected = basis[:0], np.empty((0, 0))
     rounds = max(max_rounds, SCOUTED if len(looked) else 0)
     for done in range(1, rounds + 1):
-        images = torch.cat([images, (yield new)])
+        image = yield new
+        images = torch.cat([images, image])
         products += len(new)
-        values, turns = _ritz(basis, images, order)
-        turned = torch.as_tensor(turns[:, :kept].T.copy()).to(basis)
-        vectors = turned @ basis
-        left = (turned @ images).addcmul_(vectors, _column(values[:kept], basis), value=-1)
-        residuals = left.norm(dim=1).double().cpu().numpy()
-        rough = residuals[:wanted] > tolerance * np.abs(values[:wanted])
+        projected = _grown(projected, image @ basis.T)
+        values, turns = _ritz(projected, order)
+        _, left, residuals = _pairs(basis, images, values[:wanted], turns)
+        rough = residuals > tolerance * np.abs(values[:wanted])
         looked = images[-1:] if len(looked) and done < SCOUTED else looked[:0]
         if done == rounds or not (rough.any() or len(looked)):
             break
-        new = orthonormal(torch.cat([left[:wanted][torch.from_numpy(rough)], looked]), basis)
+        new = orthonormal(torch.cat([left[torch.from_numpy(rough)], looked]), basis)
         if len(new) == 0:  # the basis spans an invariant space: nothing better is within reach
             break
         basis = torch.cat([basis, new])
+    vectors, _, residuals = _pairs(basis, images, values[:kept], turns)
     rounding = ROUNDING[basis.dtype] * np.abs(values).max()
     return Ritz(values[:kept], vectors, np.hypot(residuals, rounding), products, done)
 
@@ -127,13 +127,35 @@ def orthonormal(vectors: Tensor, basis: Tensor) -> Tensor:
     return torch.stack(rows) if rows else vectors[:0]
 
 
-def _ritz(basis: Tensor, images: Tensor, order: Order) -> tuple[np.ndarray, np.ndarray]:
+def _grown(projected: np.ndarray, rows: Tensor) -> np.ndarray:
+    """The projected matrix (n, n) with the rows (m, n) of the vectors that have joined the
+    basis.
+    """
+    new = rows.double().cpu().numpy()
+    old = len(projected)
+    grown = np.empty((new.shape[1], new.shape[1]))
+    grown[:old, :old] = projected
+    grown[old:] = new
+    grown[:old, old:] = new[:, :old].T
+    grown[old:, old:] = (new[:, old:] + new[:, old:].T) / 2
+    return grown
+
+
+def _ritz(projected: np.ndarray, order: Order) -> tuple[np.ndarray, np.ndarray]:
     """Ritz values (n,), the best first, and their vectors' coefficients (n, n) as columns."""
-    projected = (images @ basis.T).double().cpu().numpy()
-    values, turns = np.linalg.eigh((projected + projected.T) / 2)
+    values, turns = np.linalg.eigh(projected)
     best = np.argsort(-order(values), kind="stable")
     return values[best], turns[:, best]
 
 
-def _column(values: np.ndarray, like: Tensor) -> Tensor:
-    return torch.as_tensor(values).to(like)[:, None]
+def _pairs(
+    basis: Tensor, images: Tensor, values: np.ndarray, turns: np.ndarray
+) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Of the first Ritz values: vectors (m, P), what their products have beside them (m, P), and
+    its lengths (m,).
+    """
+    turned = torch.as_tensor(turns[:, : len(values)].T.copy()).to(basis)
+    vectors = turned @ basis
+    column = torch.as_tensor(values).to(basis)[:, None]
+    left = (turned @ images).addcmul_(vectors, column, value=-1)
+    return vectors, left, left.norm(dim=1).double().cpu().numpy()

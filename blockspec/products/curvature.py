@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -98,6 +98,7 @@ class Products:
         self.way = Way(objective, curvature, products)
         self._kept: list[tuple[int, Linearised]] = []
         self._kept_parameters: frozenset[str] = frozenset()
+        self._open = self._fresh = False
         self.gradients = 0
         self.products = 0
         self._parameters = {
@@ -259,8 +260,9 @@ class Products:
         """Adds this process's batches to ``totals``; returns their number of loss terms."""
         blocks = [block for source, _, targets in requests for block in (source, *targets)]
         terms = 0.0
-        with self.objective.prepared(), explained(), reduced_multiplication(self.precision):
-            for batch, linearised in self._linearised(self._named(blocks)):
+        named = self._named(blocks)
+        with self._prepared(named), explained(), reduced_multiplication(self.precision):
+            for batch, linearised in self._linearised(named):
                 terms += linearised.terms
                 values: list[Any] = [None] * len(requests)
                 for number, parts in self._completed(requests, linearised):
@@ -343,6 +345,28 @@ class Products:
             del linearised  # the graph is freed before the next batch makes its own
         if kept:
             self._kept, self._kept_parameters = kept, frozenset(parameters)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """While this is open, the model is prepared once for all sweeps that need no further
+        forward pass: preparing a small model takes as long as a fifth of a product.
+        """
+        if self._open:
+            yield
+            return
+        with self.objective.prepared():
+            self._open = self._fresh = True
+            try:
+                yield
+            finally:
+                self._open = self._fresh = False
+
+    def _prepared(self, parameters: Tensors) -> AbstractContextManager[None]:
+        """Another forward pass begins with the buffers that the first one had: it prepares anew."""
+        kept = parameters.keys() <= self._kept_parameters and not self.way.layerwise
+        ready = self._open and (self._fresh or kept)
+        self._fresh = False
+        return nullcontext() if ready else self.objective.prepared()
 
     def linearise(self, batch: Any, parameters: Tensors) -> Linearised:
         """The shared pass of one batch; the objective must be prepared."""

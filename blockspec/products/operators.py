@@ -15,6 +15,7 @@ function, :class:`FunctionOperator` is one already::
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -90,6 +91,15 @@ def forget(operator: Operator) -> None:
     """
     if callable(own := getattr(operator, "forget", None)):
         own()
+
+
+def opened(operator: Operator) -> AbstractContextManager[None]:
+    """Tells an operator that many sweeps follow while this is open, at the same values of the
+    parameters. One that can prepare for all of them at once has a method ``opened()``; the protocol
+    does not ask for it.
+    """
+    own = getattr(operator, "opened", None)
+    return own() if callable(own) else nullcontext()
 
 
 class FunctionOperator:

@@ -35,7 +35,7 @@ from blockspec.numerics.files import whole_file
 from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.restarts import Search
 from blockspec.numerics.tracking import Ritz, refine
-from blockspec.products.operators import Operator, forget
+from blockspec.products.operators import Operator, forget, opened
 from blockspec.products.preconditioning.operator import Preconditioned
 from blockspec.products.preconditioning.preconditioner import Preconditioner, unwrapped
 from blockspec.products.requests import block_dtype
@@ -252,14 +252,20 @@ class Tracker:
         scalars: dict[str, float] = {}
         with _quiet(self.objective):
             forget(self._operator)
-            for operator in self._operators():
-                followed = self._of(operator.curvature)
-                found = run_together(
-                    {one.block: self._algorithm(one, operator) for one in followed}, operator
-                )
-                for one in followed:
-                    scalars |= self._note(step, operator.curvature, one, found[one.block])
+            operators = list(self._operators())
+            with opened(self._operator):
+                found = [self._found(operator) for operator in operators]
+            for operator, ritz in zip(operators, found, strict=True):
+                for one in self._of(operator.curvature):
+                    scalars |= self._note(step, operator.curvature, one, ritz[one.block])
         return scalars
+
+    def _found(self, operator: Operator) -> dict[Block, Ritz]:
+        """What is followed of one matrix."""
+        followed = self._of(operator.curvature)
+        return run_together(
+            {one.block: self._algorithm(one, operator) for one in followed}, operator
+        )
 
     def _operators(self) -> Iterator[Operator]:
         """H, and what the optimizer makes of it now; both share one pass over the data where the

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blockspec.numerics.content import Digest
+from blockspec.products.finiteness import is_finite
 from blockspec.products.preconditioning.readers import READERS, STATELESS, Held, NotReady, Reader
 from blockspec.products.preconditioning.scalings import Diagonal, Rotated, Scaling
 from blockspec.products.preconditioning.states import Kind, StateDict, kind_of, load_state, names_of
@@ -272,8 +273,10 @@ def _invertible(name: str, scaling: Scaling, what: str) -> Scaling:
 
     A small matrix may be singular: Muon moves nothing where its momentum has no part.
     """
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(scaling.content()))
-    if not finite or (isinstance(scaling, Diagonal | Rotated) and not (scaling.values > 0).all()):
+    inverse = all(map(is_finite, _tensors(scaling.content())))
+    if isinstance(scaling, Diagonal | Rotated) and scaling.values.numel():
+        inverse = inverse and bool(scaling.values.amin() > 0)
+    if not inverse:
         raise ValueError(
             f"P of {name!r} cannot be inverted: {what} that are negative, infinite, no numbers, or "
             "0 (an epsilon of 0, or one too small for the parameter's dtype?)"
