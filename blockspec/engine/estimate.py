@@ -118,7 +118,7 @@ def estimate_spectra(
     if keep_state:
         keeper.save_last(schedule)
     errors = {} if settings.precision is None else precision_errors(operator, schedule)
-    units = 0 if schedule.sampling is None else schedule.sampling.units
+    units = 0 if schedule.sampling is None else schedule.sampling.groups.units
     own = [
         spectrum_of(t, operator.curvature, errors.get(t.block.name, 0.0), units)
         for t in schedule.tasks

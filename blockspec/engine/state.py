@@ -236,8 +236,8 @@ def _content(schedule: Schedule) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tasks[task.block.name] = entry
         tensors |= _left_out(task)
     record = {"jobs": jobs, "tasks": tasks, "products": schedule.products}
-    if schedule.sampling is not None and schedule.sampling.layout is not None:
-        record["units"] = schedule.sampling.layout.ends.tolist()
+    if schedule.sampling is not None and schedule.sampling.groups.layout is not None:
+        record["units"] = schedule.sampling.groups.layout.ends.tolist()
     return tensors, record
 
 
@@ -255,7 +255,7 @@ def _left_out(task: Task) -> dict[str, Tensor]:
 def _restore(schedule: Schedule, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
     by_name = {task.block.name: task for task in schedule.tasks}
     if (ends := record.get("units")) is not None and schedule.sampling is not None:
-        schedule.sampling.layout = Layout.of(np.diff(ends, prepend=0.0))
+        schedule.sampling.groups.layout = Layout.of(np.diff(ends, prepend=0.0))
     for name, entry in record["tasks"].items():
         task = by_name[name]
         task.next_probe, task.to_start = entry["next_probe"], entry["to_start"]

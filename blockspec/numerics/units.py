@@ -89,17 +89,22 @@ class Projections:
             start += length
 
 
-def changes(matrices: np.ndarray, terms: np.ndarray) -> np.ndarray:
-    """(n, m, m) what the mean matrix changes by when each group is left out.
+def changes(sums: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """(n, ...) what the mean over loss terms changes by when each group is left out.
 
     Args:
-        matrices: (n, m, m) sums over each group's loss terms.
+        sums: (n, ...) over each group's loss terms, of matrices or anything else.
         terms: (n,) their numbers.
     """
-    total, count = matrices.sum(0), terms.sum()
-    weights = terms[:, None, None]
-    rest = np.maximum(count - weights, np.finfo(float).tiny)
-    return total / count * (weights / rest) - matrices / rest
+    total, count = sums.sum(0), terms.sum()
+    weights = terms.reshape(-1, *[1] * total.ndim)
+    rest = np.where(count > weights, count - weights, np.inf)  # a group with all terms: no change
+    return total / count * (weights / rest) - sums / rest
+
+
+def without_each(sums: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """(n, ...) the mean over loss terms without each group; arguments as of :func:`changes`."""
+    return sums.sum(0) / terms.sum() + changes(sums, terms)
 
 
 @dataclass(frozen=True, eq=False)

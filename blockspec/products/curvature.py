@@ -201,6 +201,14 @@ class Products:
         self._pass(asked, each, units, summed=False)
         return units
 
+    def columns_with_units(
+        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Reduce
+    ) -> tuple[list[list[Tensor]], list[tuple[int, Unit]]]:
+        """:meth:`columns`, to the bit, and the units of :meth:`columns_by_unit`."""
+        units: list[tuple[int, Unit]] = []
+        asked = [(block, vector, targets) for block, vector in requests]
+        return self._pass(asked, each, units), units
+
     def _pass(
         self,
         requests: Sequence[Request],

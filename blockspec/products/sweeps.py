@@ -7,14 +7,48 @@ and returns its result. It knows nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from blockspec.model.blocks import Block
 from blockspec.numerics.algorithms import Algorithm, Progress, R
+from blockspec.numerics.measures import NOTHING
 from blockspec.products.operators import Operator
+from blockspec.products.shares import Shares
+
+
+@dataclass(eq=False)
+class Watch:
+    """Keeps of the products of each block what groups of units have in them.
+
+    Args:
+        shares: Asks the operator.
+        keep: ``keep(block, probe, product)`` of a unit's product (P,): what to keep of it.
+        rounds: Of each block and each of its rounds, (n, K, ...) of the round's K probes; empty
+            where units are not told apart.
+    """
+
+    shares: Shares
+    keep: Callable[[Block, Tensor, Tensor], np.ndarray]
+    rounds: dict[Block, list[np.ndarray]] = field(default_factory=dict)
+
+    def sweep(self, requests: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
+        """The products; what was kept is a round more of every block."""
+
+        def each(number: int, parts: list[Tensor]) -> np.ndarray:
+            return self.keep(*requests[number], parts[0])
+
+        found, kept = self.shares.sweep(requests, each)
+        by_block: dict[Block, list[np.ndarray]] = {}
+        for (block, _), part in zip(requests, kept or [], strict=kept is not None):
+            by_block.setdefault(block, []).append(part)
+        for block, parts in by_block.items():
+            self.rounds.setdefault(block, []).append(np.stack(parts, axis=1))
+        return found
 
 
 def run_together(
@@ -22,12 +56,15 @@ def run_together(
     operator: Operator,
     *,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> dict[Block, R]:
     """The results of all algorithms; each round of products is one sweep.
 
     Args:
         progress: Called with (products done, None) after each sweep.
+        watch: Is told what units of data have in the products.
     """
+    watch = watch or Watch(Shares(operator, wanted=False), lambda block, probe, product: NOTHING)
     results: dict[Block, R] = {}
     asked: dict[Block, Tensor] = {}
     done = 0
@@ -44,7 +81,7 @@ def run_together(
         resume(block, None)
     while asked:
         questions, asked = asked, {}
-        flat = operator.sweep(
+        flat = watch.sweep(
             [(block, probe) for block, probes in questions.items() for probe in probes]
         )
         done += len(flat)

@@ -18,8 +18,8 @@ import pandas as pd
 from blockspec.model.pieces import FULL, Block
 from blockspec.numerics.density import spacing
 from blockspec.numerics.files import whole_file
-from blockspec.numerics.jackknife import FEWEST_UNITS, jackknife_error
-from blockspec.spectra.data import PER_GROUP, Sample, listed, sample_of
+from blockspec.numerics.jackknife import jackknife_error
+from blockspec.spectra.data import PER_GROUP, Sample, listed, sample_of, told_of_units
 from blockspec.spectra.notebook import html
 from blockspec.spectra.spectrum import Spectrum, drawing
 from blockspec.spectra.stages import stage_label
@@ -80,18 +80,7 @@ class Spectra(Mapping[str, Spectrum]):
     @property
     def data(self) -> str:
         """Which units of data the data's errors rest on, or why there are none."""
-        units = {spectrum.units for spectrum in self.values()}
-        if units <= {0}:
-            return "no errors of the data: its units were not told apart"
-        fewest = min(units)
-        if fewest < FEWEST_UNITS:
-            return (
-                f"no errors of the data: it went through the model in {fewest} units, and "
-                f"{FEWEST_UNITS} are needed: cut it finer with Objective(..., micro_batch=1), or "
-                "give more"
-            )
-        most = max(units)
-        return f"errors of the data from {fewest} {f'to {most} ' if most > fewest else ''}units"
+        return told_of_units({spectrum.units for spectrum in self.values()})
 
     def select(
         self, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None

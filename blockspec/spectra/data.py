@@ -76,6 +76,25 @@ class Sample:
         return float(np.quantile(np.abs(moved + bias).sum(1), LEVEL))
 
 
+def told_of_units(units: set[int]) -> str:
+    """Which units of data the data's errors rest on, or why there are none.
+
+    Args:
+        units: Numbers of units of several blocks; 0 where they were not told apart.
+    """
+    if units <= {0}:
+        return "no errors of the data: its units were not told apart"
+    fewest = min(units)
+    if fewest < FEWEST_UNITS:
+        return (
+            f"no errors of the data: it went through the model in {fewest} units, and "
+            f"{FEWEST_UNITS} are needed: cut it finer with Objective(..., micro_batch=1), or "
+            "give more"
+        )
+    most = max(units)
+    return f"errors of the data from {fewest} {f'to {most} ' if most > fewest else ''}units"
+
+
 PER_GROUP = {"node_changes": "nodes", "weight_changes": "weights"}
 """Columns of lists: what changes when each group of data is left out."""
 

@@ -10,6 +10,7 @@ from scipy.special import stdtrit
 
 from blockspec.model.pieces import Block
 from blockspec.spectra.collection import Cost
+from blockspec.spectra.data import told_of_units
 from blockspec.spectra.notebook import html
 from blockspec.spectra.spectrum import Estimate
 
@@ -17,7 +18,10 @@ SHOWN = 12  # blocks in a repr
 
 
 def _text(value: Estimate) -> str:
-    return f"{value.value:.4g}" + ("" if value.stderr is None else f" ± {value.stderr:.2g}")
+    """With both errors, the data's in brackets."""
+    own = "" if value.stderr is None else f" ± {value.stderr:.2g}"
+    data = "" if value.data_stderr is None else f" (data ± {value.data_stderr:.2g})"
+    return f"{value.value:.4g}{own}{data}"
 
 
 class Estimates(Mapping[str, Estimate]):
@@ -26,6 +30,7 @@ class Estimates(Mapping[str, Estimate]):
     cost: products and gradients that they took.
     probes: of each block, how many samples its standard error rests on.
     one_sign: of each block, whether all samples had the same sign.
+    units: of data, that the data's errors rest on; 0 where they were not told apart.
     """
 
     def __init__(
@@ -36,7 +41,9 @@ class Estimates(Mapping[str, Estimate]):
         probes: Sequence[int],
         cost: Cost,
         one_sign: Sequence[bool] | None = None,
+        units: int = 0,
     ) -> None:
+        self.units = units
         self._values = {block.name: value for block, value in zip(blocks, values, strict=True)}
         self._blocks = tuple(blocks)
         self.probes = {block.name: count for block, count in zip(blocks, probes, strict=True)}
@@ -56,10 +63,15 @@ class Estimates(Mapping[str, Estimate]):
     def __repr__(self) -> str:
         shown = [f"{name}: {_text(value)}" for name, value in list(self.items())[:SHOWN]]
         more = [f"{len(self) - SHOWN} more"] if len(self) > SHOWN else []
-        return "\n  ".join([f"Estimates of {len(self)} blocks", *shown, *more])
+        return "\n  ".join([f"Estimates of {len(self)} blocks; {self.data}", *shown, *more])
+
+    @property
+    def data(self) -> str:
+        """Which units of data the data's errors rest on, or why there are none."""
+        return told_of_units({self.units})
 
     def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
-        """Of one block; see :func:`interval`."""
+        """Of one block and the given data; see :func:`interval`."""
         return interval(self[name], self.probes[name], confidence, one_sign=self._one_sign[name])
 
     def to_frame(self) -> pd.DataFrame:
@@ -70,7 +82,7 @@ class Estimates(Mapping[str, Estimate]):
 
     def _repr_html_(self) -> str:
         table = self.to_frame().drop(columns=["kind", "layer", "numel"])
-        return html(f"Estimates of {len(self)} blocks", table)
+        return html(f"Estimates of {len(self)} blocks; {self.data}", table)
 
 
 def frame_of(blocks: Sequence[Block], values: Iterable[Estimate]) -> pd.DataFrame:

@@ -49,6 +49,10 @@ class Estimate(NamedTuple):
             return None
         return math.hypot(self.stderr, self.data_stderr)
 
+    def scaled(self, factor: float) -> Estimate:
+        """The number times a positive factor, with its errors."""
+        return Estimate(*(None if x is None else factor * x for x in self))  # type: ignore[arg-type]
+
     def __float__(self) -> float:
         return self.value
 
@@ -176,8 +180,7 @@ class Spectrum:
     @property
     def trace(self) -> Estimate:
         """Trace of the block; unit of an eigenvalue."""
-        mean, numel = self.moment(1), self.block.numel
-        return Estimate(*(None if x is None else numel * x for x in mean))  # type: ignore[arg-type]
+        return self.moment(1).scaled(self.block.numel)
 
     @property
     def largest(self) -> RitzValue:

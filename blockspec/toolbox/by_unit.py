@@ -7,7 +7,6 @@ processes share the data, each one goes through its own units, and all of them g
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor
 
 from blockspec.model.objective import Objective
+from blockspec.numerics.jackknife import jackknife_error
 from blockspec.numerics.ranks import Ranks, everywhere
+from blockspec.numerics.units import without_each
 from blockspec.spectra.spectrum import Estimate
 
-FEWEST_UNITS = 8  # of data, before a standard error over them is believed
 Samples = dict[str, np.ndarray]
 """Name -> sums over the loss terms of every unit, (U, ...)."""
 Numbered = tuple[list[int], Samples]
@@ -34,11 +34,7 @@ def over_units(sums: np.ndarray, terms: np.ndarray) -> Estimate:
         terms: (U,) numbers of terms.
     """
     value = float(sums.sum() / terms.sum())
-    count = len(sums)
-    if count < FEWEST_UNITS:
-        return Estimate(value, 0.0, None)
-    left_out = (sums.sum() - sums) / (terms.sum() - terms)
-    return Estimate(value, 0.0, math.sqrt((count - 1) * left_out.var()))
+    return Estimate(value, 0.0, jackknife_error(value, without_each(sums, terms)))
 
 
 def of_all_processes(ranks: Ranks, make: Callable[[], Numbered]) -> Samples:
@@ -47,7 +43,7 @@ def of_all_processes(ranks: Ranks, make: Callable[[], Numbered]) -> Samples:
     """
     if ranks.rows == 1:
         return make()[1]
-    everyone = ranks.all_of(everywhere(make))
+    everyone = [own for own in ranks.all_of(everywhere(make)) if own[0]]  # some may have no units
     order = np.argsort(np.concatenate([numbers for numbers, _ in everyone]), kind="stable")
     names = everyone[0][1]
     return {name: np.concatenate([own[name] for _, own in everyone])[order] for name in names}

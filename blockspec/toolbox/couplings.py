@@ -15,14 +15,18 @@ import torch
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Progress
+from blockspec.numerics.jackknife import jackknife_error
 from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.progress import shows_progress
+from blockspec.numerics.units import without_each
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, check_of, open_operator
 from blockspec.products.settings import takes
+from blockspec.products.shares import SIZE, Shares, Sketch
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
+from blockspec.spectra.data import told_of_units
 from blockspec.spectra.estimates import interval
 from blockspec.spectra.notebook import html
 from blockspec.spectra.spectrum import Estimate, estimate
@@ -40,12 +44,18 @@ class Coupling:
         blocks: What rows and columns stand for.
         curvature: Of which matrix.
         cost: What it took.
+        left_out: (g + 1, n, n) the mean over probes without each of g groups of data, and in the
+            last place with all of them, from sketches of the products: right to a few per cent.
+            None where units of data were not told apart, or are fewer than 8.
+        units: Of data; 0 where they were not told apart.
     """
 
     blocks: tuple[Block, ...]
     samples: np.ndarray = field(repr=False)
     curvature: str
     cost: Cost
+    left_out: np.ndarray | None = field(default=None, repr=False)
+    units: int = 0
 
     @property
     def squared_norms(self) -> pd.DataFrame:
@@ -94,19 +104,29 @@ class Coupling:
         diagonal matrix.
 
         A share of few random samples is biased: with one probe it can be twice the truth. With two
-        probes and more, the jackknife takes most of that away and gives the standard error.
+        probes and more, the jackknife takes most of that away and gives the standard error. Noise
+        of few data looks like coupling: the error of the data includes what it adds.
         """
         total = self.samples.sum((1, 2))
         off = total - np.trace(self.samples, axis1=1, axis2=2)
+        data = self._share_data_stderr()
         if not total.any():
-            return Estimate(0.0, None if len(total) < 2 else 0.0)
+            return Estimate(0.0, None if len(total) < 2 else 0.0, data)
         value = float(off.sum() / total.sum())
         if len(total) < 2:
-            return Estimate(value, None)
+            return Estimate(value, None, data)
         left_out = (off.sum() - off) / (total.sum() - total)
         corrected = len(total) * value - (len(total) - 1) * float(left_out.mean())
         stderr = math.sqrt((len(total) - 1) * left_out.var())
-        return Estimate(min(max(corrected, 0.0), 1.0), stderr)
+        return Estimate(min(max(corrected, 0.0), 1.0), stderr, data)
+
+    def _share_data_stderr(self) -> float | None:
+        if self.left_out is None:
+            return None
+        total = self.left_out.sum((1, 2))
+        within = np.trace(self.left_out, axis1=1, axis2=2)
+        shares = 1 - np.divide(within, total, out=np.ones_like(total), where=total > 0)
+        return jackknife_error(float(shares[-1]), shares[:-1])
 
     def grouped(self, key: Callable[[Block], Hashable]) -> Coupling:
         """The same between groups of blocks, those with equal ``key(block)``: their squared norms
@@ -121,7 +141,9 @@ class Coupling:
         blocks = tuple(
             _merged(str(name), [self.blocks[p] for p in places]) for name, places in groups.items()
         )
-        return replace(self, blocks=blocks, samples=member @ self.samples @ member.T)
+        left_out = None if self.left_out is None else member @ self.left_out @ member.T
+        samples = member @ self.samples @ member.T
+        return replace(self, blocks=blocks, samples=samples, left_out=left_out)
 
     def to_frame(self) -> pd.DataFrame:
         """A row a pair of blocks: row, column, their kinds and layers, norm, stderr, squared_norm,
@@ -147,7 +169,9 @@ class Coupling:
     def _repr_html_(self) -> str:
         share = self.off_diagonal_share
         error = "not known" if share.stderr is None else f"{share.stderr:.2g}"
-        told = f"{share.value:.3g} ± {error} of the squared norm lies off the block diagonal."
+        data = "" if share.data_stderr is None else f" (data ± {share.data_stderr:.2g})"
+        told = f"{share.value:.3g} ± {error}{data} of the squared norm lies off the block diagonal;"
+        told += f" {told_of_units({self.units})}."
         return html(f"{told} Relative norms of the blocks:", self.relative)
 
     @property
@@ -174,6 +198,7 @@ def coupling(
     num_probes: int = 8,
     *,
     seed: int = 0,
+    data_errors: bool = True,
     settings: OperatorSettings,
     progress: Progress | None = None,
 ) -> Coupling:
@@ -189,6 +214,7 @@ def coupling(
             error of up to ``sqrt(2 / num_probes)``, and less where more share it. Sums of many
             blocks, such as :attr:`Coupling.off_diagonal_share`, are known better.
         seed: As for :func:`blockspec.trace`.
+        data_errors: As for :func:`blockspec.trace`.
         [settings]
         progress: Called with (products done, products in all).
 
@@ -203,46 +229,68 @@ def coupling(
             "blocks overlap (is 'model' beside its parts?): coupling needs disjoint ones, e.g. of "
             "one partition"
         )
-    samples = np.empty((sampling.num_probes, len(blocks), len(blocks)))
+    shape = (sampling.num_probes, len(blocks), len(blocks))
+    samples, left_out = np.empty(shape), None
     requests = [(probe, place) for probe in range(num_probes) for place in range(len(blocks))]
-    for done, (probe, place), column in _columns(operator, union, requests, seed):
+    shares = Shares(operator, wanted=data_errors)
+    for done, (probe, place), column, without in _columns(shares, union, requests, seed):
         samples[probe, :, place] = column
+        if without is not None:
+            left_out = np.zeros((len(without), *shape[1:])) if left_out is None else left_out
+            left_out[:, :, place] += without / num_probes
         if progress is not None:
             progress(done, len(requests))
-    symmetric = (samples + samples.transpose(0, 2, 1)) / 2
     return Coupling(
         blocks,
-        symmetric,
+        (samples + samples.transpose(0, 2, 1)) / 2,
         operator.curvature,
         Cost(operator.gradients, operator.products, check_of(operator)),
+        None if left_out is None else (left_out + left_out.transpose(0, 2, 1)) / 2,
+        shares.units,
     )
 
 
+Column = tuple[int, tuple[int, int], np.ndarray, np.ndarray | None]
+
+
 def _columns(
-    operator: Operator,
+    shares: Shares,
     union: Union,
     requests: Sequence[tuple[int, int]],
     seed: int,
-) -> Iterator[tuple[int, tuple[int, int], np.ndarray]]:
-    """For each (probe, block c): products done, the request, and ``||H_bc v||^2`` (n,) of all
-    blocks b.
+) -> Iterator[Column]:
+    """For each (probe, block c): products done, the request, ``||H_bc v||^2`` (n,) of all blocks b,
+    and (g + 1, n) the same without each group of data, and with all of them, by sketches.
     """
-    together = union.at_once(MOST_AT_ONCE)
+    operator, together = shares.operator, union.at_once(MOST_AT_ONCE)
+    sketches = [Sketch(block.name, block.numel, operator.device) for block in union.blocks]
+
+    def each(number: int, parts: list[torch.Tensor]) -> np.ndarray:
+        return np.concatenate([sketch(p) for sketch, p in zip(sketches, parts, strict=True)])
+
     for start in range(0, len(requests), together):
         group = requests[start : start + together]
         sources = [
             (union.blocks[place], _probe(operator, union.blocks[place], probe, seed))
             for probe, place in group
         ]
-        columns = operator.columns(sources, union.blocks)
-        for done, (request, parts) in enumerate(zip(group, columns, strict=True), start + 1):
-            yield (
-                done,
-                request,
-                torch.stack([part.square().sum(dtype=torch.float64) for part in parts])
-                .cpu()
-                .numpy(),
-            )
+        columns, kept = shares.columns(sources, union.blocks, each)
+        for number, (request, parts) in enumerate(zip(group, columns, strict=True)):
+            sums = torch.stack([part.square().sum(dtype=torch.float64) for part in parts])
+            without = None
+            if kept is not None:
+                without = _squared(kept[number], shares.terms, union.blocks)
+            yield start + number + 1, request, sums.cpu().numpy(), without
+
+
+def _squared(sketches: np.ndarray, terms: np.ndarray, blocks: Sequence[Block]) -> np.ndarray:
+    """(g + 1, n) squared norms of the blocks' parts of sketches: without each of g groups, and with
+    all of them.
+    """
+    mean = sketches.sum(0) / terms.sum()
+    rows = np.vstack([without_each(sketches, terms), mean])
+    starts = np.cumsum([0, *(min(block.numel, SIZE) for block in blocks[:-1])])
+    return np.add.reduceat(rows**2, starts, axis=1)
 
 
 def _probe(operator: Operator, block: Block, number: int, seed: int) -> torch.Tensor:

@@ -16,12 +16,19 @@ from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.progress import shows_progress
 from blockspec.products.selection import OperatorSettings, check_of, open_operator
 from blockspec.products.settings import takes
+from blockspec.products.shares import Shares
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.estimates import Estimates, frame_of
-from blockspec.spectra.spectrum import Estimate, estimate
+from blockspec.spectra.spectrum import estimate
 from blockspec.toolbox.sampling import Sampling
-from blockspec.toolbox.traces import certain, hutchinson_samples
+from blockspec.toolbox.traces import (
+    Sample,
+    certain,
+    hutchinson_samples,
+    with_data,
+    without_groups,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +41,8 @@ class Diagonal:
         stderrs: Their standard errors over probes; None for one probe.
         means: Block name -> mean of the diagonal over the block.
         sums: (K, n) each probe's sum over each block.
+        left_out: (g, n) the mean over probes of these, without each of g groups of data; None where
+            units of data were not told apart, or are fewer than 8.
     """
 
     values: dict[str, Tensor] = field(repr=False)
@@ -41,6 +50,7 @@ class Diagonal:
     means: Estimates
     sums: np.ndarray = field(repr=False)
     blocks: tuple[Block, ...] = field(repr=False)
+    left_out: np.ndarray | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         total = sum(block.numel for block in self.blocks)
@@ -50,7 +60,7 @@ class Diagonal:
         )
 
     def grouped(self, key: Callable[[Block], Hashable] = lambda block: block.kind) -> pd.DataFrame:
-        """Mean and standard error over the parameters of all blocks with the same key: their kind,
+        """Mean and standard errors over the parameters of all blocks with the same key: their kind,
         if left out. Errors of blocks are correlated, so theirs do not follow from those of the
         blocks.
         """
@@ -61,18 +71,15 @@ class Diagonal:
         for name, places in groups.items():
             numel = sum(self.blocks[place].numel for place in places)
             mean = estimate(self.sums[:, places].sum(1) / numel)
-            rows[name] = (
-                len(places),
-                numel,
-                mean.value,
-                np.nan if mean.stderr is None else mean.stderr,
-            )
-        return pd.DataFrame.from_dict(
-            rows, orient="index", columns=["blocks", "numel", "value", "stderr"]
-        )
+            if self.left_out is not None:
+                mean = with_data(mean, self.left_out[:, places].sum(1) / numel)
+            rows[name] = (len(places), numel, *mean)
+        columns = ["blocks", "numel", "value", "stderr", "data_stderr"]
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+        return table.astype({"stderr": float, "data_stderr": float})
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a block: kind, layer, numel, mean, stderr."""
+        """A row a block: kind, layer, numel, mean, stderr, data_stderr."""
         return frame_of(self.blocks, self.means.values())
 
 
@@ -116,24 +123,25 @@ def diagonal(
     union = Union(operator, blocks)
     mean = torch.zeros(union.block.numel, dtype=union.dtype, device=union.device)
     spread = torch.zeros_like(mean)
-    sums: list[np.ndarray] = []
-    for sample, sample_sums in hutchinson_samples(union, operator, sampling, progress):
-        sums.append(sample_sums)
-        before = sample - mean  # Welford (1962): one pass, no cancellation
-        mean.add_(before, alpha=1 / len(sums))
-        spread.addcmul_(before, sample - mean)
-    count = len(sums)
+    shares = Shares(operator, wanted=sampling.data_errors)
+    samples: list[Sample] = []
+    for sample in hutchinson_samples(union, shares, sampling, progress):
+        samples.append(sample._replace(product=torch.empty(0)))
+        before = sample.product - mean  # Welford (1962): one pass, no cancellation
+        mean.add_(before, alpha=1 / len(samples))
+        spread.addcmul_(before, sample.product - mean)
+    count, sums = len(samples), np.array([sample.sums for sample in samples])
     stderrs = union.tensors(_stderrs(union, spread, count)) if count > 1 else None
     sizes = np.array([block.numel for block in blocks])
-    means = [
-        Estimate(mean / size, stderr / size) if stderr is not None else Estimate(mean / size, None)
-        for (mean, stderr, _), size in zip(
-            certain(union, operator, sampling, np.array(sums)), sizes, strict=True
-        )
-    ]
+    left_out = without_groups(samples, shares)
+    totals = certain(union, operator, sampling, sums)
+    if left_out is not None:
+        totals = [with_data(t, without) for t, without in zip(totals, left_out.T, strict=True)]
+    means = [total.scaled(1 / size) for total, size in zip(totals, sizes, strict=True)]
     cost = Cost(operator.gradients, operator.products, check_of(operator))
-    by_block = Estimates(blocks, means, probes=[count] * len(blocks), cost=cost)
-    return Diagonal(union.tensors(mean), stderrs, by_block, np.array(sums), blocks)
+    probes = [count] * len(blocks)
+    by_block = Estimates(blocks, means, probes=probes, cost=cost, units=shares.units)
+    return Diagonal(union.tensors(mean), stderrs, by_block, sums, blocks, left_out)
 
 
 def _stderrs(union: Union, spread: Tensor, count: int) -> Tensor:

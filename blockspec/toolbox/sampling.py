@@ -24,11 +24,15 @@ class Sampling:
         tolerance: End as soon as every standard error is below it, relative to the size of what is
             estimated, but not before 8 samples; between 0 and 1. If left out, all probes are drawn.
         seed: Of the probes, which are drawn on the CPU.
+        data_errors: Measure also how far the numbers of the population that the batches are drawn
+            from may lie. No product more is needed. The units are the micro-batches as they go
+            through the model; they must have been drawn independently.
     """
 
     num_probes: int = 32
     tolerance: float | None = None
     seed: int = 0
+    data_errors: bool = True
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers out of range."""

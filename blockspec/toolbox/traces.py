@@ -15,15 +15,18 @@ from torch import Tensor
 from blockspec.model.blocks import Block
 from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Algorithm, Progress
+from blockspec.numerics.jackknife import jackknife_error
 from blockspec.numerics.lanczos import ROUNDING
 from blockspec.numerics.measures import NOTHING
 from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.progress import shows_progress
+from blockspec.numerics.units import without_each
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, check_of, open_operator
 from blockspec.products.settings import takes
-from blockspec.products.sweeps import run_together
+from blockspec.products.shares import Shares
+from blockspec.products.sweeps import Watch, run_together
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.estimates import Estimates
@@ -76,7 +79,9 @@ def trace(
 
     Returns:
         A mapping from block name to :class:`blockspec.Estimate`, with ``to_frame()``, ``cost``,
-        ``probes`` and ``interval(name)``. The unit is that of an eigenvalue.
+        ``probes`` and ``interval(name)``. The unit is that of an eigenvalue. ``data_stderr`` is
+        the error of the data, None where fewer than 8 units (micro-batches) went through the
+        model; by the same probes, so that few of them make it a little too large.
 
     Raises:
         ValueError: A setting is out of range; and as :func:`blockspec.estimate_spectra` does.
@@ -86,13 +91,15 @@ def trace(
     function, fewest = METHODS[method]
     sampling.check_fewest(fewest)
     operator, blocks = open_operator(objective, blocks, settings)
-    results = function(operator, blocks, sampling, progress)
+    shares = Shares(operator, wanted=sampling.data_errors)
+    results = function(shares, blocks, sampling, progress)
     return Estimates(
         blocks,
         [result.estimate for result in results],
         probes=[result.probes for result in results],
         cost=Cost(operator.gradients, operator.products, check_of(operator)),
         one_sign=[result.one_sign for result in results],
+        units=shares.units,
     )
 
 
@@ -112,15 +119,40 @@ class Result(NamedTuple):
 
 
 def _hutchinson(
-    operator: Operator, blocks: Sequence[Block], sampling: Sampling, progress: Progress | None
+    shares: Shares, blocks: Sequence[Block], sampling: Sampling, progress: Progress | None
 ) -> list[Result]:
-    union = Union(operator, blocks)
-    samples = hutchinson_samples(union, operator, sampling, progress)
-    sums = np.array([sums for _, sums in samples])
-    return [
-        Result(value, len(sums), s)
-        for value, s in zip(certain(union, operator, sampling, sums), sums.T, strict=True)
+    union = Union(shares.operator, blocks)
+    samples = [
+        sample._replace(product=torch.empty(0))  # only sums are kept
+        for sample in hutchinson_samples(union, shares, sampling, progress)
     ]
+    sums = np.array([sample.sums for sample in samples])
+    values = certain(union, shares.operator, sampling, sums)
+    without = without_groups(samples, shares)
+    if without is not None:
+        values = [with_data(v, w) for v, w in zip(values, without.T, strict=True)]
+    return [Result(value, len(sums), s) for value, s in zip(values, sums.T, strict=True)]
+
+
+def with_data(value: Estimate, left_out: np.ndarray) -> Estimate:
+    """The estimate with its error of the data, from the values (n,) without each group."""
+    return value._replace(data_stderr=jackknife_error(value.value, left_out))
+
+
+class Sample(NamedTuple):
+    """Of one probe: (P,) v * Hv; its (n,) sums over the blocks; (g, n) what each of g groups of
+    units has in them, None where units are not told apart.
+    """
+
+    product: Tensor
+    sums: np.ndarray
+    shares: np.ndarray | None
+
+
+def without_groups(samples: Sequence[Sample], shares: Shares) -> np.ndarray | None:
+    """(g, n) mean of the probes' sums over the blocks, without each group of data."""
+    parts = [sample.shares for sample in samples if sample.shares is not None]
+    return without_each(np.mean(parts, axis=0), shares.terms) if parts else None
 
 
 def certain(
@@ -145,20 +177,18 @@ def certain(
 
 
 def hutchinson_samples(
-    union: Union, operator: Operator, sampling: Sampling, progress: Progress | None
-) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """(P,) v * Hv and its (n,) sums over the blocks, probe after probe until these are known well
-    enough.
-    """
+    union: Union, shares: Shares, sampling: Sampling, progress: Progress | None
+) -> Iterator[Sample]:
+    """Probe after probe, until the sums over the blocks are known well enough."""
     sums: list[np.ndarray] = []
     squares: list[np.ndarray] = []
-    for group in union.products(operator, sampling.num_probes, seed=sampling.seed):
-        for probe, product in group:
+    for group in union.products(shares, sampling.num_probes, seed=sampling.seed):
+        for probe, product, parts in group:
             if sampling.tolerance is not None:
                 squares.append(union.sums(product.square()))
             sample = product.mul_(probe)
             sums.append(union.sums(sample))
-            yield sample, sums[-1]
+            yield Sample(sample, sums[-1], parts)
         if progress is not None:
             progress(len(sums), sampling.total)
         if sampling.tolerance is not None:
@@ -175,22 +205,53 @@ def hutchinson_samples(
 
 def _block_by_block(
     algorithm: Callable[[Probes, Sampling], Algorithm[Result]],
-    operator: Operator,
+    read: Read,
+    shares: Shares,
     blocks: Sequence[Block],
     sampling: Sampling,
     progress: Progress | None,
 ) -> list[Result]:
-    algorithms = {}
+    operator = shares.operator
+    algorithms, reads = {}, {}
     for block in blocks:
         probes = Probes(
             block, block_dtype(operator.parameters, block), operator.device, sampling.seed
         )
-        algorithms[block] = (
-            algorithm(probes, sampling)
-            if block.numel > sampling.num_probes
-            else exact_trace(probes)
-        )
-    return list(run_together(algorithms, operator, progress=progress).values())
+        exactly = block.numel <= sampling.num_probes
+        algorithms[block] = exact_trace(probes) if exactly else algorithm(probes, sampling)
+        reads[block] = _of_units if exactly else read
+    watch = Watch(
+        shares, lambda block, probe, product: _rows_dot(probe[None], product[None]).cpu().numpy()
+    )
+    results = run_together(algorithms, operator, progress=progress, watch=watch)
+    for block, rounds in watch.rounds.items():
+        parts = reads[block]([kept[..., 0] for kept in rounds])
+        value = with_data(results[block].estimate, without_each(parts, shares.terms))
+        results[block] = results[block]._replace(estimate=value)
+    return list(results.values())
+
+
+Read = Callable[[list[np.ndarray]], np.ndarray]
+"""From (n, K) each group's part of v'Hv in every round of an algorithm: (n,) its part of the
+trace.
+"""
+
+
+def _of_units(rounds: list[np.ndarray]) -> np.ndarray:
+    """Of unit vectors."""
+    return rounds[0].sum(1)
+
+
+def _of_basis_and_rest(rounds: list[np.ndarray]) -> np.ndarray:
+    """Of hutch++: behind the sketch come the basis and the probes of the rest."""
+    return rounds[1].sum(1) + np.concatenate(rounds[2:], axis=1).mean(1)
+
+
+def _of_probes(rounds: list[np.ndarray]) -> np.ndarray:
+    """Of xtrace: probes and basis take turns, and the probes alone are Hutchinson's. Its trace of
+    a group is noisier than xtrace's would be, so that the error is on the safe side.
+    """
+    return np.concatenate(rounds[::2], axis=1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -307,13 +368,21 @@ def _small(rows: Tensor, others: Tensor) -> np.ndarray:
     return (rows @ others.T).double().cpu().numpy()
 
 
+def _dot(block: Block, probe: Tensor, product: Tensor) -> np.ndarray:
+    """(1,)"""
+    return _rows_dot(probe[None], product[None]).cpu().numpy()
+
+
 def _rows_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1, dtype=torch.float64)
 
 
 METHODS: dict[str, tuple[Callable[..., list[Result]], int]] = {
     "hutchinson": (_hutchinson, 1),
-    "hutch++": (partial(_block_by_block, hutch_plus_plus), 3),
-    "xtrace": (partial(_block_by_block, xtrace), 8),  # both samples of two probes would be equal
+    "hutch++": (partial(_block_by_block, hutch_plus_plus, _of_basis_and_rest), 3),
+    "xtrace": (
+        partial(_block_by_block, xtrace, _of_probes),
+        8,
+    ),  # both samples of two probes would be equal
 }
 """Method -> function, and the fewest products that it can do with."""
