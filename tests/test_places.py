@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -162,3 +164,32 @@ def test_adapters_are_whole_and_say_what_they_adapt(config):
     objective = Objective(model, [batch], losses.next_token)
     logged = scalars(estimate_spectra(objective, blocks, num_probes=1, num_steps=2), None)
     assert {"spectrum/largest/query_adapter", "spectrum/largest/mlp_out_adapter"} <= set(logged)
+
+
+def mae():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "image_size": 8, "patch_size": 2}
+    decoder = {"decoder_hidden_size": 24, "decoder_intermediate_size": 32}
+    heads = {"num_attention_heads": 2, "decoder_num_attention_heads": 4}
+    layers = {"num_hidden_layers": 1, "decoder_num_hidden_layers": 1}
+    return ViTMAEForPreTraining(ViTMAEConfig(**sizes, **decoder, **heads, **layers))
+
+
+def test_the_decoder_of_vit_mae_has_heads_and_a_place_of_its_own():
+    """Its width and number of heads are others than the encoder's, and it puts its tokens in
+    another order, which is no choice of experts.
+    """
+    model, pixels = mae(), {"pixel_values": torch.randn(1, 3, 8, 8)}
+    for example in (None, pixels):
+        blocks = partition(model, "head", example=example)
+        cut = {
+            role: [b for b in blocks if b.role == role]
+            for role in ("query", "key", "decoder_query", "decoder_key")
+        }
+        assert [[b.numel for b in some] for some in cut.values()] == [
+            *[[128] * 2] * 2,
+            *[[144] * 4] * 2,
+        ]
+        assert {b.layer for some in list(cut.values())[2:] for b in some} == {1}
+        kinds = {b.name: (b.kind, b.note) for b in blocks}
+        assert kinds["decoder.decoder_embed.weight"] == ("embedding", "")
+        assert kinds["decoder.decoder_pred.weight"] == ("head", "")

@@ -140,7 +140,7 @@ def _blocks(
             piece.size(tensor.shape),
             (piece,),
             found[parameter].note,
-            places.role(parameter, kind, found[parameter].matrix),
+            places.role(parameter, kind, found[parameter].matrix, found[parameter].crossed),
         )
         for parameter, tensor in wanted.items()
         for name, kind, piece in _cut(parameter, tensor, found[parameter], by)

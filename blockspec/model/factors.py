@@ -47,6 +47,7 @@ class Attention:
     factors: dict[str, Factor]
     scores: Node  # the product of query and key
     output: Node  # the product with the value
+    beside: list[Node]  # all products before the softmax: with positions, with other tokens
 
 
 def attention(graph: Graph, softmax: Node) -> Attention | None:
@@ -63,7 +64,7 @@ def attention(graph: Graph, softmax: Node) -> Attention | None:
     scores = _scores(graph, softmax, value)
     if scores is None or value is None:
         return None
-    product, turned = scores
+    product, turned, products = scores
     sides = graph.factors(product)
     assert sides is not None
     query, key = (sides[1], sides[0]) if turned else sides
@@ -74,6 +75,7 @@ def attention(graph: Graph, softmax: Node) -> Attention | None:
         {part: _factor(graph, part, node, edge) for part, (node, edge) in edges.items()},
         product,
         output[0],
+        products,
     )
 
 
@@ -88,8 +90,12 @@ def _leads_to(node: Node | None, target: Node) -> bool:
     return False
 
 
-def _scores(graph: Graph, softmax: Node, value: Edge | None) -> tuple[Node, bool] | None:
-    """The product of query and key before a softmax, and whether the key is on its left."""
+def _scores(
+    graph: Graph, softmax: Node, value: Edge | None
+) -> tuple[Node, bool, list[Node]] | None:
+    """The product of query and key before a softmax, whether the key is on its left, and all
+    products there.
+    """
     paths: dict[Node, list[Node]] = {softmax: [softmax]}
     todo = [softmax]
     found: list[Node] = []
@@ -119,7 +125,7 @@ def _scores(graph: Graph, softmax: Node, value: Edge | None) -> tuple[Node, bool
     product = min(found, key=fits)
     dim = signed(softmax._saved_dim)  # type: ignore[attr-defined]
     dim = dim if dim < 0 else dim - len(shape((softmax, 0)))
-    return product, swapped(paths[product], dim) == -2
+    return product, swapped(paths[product], dim) == -2, found
 
 
 def _factor(graph: Graph, part: str, product: Node, edge: Edge) -> Factor:

@@ -67,7 +67,8 @@ NONLINEAR = frozenset(
     }
 )
 SOFTMAXES = frozenset({"Softmax", "SafeSoftmax"})
-CHOICES = frozenset({"Topk", "Sort", "Gather", "Max", "Scatter"})
+RANKINGS = frozenset({"Topk", "Sort"})
+PICKS = frozenset({"Gather", "Max", "Scatter"})
 LEAF = "AccumulateGrad"
 
 
@@ -269,7 +270,7 @@ class Graph:
                 stops = (
                     is_product(consumer)
                     or consumer in self.linears
-                    or operation(consumer) in CHOICES
+                    or chooses(consumer)
                     or self.is_stream(consumer)
                 )
                 if stops:
@@ -340,6 +341,19 @@ def edge_tensor_like(edge: Edge, generator: torch.Generator) -> Tensor:
     meta = edge[0]._input_metadata[edge[1]]  # type: ignore[attr-defined]
     numbers = torch.randn(tuple(meta.shape), generator=generator)
     return numbers.to(device=meta.device, dtype=meta.dtype)
+
+
+def chooses(node: Node) -> bool:
+    """Whether an operation chooses among features, as experts are chosen. One that picks along
+    another axis puts tokens in another order, or pools them.
+    """
+    name = operation(node)
+    if name in RANKINGS:
+        return True
+    if name not in PICKS or not hasattr(node, "_saved_dim"):
+        return False
+    sizes = getattr(node, "_saved_self_sym_sizes", None) or shape((node, 0))
+    return signed(node._saved_dim) % len(sizes) == len(sizes) - 1
 
 
 def mixes_tokens(node: Node) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from blockspec.model.architectures import CONTEXTS, TOKENS, Names, Role, role
 from blockspec.model.cuts import Heads, fused_rows, heads_around
 from blockspec.model.objective import mapped, placed
+from blockspec.model.places import CROSS
 from blockspec.model.row_gradients import Seen
 from blockspec.model.watching import tensors, watch
 
@@ -58,6 +59,7 @@ class Layout:
         experts: Whether its first axis counts experts.
         note: What is to be said of it.
         taught: Whether its kind is one that the user named.
+        crossed: Whether it was seen to be of cross-attention; None: names tell.
     """
 
     kind: str
@@ -70,6 +72,7 @@ class Layout:
     cuttable: bool = True
     note: str = ""
     taught: bool = False
+    crossed: bool | None = None
 
 
 def layouts(
@@ -83,7 +86,21 @@ def layouts(
     found = {name: named(name, p, modules, names) for name, p in parameters.items()}
     if not seen:
         return found
-    return {name: corrected(layout, seen, name, parameters[name]) for name, layout in found.items()}
+    return {
+        name: _placed(corrected(layout, seen, name, parameters[name]), name, seen.get(name))
+        for name, layout in found.items()
+    }
+
+
+def _placed(layout: Layout, name: str, found: Seen | None) -> Layout:
+    """The layout with what was seen of the sequence that its attention looks at."""
+    if found is None or found.crossed is None:
+        return layout
+    note = layout.note
+    if CROSS.search(name) and not found.crossed:
+        told = "the name says cross-attention, the forward pass says self-attention"
+        note = f"{note}; {told}" if note else told
+    return replace(layout, crossed=found.crossed, note=note)
 
 
 def named(

@@ -43,6 +43,7 @@ class Seen:
         parts: Kind -> rows, for a parameter that holds several kinds.
         heads: Kind -> rows of each of its heads, where rows belong to heads.
         tokens: Whether it has a row for each token of the vocabulary.
+        crossed: Whether it is of attention to another sequence; None: not known.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Seen:
     parts: Mapping[str, Rows] = field(default_factory=dict)
     heads: Mapping[str, tuple[Rows, ...]] = field(default_factory=dict)
     tokens: bool = False
+    crossed: bool | None = None
 
 
 @dataclass(eq=False)

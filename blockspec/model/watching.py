@@ -6,8 +6,10 @@ and gradients tell which rows belong to which head (:mod:`blockspec.model.row_gr
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +17,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from blockspec.model.caches import without_caches
+from blockspec.model.crossing import Crossing
 from blockspec.model.evaluation import evaluation
 from blockspec.model.factors import PARTS, Attention, attention
 from blockspec.model.graph import (
-    CHOICES,
     CONVOLUTION,
     NONLINEAR,
     RESHAPES,
     Edge,
     Graph,
     Linear,
+    chooses,
     mixes_tokens,
     operation,
     shape,
@@ -106,11 +109,19 @@ class _Watch:
         self.attentions = [a for n in graph.nodes if (a := attention(graph, n)) is not None]
         self.latent: dict[Linear, str] = {}  # low-rank factors before query, key and value
         self.gated: dict[Linear, list[Linear]] = {}  # attention output -> gates
+        crossing = Crossing(graph)
+        self.crossed = {found: crossing.of(found) for found in self.attentions}
+        self.attends: dict[Linear, list[Attention]] = defaultdict(list)  # that it is a part of
+        self.uses: dict[str, list[Linear]] = defaultdict(list)
+        for linear in graph.linears.values():
+            for name in linear.weights:
+                self.uses[name].append(linear)
 
     def result(self) -> dict[str, Seen]:
         for found in self.attentions:
             for part in PARTS:
                 for linear in found.factors[part].linears:
+                    self.attends[linear].append(found)
                     before = self.kinds.setdefault(linear, part)
                     self.kinds[linear] = part if before == part else "qkv"
         for found in self.attentions:
@@ -130,12 +141,14 @@ class _Watch:
                 continue
             if self.kinds.setdefault(linear, "attention_output") != "attention_output":
                 continue
+            self.attends[linear].append(found)
             behind = self.graph.behind(linear.input, through_softmax=False).linears
             values = found.factors["value"].linears
             self.gated[linear] = list(behind)
             for gate in behind:
                 if gate not in values and gate not in self.kinds:
                     self.kinds[gate] = "attention_gate"
+                    self.attends[gate].append(found)
 
     def _low_rank(self) -> None:
         """A matrix before query, key and value that leads nowhere else; one right after the
@@ -150,12 +163,14 @@ class _Watch:
             for before in behind.linears if kind in (*PARTS, "qkv") else ():
                 targets = [node for node, _ in self.graph.ahead(before.node)]
                 if all(node in kernels or self._attends(node) for node in targets):
+                    self.attends[before] += self.attends[linear]
                     known = self.latent.setdefault(before, kind)  # type: ignore[arg-type]
                     self.latent[before] = known if known == kind else "qkv"
             follows = all(self.kinds.get(b) == "attention_output" for b in behind.linears)
             straight = not any(operation(node) in NORMS for node in behind.nodes)
             if kind is None and follows and straight and not any(behind.linears.values()):
                 self.kinds[linear] = "attention_output"
+                self.attends[linear] += [a for b in behind.linears for a in self.attends[b]]
         for before, kind in self.latent.items():
             self.kinds.setdefault(before, kind)
 
@@ -177,7 +192,7 @@ class _Watch:
         for linear in self.graph.linears.values():
             if linear in self.kinds:
                 continue
-            if any(operation(node) in CHOICES for node, _ in self.graph.ahead(linear.node)):
+            if any(chooses(node) for node, _ in self.graph.ahead(linear.node)):
                 self.kinds[linear] = "router"
 
     def _mlps(self) -> list[Mlp]:
@@ -259,8 +274,14 @@ class _Watch:
                 size = None if axis is None else self.parameters[name].shape[axis]
                 tokens = kind == "head" and size in vocabulary
                 at = None if axis is None else axis % self.parameters[name].ndim
-                seen[name] = rows.seen(name, kind, at, tokens, self.latent.get(linear, "other"))
+                found = rows.seen(name, kind, at, tokens, self.latent.get(linear, "other"))
+                seen[name] = replace(found, crossed=self._crossed(name))
         return seen
+
+    def _crossed(self, name: str) -> bool | None:
+        """Whether a parameter is of cross-attention, wherever it is used."""
+        found = {self.crossed[a] for use in self.uses[name] for a in self.attends.get(use, ())}
+        return found.pop() if len(found) == 1 else None
 
     def _token_tables(self) -> list[str]:
         return [name for name, seen in self._tables().items() if seen.tokens]
