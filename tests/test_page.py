@@ -396,6 +396,53 @@ def test_a_sentence_leads_to_its_figure(shown):
     assert box[1] > 0
 
 
+def in_view(browser, selector):
+    """Whether an element's upper end is on the screen."""
+    box = f"document.querySelector('{selector}').getBoundingClientRect().top"
+    browser.until("later === 0")
+    return browser.run(f"(top => top >= 0 && top < innerHeight)({box})")
+
+
+@needs_chromium
+def test_five_questions_are_answered_in_two_clicks_each(shown, runs):
+    """By a person who has never seen the project, from the page alone."""
+    by_step = [load_spectra(runs[0] / "spectra.parquet", step=step) for step in STEPS]
+    first, last = by_step[0], by_step[-1]
+    clicks = []
+
+    def ask(*selectors):
+        shown.run("scrollTo(0, 0); state.chosen = []; state.pair = null; draw()")
+        clicks.append(len(selectors))
+        for selector in selectors:
+            shown.click(selector)
+
+    ask()  # which block has the largest eigenvalue?
+    assert max(last.parts.values(), key=lambda s: s.largest.value).block.name == HOSTILE
+    largest = text(shown, ".answer li:nth-child(2)")
+    value = f"{last[HOSTILE].largest.value:.4g}"
+    assert largest.startswith(f"The largest eigenvalue of all blocks is {value} ± ")
+    assert in_view(shown, ".answer li:nth-child(2)")
+    ask(".answer [data-block]")  # how did it move in training?
+    assert f"It was {first[HOSTILE].largest.value:.4g} " in largest
+    assert in_view(shown, "#density")
+    (course,) = [y for name, y in drawn(shown, "course")]
+    assert course == pytest.approx([s[HOSTILE].largest.value for s in by_step], rel=1e-4)
+    ask(".answer [data-pair]")  # do query and key of layer 0 look alike?
+    pairs = text(shown, ".answer li:nth-child(5)")
+    assert pairs.startswith("Query against key: layer 0 differ clearly (")
+    assert in_view(shown, "#pair-note")
+    assert [name for name, _ in drawn(shown, "pair")] == ["h0.query", "h0.key"]
+    ask()  # how sure is that?
+    _, errors = corrected_distances(last)
+    error = errors[tuple(list(last.parts).index(f"h.0.{kind}") for kind in ("query", "key"))]
+    assert f" ± {error:.2g})" in pairs
+    assert "of its largest magnitude" in text(shown, ".answer li:nth-child(6)")
+    ask("nav a[href='#origin']")  # with which settings was it made?
+    assert in_view(shown, "#origin h2")
+    assert "blockspec run 'a b'" in text(shown, "#origin pre")
+    assert max(clicks) <= 2
+
+
 @needs_chromium
 def test_on_a_phone_and_in_the_dark(shown):
     light = shown.run("getComputedStyle(document.body).backgroundColor")

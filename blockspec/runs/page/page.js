@@ -129,9 +129,10 @@ function symlogAxis(linear, low, high) {
   const place = x => Math.asinh(x / linear), far = Math.max(Math.abs(low), Math.abs(high), linear);
   const last = Math.floor(Math.log10(far)), first = Math.ceil(Math.log10(linear));
   const stride = Math.max(1, Math.ceil((last - first + 1) / 4)), tickvals = [0], ticktext = ["0"];
+  const room = .07 * (place(high) - place(low)); // labels nearer to that of zero would lie over it
   for (let e = last; e >= first; e -= stride)
     for (const [sign, mark] of [[1, ""], [-1, "−"]])
-      if (sign * 10 ** e >= low && sign * 10 ** e <= high) {
+      if (sign * 10 ** e >= low && sign * 10 ** e <= high && place(10 ** e) > room) {
         tickvals.push(place(sign * 10 ** e));
         ticktext.push(mark + decades(10 ** e));
       }
