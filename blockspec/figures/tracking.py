@@ -25,8 +25,8 @@ Thresholds = Mapping[str, Any]
 """Name -> value, a number or a Series by step; or matrix -> such a mapping."""
 
 LOWER = {
-    "overlap": "overlap with the\nlast measurement",
-    "ipr": "inverse participation\nratio (1: one entry)",
+    "overlap": "overlap with\nthe one before",
+    "ipr": "inverse\nparticipation\n(1: one entry)",
 }
 
 
