@@ -5,6 +5,7 @@ somewhere.
 import contextlib
 import copy
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -194,6 +195,39 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     if page.stem not in CONTINUED:
         monkeypatch.chdir(tmp_path)
         run(page, {})
+
+
+def commands_of(page):
+    """The words of each command of ours in its blocks of bash."""
+    for block in blocks_of(page, language="bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if "blockspec" in words:
+                yield words[words.index("blockspec") + 1 :]
+
+
+def test_every_option_of_a_command_on_a_page_is_one():
+    """Longer ones than can be run here. The arguments of a model are told by its factory."""
+    helps, seen = {}, 0
+    for page in [README, *PAGES, *HOW_TO]:
+        for command, *words in commands_of(page):
+            helps.setdefault(command, invoke(command, "--help").out)
+            for word in words:
+                option = word.split("=")[0]
+                if option.startswith("--") and not option.startswith("--model_args."):
+                    seen += 1
+                    name = option.removeprefix("--")  # --include is short for --blocks.include
+                    told = re.search(rf"--([\w.]+\.)?{name}[ ,\]\n]", helps[command])
+                    assert told, (page.name, option)
+    assert seen >= 15
+
+
+def test_no_code_stands_outside_of_fences():
+    """Indented code would not be run."""
+    for page in [README, *PAGES, *HOW_TO]:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for before, line in itertools.pairwise(prose.splitlines()):
+            assert before.strip() or not line.startswith("    "), (page.name, line)
 
 
 @pytest.mark.parametrize(
