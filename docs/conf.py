@@ -90,7 +90,11 @@ def modules() -> str:
         parts.append(f"## {heading}")
         for path in paths:
             module = import_module(path)
-            found = {n: v for n, v in vars(module).items() if is_ours(n, v) and v not in public}
+            names = {
+                **vars(module),
+                **{n: getattr(module, n) for n in getattr(module, "HOMES", ())},
+            }
+            found = {n: v for n, v in names.items() if is_ours(n, v) and v not in public}
             public |= set(found.values())
             parts += [f"`{path}`: {(module.__doc__ or '').strip()}", described(path, found)]
     return "\n\n".join(parts)
@@ -187,6 +191,13 @@ def escape_bars(app: Sphinx, kind: str, name: str, it: Any, options: Any, lines:
         lines[i] = "``".join(p if n % 2 else p.replace("|", r"\|") for n, p in enumerate(parts))
 
 
+def keep_colons(app: Sphinx, kind: str, name: str, it: Any, options: Any, lines: list[str]) -> None:
+    """Napoleon takes what stands before a colon of an attribute's first line for its type."""
+    if kind in ("attribute", "data", "property") and lines and ": " in lines[0]:
+        before, after = lines[0].split(": ", 1)
+        lines[:1] = [f"{before}:", after]
+
+
 def write_llms(app: Sphinx, error: Exception | None) -> None:
     """``llms.txt``: every page with its first sentence (https://llmstxt.org)."""
     if error or app.builder.name != "html":
@@ -202,6 +213,8 @@ def first_sentence(app: Sphinx, page: str) -> str:
     from docutils import nodes
 
     for paragraph in app.env.get_doctree(page).findall(nodes.paragraph):
+        if not isinstance(paragraph.parent, nodes.section):
+            continue  # of a note, or a cell of a table
         return re.split(r"(?<=[.?:])\s", " ".join(paragraph.astext().split()))[0]
     return ""
 
@@ -209,5 +222,6 @@ def first_sentence(app: Sphinx, page: str) -> str:
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", fill_in)
     app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before napoleon
     app.connect("build-finished", write_llms)
     return {"parallel_read_safe": True}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import blockspec
+from blockspec.integrations import HOMES
 from blockspec.runs import cli
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,8 @@ def test_every_public_name_is_described(site):
     for name in set(blockspec.__all__) - {"__version__", "losses"}:
         assert f'id="blockspec.{name}"' in page, name
     assert 'id="blockspec.losses.next_token"' in page
+    for name in HOMES:  # of what is imported when it is asked for
+        assert f'id="blockspec.integrations.{name}"' in page, name
 
 
 def test_every_command_is_described_as_its_help_does(site):
@@ -55,6 +58,13 @@ def test_pages_for_language_models(site):
     pages = [found[1] for line in lines if (found := re.search(r"\]\(([^)]+)\)", line))]
     assert len(pages) > 30
     assert all((site / page).exists() for page in pages)
+    assert not any("Go to the end" in line for line in lines)  # a note of sphinx-gallery
+
+
+def test_a_colon_in_the_text_of_an_attribute_is_no_type(site):
+    text = text_of(site / "reference/python.html")
+    assert "What it is among others of its kind" in text
+    assert not re.search(r"Type:\s*What", text)
 
 
 def test_nothing_of_the_site_is_tracked():

@@ -23,7 +23,7 @@ def module_itself(module: nn.Module) -> nn.Module:
 
 
 class LightningSpectrumCallback(Callback):
-    """Measures spectra of blocks at chosen steps of training, and changes nothing else.
+    """Measures spectra of blocks at chosen steps of training, and changes nothing else::
 
         callback = LightningSpectrumCallback(
             "runs/mine", held_out_batches, losses.next_token, model=lambda module: module.model
@@ -44,7 +44,7 @@ class LightningSpectrumCallback(Callback):
         model: Callable[[Any], nn.Module] = module_itself,
         settings: CallbackSettings,
     ) -> None:
-        """Of one training.
+        """Made before the training begins.
 
         Args:
             out: A folder as ``blockspec run`` leaves it; ``blockspec plot`` and ``blockspec show``

@@ -41,11 +41,11 @@ TRAINING = (  # arguments of a training on which its weights depend
 
 class SpectrumCallback(TrainerCallback):
     """Measures spectra of blocks at chosen steps of training, and changes nothing else: losses are
-    bit-equal without it.
+    bit-equal without it::
 
         trainer = Trainer(model, arguments, train_dataset=...)
-        trainer.add_callback(SpectrumCallback(trainer, "runs/mine", held_out_batches, fractions=(0,
-        0.1, 1)))
+        callback = SpectrumCallback(trainer, "runs/mine", held_out_batches, fractions=(0, 0.1, 1))
+        trainer.add_callback(callback)
 
     What would fail in the middle of training (another model's batches, a folder of other settings)
     is raised at its beginning. A training that begins at step 0 is refused where the folder holds
@@ -65,7 +65,7 @@ class SpectrumCallback(TrainerCallback):
         loss: Any = next_token,
         settings: CallbackSettings,
     ) -> None:
-        """Of one training.
+        """Made before the training begins.
 
         Args:
             trainer: Whose trackers (``report_to``) and ``log_history`` get the scalars of
