@@ -8,21 +8,20 @@ thread took for it, which a busy machine changes less.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 
 from benchmarks import record
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from browser import chromium
-
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # with the driver of the browser
 ROUNDS = 3
 
 
 def opened(path: Path) -> dict[str, float]:
     """Of one page, in a browser of its own."""
-    with chromium() as browser:
+    with import_module("browser").chromium() as browser:
         browser.size(1400, 1000)
         browser._call("Performance.enable", timeDomain="threadTicks")
         browser.open(path)
