@@ -12,7 +12,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from jsonargparse import CLI
 from torch import Tensor
@@ -86,9 +86,9 @@ def main(
             optimizer.step()
             optimizer.zero_grad()
             history.append(loss.item())
-    accelerator.end_training()  # ends the processes' group while Python still stands
     return history
 
 
 if __name__ == "__main__":
     CLI(main)
+    PartialState().destroy_process_group()  # while Python still stands
