@@ -320,7 +320,10 @@ MISTAKES = {
     ),
     "no run to show": (("show", "OUT"), "is no run's folder"),
     "no run to plot": (("plot", "OUT"), "no table of spectra at OUT/spectra.parquet: there is no"),
-    "no run to compare": (("compare", "OUT", "OUT", "--out", "OUT"), "no table of spectra at OUT"),
+    "no run to compare": (
+        ("compare", "OUT", "OUT", "--out", "OUT"),
+        "OUT is no run's folder: it has no run.json",
+    ),
     "one run to compare": (("compare", "OUT", "--out", "OUT"), "at least 2 runs, got 1"),
     "no such settings file": (("run", "--config", "OUT/settings.yaml"), "settings.yaml"),
     "no such hugging face model": (("run", "--model", "OUT/model", "--out", "OUT"), "OUT/model"),
