@@ -58,7 +58,8 @@ class Tree:
 
     def seconds(self, size: str, way: str, count: int) -> float:
         """CPU seconds of one call, in the mean of so many."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([size, way, count]) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
