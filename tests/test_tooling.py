@@ -109,7 +109,8 @@ def test_what_a_folder_imports_is_declared(folder):
     for path in (ROOT / folder).rglob("*.py"):
         top = {name.split(".")[0] for name in imports(path)}
         integrations = {"pytorch_lightning", "lightning"} if "integrations" in path.parts else set()
-        assert top <= allowed | integrations | (beside if folder == "tests" else set()), path
+        drives = beside if folder in ("tests", "benchmarks") else set()
+        assert top <= allowed | integrations | drives, path
 
 
 def test_nothing_needs_torchvision_or_timm():
