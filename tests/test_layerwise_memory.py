@@ -7,10 +7,13 @@ from models import tiny_gpt2, tiny_vit
 
 import blockspec
 from blockspec import losses
-from blockspec.engine.plan import fit, plan
+from blockspec.engine.plan import _choose_way, fit, plan
 from blockspec.engine.schedule import Schedule
+from blockspec.numerics import memory
 from blockspec.products.curvature import Products
+from blockspec.products.foresight import TIMES
 
+CPU = torch.device("cpu")
 SCRIPT = """
 import gc, json, sys
 import torch
@@ -94,8 +97,6 @@ def scheduled(products):
 
 
 def test_auto_goes_a_layer_at_a_time_where_the_whole_graph_does_not_fit():
-    from blockspec.numerics import memory
-
     schedule, operator = scheduled("auto")
     found = plan(schedule, operator, limit=memory.resident() + 2**28)
     assert operator.way.layerwise
@@ -105,6 +106,45 @@ def test_auto_goes_a_layer_at_a_time_where_the_whole_graph_does_not_fit():
     schedule, operator = scheduled("whole")
     with pytest.raises(ValueError, match="is too little"):
         fit(schedule, operator, memory.resident() + 2**28)
+
+
+def test_a_graph_that_cannot_fit_is_never_made():
+    model = tiny_gpt2(dtype=torch.float32, layers=6, n_embd=64, n_positions=160, vocab_size=256)
+    batch = {"input_ids": torch.randint(256, (2, 160))}
+    objective = blockspec.Objective(model, [batch], losses.next_token)
+    made = []
+
+    class Noted(Products):
+        def linearise(self, batch, parameters):
+            made.append(self.way.layerwise)
+            return super().linearise(batch, parameters)
+
+    blocks = blockspec.partition(model, include="*h.1.attn.c_attn.weight/query")
+    operator = Noted(objective, guarded=False)
+    least = operator.least_memory(blocks)
+    with objective.prepared():  # the tensors of one example's graph, all held at once
+        kept = {}
+        own = {p.data_ptr() for p in model.parameters()}
+
+        def keep(tensor):
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr(), tensor.nbytes] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = objective.loss_sum(objective.heaviest(1))
+        held = sum(tensor.nbytes for tensor in kept.values())
+        del loss
+    gradient = sum(model.get_parameter(name).nbytes for name in blocks[0].parameters)
+    assert least == pytest.approx(TIMES * held + gradient, rel=0.02)
+    _choose_way(operator, blocks, memory.used(CPU) + 2 * least)
+    assert operator.way.is_open
+    _choose_way(operator, blocks, memory.used(CPU) + least // 2)
+    assert operator.way.layerwise
+    assert operator.least_memory(blocks) == 0
+    assert "takes" in operator.told
+    assert made == []
+    assert operator.objective.model.transformer.h[0].forward.__self__ is model.transformer.h[0]
 
 
 def test_auto_goes_a_layer_at_a_time_where_memory_runs_out(monkeypatch):

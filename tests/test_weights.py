@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from models import tiny_gpt2
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_cli import TINY, invoke, run_arguments, save_tokenizer
 from test_layerwise import Block, Net, assert_same, classified, requests_of, tokens
@@ -19,6 +20,7 @@ from blockspec.engine.estimate import plan_spectra
 from blockspec.model.differentiability import check_twice_differentiable
 from blockspec.model.identity import differences, identity_of
 from blockspec.model.weights import map_weights
+from blockspec.numerics import memory
 from blockspec.products.curvature import Products
 
 BATCH = {"input_ids": tokens()}
@@ -197,6 +199,26 @@ def test_weights_on_disk_are_mapped_and_not_read(tmp_path):
     objective = blockspec.Objective(mapped, [BATCH], losses.next_token, dtype=torch.float64)
     requests = requests_of(objective, include="*h.2*c_proj.weight")
     assert_same(Products(objective, guarded=False).sweep(requests), truth_of(model, requests))
+
+
+def test_mapped_files_do_not_stay_in_the_resident_set(tmp_path):
+    """Their pages are let go; what somebody has written to them is not."""
+    size = 2**24
+    save_file({"a": torch.arange(size // 4, dtype=torch.float32)}, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        tensor = file.get_tensor("a")
+    ordinary = torch.arange(size // 4, dtype=torch.float32)
+    total = tensor.double().sum()
+    before = memory.resident()
+    memory.let_go(tensor.data_ptr(), tensor.nbytes)
+    memory.let_go(ordinary.data_ptr(), ordinary.nbytes)
+    assert before - memory.resident() > 0.9 * size
+    assert tensor.double().sum() == total == ordinary.double().sum()
+    tensor[size // 8] = -1
+    before = memory.resident()
+    memory.let_go(tensor.data_ptr(), tensor.nbytes)
+    assert abs(memory.resident() - before) < size / 10
+    assert tensor[size // 8] == -1
 
 
 def test_files_that_lack_a_parameter_are_refused(tmp_path):

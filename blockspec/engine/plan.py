@@ -64,6 +64,7 @@ def plan(schedule: Schedule, operator: Operator, *, limit: int | None = None) ->
     operator = _calibrated(operator)
     blocks = [task.block for task in schedule.tasks]
     if limit is None:
+        _choose_way(operator, blocks, memory.total(operator.device))
         memory.trim()
         fitted = Fitted(
             None, memory.used(operator.device) + RESERVE, _growth(operator, blocks, None)
@@ -185,6 +186,7 @@ def fitted_to(schedule: Schedule, operator: Operator, limit: int) -> Fitted:
     """:func:`fit`, with what was measured."""
     operator = _calibrated(operator)
     blocks = [task.block for task in schedule.tasks]
+    _choose_way(operator, blocks, limit)
     _growth(operator, blocks, 1)  # what is allocated once and kept, is in use from here on
     memory.trim()
     used = memory.used(operator.device) + RESERVE
@@ -214,6 +216,18 @@ def fitted_to(schedule: Schedule, operator: Operator, limit: int) -> Fitted:
     operator.graphs = 1 + int(max(room + MARGIN * one - at_once - graph, 0) / max(graph, 1))
     memory.trim()  # what the measurements left must not lie beside the first sweep
     return Fitted(min(room, at_once), used, growth)
+
+
+def _choose_way(operator: Calibrated, blocks: Sequence[Block], limit: int) -> None:
+    """Goes a layer at a time where a whole graph cannot fit, before one is made to measure it: on a
+    CPU the system ends a process that takes more than there is.
+    """
+    needed = memory.used(operator.device) + operator.least_memory(blocks)
+    if needed > limit:
+        operator.save_memory(
+            f"the whole graph of one example takes {memory.readable(needed)} at least, of "
+            f"{memory.readable(limit)}"
+        )
 
 
 def _largest_that_fits(

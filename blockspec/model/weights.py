@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from blockspec.model.containers import layer_modules
 from blockspec.model.layer_by_layer import layer_by_layer
 from blockspec.model.patching import patched
+from blockspec.numerics import memory
 
 
 class Weights:
@@ -134,6 +135,7 @@ class Weights:
         finally:
             for tensors, name, tensor in swapped:
                 tensors[name] = tensor
+                _let_go(tensor)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         known = self._around.get(id(tensor))
@@ -147,6 +149,12 @@ class Weights:
 
     def _type(self, tensor: Tensor) -> torch.dtype:
         return self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
+
+
+def _let_go(tensor: Tensor) -> None:
+    """What was read of a file that is mapped into memory would count as in use from then on."""
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and not hasattr(tensor, "to_local"):
+        memory.let_go(tensor.data_ptr(), tensor.nbytes)
 
 
 def _without_fsdp(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[int, Any]]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import resource
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+PAGE = resource.getpagesize()
+DONTNEED = 4  # of madvise, on Linux
 MOST = 2**60  # bytes: more is a mistake
 NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 
@@ -61,9 +65,49 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def let_go(address: int, size: int) -> None:
+    """Takes pages of mapped files out of the resident set; the system keeps them as long as it has
+    room, and they are mapped again when they are read.
+
+    Pages that somebody has written to, and memory that belongs to no file, are left alone: nothing
+    is lost.
+
+    Args:
+        address: Where the memory begins.
+        size: In bytes; whole pages within are meant.
+    """
+    first, end = -(-address // PAGE), (address + size) // PAGE
+    if end <= first or not all(map(_of_a_file, _page_entries(first, 1))):
+        return
+    entries = _page_entries(first, end - first)
+    if len(entries) == end - first and all(map(_of_a_file, entries)):
+        with suppress(AttributeError):  # another C library
+            madvise = ctypes.CDLL(None).madvise
+            madvise(ctypes.c_void_p(first * PAGE), ctypes.c_size_t((end - first) * PAGE), DONTNEED)
+
+
+def _page_entries(first: int, count: int) -> array[int]:
+    """What the kernel says of pages; fewer where it does not."""
+    found = array("Q")
+    with suppress(OSError), Path("/proc/self/pagemap").open("rb") as file:
+        file.seek(8 * first)
+        found.frombytes(file.read(8 * count))
+    return found
+
+
+def _of_a_file(entry: int) -> bool:
+    """Neither in memory nor swapped out, or a page of a file or of what processes share."""
+    return not entry >> 62 or bool(entry >> 61 & 1)
+
+
 def resident() -> int:
     """Bytes of the process's resident set now."""
     return _status("VmRSS")
+
+
+def highest() -> int:
+    """Bytes of the process's resident set at its peak so far, or since that was last watched."""
+    return _status("VmHWM")
 
 
 def used(device: torch.device) -> int:

@@ -93,6 +93,12 @@ class Calibrated(Operator, Protocol):
         """Takes another way to the products that needs less memory; False where there is none."""
         ...
 
+    def least_memory(self, blocks: Sequence[Block]) -> int:
+        """Bytes that one example takes at least, found without taking them, where
+        :meth:`save_memory` is possible; else 0.
+        """
+        ...
+
     def num_batches(self) -> int:
         """Number of micro-batches."""
         ...

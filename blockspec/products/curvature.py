@@ -29,6 +29,7 @@ from blockspec.numerics import memory
 from blockspec.numerics.ranks import Ranks
 from blockspec.products.calibration import Costs, seconds_of, time_products
 from blockspec.products.finiteness import is_finite
+from blockspec.products.foresight import least_of_graph
 from blockspec.products.guard import OFF, Check, checked
 from blockspec.products.layerwise import TOGETHER
 from blockspec.products.linearisations import ENDS, Ask, Linearised, Tensors
@@ -398,6 +399,16 @@ class Products:
         """Goes on a layer at a time, in less memory; False where that is not left to choose."""
         self.forget()
         return self.way.save_memory(why)
+
+    def least_memory(self, blocks: Sequence[Block]) -> int:
+        """Bytes that the whole graph of one example takes at least; 0 where there is nothing to
+        choose.
+        """
+        if not self.way.is_open:
+            return 0
+        with self.objective.prepared():
+            graph = least_of_graph(self.objective, self.objective.heaviest(1))
+        return graph + sum(p.nbytes for p in self._named(blocks).values())
 
     def rehearse(self, blocks: Sequence[Block], size: int | None) -> None:
         """What a sweep does, on ``size`` examples: two shared passes one after the other, each with

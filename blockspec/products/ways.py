@@ -62,13 +62,18 @@ class Way:
         how = "a layer at a time" if self._layerwise else "from the whole graph"
         return f"{how}, because {self.why}" if self.why else how
 
+    @property
+    def is_open(self) -> bool:
+        """Whether products are made from the whole graph, and a layer at a time is left."""
+        return self.name == "auto" and not self._layerwise and not self.why
+
     def save_memory(self, why: str) -> bool:
         """Goes on a layer at a time from here on.
 
         Returns:
             False where that is so already, was not left open, or is not possible.
         """
-        if self.name != "auto" or self._layerwise or self.why:
+        if not self.is_open:
             return False
         self._layerwise, self.why = True, why
         return True

@@ -19,7 +19,10 @@ from blockspec.products.preconditioning.preconditioner import Preconditioner
 from blockspec.products.preconditioning.scalings import Diagonal, Scaling, cuts, piece_shape
 from blockspec.products.units import Reduce, Unit
 
-PASSED_ON = ("num_batches", "largest_batch", "rehearse", "calibrate", "batches", "save_memory")
+PASSED_ON = (
+    "num_batches", "largest_batch", "rehearse", "calibrate", "batches", "save_memory",
+    "least_memory",
+)  # fmt: skip
 """Methods that an inner operator may have. They are set on each object, because protocols look for
 members without asking ``__getattr__``.
 """
