@@ -2,12 +2,15 @@
 and what cannot be measured is named.
 """
 
+import itertools
+
 import dense_truth
 import pytest
 import torch
 import transformers as hf
 
 from blockspec import Objective, estimate_spectra, losses, partition
+from blockspec.products.curvature import Products
 
 HIDDEN = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = HIDDEN | {"intermediate_size": 16, "vocab_size": 20, "max_position_embeddings": 16}
@@ -57,6 +60,60 @@ def test_ctc_of_wav2vec2():
     spectrum = estimate_spectra(objective, objective.partition(include="lm_head.weight"), 1, 64)
     assert spectrum["lm_head.weight"].exact
     assert objective.partition(include="lm_head.weight")[0].kind == "head"
+
+
+def by_every_path(model, frames):
+    """Terms of CTC by its definition: the probabilities of all paths that collapse to the labels,
+    added up; ``frames`` says how many each recording has.
+    """
+
+    def collapsed(path):
+        return tuple(c for c, before in zip(path, (None, *path), strict=False) if c != before if c)
+
+    def terms(call, batch):
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        scores = call(**inputs).logits.log_softmax(-1)
+        found = []
+        for own, count, labels in zip(scores, frames, batch["labels"].tolist(), strict=True):
+            wanted = tuple(label for label in labels if label >= 0)
+            every = itertools.product(range(scores.shape[-1]), repeat=count)
+            paths = torch.tensor([path for path in every if collapsed(path) == wanted])
+            along = own[:count].gather(1, paths.T).sum(0)
+            found.append(-along.logsumexp(0))
+        return torch.stack(found)
+
+    return terms
+
+
+def test_products_of_ctc_are_those_of_its_definition():
+    """Every block of the model, weight norms and convolutions too, by differences of gradients of
+    another loss function.
+    """
+    convolutions = {"conv_dim": (4, 4), "conv_kernel": (8, 3), "conv_stride": (4, 2)}
+    convolutions |= {"num_conv_pos_embeddings": 3, "num_conv_pos_embedding_groups": 2}
+    sizes = HIDDEN | {"intermediate_size": 8, "vocab_size": 4, "num_feat_extract_layers": 2}
+    config = hf.Wav2Vec2Config(**sizes, **convolutions, feat_extract_norm="layer")
+    model = made(lambda: hf.Wav2Vec2ForCTC(config))
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[1, 40:] = 0
+    labels = torch.tensor([[1, 1, 3], [2, 3, -100]])
+    batch = {"input_values": numbers(2, 60), "labels": labels, "attention_mask": mask}
+    frames = model._get_feat_extract_output_lengths(mask.sum(1)).tolist()
+    assert frames == [6, 4]
+    terms = by_every_path(model, frames)
+    torch.testing.assert_close(losses.ctc()(model, batch)[0], terms(model, batch).sum())
+    objective = Objective(model, [batch], losses.ctc())
+    blocks = objective.partition()
+    assert {"conv", "query", "mlp_in", "norm", "head"} <= {block.kind for block in blocks}
+    requests = [(block, numbers(block.numel, seed=i)) for i, block in enumerate(blocks)]
+    products = Products(objective).sweep(requests)
+    size = len(dense_truth.flat_parameters(model)[1])
+    for (block, vector), product in zip(requests, products, strict=True):
+        at = dense_truth.positions(model, block)
+        whole = torch.zeros(size, dtype=torch.float64).index_put((at,), vector)
+        truth = dense_truth.finite_difference_product(model, [batch], terms, whole)[at]
+        error = float((product - truth).norm() / truth.norm().clamp(min=1e-6))
+        assert error < 1e-5, (block.name, error)
 
 
 @pytest.mark.parametrize(
