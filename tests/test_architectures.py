@@ -137,6 +137,37 @@ def test_fused_rows_are_cut_where_attributes_tell(fused, attributes, rows):
     assert sum(b.numel for b in blocks) == 16 * fused
 
 
+def test_older_litgpt_orders_its_rows_by_group():
+    """``attn.attn``, before 0.5: the queries of a key, the key, the value, then the next."""
+    model = nn.ModuleDict({"attn": nn.Module()})
+    model.attn.n_head, model.attn.n_query_groups = 4, 2
+    model.attn.attn = nn.Linear(8, (4 + 2 * 2) * 3, bias=False)
+    rows = {b.name.rpartition("/")[2]: b.pieces[0].index for b in partition(model)}
+    assert rows == {
+        "query": (*range(6), *range(12, 18)),
+        "key": (*range(6, 9), *range(18, 21)),
+        "value": (*range(9, 12), *range(21, 24)),
+    }
+
+
+@pytest.mark.parametrize("embedded", [30, 31, None])
+def test_a_head_that_is_stored_the_other_way_round_is_cut_by_token_or_whole(embedded):
+    """Its class does not tell which axis counts the tokens; the number of embedded ones does."""
+    model = nn.Module()
+    if embedded:
+        model.wte = nn.Embedding(embedded, 8)
+    model.lm_head = nn.Parameter(torch.zeros(8, 30))
+    blocks = [b for b in partition(model, "neuron") if b.name.startswith("lm_head")]
+    if embedded == 30:
+        assert [(b.numel, b.pieces[0].axis) for b in blocks] == [(8, 1)] * 30
+    else:
+        (block,) = blocks
+        assert block.note == "which axis counts the tokens is not known"
+    del model.lm_head
+    model.lm_head = nn.Linear(8, 40)
+    assert len(partition(model, "neuron", include="lm_head.weight/token_*")) == 40
+
+
 def test_a_shared_key_is_one_head():
     model = attention(num_heads=4, head_dim=8, k_proj=nn.Linear(16, 8), q_proj=nn.Linear(16, 32))
     names = [b.name for b in partition(model, by="head") if b.kind == "key"]

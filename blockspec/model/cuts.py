@@ -27,8 +27,9 @@ FUSED_PARTS = {
 UNCUT = frozenset({"kv_b_proj", "kv_a_proj_with_mqa", "kv_a_proj", "wkv_a", "wkv_b", "qkvo_w"})
 """Fused tensors whose order no attribute tells (latent attention)."""
 
-GROUPED = frozenset({"query_key_value", "linear_qkv"})
-"""Fused tensors ordered by key head: its queries, its key, its value, then the next.
+GROUPED = frozenset({"query_key_value", "linear_qkv", "@attention.attn"})
+"""Fused tensors ordered by key head: its queries, its key, its value, then the next;
+``attn.attn`` is litgpt's before 0.5.
 
 Others: queries, keys, values.
 """

@@ -84,6 +84,7 @@ def layouts(
     """Parameter -> its layout. ``seen``: what watching found; empty without a batch."""
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {name: named(name, p, modules, names) for name, p in parameters.items()}
+    found = _with_vocabulary(found, parameters, modules)
     if not seen:
         return found
     return {
@@ -101,6 +102,33 @@ def _placed(layout: Layout, name: str, found: Seen | None) -> Layout:
         told = "the name says cross-attention, the forward pass says self-attention"
         note = f"{note}; {told}" if note else told
     return replace(layout, crossed=found.crossed, note=note)
+
+
+def _with_vocabulary(
+    found: Mapping[str, Layout],
+    parameters: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+) -> dict[str, Layout]:
+    """The layouts, with heads that are stored as (in, out) turned: a class tells what counts the
+    outputs, else the number of tokens that are embedded; where neither does, the head is whole.
+    """
+    sizes = {
+        len(parameters[name])
+        for name, layout in found.items()
+        if layout.tokens and layout.kind == "embedding" and parameters[name].ndim == 2
+    }
+
+    def turned(name: str, layout: Layout) -> Layout:
+        tensor, owner = parameters[name], modules[name.rpartition(".")[0]]
+        bare = layout.tokens and layout.kind == "head" and tensor.ndim == 2
+        if not bare or isinstance(owner, (nn.Linear, nn.Embedding)) or layout.axis is None:
+            return layout
+        fits = [axis for axis in (layout.axis, 1 - layout.axis) if tensor.shape[axis] in sizes]
+        if fits:
+            return replace(layout, axis=fits[0])
+        return replace(layout, tokens=False, note="which axis counts the tokens is not known")
+
+    return {name: turned(name, layout) for name, layout in found.items()}
 
 
 def named(
