@@ -12,6 +12,7 @@ from models import tiny_gpt2
 from torch.distributed.fsdp import fully_shard
 
 import blockspec
+from blockspec.toolbox.sharpness import critical_steps
 
 DIMS = {"layers": 2, "n_embd": 10, "n_head": 2, "vocab_size": 13}  # 10 and 13: ragged shards
 SETTINGS = {"num_probes": 2, "num_steps": 4}
@@ -32,6 +33,21 @@ def nodes(model, batches, **settings):
     return np.concatenate([s.nodes.ravel() for s in found.values()])
 
 
+def along_a_direction(objective):
+    """Gradient, couplings and the real change of a move by known tensors, and a critical step."""
+    blocks = blockspec.partition(objective.model, "layer")
+    generator = torch.Generator().manual_seed(3)
+    shapes = {name: p.shape for name, p in objective.model.named_parameters()}
+    kind = {"generator": generator, "dtype": torch.float64}
+    move = {name: 0.02 * torch.randn(shape, **kind) for name, shape in shapes.items()}
+    before = objective.value()
+    found = blockspec.directional(objective, blocks, move)
+    steps = critical_steps(objective, blocks[-1:], move, precision=0.5)["measured"]
+    assert objective.value() == before
+    numbers = [found.measured.value, found.predicted.value]
+    return np.concatenate([found.gradient, np.ravel(found.curvature), numbers, steps])
+
+
 def process(rank, folder, world):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
@@ -46,8 +62,7 @@ def process(rank, folder, world):
     assert {path: len(m._forward_pre_hooks) for path, m in model.named_modules()} == hooks
     held = sum(p.to_local().numel() for p in model.parameters())
     objective = blockspec.Objective(model, own, blockspec.losses.next_token, sharded=True)
-    with pytest.raises(ValueError, match="save a full checkpoint"):
-        blockspec.directional(objective, chosen(model), {})
+    np.save(f"{folder}/along{rank}.npy", along_a_direction(objective))
     said = ""
     try:
         nodes(model, own[: 1 + rank], sharded=True)
@@ -71,5 +86,10 @@ def test_a_model_under_fully_shard_gives_the_numbers_of_one_process(tmp_path, wo
             np.load(tmp_path / f"{rank}.npy"), truth, rtol=1e-8, atol=1e-10 * abs(truth).max()
         )
         assert "have to take equally many batches; they hold [1, 2" in told[rank]["said"]
+    objective = blockspec.Objective(model, data(), blockspec.losses.next_token)
+    along = along_a_direction(objective)
+    for rank in range(world):
+        found = np.load(tmp_path / f"along{rank}.npy")
+        np.testing.assert_allclose(found, along, rtol=1e-8, atol=1e-10 * abs(along[:-4]).max())
     whole = sum(p.numel() for p in model.parameters())
     assert max(t["held"] for t in told) <= (1 / world + 0.05) * whole

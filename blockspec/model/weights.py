@@ -44,7 +44,8 @@ class Weights:
         self, model: nn.Module, device: torch.device | None, dtype: torch.dtype | None
     ) -> None:
         self.sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
-        self.elsewhere = self.sharded or device is not None or dtype is not None
+        self.brought = device is not None or dtype is not None
+        self.elsewhere = self.sharded or self.brought
         self.device = device or next(model.parameters()).device
         self.dtype = dtype
         self._model = model

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,20 +177,30 @@ class Layerwise:
         }
         for stretch in reversed(self._stretches[lowest + 1 : -1]):
             if stretch.inputs and any(w in found for w in stretch.outputs):
-                for wire, part in self._gradient_below(stretch, found).items():
+                for wire, part in self._gradient_below(stretch, found, stretch.inputs).items():
                     found[wire] = found[wire] + part if wire in found else part
         return found
 
-    def _gradient_below(self, stretch: Stretch, found: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """The part of the gradient by the inputs of a stretch that goes through it."""
+    def _gradient_below(
+        self, stretch: Stretch, found: Mapping[int, Tensor], wanted: Sequence[Key]
+    ) -> dict[Any, Tensor]:
+        """The part of the gradient by inputs or parameters of a stretch that goes through it."""
         outputs, start = self._opened(stretch)
         kept = [(o, found[w]) for o, w in zip(outputs, stretch.outputs, strict=True) if w in found]
         return grad(
             [o for o, _ in kept],
-            {w: start[w] for w in stretch.inputs},
+            {key: start[key] for key in wanted},
             grad_outputs=[c for _, c in kept],
             retain_graph=stretch.call is None,
         )
+
+    def gradient(self) -> Iterator[Mapping[str, Tensor]]:
+        """The parts of the loss's gradient by parameter, a stretch after the other."""
+        ends = self._end.gradients.items()
+        yield {key: part.detach() for key, part in ends if isinstance(key, str)}
+        for stretch in reversed(self._stretches[:-1]):
+            if stretch.parameters:
+                yield self._gradient_below(stretch, self._cotangents, sorted(stretch.parameters))
 
     def products(self, asks: Sequence[Ask]) -> Iterator[Part]:
         """The parts of all products; those of one request come on its way up and on its way

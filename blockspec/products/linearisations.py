@@ -69,6 +69,10 @@ class Linearised(Protocol):
         """The parts of all products, each as soon as it is known."""
         ...
 
+    def gradient(self) -> Iterator[Mapping[str, Tensor]]:
+        """The parts of the loss's gradient, by parameter, which add up; for the Hessian alone."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class End:
@@ -130,6 +134,10 @@ class Whole:
         for number, ask in enumerate(asks):
             direction = ask.direction(self._parameters)
             yield Part(number, self._linear.product(direction, ask.targets), True)
+
+    def gradient(self) -> Iterator[Mapping[str, Tensor]]:
+        """In one part."""
+        yield {name: part.detach() for name, part in self._linear.gradients.items()}
 
 
 def _hessian(objective: Objective, batch: Any) -> End:

@@ -7,6 +7,7 @@ processes share the data, each one goes through its own units, and all of them g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from blockspec.model.objective import Objective
 from blockspec.numerics.jackknife import jackknife_error
 from blockspec.numerics.ranks import Ranks, everywhere
 from blockspec.numerics.units import without_each
+from blockspec.products.curvature import Products
 from blockspec.spectra.spectrum import Estimate
 
 Samples = dict[str, np.ndarray]
@@ -87,23 +89,42 @@ def gradients_by_unit(
     """From one gradient of every micro-batch: ``losses`` (U,), sums of the loss terms, ``terms``
     (U,), their numbers, and ``values`` (U, length), what ``each`` makes of the gradient of the sum.
     """
-    parameters = objective.parameters()
+    products = Products(objective, ranks=ranks, guarded=False)
+    gradient_of = _by_layers if objective.weights.elsewhere else _at_once
 
     def own() -> Numbered:
         numbers: list[int] = []
-        rows: list[list[Any]] = []
+        rows: list[list[float]] = []
         with objective.prepared():
             dealt = objective.dealt_batches(micro_batch, row=ranks.row, rows=ranks.rows)
             for number, batch in dealt:
-                total, count = objective.loss_sum(batch)
-                parts = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-                gradient = {
-                    name: torch.zeros_like(p) if part is None else part
-                    for (name, p), part in zip(parameters.items(), parts, strict=True)
-                }
+                total, count, gradient = gradient_of(products, batch)
                 numbers.append(number)
-                rows.append([float(total.detach()), count, *each(gradient)])
+                rows.append([total, count, *each(gradient)])
         table = np.array(rows, float).reshape(len(rows), 2 + length)
         return numbers, {"losses": table[:, 0], "terms": table[:, 1], "values": table[:, 2:]}
 
-    return of_all_processes(ranks, own)
+    found = of_all_processes(ranks, own)
+    if objective.weights.elsewhere:
+        found["losses"], _ = losses_by_unit(objective, ranks=ranks, micro_batch=micro_batch)
+    return found
+
+
+def _at_once(products: Products, batch: Any) -> tuple[float, float, Mapping[str, Tensor]]:
+    """Sum and number of the loss terms of a batch, and the gradient of the sum."""
+    parameters = products.objective.parameters()
+    total, count = products.objective.loss_sum(batch)
+    parts = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    pairs = zip(parameters.items(), parts, strict=True)
+    gradient = {n: torch.zeros_like(p) if part is None else part for (n, p), part in pairs}
+    return float(total.detach()), count, gradient
+
+
+def _by_layers(products: Products, batch: Any) -> tuple[float, float, Mapping[str, Tensor]]:
+    """The same for weights that stay elsewhere, where the graph holds copies; without the sum."""
+    linearised = products.linearise(batch, products.parameters)
+    gradient = {name: torch.zeros_like(p) for name, p in products.parameters.items()}
+    for tensors in linearised.gradient():
+        for name, part in tensors.items():
+            gradient[name] = gradient[name] + part
+    return math.nan, linearised.terms, gradient

@@ -163,7 +163,7 @@ def directional(
 
     Raises:
         ValueError: Blocks overlap, the direction has an unknown name or a wrong shape, or the
-            weights stay elsewhere (``device=``, ``dtype=``, ``fully_shard``).
+            weights stay elsewhere (``device=``, ``dtype=``).
     """
     return _directionals(objective, blocks, {"": direction}, couplings, measure, settings)[""]
 
@@ -199,10 +199,10 @@ def _directionals(
     measure: bool,
     settings: OperatorSettings,
 ) -> dict[str, Directional]:
-    if objective.weights.elsewhere:
+    if objective.weights.brought:
         raise ValueError(
-            "the weights stay elsewhere (device=, dtype=, fully_shard) and cannot be moved along a "
-            "direction: leave these out, or save a full checkpoint and measure that model"
+            "the weights stay elsewhere (device=, dtype=) and cannot be moved along a direction: "
+            "leave these out, or save a full checkpoint and measure that model"
         )
     operator, chosen = open_operator(objective, blocks, settings)
     union = Union(operator, chosen)
@@ -215,12 +215,14 @@ def _directionals(
     if told_apart := isinstance(operator, ColumnsByUnit):  # as the products took the data
         shared = {"ranks": operator.ranks, "micro_batch": operator.micro_batch}
     first, taken = _first_order(objective, chosen, moves, **shared)
+    shapes = operator.parameters
     cost = Cost(operator.gradients + taken, operator.products)
     found = {}
     for place, name in enumerate(directions):
         samples = {"gradient": first["values"][:, place]}
         if measure:
-            samples["measured"] = _moved(objective, moves[name], **shared) - first["losses"]
+            change = joined(moves[name], shapes)
+            samples["measured"] = _moved(objective, change, **shared) - first["losses"]
         if not told_apart:
             samples = {
                 n: v.sum(0, keepdims=True) / first["terms"].sum() for n, v in samples.items()
@@ -283,10 +285,9 @@ def _first_order(
     return found, taken
 
 
-def _moved(objective: Objective, direction: Mapping[Block, Tensor], **shared: Any) -> np.ndarray:
+def _moved(objective: Objective, change: Mapping[str, Tensor], **shared: Any) -> np.ndarray:
     """(U,) the loss of every unit behind the move, from one forward pass."""
-    parameters = objective.parameters()
-    with shifted(parameters, joined(direction, parameters)):
+    with shifted(objective.parameters(), change):
         return losses_by_unit(objective, **shared)[0]
 
 

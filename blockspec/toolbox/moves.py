@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from blockspec.model.blocks import Block, scatter
 
@@ -22,12 +23,21 @@ def shifted(
     try:
         with torch.no_grad():
             for name, change in changes.items():
-                parameters[name].add_(change.to(parameters[name]), alpha=scale)
+                parameters[name].add_(_placed(change, parameters[name]), alpha=scale)
         yield
     finally:
         with torch.no_grad():
             for name, value in first.items():
                 parameters[name].copy_(value)
+
+
+def _placed(change: Tensor, parameter: Tensor) -> Tensor:
+    """As the parameter lies: in its type, on its device, and spread over processes as it is."""
+    if not isinstance(parameter, DTensor):
+        return change.to(parameter)
+    whole = change.to(parameter.device, parameter.dtype)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)  # all of them have it
 
 
 def joined(vectors: Mapping[Block, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

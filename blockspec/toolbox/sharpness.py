@@ -78,7 +78,8 @@ def _critical(
     precision: float,
 ) -> dict[str, float]:
     parameters = objective.parameters()
-    changes = joined(restricted(direction, parameters, blocks), parameters)
+    shapes = {name: objective.weights.shape_of(p) for name, p in parameters.items()}
+    changes = joined(restricted(direction, shapes, blocks), shapes)
     passes = 0
 
     def loss(step: float) -> float:
