@@ -199,6 +199,37 @@ def samples_of(whole, places):
     }
 
 
+def test_every_number_has_the_error_of_leaving_units_out():
+    """Against the same call on the data without each unit."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    model.double()
+    data = [(torch.randn(n, 3).double(), torch.randn(n, 2).double()) for n in range(1, 10)]
+    blocks, move = blockspec.partition(model, "tensor"), drawn(model, size=0.1)
+
+    def of(batches):
+        objective = blockspec.Objective(model, batches, blockspec.losses.regression)
+        return blockspec.directional(objective, blocks, move, check=False)
+
+    whole = of(data)
+    rest = [of(data[:unit] + data[unit + 1 :]) for unit in range(len(data))]
+    table = whole.to_frame()
+    for name, values in {
+        "curvature": lambda found: found.curvature.to_numpy(),
+        "gradient": lambda found: found.gradient.to_numpy(),
+        "rows": lambda found: found.rows.to_numpy(),
+        "within": lambda found: np.diag(found.curvature),
+    }.items():
+        left_out = np.stack([values(found) for found in rest])
+        spread, bias = left_out.std(0), left_out.mean(0) - values(whole)
+        expected = np.hypot(math.sqrt(8) * spread, 8 * bias)
+        errors = (
+            whole.curvature_data_stderr if name == "curvature" else table[f"{name}_data_stderr"]
+        )
+        np.testing.assert_allclose(errors, expected, rtol=1e-7)
+    assert of(data[:7]).curvature_data_stderr.isna().all(axis=None)
+
+
 def test_few_units_have_no_error_over_the_data():
     it = problem("gpt2")
     found = blockspec.directional(it.objective(), blockspec.partition(it.model), drawn(it.model))

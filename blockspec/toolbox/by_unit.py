@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blockspec.model.objective import Objective
-from blockspec.numerics.jackknife import jackknife_error
+from blockspec.numerics.jackknife import jackknife_error, jackknife_errors
 from blockspec.numerics.ranks import Ranks, everywhere
 from blockspec.numerics.units import without_each
 from blockspec.products.curvature import Products
@@ -37,6 +37,20 @@ def over_units(sums: np.ndarray, terms: np.ndarray) -> Estimate:
     """
     value = float(sums.sum() / terms.sum())
     return Estimate(value, 0.0, jackknife_error(value, without_each(sums, terms)))
+
+
+def errors_over_units(sums: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """The errors of :func:`over_units` for many numbers at once.
+
+    Args:
+        sums: (U, ...) sums over the terms of each unit.
+        terms: (U,) numbers of terms.
+
+    Returns:
+        (...,), nan where the units are too few.
+    """
+    rest = (terms.sum() - terms).reshape(-1, *(1,) * (sums.ndim - 1))
+    return jackknife_errors(sums.sum(0) / terms.sum(), (sums.sum(0) - sums) / rest)
 
 
 def of_all_processes(ranks: Ranks, make: Callable[[], Numbered]) -> Samples:

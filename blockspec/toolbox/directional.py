@@ -35,6 +35,7 @@ from blockspec.spectra.spectrum import Estimate
 from blockspec.toolbox.by_unit import (
     Numbered,
     Samples,
+    errors_over_units,
     gradients_by_unit,
     losses_by_unit,
     of_all_processes,
@@ -94,6 +95,16 @@ class Directional:
         """``d'Hd``."""
         return over_units(self.samples["rows"].sum(1), self.terms)
 
+    @cached_property
+    def curvature_data_stderr(self) -> pd.DataFrame | None:
+        """(n, n) errors of ``curvature`` over the data, nan where they are not known; None where
+        it was not asked for.
+        """
+        if self.curvature is None:
+            return None
+        errors = errors_over_units(self.samples["curvature"], self.terms)
+        return pd.DataFrame(errors, self.curvature.index, self.curvature.columns)
+
     @property
     def within_share(self) -> float:
         """Share of ``d'Hd`` that blocks have with themselves; above 1 where blocks hinder each
@@ -116,10 +127,10 @@ class Directional:
         table = table.astype({"layer": "Int64"}).set_index("block")
         table["gradient"], table["rows"] = self.gradient, self.rows
         for name in ("gradient", "rows"):
-            errors = [over_units(c, self.terms).data_stderr for c in self.samples[name].T]
-            table[f"{name}_data_stderr"] = [np.nan if e is None else e for e in errors]
-        if self.curvature is not None:
+            table[f"{name}_data_stderr"] = errors_over_units(self.samples[name], self.terms)
+        if self.curvature is not None and self.curvature_data_stderr is not None:
             table["within"] = np.diag(self.curvature.to_numpy())
+            table["within_data_stderr"] = np.diag(self.curvature_data_stderr.to_numpy())
         table["predicted"] = table["gradient"] + 0.5 * table["rows"]
         return table
 
