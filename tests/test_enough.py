@@ -10,7 +10,9 @@ from torch import nn
 
 import blockspec
 from blockspec.engine.enough import FIRST, units_needed, with_enough_data
+from blockspec.engine.estimate import foresee_data
 from blockspec.numerics.measures import wasserstein
+from blockspec.runs.report import show_data
 
 POPULATION, SIZES = 1200, {"plain": 40, "heavy": 40}
 
@@ -63,14 +65,14 @@ def test_each_block_takes_the_data_that_it_needs_and_is_within_the_tolerance():
     for seed in range(2):
         order = torch.randperm(POPULATION, generator=torch.Generator().manual_seed(seed))[:600]
         found = spectra(
-            {name: rows[order] for name, rows in everyone.items()}, tolerance=0.04, seed=seed
+            {name: rows[order] for name, rows in everyone.items()}, tolerance=0.06, seed=seed
         )
         for name, spectrum in found.items():
             assert FIRST <= spectrum.units < 600
-            assert spectrum.total_error <= 0.04 * spectrum.norm
+            assert spectrum.total_error <= 0.06 * spectrum.norm
             measure = spectrum.nodes.ravel(), spectrum.weights.ravel() / spectrum.num_probes
             distance = wasserstein(measure, (truth[name], np.full(40, 1 / 40)))
-            held += distance <= 0.04 * spectrum.norm
+            held += distance <= 0.06 * truth[name].max()  # the norm of the population
     assert held >= 3  # of 4
 
 
@@ -139,6 +141,24 @@ def test_a_stopped_estimate_goes_on_in_the_round_that_it_was_in(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_says_how_much_data_a_tolerance_takes(capsys):
+    rows = examples(64, 1)
+    batches = [{name: part[n : n + 2] for name, part in rows.items()} for n in range(0, 64, 2)]
+    objective = blockspec.Objective(Sampled(), batches, loss)
+    blocks = blockspec.partition(objective.model, "tensor")
+    found = foresee_data(objective, blocks, tolerance=0.02, data="auto", check=False)
+    assert (found.available, found.terms) == (32, 2.0)
+    least, most = sorted(found.units, key=found.units.get)
+    assert 100 < found.units[least] < found.units[most] < 10_000
+    show_data(found, 0.02)
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2] == (
+        f"data: {most!r} needs the most, about {found.units[most]:,} units, which are "
+        f"{2 * found.units[most]:,} loss terms (tokens, or images)"
+    )
+    assert "a total error of 0.02; the plan above counts all 32 units" in told[-1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -158,7 +178,7 @@ def test_too_few_units_are_refused_with_the_remedy():
 
 
 def test_numbers_with_other_units_have_errors_too():
-    found = spectra(examples(300, 0), tolerance=0.04)
+    found = spectra(examples(300, 0), tolerance=0.06)
     assert len({s.units for s in found.values()}) == 2
     errors = [s.trace.data_stderr / 80 for s in found.values()]
     from blockspec.spectra.collection import mean_data_stderr

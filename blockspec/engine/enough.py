@@ -17,12 +17,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from scipy.special import stdtrit
 
 from blockspec.model.objective import Objective
+from blockspec.numerics.jackknife import jackknife_stderr
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.spectrum import Spectrum
 
@@ -33,6 +36,9 @@ LEAST = 1.5  # times the units of the round before, so that few rounds follow
 FINENESS = math.sqrt(2)  # between two numbers of units that rounds have
 
 DOUBT = 4.0  # units: from few, the error of the data is often found too small
+FORESEEN = 1.02  # between two numbers of units that are tried when it is foreseen how many will do
+SURE = 0.9  # that the population's norm is above what is taken for it
+MOST_ABOVE = 3.0  # times the population's norm: what the norm of few data is taken to be at most
 COUNTED = ("gradients", "products")
 
 Measure = Callable[[Objective, Sequence[str], str], tuple[list[Spectrum], Cost]]
@@ -53,8 +59,7 @@ class Round(NamedTuple):
 
     def needed(self, tolerance: float) -> int:
         """Units of the objective that bring the total error within the tolerance."""
-        factor = units_needed(self.spectrum, tolerance) / self.spectrum.units
-        return math.ceil(factor * self.taken)
+        return -(-units_needed(self.spectrum, tolerance) * self.taken // self.spectrum.units)
 
 
 def with_enough_data(
@@ -87,6 +92,35 @@ def with_enough_data(
     return spectra_of, replace(costs[0], gradients=gradients, products=products)
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """How much data a tolerance takes, as the first units foretell.
+
+    Args:
+        units: Of each block, the units that bring its total error within the tolerance.
+        available: Units in all.
+        terms: Loss terms of a unit on average: tokens, images or what else the loss is a mean over.
+    """
+
+    units: dict[str, int]
+    available: int
+    terms: float
+
+
+def foreseen(
+    objective: Objective, names: Sequence[str], tolerance: float, seed: int, measure: Measure
+) -> Foreseen:
+    """From the units of the first round alone; arguments as of :func:`with_enough_data`."""
+    available = objective.num_units()
+    order = np.random.default_rng(seed).permutation(available)
+    part = objective.of_units(sorted(order[:FIRST].tolist()))
+    spectra, _ = measure(part, names, "foreseen")
+    units = {s.block.name: Round(s, FIRST).needed(tolerance) for s in spectra}
+    with part.prepared(), torch.no_grad():
+        terms = sum(part.loss_sum(batch)[1] for batch in part.batches())
+    return Foreseen(units, available, terms / FIRST)
+
+
 def _groups(asked: dict[str, int]) -> Iterator[tuple[int, list[str]]]:
     """Blocks that are given the same number of units."""
     for units in sorted(set(asked.values())):
@@ -110,31 +144,47 @@ def _still_needed(
 
 def units_needed(spectrum: Spectrum, tolerance: float) -> int:
     """How many units of data, of those that the spectrum is of, bring its total error within the
-    tolerance, relative to its norm; the error of the data falls like one over their root.
+    tolerance, relative to the norm of the population.
 
-    The error of the estimate is given at least what :data:`ESTIMATES_SHARE` leaves to the data.
+    The error of the data falls like one over the root of their number. The error of the estimate is
+    given at least what :data:`ESTIMATES_SHARE` leaves to the data.
     """
-    allowed = tolerance * _least_norm(spectrum)
     data = spectrum.data_error
     if data is None:
         raise ValueError(
             f"block {spectrum.block.name!r}: the error of its data is not known "
             f"({spectrum.units} units)"
         )
-    data *= 1 + DOUBT / spectrum.units
-    if math.hypot(spectrum.error, data) <= allowed or spectrum.is_zero:
+    if spectrum.is_zero:
         return spectrum.units
-    left = allowed**2 - min(spectrum.error, ESTIMATES_SHARE * allowed) ** 2
-    return max(math.ceil(spectrum.units * data**2 / left), spectrum.units + 1)
+    units = float(spectrum.units)
+    while not _is_within(spectrum, data, tolerance, units):
+        units = max(units * FORESEEN, units + 1)
+    return math.ceil(units)
 
 
-def _least_norm(spectrum: Spectrum) -> float:
-    """The norm without what few data add to it."""
+def _is_within(spectrum: Spectrum, data: float, tolerance: float, units: float) -> bool:
+    """Whether so many units would do, by what is known from those of the spectrum."""
+    share = spectrum.units / units
+    allowed = tolerance * _least_norm(spectrum, share)
+    own = spectrum.error if share == 1 else min(spectrum.error, ESTIMATES_SHARE * allowed)
+    return math.hypot(own, data * (1 + DOUBT / units) * math.sqrt(share)) <= allowed
+
+
+def _least_norm(spectrum: Spectrum, share: float) -> float:
+    """The norm of the population is above this with the confidence :data:`SURE`, once the units of
+    the spectrum are this share of all that were taken.
+
+    The norm of few data is too large, twice as large where one of 16 units dominates, and with it
+    the error that is allowed.
+    """
     without = spectrum.left_out()
     assert without is not None
     norms = np.abs(without[0]).max((1, 2))
     bias = (len(norms) - 1) * (float(norms.mean()) - spectrum.norm)
-    return spectrum.norm - min(max(bias, 0.0), spectrum.norm / 2)
+    spread = stdtrit(len(norms) - 1, SURE) * (jackknife_stderr(norms) or 0.0)
+    least = spectrum.norm - max(bias, 0.0) - spread * math.sqrt(share)
+    return max(least, spectrum.norm / MOST_ABOVE)
 
 
 def _warn_of_too_few(found: dict[str, Round], tolerance: float, available: int) -> None:

@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockspec.engine.accuracy import Accuracy
-from blockspec.engine.enough import ESTIMATES_SHARE, check_objective, with_enough_data
+from blockspec.engine.enough import (
+    ESTIMATES_SHARE,
+    Foreseen,
+    check_objective,
+    foreseen,
+    with_enough_data,
+)
 from blockspec.engine.interrupts import SAVED, held_back
 from blockspec.engine.plan import Plan, agree, check_possible, fit, plan
 from blockspec.engine.results import spectrum_of
@@ -42,6 +48,7 @@ PROBES_OF_SMALL, LARGE = (
     4,
     10_000,
 )  # blocks of at least so many parameters need one to measure a mean
+STEPS_OF_PLAN = 8  # enough for the largest eigenvalues and the first moments of each unit
 CHECKED = 2  # examples that checks evaluate where memory is bounded
 SLACK = 1.05  # times the tolerance: the error at the end is not quite the one that was foreseen
 
@@ -205,6 +212,39 @@ def plan_spectra(
     device = prepared.operator.device
     limit = None if execution.memory is None else parse(execution.memory, device)
     return plan(prepared.schedule, prepared.operator, limit=limit)
+
+
+@takes(settings=EstimateSettings, execution=Execution, positional=("num_probes", "num_steps"))
+def foresee_data(
+    objective: Objective,
+    blocks: Sequence[Block] | Block,
+    *,
+    settings: EstimateSettings,
+    execution: Execution,
+) -> Foreseen:
+    """How much data :func:`estimate_spectra` with ``data="auto"`` would take: from one probe of a
+    few steps on the units of its first round.
+
+    Args:
+        objective: As for :func:`estimate_spectra`.
+        blocks: As for :func:`estimate_spectra`.
+        [settings]
+
+    Raises:
+        ValueError: As :func:`estimate_spectra` does with ``data="auto"``.
+    """
+    whole = check_objective(objective)
+    by_name = {b.name: b for b in ((blocks,) if isinstance(blocks, Block) else blocks)}
+    own = replace(settings, data="all", num_probes=1, num_steps=STEPS_OF_PLAN)
+
+    def measure(part: Objective, names: Sequence[str], _: str) -> tuple[list[Spectrum], Cost]:
+        spectra = estimate_spectra(
+            part, [by_name[name] for name in names], **vars(own), **vars(execution)
+        )
+        assert spectra.cost is not None
+        return list(spectra.values()), spectra.cost
+
+    return foreseen(whole, list(by_name), settings.tolerance, settings.seed, measure)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def run(settings: RunSettings, resources: Resources, out: Path, *, plots: bool) 
 
 def plan(settings: RunSettings, resources: Resources) -> None:
     """Prints what a run would cost, going by its first stage."""
-    from blockspec.engine.estimate import plan_spectra
+    from blockspec.engine.estimate import foresee_data, plan_spectra
     from blockspec.runs.factories import find_factory
     from blockspec.runs.stages import prepare, stages, with_preconditioner
 
@@ -64,6 +64,11 @@ def plan(settings: RunSettings, resources: Resources) -> None:
     estimate = with_preconditioner(settings.estimate, todo[0], objective)
     cost = plan_spectra(objective, blocks, **asdict(estimate), memory=resources.memory)
     report.show_plan(cost, stages=len(todo))
+    if estimate.data == "auto":
+        report.show_data(
+            foresee_data(objective, blocks, **asdict(estimate), memory=resources.memory),
+            estimate.tolerance,
+        )
 
 
 def plot(folder: Path, settings: PlotSettings) -> None:

@@ -25,6 +25,7 @@ from blockspec.spectra.stages import shortened, stage_label, stage_labels
 if TYPE_CHECKING:  # a summary is printed without torch and matplotlib
     from matplotlib.figure import Figure
 
+    from blockspec.engine.enough import Foreseen
     from blockspec.engine.plan import Plan
     from blockspec.runs.plotting import PlotSettings
 
@@ -267,6 +268,26 @@ def show_totals(plan: Plan, console: Console, *, stages: int = 1) -> None:
         )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def show_data(needed: Foreseen, tolerance: float) -> None:
+    """Prints how much data a tolerance takes."""
+    by_need = sorted(needed.units, key=lambda name: needed.units[name])
+    subjects = {
+        by_need[len(by_need) // 2]: "half of the blocks need at most",
+        by_need[-1]: f"{by_need[-1]!r} needs the most,",
+    }
+    lines = [
+        f"data: {subject} about {needed.units[name]:,} units, which are "
+        f"{needed.units[name] * needed.terms:,.0f} loss terms (tokens, or images)"
+        for name, subject in subjects.items()
+    ]
+    lines.append(
+        f"data: these are for a total error of {tolerance:g}; the plan above counts all "
+        f"{needed.available:,} units"
+    )
+    for line in lines:
+        Console().print(line, highlight=False, soft_wrap=True)
 
 
 def _outcome(stage: Mapping[str, Any]) -> str:
