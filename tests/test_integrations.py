@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from blockspec import Objective, estimate_spectra, load_spectra, losses, partition
+from blockspec import Objective, estimate_spectra, load_run, load_spectra, losses, partition
 from blockspec.engine.settings import EstimateSettings
 from blockspec.integrations import SpectrumCallback, record, recording
 from blockspec.integrations.measuring import due_steps
@@ -409,6 +409,39 @@ def test_record_refuses_another_training_and_measures_anew_where_told(tmp_path, 
     anew = record(tmp_path, 5, other.objective(), blocks, replace=True, **QUICK)
     assert anew["spectrum/loss"] != found["spectrum/loss"]
     assert "measured anew" in caplog.text
+
+
+REFUSED = {
+    "a negative step": ({"step": -1}, "step is the number of updates so far, at least 0, got -1"),
+    "no step": ({"step": True}, "at least 0, got True"),
+    "half a step": ({"step": 1.5}, r"step is the number of updates so far, got 1\.5"),
+    "text": ({"step": "5"}, "number of updates so far, got '5'"),
+    "no probes": ({"num_probes": 0}, "num_probes is a whole number >= 1 or 'auto', got 0"),
+    "a tolerance": ({"tolerance": -1}, "tolerance is relative .* got -1"),
+    "a seed": ({"seed": 2**70}, "seed is a whole number from 0 to"),
+    "memory": ({"memory": 0}, "memory must be positive, got 0"),
+    "a matrix": ({"curvature": "kfac"}, "curvature is one of .* got 'kfac'"),
+    "an unknown setting": ({"num_prob": 2}, "unexpected keyword argument 'num_prob'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_record_refuses_leaves_nothing(tmp_path, case):
+    given, message = REFUSED[case]
+    it, step = problems.nanogpt(), given.get("step", 0)
+    settings = QUICK | {name: value for name, value in given.items() if name != "step"}
+    out = tmp_path / "run"
+    with pytest.raises((ValueError, TypeError), match=message):
+        record(out, step, it.objective(), partition(it.model, include="*ln_f*"), **settings)
+    assert not out.exists()
+
+
+def test_a_step_may_be_a_number_of_numpy_or_torch(tmp_path):
+    it = problems.nanogpt()
+    blocks = partition(it.model, include="*ln_f*")
+    for step in (np.int64(3), torch.tensor(4)):
+        record(tmp_path, step, it.objective(), blocks, **QUICK)
+    assert load_run(tmp_path).steps == [3, 4]
 
 
 def test_steps_that_are_due():

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,7 @@ def record(
         settings["precondition"] = given.renewed()
     out, estimate = Path(out), EstimateSettings(**settings)
     resources = Resources(memory=memory, columns=columns)
+    step = _updates(step)
     refuse_wrapped(objective.model)
     wait_for_all(f"record of step {step}")
     with undisturbed(objective.model), held(out), remembered():
@@ -115,6 +117,17 @@ def record(
             objective, blocks, estimate, identity, step=step, resources=resources
         )
         return from_first(lambda: _completed(out, content, spectra, entry))
+
+
+def _updates(step: int) -> int:
+    """The step, if it is one: tables of several stages are in its order."""
+    try:
+        number = -1 if isinstance(step, bool) else operator.index(step)
+    except TypeError:
+        raise TypeError(f"step is the number of updates so far, got {step!r}") from None
+    if number < 0:
+        raise ValueError(f"step is the number of updates so far, at least 0, got {step!r}")
+    return number
 
 
 def _known(
