@@ -1,0 +1,303 @@
+"""Do errors of the data hold, and does ``data="auto"`` take as little as it may? ``python -m
+benchmarks.data``
+
+Data sets are drawn from populations whose matrices are known, see
+:mod:`benchmarks.data_populations`; they go through the estimate as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jsonargparse import CLI
+from scipy.special import stdtrit
+
+import blockspec
+from benchmarks.data_populations import POPULATIONS, Population
+from benchmarks.record import in_turns, write
+from blockspec.engine.enough import ESTIMATES_SHARE, with_enough_data
+from blockspec.numerics.measures import wasserstein
+from blockspec.numerics.units import MOST_GROUPS
+from blockspec.spectra.collection import Cost
+from blockspec.spectra.spectrum import Estimate, RitzValue, Spectrum
+from language_models.fresh import fresh
+
+PROBES, STEPS = 4, 24
+CASES = {
+    "GPT-2 block": ("gpt2", "transformer.h.0.mlp.c_fc.weight"),
+    "full GPT-2": ("gpt2", None),
+    "ResNet block": ("resnet", "first.weight"),
+}
+AVAILABLE = 8192  # units that data="auto" may take
+
+
+def estimated(population: Population, chosen: np.ndarray, **settings: Any) -> dict[str, Spectrum]:
+    """The spectra of the pieces and of the whole matrix, from these units."""
+    operator = population.drawn(chosen)
+    blocks = [*population.blocks(operator), operator.block()]
+    found = blockspec.estimate_spectra(
+        None, blocks, curvature=operator, check=False, progress=False, **settings
+    )
+    return {n: replace(s, units=len(chosen)) for n, s in found.items()}
+
+
+Numbers = dict[str, Estimate | RitzValue]
+
+
+def numbers(spectra: dict[str, Spectrum], name: str | None) -> Numbers:
+    """What is asked for: of the block, and of all pieces together."""
+    spectrum = spectra[name or "matrix"]
+    square = spectrum.moment(2)
+    root = math.sqrt(square.value)
+    pieces = {n: s for n, s in spectra.items() if n != "matrix"}
+    return {
+        "trace": spectrum.trace,
+        "root mean square": Estimate(
+            root, *(None if e is None else e / (2 * root) for e in square[1:])
+        ),
+        "largest": spectrum.largest,
+        "js0": blockspec.js0(pieces),
+    }
+
+
+def held(found: Estimate | RitzValue, truth: float, units: int) -> tuple[bool, float]:
+    """Whether the 95 % interval of the total error holds the truth, and its half width."""
+    data = stdtrit(min(units, MOST_GROUPS) - 1, 0.975) * (found.data_stderr or 0.0)
+    own = found.residual if isinstance(found, RitzValue) else found.stderr or 0.0
+    if isinstance(found, Estimate):
+        own *= stdtrit(PROBES - 1, 0.975)
+    half = math.hypot(data, own)
+    return abs(found.value - truth) <= half, half
+
+
+def coverage(model: str, population: Population, units: int, sets: int) -> pd.DataFrame:
+    """A row a case and number: how often the interval holds the population's, of so many data
+    sets.
+    """
+    everyone = np.arange(len(population.matrices))
+    cases = {case: name for case, (own, name) in CASES.items() if own == model}
+    exact = estimated(population, everyone, num_probes=16, num_steps=400, data_errors=False)
+    truth = {case: numbers(exact, name) for case, name in cases.items()}
+    rows = []
+    for seed in range(sets):
+        chosen = np.random.default_rng(seed).choice(everyone, units)
+        found = estimated(population, chosen, num_probes=PROBES, num_steps=STEPS, seed=seed)
+        for case, name in cases.items():
+            for number, value in numbers(found, name).items():
+                right = truth[case][number].value
+                hit, half = held(value, right, units)
+                error = abs(value.value - right)
+                rows.append((case, number, hit, half / abs(right), error / abs(right)))
+    table = pd.DataFrame(rows, columns=["case", "number", "held", "said", "error"])
+    found_rows = table.groupby(["case", "number"], sort=False).agg(
+        held=("held", "mean"), said=("said", "median"), error=("error", lambda e: e.quantile(0.95))
+    )
+    return found_rows.reset_index().assign(units=units)
+
+
+class DataSet:
+    """What :func:`with_enough_data` asks of an objective.
+
+    Args:
+        units: Of the population, in the order of the data.
+    """
+
+    def __init__(self, units: np.ndarray) -> None:
+        self.units = units
+
+    def num_units(self) -> int:
+        """All that may be taken."""
+        return len(self.units)
+
+    def of_units(self, numbers: Collection[int]) -> DataSet:
+        """Some of them."""
+        return DataSet(self.units[list(numbers)])
+
+
+def enough(
+    population: Population, name: str | None, tolerance: float, seed: int
+) -> tuple[Spectrum, int, list[int]]:
+    """The spectrum with ``data="auto"``, the products that it took times units, and the units of
+    each round.
+    """
+    everyone = len(population.matrices)
+    data = DataSet(np.random.default_rng(seed).integers(0, everyone, AVAILABLE))
+    products, rounds = 0, []
+
+    def measure(part: Any, names: Sequence[str], _: str) -> tuple[list[Spectrum], Cost]:
+        nonlocal products
+        operator = population.drawn(part.units)
+        block = {b.name: b for b in [*population.blocks(operator), operator.block()]}[names[0]]
+        found = blockspec.estimate_spectra(
+            None,
+            block,
+            curvature=operator,
+            check=False,
+            progress=False,
+            seed=seed,
+            num_probes="auto",
+            num_steps="auto",
+            tolerance=ESTIMATES_SHARE * tolerance,
+        )
+        products += operator.products * len(part.units)
+        rounds.append(len(part.units))
+        return [replace(s, units=len(part.units)) for s in found.values()], Cost(0, 0)
+
+    found, _ = with_enough_data(data, [name or "matrix"], tolerance, seed, measure)  # type: ignore[arg-type]
+    return found[name or "matrix"], products, rounds
+
+
+def fixed(population: Population, name: str | None, tolerance: float, sets: int) -> int:
+    """The fewest products times units with which a fixed choice is within the tolerance in 95 % of
+    data sets.
+    """
+    best = None
+    for units, probes, steps in grid():
+        work = units * probes * steps
+        if best is not None and work >= best:
+            continue
+        distances = []
+        for seed in range(sets):
+            chosen = np.random.default_rng(seed).integers(0, len(population.matrices), units)
+            operator = population.drawn(chosen)
+            blocks = {b.name: b for b in [*population.blocks(operator), operator.block()]}
+            found = blockspec.estimate_spectra(
+                None,
+                blocks[name or "matrix"],
+                curvature=operator,
+                check=False,
+                progress=False,
+                seed=seed,
+                num_probes=probes,
+                num_steps=steps,
+                data_errors=False,
+            )
+            (spectrum,) = found.values()
+            distances.append(distance(population, name, spectrum))
+            if sum(d > tolerance for d in distances) > 0.05 * sets:
+                break
+        else:
+            best = work
+    return best or 0
+
+
+def grid() -> Iterator[tuple[int, int, int]]:
+    """Units, probes and steps, in ascending order of the work."""
+    units = [16 * 2**k for k in range(10)]
+    choices = [(n, k, m) for n in units for k in (1, 2, 4, 8) for m in (4, 8, 12, 16, 24)]
+    return iter(sorted(choices, key=math.prod))
+
+
+def distance(population: Population, name: str | None, spectrum: Spectrum) -> float:
+    """Wasserstein distance to the population's spectrum, relative to that one's norm."""
+    values = truth(population, name)
+    measure = spectrum.nodes.ravel(), spectrum.weights.ravel() / spectrum.num_probes
+    whole = values, np.full(len(values), 1 / len(values))
+    return wasserstein(measure, whole) / float(np.abs(values).max())
+
+
+def truth(population: Population, name: str | None) -> np.ndarray:
+    """(P,) the population's eigenvalues."""
+    rows = slice(None) if name is None else population.pieces[name]
+    return np.linalg.eigvalsh(population.matrices.mean(0).double().numpy()[rows, rows])
+
+
+def auto(population: Population, name: str | None, tolerance: float, sets: int) -> dict[str, float]:
+    """How often the spectrum is within the tolerance, and what that took."""
+    outcomes = []
+    for seed in range(sets):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            spectrum, work, rounds = enough(population, name, tolerance, seed)
+        total = spectrum.total_error or math.nan
+        outcomes.append(
+            {
+                "within": distance(population, name, spectrum) <= tolerance,
+                "said": total / spectrum.norm,
+                "distance": distance(population, name, spectrum),
+                "norm": spectrum.norm / float(np.abs(truth(population, name)).max()),
+                "units": rounds[-1],
+                "rounds": len(rounds),
+                "work": work,
+            }
+        )
+    table = pd.DataFrame(outcomes)
+    medians = {str(name): float(value) for name, value in table.median().items()}
+    return medians | {"within": float(table["within"].mean())}
+
+
+def overhead(steps: int = 6) -> pd.DataFrame:
+    """CPU seconds with and without errors of the data, in turns in one process: six weight matrices
+    of the tiny GPT-2, 32 sequences as units.
+    """
+    model, batches, loss = fresh(num_batches=4, batch_size=8)
+    objective = blockspec.Objective(model, batches, loss, micro_batch=1)
+    blocks = blockspec.partition(model, include="*h.0*weight*", exclude="*ln*")
+
+    def spectra(wanted: bool) -> object:
+        return blockspec.estimate_spectra(
+            objective, blocks, num_probes=1, num_steps=steps, check=False, data_errors=wanted
+        )
+
+    def traces(wanted: bool) -> object:
+        return blockspec.trace(objective, blocks, num_probes=4, check=False, data_errors=wanted)
+
+    rows = {}
+    for name, measure in (("spectra", spectra), ("traces", traces)):
+        both = {"with": partial(measure, True), "without": partial(measure, False)}
+        seconds = in_turns(both, rounds=3)
+        rows[name] = seconds | {"ratio": seconds["with"] / seconds["without"]}
+    return pd.DataFrame(rows).T.rename_axis("what").reset_index()
+
+
+def main(
+    parts: Sequence[str] = ("coverage", "auto", "overhead"), sets: int = 100, choices: int = 40
+) -> None:
+    """Measures and writes the table.
+
+    Args:
+        parts: What to measure.
+        sets: Data sets of each case.
+        choices: Data sets that each fixed choice is tried on.
+    """
+    made = {name: make() for name, make in POPULATIONS.items()}
+    tables: dict[str, pd.DataFrame] = {}
+    if "coverage" in parts:
+        tables["coverage"] = pd.concat(
+            coverage(model, population, units, sets)
+            for model, population in made.items()
+            for units in (16, 64)
+        )
+    if "auto" in parts:
+        tables["auto"] = _by_case(
+            lambda population, name: pd.DataFrame(
+                {
+                    t: auto(population, name, t, sets)
+                    | {"best fixed": fixed(population, name, t, choices)}
+                    for t in (5e-2, 2e-2)
+                }
+            ).T.rename_axis("tolerance"),
+            made,
+        )
+    if "overhead" in parts:
+        tables["overhead"] = overhead()
+    write("data", tables, notes=f"{sets} data sets a case; {choices} for fixed choices.")
+
+
+def _by_case(
+    measure: Callable[[Population, str | None], pd.DataFrame], made: dict[str, Population]
+) -> pd.DataFrame:
+    return pd.concat(
+        {case: measure(made[model], name) for case, (model, name) in CASES.items()}, names=["case"]
+    ).reset_index()
+
+
+if __name__ == "__main__":
+    CLI(main, as_positional=False)
