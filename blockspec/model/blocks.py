@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -58,6 +59,32 @@ def scatter(block: Block, vector: Tensor, like: Mapping[str, Tensor]) -> dict[st
             piece.fill(tensors[piece.parameter], vector[start:stop].to(reference))
         start = stop
     return tensors
+
+
+def zeros(block: Block, like: Mapping[str, Tensor]) -> Tensor:
+    """The block's vector (P,) of zeros, of the dtype that holds those of its parameters."""
+    first, *others = (like[name] for name in block.parameters)
+    dtype = reduce(torch.promote_types, (p.dtype for p in others), first.dtype)
+    return torch.zeros(block.numel, dtype=dtype, device=first.device)
+
+
+def add(
+    block: Block, vector: Tensor, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]
+) -> None:
+    """Adds tensors that have the shapes of the parameters to the block's vector (P,), in place.
+
+    Args:
+        block: It may have parameters that are not in ``tensors``: they are zeros.
+        vector: Is changed.
+        tensors: By name of the parameter.
+        like: All of the block's parameters.
+    """
+    start = 0
+    for piece in block.pieces:
+        stop = start + piece.size(like[piece.parameter].shape)
+        if (tensor := tensors.get(piece.parameter)) is not None:
+            vector[start:stop] += piece.select(tensor).reshape(-1).to(vector.device)
+        start = stop
 
 
 def partition(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockspec.model.blocks import Block, gather
+from blockspec.model.blocks import Block, add, zeros
 from blockspec.model.differentiability import check_twice_differentiable, leaves_of
 from blockspec.model.layer_by_layer import layer_by_layer, weighed
 from blockspec.model.losses import Loss
@@ -38,8 +38,6 @@ from blockspec.products.units import Reduce, Unit
 from blockspec.products.ways import Way
 
 Request = tuple[Block, Tensor, Sequence[Block]]
-
-
 REHEARSED = 8  # blocks, beside the deepest one
 
 
@@ -292,10 +290,10 @@ class Products:
         for number, tensors, last in linearised.products(self._asks(requests)):
             targets = requests[number][2]
             if number not in waiting:
-                waiting[number] = [self._gathered(target, tensors) for target in targets]
-            elif tensors:
-                for known, target in zip(waiting[number], targets, strict=True):
-                    known += self._gathered(target, tensors)
+                waiting[number] = [zeros(target, self._parameters) for target in targets]
+            for known, target in zip(waiting[number], targets, strict=True):
+                add(target, known, tensors, self._parameters)
+            del tensors  # those of an embedding are large, and must not lie beside the next part
             if last:
                 self.products += 1
                 yield number, waiting.pop(number)
@@ -305,12 +303,6 @@ class Products:
             Ask(source, vector, tuple(dict.fromkeys(n for t in targets for n in t.parameters)))
             for source, vector, targets in requests
         ]
-
-    def _gathered(self, block: Block, tensors: Tensors) -> Tensor:
-        """The block's vector (P,); absent parameters are zeros."""
-        absent = {n: self._parameters[n] for n in block.parameters if n not in tensors}
-        zeros = {name: torch.zeros_like(p) for name, p in absent.items()}
-        return gather(block, {**tensors, **zeros})
 
     def _checked(self, requests: Sequence[Request], parts: list[Tensor]) -> list[list[Tensor]]:
         """The products of each request, which are finite."""
@@ -451,9 +443,7 @@ class Products:
         return Costs(gradient_seconds, shared_seconds, by_block)
 
     def _gradient(self, batch: Any) -> None:
-        """What a gradient of one micro-batch takes; a layer at a time, that of one layer after the
-        other, in the memory of one.
-        """
+        """One gradient of a micro-batch; a layer at a time, of one layer after the other."""
 
         def look(outputs: Sequence[Tensor]) -> None:
             leaves = list(leaves_of(outputs))

@@ -37,7 +37,7 @@ from blockspec.products.linearisations import Ask, End, Linear, Part, Tensors, d
 
 TOGETHER = 16  # directions; the layers that are built again for them are then 1/5 of the work
 LEAST_TOGETHER = 4
-BETWEEN = 2**28  # bytes of all their tensors between layers; fewer go together where there are more
+BETWEEN = 2**29  # bytes of all their tensors between layers; fewer go together where there are more
 Key = int | str
 """Number of a wire, or name of a parameter."""
 
