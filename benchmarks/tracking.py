@@ -1,78 +1,125 @@
 """What it costs to follow the top eigenvalue through a training: ``python -m benchmarks.tracking``.
 
-A small GPT-2 is trained on random tokens in a loop of one's own. Updates and measurements are timed
-apart, in the same run: the share is the time of the measurements over that of the updates.
+GPT-2s are trained on the embedded text, the smallest as ``embedded_tiny.yaml`` says. Updates and
+measurements are timed apart, in the same run: the share is the time of the measurements over that
+of the updates. The first measurement is a full search, and no part of it.
 """
 
 from __future__ import annotations
 
 import pandas as pd
-import torch
 from jsonargparse import CLI
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import nn
 
 import blockspec
 from benchmarks.record import clock, write
+from language_models.models import ModelSettings
+from language_models.train import DataSettings, Task, make_model, make_task
+from training.optimizers import (
+    OptimizerSettings,
+    ScheduleSettings,
+    make_optimizer,
+    set_learning_rate,
+    share_of_peak,
+)
 
-WINDOW, VOCABULARY = 64, 512
+WINDOW = 64
+OPTIMIZER = OptimizerSettings(lr=3e-3)
+SCHEDULE = ScheduleSettings(warmup=50)
+LENGTH = 1000  # updates of the whole training, for the schedule
 
 
-def trained(
-    *, every: int, preconditioned: bool, updates: int, batch: int, fixed: int
+class Training:
+    """The training loop of language_models without what is beside it."""
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        self.task, self.model = task, model
+        self.optimizer = make_optimizer(model, OPTIMIZER)
+        model.train()
+
+    def update(self, step: int) -> None:
+        set_learning_rate(self.optimizer, OPTIMIZER.lr * share_of_peak(step, LENGTH, SCHEDULE))
+        total, terms = self.task.loss(self.model, self.task.batch_at(step))
+        (total / terms).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def followed(
+    model: ModelSettings, *, every: int, preconditioned: bool, begin: int, updates: int, fixed: int
 ) -> dict[str, object]:
-    """A training that is followed: a row of the table."""
-    torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": WINDOW}
-    model = GPT2LMHeadModel(
-        GPT2Config(**sizes, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0)
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    data = torch.randint(VOCABULARY, (fixed, WINDOW))
-    objective = blockspec.Objective(model, [{"input_ids": data}], blockspec.losses.next_token)
+    """A training that is followed after its first ``begin`` updates: a row of the table."""
+    task = make_task(model, DataSettings(num_tokens=WINDOW), seed=0)
+    run = Training(task, make_model(model, task, seed=0))
+    for step in range(begin):
+        run.update(step)
+    windows = {name: tensor[:fixed] for name, tensor in task.held_out()[0].items()}
     tracker = blockspec.track(
-        objective, every=every, check=False, optimizer=optimizer if preconditioned else None
+        blockspec.Objective(run.model, [windows], task.loss),
+        every=every,
+        check=False,
+        optimizer=run.optimizer if preconditioned else None,
     )
     training = measuring = 0.0
-    for step in range(1, updates + 1):
-        windows = torch.randint(VOCABULARY, (batch, WINDOW))
+    for step in range(begin, begin + updates + 1):
         start = clock()
-        optimizer.zero_grad()
-        model(input_ids=windows, labels=windows).loss.backward()
-        optimizer.step()
-        training += clock() - start
-        if step == 1:  # the first measurement is a full search, and no part of the share
-            tracker(0)
+        run.update(step)
+        end = clock()
+        if step == begin:
+            tracker.measure(begin)
             continue
-        start = clock()
+        training += end - start
         tracker(step)
-        measuring += clock() - start
-    followed = tracker.table[tracker.table["step"] > 0]
-    measurements = followed.drop_duplicates(["step", "matrix", "block"])
+        measuring += clock() - end
+    table = tracker.table[tracker.table["step"] > begin]
+    measurements = table.drop_duplicates(["step", "matrix", "block"])
+    products = measurements.groupby("step")["products"].sum().mean()
+    size = task.data.batch_size * WINDOW
     return {
+        "parameters": sum(p.numel() for p in run.model.parameters()),
         "followed": "H and P^(-1/2) H P^(-1/2)" if preconditioned else "H",
+        "from update": begin,
         "every": every,
         "share of training's time": measuring / training,
-        "products a measurement": measurements.groupby("step")["products"].sum().mean(),
-        "not converged": float((~followed["converged"]).mean()),
+        "products a measurement": products,
+        "tokens of products over those of training": products * fixed * WINDOW / (size * every),
+        "ms of an update": 1e3 * training / updates,
+        "ms of a measurement": 1e3 * measuring / table["step"].nunique(),
+        "not converged": float((~table["converged"]).mean()),
     }
 
 
-def main(*, updates: int = 60, batch: int = 16, fixed: int = 1) -> None:
+def main(*, updates: int = 40, fixed: int = 1, wide_updates: int = 20) -> None:
     """Trains and prints the shares.
 
     Args:
-        updates: Of each training.
-        batch: Windows of 64 tokens in an update.
-        fixed: Windows that the curvature is measured on.
+        updates: Of each training of the tiny GPT-2 (2 layers, width 64).
+        fixed: Windows of 64 tokens that the curvature is measured on; an update has 16.
+        wide_updates: Of each training of a wider one (4 layers, width 256).
     """
+    tiny, wide = ModelSettings(), ModelSettings(num_layers=4, num_heads=4, width=256)
     rows = [
-        trained(
-            every=every, preconditioned=preconditioned, updates=updates, batch=batch, fixed=fixed
+        followed(
+            tiny,
+            every=every,
+            preconditioned=preconditioned,
+            begin=begin,
+            updates=updates,
+            fixed=fixed,
         )
+        for begin in (0, 100)
         for preconditioned in (False, True)
         for every in (10, 1)
     ]
-    title = f"{updates} updates of {batch * WINDOW} tokens, measured on {fixed * WINDOW}"
+    rows += [
+        followed(
+            wide, every=every, preconditioned=True, begin=50, updates=wide_updates, fixed=fixed
+        )
+        for every in (10, 1)
+        if wide_updates
+    ]
+    title = f"updates of {16 * WINDOW} tokens, measured on {fixed * WINDOW}"
     write("tracking", {title: pd.DataFrame(rows)}, notes="CPU time, k = 1.")
 
 

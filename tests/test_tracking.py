@@ -14,9 +14,11 @@ import blockspec
 from blockspec import FunctionOperator, partition
 from blockspec.figures.style import save
 from blockspec.figures.tracking import tracked_eigenvalues
-from blockspec.integrations import SpectrumCallback, TrackSettings
+from blockspec.integrations import SpectrumCallback, TrackSettings, record
 from blockspec.numerics.algorithms import run
 from blockspec.numerics.tracking import orthonormal, refine
+from blockspec.runs.plotting import PlotSettings
+from blockspec.runs.report import _tracking_figures, draw
 from blockspec.toolbox.localisation import by_kind, inverse_participation, kinds_of
 from blockspec.toolbox.tracking import Tracking
 
@@ -370,6 +372,17 @@ def test_the_curvature_that_the_optimizer_sees_is_followed_beside(tmp_path):
     assert len(tracked_eigenvalues(table, {preconditioned: {"38/lr": 3800.0}}).axes) == 6
 
 
+def test_curves_are_drawn_beside_spectra_where_their_blocks_are_asked_for(tmp_path):
+    it = problems.problem("gpt2")
+    blocks = partition(it.model, include="*c_attn.weight/*")
+    record(tmp_path, 0, it.objective(), blocks, num_probes=1, num_steps=2, check=False)
+    tracker = blockspec.track(it.objective(), curvature="ggn", check=False)
+    tracker(0)
+    tracker.save(tmp_path)
+    assert {"tracking", "tails_by_block"} <= {path.stem for path in draw(tmp_path)}
+    assert _tracking_figures(tmp_path, PlotSettings(include="*/query")) == {}
+
+
 def test_the_callback_follows_logs_and_writes(tmp_path):
     left = {}
     for track in (None, TrackSettings(every=2, examples=1, preconditioned=True)):
@@ -388,5 +401,9 @@ def test_the_callback_follows_logs_and_writes(tmp_path):
     values = table[table["matrix"] == "hessian"]["value"]
     assert [x["track/hessian/model/1"] for x in logged] == pytest.approx(values.tolist())
     assert (out / "localisation.parquet").exists()
+    (out / "figures" / "tracking.png").unlink()
+    assert [path.name for path in draw(out)] == ["tracking.png"]  # no spectra were asked for
     assert (out / "figures" / "tracking.png").exists()
+    with pytest.raises(ValueError, match=r"no block matches include=nothing\*"):
+        draw(out, PlotSettings(include="nothing*"))
     assert {"loss"} <= {key for x in it.tracker.logged for key in x}

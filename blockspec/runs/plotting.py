@@ -31,10 +31,14 @@ class PlotSettings(PageSettings):
     def every_block(self) -> bool:
         return self.include is None and self.exclude is None
 
+    def holds(self, block: str) -> bool:
+        """Whether the block of this name is drawn."""
+        return kept(block, self.include, self.exclude)
+
     def chosen(self, table: pd.DataFrame) -> pd.DataFrame:
         """The rows of a run's table that are of these blocks, and of no pair with another one."""
         names = table["block"].unique()
-        here = {name for name in names if kept(name, self.include, self.exclude)}
+        here = {name for name in names if self.holds(name)}
         if not here:
             raise ValueError(
                 f"no block matches include={self.include} and exclude={self.exclude}; the run has "

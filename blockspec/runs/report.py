@@ -50,6 +50,9 @@ def _figures(run: Path, settings: PlotSettings) -> dict[str, Figure]:
     from blockspec.figures import plots
     from blockspec.figures.stages import stage_title
 
+    followed = _tracking_figures(run, settings)
+    if followed and not (run / "spectra.parquet").exists():
+        return followed
     table = settings.chosen(read_table(run / "spectra.parquet"))
     by_step = {
         step: spectra_of(table[table["step"] == step])
@@ -77,7 +80,25 @@ def _figures(run: Path, settings: PlotSettings) -> dict[str, Figure]:
         figures |= _heterogeneity_figures(distances, every_block=settings.every_block)
     if len(by_step) > 1:
         figures["trace_by_kind"] = plots.trace_by_kind_over_training(table)
-    return figures
+    return figures | followed
+
+
+def _tracking_figures(run: Path, settings: PlotSettings) -> dict[str, Figure]:
+    """The curves of what was followed at every n-th step of a training, where something was.
+
+    Other blocks may be followed than those whose spectra are measured: patterns that match none
+    of them are an error only where there are no spectra.
+    """
+    from blockspec.figures.tracking import tracked_eigenvalues
+    from blockspec.toolbox.tracking import VALUES
+
+    if not (run / VALUES).exists():
+        return {}
+    table = pd.read_parquet(run / VALUES)
+    if not (run / "spectra.parquet").exists():
+        table = settings.chosen(table)
+    rows = table[[settings.holds(block) for block in table["block"]]]
+    return {} if rows.empty else {"tracking": tracked_eigenvalues(rows)}
 
 
 def _heterogeneity_figures(table: pd.DataFrame, *, every_block: bool) -> dict[str, Figure]:
