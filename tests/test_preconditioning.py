@@ -764,6 +764,63 @@ def test_products_with_two_sided_matrices_are_those_of_the_dense_matrix(shampoo)
         )
 
 
+def nvidias(model, steps=3):
+    """The state of SOAP as emerging-optimizers 0.3 keeps it: a basis for each side, by its name."""
+    generator = torch.Generator().manual_seed(3)
+    states = {}
+    for number, p in enumerate(model.parameters()):
+        left, right = (torch.randn(n, n, generator=generator).double() for n in p.shape)
+        square = torch.rand(p.shape, generator=generator).double()
+        bases = {"Q_L": torch.linalg.qr(left)[0], "Q_R": torch.linalg.qr(right)[0]}
+        factors = {"L": left @ left.T, "R": right @ right.T}
+        states[number] = {"step": steps, "exp_avg": 0 * square, "exp_avg_sq": square}
+        states[number] |= factors | bases
+    group = {"betas": (0.9, 0.95), "eps": 1e-3, "shampoo_beta": 0.95, "lr": LR}
+    return {"state": states, "param_groups": [group | {"params": list(states)}]}
+
+
+def test_nvidias_soap_is_read_in_the_bases_that_it_keeps_by_name():
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 3, bias=False)).double()
+    state = nvidias(model)
+    p = Preconditioner.from_state(state, model)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        kept = state["state"][number]
+        turn = np.kron(kept["Q_L"], kept["Q_R"])
+        root = (kept["exp_avg_sq"] / (1 - 0.95**3)).sqrt().numpy().reshape(-1) + 1e-3
+        tensor = torch.randn_like(parameter)
+        expected = turn @ np.diag(1 / root) @ turn.T @ tensor.detach().numpy().reshape(-1)
+        found = p.apply({name: tensor})[name].detach().numpy().reshape(-1)
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+    for kept in state["state"].values():  # without bases it is not taken for Adam
+        del kept["Q_L"], kept["Q_R"]
+    with pytest.raises(ValueError, match="cannot be read"):
+        Preconditioner.from_state(state, model, optimizer="emerging_optimizers.SOAP")
+
+
+@pytest.mark.peers
+def test_the_steps_of_nvidias_soap_are_what_p_makes_of_the_momentum():
+    """Matrices alone, in float32: it takes no others."""
+    cls = pytest.importorskip("emerging_optimizers.soap").SOAP
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False))
+    optimizer = cls(model.parameters(), lr=LR, weight_decay=0.0)
+    for _ in range(4):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer.zero_grad()
+        model(torch.randn(12, 4)).square().mean().backward()
+        optimizer.step()
+    p = Preconditioner.from_optimizer(optimizer, model)
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        m = state["Q_L"] @ (state["exp_avg"] / (1 - 0.9**4)) @ state["Q_R"].T
+        moved = parameter.detach() - before[name]
+        torch.testing.assert_close(-LR * p.apply({name: m})[name], moved, rtol=1e-3, atol=1e-6)
+    name = "emerging_optimizers.SOAP"
+    assert (
+        Preconditioner.from_state(optimizer.state_dict(), model, optimizer=name).digest == p.digest
+    )
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize(
     "name",

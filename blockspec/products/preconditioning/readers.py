@@ -165,13 +165,20 @@ def _soap(held: Held) -> Scaling:
     if steps < 1:
         raise NotReady("its first step only measures; take another one")
     square = held.wide("exp_avg_sq")
-    bases = held.state.get("Q") or [None] * square.ndim
+    bases = _soaps_bases(held)
     turned = [b.detach().double() if torch.is_tensor(b) and b.numel() else None for b in bases]
     if held.group.get("merge_dims"):
         square = square.reshape(_merged(turned, square))
     bias = held.bias(held.group["betas"][1], steps) if corrected else 1.0
     values = 1 / _soaps_denominator(held, square, bias)
     return Rotated(tuple(turned), values, values.shape == held.shape)
+
+
+def _soaps_bases(held: Held) -> Sequence[Any]:
+    """One for each axis; NVIDIA's package keeps those of a matrix under a name each."""
+    if "Q_L" in held.state:
+        return [held.state["Q_L"], held.state["Q_R"]]
+    return held.state["Q"]
 
 
 def _soaps_denominator(held: Held, square: Tensor, bias: float) -> Tensor:

@@ -45,6 +45,7 @@ MARKS: dict[Kind, tuple[set[str], set[str]]] = {
     ("pytorch_optimizer", "AdamMini"): ({"name", "step"}, {"m"}),
     ("pytorch_optimizer", "Shampoo"): ({"matrix_eps"}, {"inv_pre_cond_0"}),
     ("pytorch_optimizer", "SOAP"): ({"normalize_gradient"}, {"GG", "exp_avg_sq"}),
+    ("emerging_optimizers", "SOAP"): ({"shampoo_beta"}, {"Q_L", "Q_R", "exp_avg_sq"}),
     ("torch_optimizer", "Shampoo"): ({"update_freq"}, {"inv_precond_0"}),
 }
 """Class -> settings of its groups, and entries of its state, that tell it from the others."""
