@@ -26,6 +26,7 @@ from torch import Tensor
 from blockspec.numerics.algorithms import Algorithm
 from blockspec.numerics.lanczos import ROUNDING
 
+ENOUGH = 0.5  # of a length: what is left of it is orthogonal to rounding
 SCOUTED = 5  # rounds: a random vector is amplified by the ratio of eigenvalues in each
 Order = Callable[[np.ndarray], np.ndarray]
 """Of eigenvalues: what is to be large."""
@@ -77,13 +78,15 @@ def refine(
         n pairs, or fewer where ``start`` spans less.
     """
     looked = start[:0] if scout is None else scout[None]
-    basis = new = orthonormal(torch.cat([start, looked]), start[:0])
-    kept, products = min(kept, len(basis)), 0
-    images, projected = basis[:0], np.empty((0, 0))
+    new = orthonormal(torch.cat([start, looked]), start[:0])
+    kept, products = min(kept, len(new)), 0
+    bases, images_of = _Rows(new, 2 * wanted), _Rows(new[:0], len(new) + 2 * wanted)
+    projected = np.empty((0, 0))
     rounds = max(max_rounds, SCOUTED if len(looked) else 0)
     for done in range(1, rounds + 1):
         image = yield new
-        images = torch.cat([images, image])
+        images_of.add(image)
+        basis, images = bases.rows, images_of.rows
         products += len(new)
         projected = _grown(projected, image @ basis.T)
         values, turns = _ritz(projected, order)
@@ -95,18 +98,44 @@ def refine(
         new = orthonormal(torch.cat([left[torch.from_numpy(rough)], looked]), basis)
         if len(new) == 0:  # the basis spans an invariant space: nothing better is within reach
             break
-        basis = torch.cat([basis, new])
+        bases.add(new)
     vectors, _, residuals = _pairs(basis, images, values[:kept], turns)
     rounding = ROUNDING[basis.dtype] * np.abs(values).max()
     return Ritz(values[:kept], vectors, np.hypot(residuals, rounding), products, done)
+
+
+class _Rows:
+    """Rows (n, P) that others join: copying all of them each time would cost more than a product
+    of a small batch.
+    """
+
+    def __init__(self, rows: Tensor, room: int) -> None:
+        self._all = rows.new_empty(len(rows) + room, rows.shape[1])
+        self._count = 0
+        self.add(rows)
+
+    def add(self, rows: Tensor) -> None:
+        count = self._count + len(rows)
+        if count > len(self._all):
+            larger = self._all.new_empty(2 * count, self._all.shape[1])
+            larger[: self._count] = self.rows
+            self._all = larger
+        self._all[self._count : count] = rows
+        self._count = count
+
+    @property
+    def rows(self) -> Tensor:
+        """Those that are there, a view."""
+        return self._all[: self._count]
 
 
 def orthonormal(vectors: Tensor, basis: Tensor) -> Tensor:
     """(m, P) orthonormal rows that span what ``vectors`` (n, P) add to the orthonormal rows of
     ``basis``, m <= n.
 
-    Rows are taken one at a time, each projected twice, because what is left of a residual is small
-    against what is taken away. A row that adds nothing but rounding is left out.
+    Rows are taken one at a time. One that loses more than half of its length is projected a second
+    time, because what is left is then not orthogonal to rounding. A row that adds nothing but
+    rounding is left out.
     """
     rows: list[Tensor] = []
     for vector in vectors:
@@ -122,7 +151,9 @@ def orthonormal(vectors: Tensor, basis: Tensor) -> Tensor:
             if float(left) <= ROUNDING[row.dtype]:
                 break
             row = row / left
-        else:
+            if float(left) > ENOUGH:
+                break
+        if float(left) > ROUNDING[row.dtype]:
             rows.append(row)
     return torch.stack(rows) if rows else vectors[:0]
 
