@@ -1,42 +1,38 @@
 """How often what is said of an error is true, on spectra that nobody chose it for: ``python -m
 benchmarks.coverage``.
 
-The matrices are diagonal, since nothing depends on the basis with Gaussian probes; eigenvalues of a
-large one are put together in groups, each with the weight that its members have in a random vector
-(chi-square). What remains is what every block goes
-through: the schedule, Lanczos, quadrature, error bars. With fixed numbers of steps, the tridiagonal
-matrices are made from the random measures by an algorithm of their own, for all seeds at once.
+A cell of the table is a family of spectra, a size and a claim: ``auto`` with a tolerance, or fixed
+numbers of probes and steps. Each seed has other probes, and those families that are random another
+spectrum. :mod:`benchmarks.simulated` says how. A run of hours is done in pieces: cells that are in
+the file of ``--rows`` are not done again.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from jsonargparse import CLI
+from scipy.special import ndtri
 
-from benchmarks.families import FAMILIES, grouped
+from benchmarks.families import FAMILIES, HELD_OUT
 from benchmarks.record import write
+from benchmarks.simulated import LARGEST, Measure, adaptive, fixed, measure
 from blockspec.engine.accuracy import Accuracy
-from blockspec.engine.results import lanczos_spectrum
-from blockspec.engine.task import Probing, Task
-from blockspec.model.blocks import Block
-from blockspec.numerics.lanczos import Tridiagonal
+from blockspec.engine.estimate import SLACK
 from blockspec.numerics.measures import wasserstein
-from blockspec.numerics.ranks import Ranks
 from blockspec.spectra.spectrum import Spectrum
 
-FIXED = ((1, 10), (2, 30), (4, 40), (10, 100))  # probes, steps
-SETTINGS: dict[str, Any] = {
-    "curvature": "hessian",
-    "reorthogonalized": True,
-    "distribution": "gaussian",
-    "seed": 0,
-}
+FIXED = ("1,10", "2,30", "4,40", "10,100")  # probes, steps
+LEAST = 0.93  # of the seeds, where 95 % are claimed
+FEWEST = 4  # seeds of a cell, however long they take
+ROUNDING = 1e-12
+ALL = FAMILIES | HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -51,146 +47,107 @@ class Outcome:
     products: int
 
 
-def jacobi(nodes: np.ndarray, weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(B, size) alphas and betas of B discrete measures on the same nodes (N,) with weights (B, N),
-    which sum to 1: the algorithm of Gragg and Harwood (1984) as Gautschi gives it (OPQ,
-    ``lanczos.m``).
-    """
-    alphas = np.repeat(nodes[None, :size], len(weights), 0).T.copy()  # (size, B)
-    squares = np.zeros_like(alphas)
-    squares[0] = weights[:, 0]
-    for n in range(1, len(nodes)):
-        mass = weights[:, n].copy()
-        gamma, sigma, t = np.ones(len(weights)), np.zeros(len(weights)), np.zeros(len(weights))
-        for k in range(min(n + 1, size)):
-            total, before = squares[k] + mass, sigma
-            some = total > 0
-            safe = np.where(some, total, 1.0)
-            kept = gamma * total
-            gamma = np.where(some, squares[k] / safe, 1.0)
-            sigma = np.where(some, mass / safe, 0.0)
-            new = sigma * (alphas[k] - nodes[n]) - gamma * t
-            alphas[k] -= new - t
-            t = new
-            mass = np.where(sigma > 0, t * t / np.where(sigma > 0, sigma, 1.0), before * squares[k])
-            squares[k] = kept
-    return alphas.T, np.sqrt(np.maximum(squares.T, 0))
+def tolerance_of(claim: str) -> float | None:
+    return float(claim.split()[1]) if claim.startswith("auto") else None
 
 
-def fixed(
-    values: np.ndarray, probes: int, steps: int, seeds: int, random: np.random.Generator
-) -> Iterator[Spectrum]:
-    """Spectra of a diagonal matrix with fixed numbers, one a seed."""
-    places, counts = grouped(values)
-    weights = 2 * random.standard_gamma(counts / 2, (seeds * probes, len(counts)))
-    places, inverse = np.unique(places, return_inverse=True)
-    merged = np.zeros((seeds * probes, len(places)))
-    np.add.at(merged.T, inverse, weights.T)
-    merged /= merged.sum(1, keepdims=True)
-    alphas, betas = jacobi(places, merged, min(steps + 1, len(places)))
-    block, scale = Block("a", "other", None, len(values)), np.abs(values).max()
-    found = [_tridiagonal(a, b, steps, scale) for a, b in zip(alphas, betas, strict=True)]
-    for seed in range(seeds):
-        some = found[seed * probes : (seed + 1) * probes]
-        yield lanczos_spectrum(block, some, num_steps=steps, dtype=torch.float64, **SETTINGS)
+def drawn(family: str, size: int, seed: int) -> tuple[Measure, np.random.Generator]:
+    """The eigenvalues of one seed, and the random numbers for its probes."""
+    random = np.random.default_rng([seed, size])
+    return measure(ALL[family](size, random)), random
 
 
-def _tridiagonal(alphas: np.ndarray, betas: np.ndarray, steps: int, scale: float) -> Tridiagonal:
-    betas = np.append(betas[1:], 0.0)[:steps]
-    ended = np.flatnonzero(betas <= 1e-11 * scale)
-    m = int(ended[0]) + 1 if len(ended) else steps
-    return Tridiagonal(alphas[:m], betas[:m], len(ended) > 0, 0.0, 0.0)
-
-
-def adaptive(
-    values: np.ndarray, accuracy: Accuracy, random: np.random.Generator
-) -> tuple[Spectrum | None, int]:
-    """What the schedule does for a diagonal matrix, and the products that it takes; None: it
-    computes all eigenvalues.
-    """
-    places, counts = grouped(values) if len(values) > 2**16 else (values, np.ones(len(values), int))
-    matrix = torch.from_numpy(places)
-    task = Task(
-        Block("a", "other", None, len(values)),
-        torch.float64,
-        torch.device("cpu"),
-        accuracy,
-        Probing(0, "gaussian", True),
-    )
-
-    def start(probe: int) -> torch.Tensor:
-        return torch.from_numpy(np.sqrt(random.standard_gamma(counts / 2)))
-
-    task.probe = start  # type: ignore[method-assign]
-    products = 0
-    while not task.exact and (jobs := list(task.pending())):
-        for job in jobs:
-            done = False
-            while not done:
-                Ranks().together([job.recurrence.step(matrix * job.recurrence.vector)])
-                products, done = products + 1, task.is_done(job)
-            task.collect(job)
-    if task.exact:
-        return None, products + len(values)
-    results = task.results()
-    steps = max(len(t.alphas) for t in results)
-    found = lanczos_spectrum(
-        task.block,
-        results,
-        num_steps=steps,
-        deflation=task.deflation,
-        dtype=torch.float64,
-        **SETTINGS,
-    )
-    return found.with_exact_weights(), products
-
-
-def outcome(spectrum: Spectrum | None, values: np.ndarray, products: int) -> Outcome:
+def outcome(spectrum: Spectrum | None, truth: Measure, products: int) -> Outcome:
+    """None: all eigenvalues were computed."""
     if spectrum is None:
         return Outcome(0.0, 0.0, products)
+    places, counts = truth
     estimated = spectrum.nodes.ravel(), spectrum.weights.ravel() / spectrum.num_probes
-    places, counts = np.unique(values, return_counts=True)
-    distance = wasserstein(estimated, (places, counts / len(values)))
-    norm = np.abs(values).max()
+    distance = wasserstein(estimated, (places, counts / counts.sum()))
+    norm = np.abs(places).max()
     return Outcome(spectrum.error / norm, distance / norm, products)
 
 
-def row(outcomes: Sequence[Outcome], tolerance: float | None) -> dict[str, float]:
+def trials(
+    family: str, size: int, claim: str, seeds: int, *, seconds: float = np.inf
+) -> list[Outcome]:
+    """Outcomes of one cell with ``auto``, as many as the processor makes in that time."""
+    tolerance, start = tolerance_of(claim), time.process_time()
+    if tolerance is None:
+        return trials_fixed(family, size, [claim], seeds)[claim]
+    found: list[Outcome] = []
+    for seed in range(seeds):
+        truth, random = drawn(family, size, seed)
+        result = adaptive(*truth, Accuracy(None, None, tolerance), random)
+        found.append(outcome(result[0], truth, result[1]))
+        if len(found) >= FEWEST and time.process_time() - start > seconds:
+            break
+    return found
+
+
+def trials_fixed(
+    family: str, size: int, claims: Sequence[str], seeds: int
+) -> dict[str, list[Outcome]]:
+    """Outcomes of several cells with fixed numbers. A matrix with no more eigenvalues than steps is
+    done exactly.
+    """
+    numbers = {claim: tuple(map(int, claim.split(","))) for claim in claims}
+    found = {claim: [Outcome(0.0, 0.0, size)] * seeds for claim in claims}
+    estimated = [claim for claim in claims if numbers[claim][1] < size]
+    if not estimated:
+        return found
+    measures, randoms = zip(*(drawn(family, size, seed) for seed in range(seeds)), strict=True)
+    pairs = [(numbers[claim][0], numbers[claim][1]) for claim in estimated]
+    found |= {claim: [] for claim in estimated}
+    for number, seed, spectrum in fixed(measures, pairs, randoms):
+        products = pairs[number][0] * pairs[number][1]
+        found[estimated[number]].append(outcome(spectrum, measures[seed], products))
+    return found
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Ends of the 95 % interval of a share of so many (Wilson 1927)."""
+    z = float(ndtri(0.975))
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    reach = z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z * z / count)
+    return middle - reach, middle + reach
+
+
+def row(outcomes: Sequence[Outcome], tolerance: float | None) -> dict[str, object]:
+    """One cell. ``says within the tolerance``: no warning tells of another error; ``and is``: share
+    of these.
+    """
     error, distance = (np.array([getattr(o, n) for o in outcomes]) for n in ("error", "distance"))
-    estimated = distance > 1e-12
-    loose = np.median(error[estimated] / distance[estimated]) if estimated.any() else np.nan
-    return {
-        "within the error": float((distance <= error + 1e-12).mean()),
-        "worst": float(np.max(distance / np.maximum(error, 1e-12))),
-        "looseness": float(loose),
-        "within the tolerance": np.nan
-        if tolerance is None
-        else float((distance <= tolerance).mean()),
+    some = distance > ROUNDING
+    inside = float((distance <= error + ROUNDING).mean())
+    low, high = wilson(inside, len(outcomes))
+    cell: dict[str, object] = {
+        "seeds": len(outcomes),
+        "within the error": inside,
+        "of 95 %": f"{low:.3f} to {high:.3f}",
+        "worst": float(np.max(distance / np.maximum(error, ROUNDING))),
+        "looseness": float(np.median(error[some] / distance[some])) if some.any() else np.nan,
         "products": float(np.median([o.products for o in outcomes])),
+        "exact": float(1 - some.mean()),
     }
+    if tolerance is not None:
+        said = error <= SLACK * tolerance
+        held = float((distance[said] <= tolerance).mean()) if said.any() else np.nan
+        cell |= {"says within the tolerance": float(said.mean()), "and is": held}
+    return cell
 
 
-def trials(family: str, size: int, claim: str, seeds: int, *, start: int = 0) -> list[Outcome]:
-    """Outcomes of one cell; adversarial families have another spectrum each seed."""
-    drawn = [
-        (FAMILIES[family](size, random), random)
-        for random in (np.random.default_rng([seed, size]) for seed in range(start, start + seeds))
-    ]
-    if claim.startswith("auto"):
-        accuracy = Accuracy(None, None, float(claim.split()[1]))
-        return [outcome(*_swapped(adaptive(v, accuracy, r), v)) for v, r in drawn]
-    probes, steps = map(int, claim.split(","))
-    same = all((values == drawn[0][0]).all() for values, _ in drawn)
-    found: list[tuple[Spectrum, np.ndarray]] = []
-    for values, random in drawn[:1] if same else drawn:
-        found += [(s, values) for s in fixed(values, probes, steps, seeds if same else 1, random)]
-    return [outcome(s, v, probes * steps) for s, v in found]
-
-
-def _swapped(
-    result: tuple[Spectrum | None, int], values: np.ndarray
-) -> tuple[Spectrum | None, np.ndarray, int]:
-    return result[0], values, result[1]
+def cells(
+    family: str, size: int, claims: Sequence[str], seeds: int, seconds: float
+) -> Iterator[dict[str, object]]:
+    """A row for each claim."""
+    held_out = "yes" if family in HELD_OUT else ""
+    head: dict[str, object] = {"family": family, "held out": held_out, "P": size}
+    shared = [claim for claim in claims if tolerance_of(claim) is None]
+    of_fixed = trials_fixed(family, size, shared, seeds)
+    for claim in claims:
+        found = of_fixed.get(claim) or trials(family, size, claim, seeds, seconds=seconds)
+        yield head | {"claim": claim} | row(found, tolerance_of(claim))
 
 
 def table(
@@ -199,37 +156,81 @@ def table(
     claims: Sequence[str],
     seeds: int,
     *,
-    progress: Callable[[str], None] = lambda text: None,
+    seconds: float = np.inf,
+    done: pd.DataFrame | None = None,
+    keep: Callable[[dict[str, object]], None] = lambda cell: None,
 ) -> pd.DataFrame:
-    """A row for each family, size and claim."""
-    rows = []
+    """A row for each family, size and claim; those that are ``done`` as they are."""
+    rows: list[dict[str, object]] = []
+    if done is not None:
+        rows += [dict(zip(done.columns, cell, strict=True)) for cell in done.to_numpy()]
+    have = {(r["family"], r["P"], r["claim"]) for r in rows}
     for family in families:
         for size in sizes:
-            for claim in claims:
-                tolerance = float(claim.split()[1]) if claim.startswith("auto") else None
-                rows.append(
-                    {"family": family, "P": size, "claim": claim}
-                    | row(trials(family, size, claim, seeds), tolerance)
-                )
-                progress(
-                    " ".join(
-                        f"{v:.3g}" if isinstance(v, float) else str(v) for v in rows[-1].values()
-                    )
-                )
+            missing = [claim for claim in claims if (family, size, claim) not in have]
+            for cell in cells(family, size, missing, seeds, seconds):
+                rows.append(cell)
+                keep(cell)
     return pd.DataFrame(rows)
+
+
+def summary(found: pd.DataFrame) -> pd.DataFrame:
+    """Claim, measured, looseness: over all families and sizes."""
+    rows = {}
+    for claim, part in found.groupby("claim", sort=False):
+        estimated = part[part["exact"] < 1]
+        many = estimated[estimated["seeds"] >= 100]
+        rows[claim] = {
+            "cells": len(part),
+            "not exact": len(estimated),
+            "least of 100 seeds": many["within the error"].min(),
+            f"below {LEAST}": int((many["within the error"] < LEAST).sum()),
+            "mean": float(np.average(estimated["within the error"], weights=estimated["seeds"])),
+            "worst": estimated["worst"].max(),
+            "median looseness": estimated["looseness"].median(),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("claim")
 
 
 def main(
     seeds: int = 200,
     sizes: tuple[int, ...] = (100, 1000, 100_000),
     tolerances: tuple[float, ...] = (1e-2, 2e-3, 5e-4),
-    families: tuple[str, ...] = tuple(FAMILIES),
+    numbers: tuple[str, ...] = FIXED,
+    families: tuple[str, ...] = tuple(ALL),
+    seconds: float = 20.0,
+    rows: Path | None = None,
 ) -> None:
-    """Measures and writes the tables."""
-    claims = [f"{probes},{steps}" for probes, steps in FIXED] + [f"auto {t:g}" for t in tolerances]
-    found = table(families, sizes, claims, seeds, progress=lambda text: print(text, flush=True))
-    write("coverage", {"All cells": found})
+    """Measures and writes the tables.
 
+    Args:
+        seeds: Of a cell, at most.
+        sizes: Parameters of the block.
+        tolerances: Of ``auto``.
+        numbers: Fixed ones, probes and steps.
+        families: From :mod:`benchmarks.families`.
+        seconds: Of the processor, after which a cell with ``auto`` takes no more seeds.
+        rows: CSV file of the cells that are done; more are added to it.
+    """
+    claims = [*numbers, *(f"auto {t:g}" for t in tolerances)]
+    done = pd.read_csv(rows, keep_default_na=False) if rows and rows.exists() else None
+
+    def keep(cell: dict[str, object]) -> None:
+        print(" | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in cell.values()))
+        if rows is not None:
+            columns = [*cell, *(c for c in TOLERANCE_COLUMNS if c not in cell)]
+            frame = pd.DataFrame([cell]).reindex(columns=columns)
+            frame.to_csv(rows, mode="a", header=not rows.exists(), index=False)
+
+    found = table(families, sizes, claims, seeds, seconds=seconds, done=done, keep=keep)
+    note = (
+        f"Of more than {LARGEST} eigenvalues, groups stand as one place, in the truth as well. "
+        f"Looseness: the error that was said over the distance that is true, at the median."
+    )
+    write("coverage", {"Claims": summary(found), "All cells": found}, notes=note)
+
+
+TOLERANCE_COLUMNS = ("says within the tolerance", "and is")
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

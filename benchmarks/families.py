@@ -115,6 +115,38 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def lognormal(size: int, random: np.random.Generator) -> np.ndarray:
+    values = np.exp(2.5 * random.standard_normal(size))
+    return values / values.max()
+
+
+def pareto(size: int, random: np.random.Generator) -> np.ndarray:
+    values = (1 - random.random(size)) ** -1.2 * random.choice([-1, 1], size, p=[0.2, 0.8])
+    return values / np.abs(values).max()
+
+
+def stairs(size: int, random: np.random.Generator) -> np.ndarray:
+    """Steps of very unequal widths and heights."""
+    heights = np.sort(random.random(6)) ** 3
+    return np.repeat(heights / heights[-1], size // 6 + 1)[:size]
+
+
+def one_pair_on_top(size: int, random: np.random.Generator) -> np.ndarray:
+    """Single outliers, of which the largest stands there twice."""
+    values = with_outliers(1e-3 * (2 * _middles(size) - 1), random.random(20) * 0.5)
+    values[:2] = 1.0
+    return values
+
+
+HELD_OUT: dict[str, Family] = {
+    "log-normal": lognormal,
+    "Pareto": pareto,
+    "stairs": stairs,
+    "one pair on top": one_pair_on_top,
+}
+"""Drawn anew each time, and never looked at when a rule or a constant was chosen."""
+
+
 def grouped(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N,) distinct places and how many eigenvalues each stands for: of a large matrix, all but the
     largest are put into groups, each with the mean of its eigenvalues. Small repeated ones stay

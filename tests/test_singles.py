@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.coverage import fixed, outcome
+from benchmarks.coverage import outcome
+from benchmarks.simulated import fixed, measure
 from blockspec import FunctionOperator, estimate_spectra, load_spectra
 from blockspec.spectra.collection import Spectra
 from blockspec.spectra.data import Sample
@@ -25,7 +26,9 @@ def bulk(copies=1, count=30):
 
 
 def drawn(values, probes, steps, seeds=40):
-    return list(fixed(values, probes, steps, seeds, np.random.default_rng(3)))
+    randoms = [np.random.default_rng([3, seed]) for seed in range(seeds)]
+    found = fixed([measure(values)] * seeds, [(probes, steps)], randoms)
+    return [spectrum for _, _, spectrum in found]
 
 
 def rms(values):
@@ -39,7 +42,7 @@ def test_single_eigenvalues_lose_their_noise_and_the_error_says_so(probes, gain)
     after = [spectrum.with_exact_weights() for spectrum in before]
     used = np.mean([spectrum.known.any() for spectrum in after])
     assert used > 0.5
-    seen = [[outcome(s, values, 0) for s in some] for some in (before, after)]
+    seen = [[outcome(s, measure(values), 0) for s in some] for some in (before, after)]
     distances = [[o.distance for o in some] for some in seen]
     assert rms(distances[0]) > gain * rms(distances[1])
     assert np.mean([o.distance <= o.error for o in seen[1]]) >= 0.93
@@ -63,7 +66,7 @@ def test_what_may_be_pairs_is_left_alone(copies, probes):
     assert np.mean([spectrum.known.any() for spectrum in after]) <= 0.1
     untouched = [a is b for a, b in zip(after, before, strict=True) if not a.known.any()]
     assert all(untouched)
-    seen = [outcome(s, values, 0) for s in after]
+    seen = [outcome(s, measure(values), 0) for s in after]
     assert np.mean([o.distance <= o.error for o in seen]) >= 0.9
 
 
