@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.coverage import outcome
-from benchmarks.simulated import fixed, measure
+from benchmarks.simulated import measure
 from blockspec import FunctionOperator, estimate_spectra, load_spectra
 from blockspec.spectra.collection import Spectra
 from blockspec.spectra.data import Sample
@@ -26,48 +26,68 @@ def bulk(copies=1, count=30):
 
 
 def drawn(values, probes, steps, seeds=40):
-    randoms = [np.random.default_rng([3, seed]) for seed in range(seeds)]
-    found = fixed([measure(values)] * seeds, [(probes, steps)], randoms)
-    return [spectrum for _, _, spectrum in found]
+    """As the engine does it: with several probes, the first one is followed beside the second."""
+    values = torch.from_numpy(values)
+    operator = FunctionOperator(lambda v: values * v, len(values))
+    settings = {"curvature": operator, "num_probes": probes, "num_steps": steps}
+    return [
+        estimate_spectra(None, operator.block(), **settings, seed=seed)["matrix"]
+        for seed in range(seeds)
+    ]
 
 
 def rms(values):
     return float(np.sqrt(np.mean(np.square(values))))
 
 
-@pytest.mark.parametrize(("probes", "gain"), [(1, 1.2), (4, 1.6)])
-def test_single_eigenvalues_lose_their_noise_and_the_error_says_so(probes, gain):
+@pytest.mark.parametrize(("probes", "gain", "seeds"), [(1, 2, 24), (2, 3, 12), (4, 3, 6)])
+def test_single_eigenvalues_lose_their_noise_and_the_error_says_so(probes, gain, seeds):
+    """Distances, traces and norms: on a narrow bulk with outliers."""
     values = bulk()
-    before = drawn(values, probes, 60)
+    before = drawn(values, probes, 60, seeds)
     after = [spectrum.with_exact_weights() for spectrum in before]
-    used = np.mean([spectrum.known.any() for spectrum in after])
-    assert used > 0.5
+    assert np.mean([spectrum.known.any() for spectrum in after]) >= 0.9
     seen = [[outcome(s, measure(values), 0) for s in some] for some in (before, after)]
     distances = [[o.distance for o in some] for some in seen]
     assert rms(distances[0]) > gain * rms(distances[1])
-    assert np.mean([o.distance <= o.error for o in seen[1]]) >= 0.93
-    assert np.median([o.error for o in seen[1]]) < np.median([o.error for o in seen[0]])
-    median = [np.median([o.distance for o in some]) for some in seen]
-    assert median[0] > 3 * median[1]  # where the weights were not too large by chance
-    traces = [[s.trace.value - values.sum() for s in some] for some in (before, after)]
-    assert np.median(np.abs(traces[0])) > 3 * np.median(np.abs(traces[1]))
+    assert np.mean([o.distance <= o.error for o in seen[1]]) >= 0.9
+    assert np.median([o.error for o in seen[1]]) < np.median([o.error for o in seen[0]]) / 3
+    traces = [
+        [SIZE * s.moment(1).value - values.sum() for s in before],
+        [s.trace.value - values.sum() for s in before],
+    ]
+    assert rms(traces[0]) > gain * rms(traces[1])
     squares = [s.moment(2).value * SIZE - (values**2).sum() for s in before]
     named = [norms({"a": s})["squared_norm"].iloc[0] - (values**2).sum() for s in before]
-    assert np.median(np.abs(squares)) > 3 * np.median(np.abs(named))
+    assert rms(squares) > gain * rms(named)
 
 
-@pytest.mark.parametrize("probes", [1, 2, 4])
+@pytest.mark.parametrize(("probes", "seeds"), [(1, 24), (2, 8), (4, 4)])
 @pytest.mark.parametrize("copies", [2, 3])
-def test_what_may_be_pairs_is_left_alone(copies, probes):
-    """A Krylov space holds one vector of each eigenspace: one weight cannot tell."""
-    values = bulk(copies, count=12)
-    before = drawn(values, probes, 40)
+def test_repeated_eigenvalues_are_left_alone(copies, probes, seeds):
+    """A Krylov space holds one vector of each eigenspace: one weight cannot tell, two probes can,
+    but for a few pairs in a hundred that agree by chance.
+    """
+    before = drawn(bulk(copies, count=12), probes, 40, seeds)
     after = [spectrum.with_exact_weights() for spectrum in before]
-    assert np.mean([spectrum.known.any() for spectrum in after]) <= 0.1
-    untouched = [a is b for a, b in zip(after, before, strict=True) if not a.known.any()]
-    assert all(untouched)
-    seen = [outcome(s, measure(values), 0) for s in after]
-    assert np.mean([o.distance <= o.error for o in seen]) >= 0.9
+    taken = [s.known[0].sum() / 12 for s in after]
+    assert np.mean(taken) <= 0.1
+    assert all(a is b for a, b in zip(after, before, strict=True) if not a.known.any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_probes_find_the_one_pair_among_single_eigenvalues(dtype):
+    values = bulk()
+    values[30] = 1.0
+    matrix = torch.from_numpy(values).to(dtype)
+    operator = FunctionOperator(lambda v: matrix * v, SIZE, dtype=dtype)
+    for seed in range(6):
+        found = estimate_spectra(None, operator.block(), 2, 60, curvature=operator, seed=seed)[
+            "matrix"
+        ].with_exact_weights()
+        known = found.nodes[0, found.known[0]]
+        assert len(known) >= 8  # 1/2, 1/3, ...
+        assert known.max() < 0.6
 
 
 def test_weights_and_samples_are_whole():
@@ -126,10 +146,10 @@ def test_auto_has_them_and_fixed_numbers_keep_their_moments(tmp_path):
     np.testing.assert_array_equal(
         load_spectra(tmp_path / "s.parquet")["matrix"].known, later["matrix"].known
     )
-    auto = estimate_spectra(
-        None, operator.block(), curvature=operator, num_probes=4, num_steps="auto", tolerance=1e-4
-    )["matrix"]
-    assert auto.known.any()
+    settings |= {"num_steps": "auto", "tolerance": 1e-4}
+    assert estimate_spectra(None, operator.block(), **settings)["matrix"].known.any()
+    settings |= {"num_probes": 1}  # likely is not enough for a promise
+    assert not estimate_spectra(None, operator.block(), **settings)["matrix"].known.any()
 
 
 def test_without_reorthogonalisation_copies_are_not_counted():

@@ -15,9 +15,10 @@ from blockspec.engine.task import Task
 from blockspec.model.blocks import Block
 from blockspec.numerics.lanczos import Tridiagonal
 from blockspec.numerics.measures import NOTHING, transport
-from blockspec.numerics.quadrature import cut, quadrature
+from blockspec.numerics.quadrature import cut, quadrature, ritz_pairs
 from blockspec.numerics.units import LeftOut
 from blockspec.spectra.data import Sample
+from blockspec.spectra.singles import proven
 from blockspec.spectra.spectrum import Spectrum
 
 MATRIX_ROUNDING = 128
@@ -74,8 +75,10 @@ def _of_probes(task: Task, settings: Mapping[str, Any]) -> Spectrum:
         left_out=task.results_left_out(),
         **settings,
     )
-    # with fixed numbers, weights are those of the probes: sums of them are moments
-    return found.with_exact_weights() if task.accuracy.adaptive else found
+    # with fixed numbers, weights are those of the probes: sums of them are moments; and what one
+    # probe says of single eigenvalues is likely, not certain enough for an error that is promised
+    several = task.accuracy.adaptive and found.num_probes > 1
+    return found.with_exact_weights() if several else found
 
 
 PADDING: dict[str, Literal["edge", "constant"]] = {
@@ -129,9 +132,13 @@ def lanczos_spectrum(
             part = _beside(left_out[number], nodes, weights)
             without.append(_with_known(part, deflation, left, order))
     arrays = _padded(rows, num_steps + len(known))
+    single = proven(
+        arrays["nodes"], arrays["weights"], arrays["residuals"], _across(ended[0]), block.numel
+    )
     return Spectrum(
         block=block,
         **arrays,
+        single=single,
         steps=np.array([len(t.alphas) for t in ended]),
         breakdown=np.array([t.breakdown for t in ended]),
         orthogonality=np.array(
@@ -143,6 +150,11 @@ def lanczos_spectrum(
         sample=_sample(without, arrays["nodes"], arrays["weights"]),
         **settings,  # type: ignore[arg-type]
     )
+
+
+def _across(first: Tridiagonal) -> np.ndarray | None:
+    """(m,) inner products of the Ritz vectors with the start vector of the next probe."""
+    return None if first.beside is None else ritz_pairs(first)[1].T @ first.beside
 
 
 def _beside(part: LeftOut, nodes: np.ndarray, weights: np.ndarray) -> LeftOut:

@@ -311,7 +311,11 @@ def _listed(value: Any) -> Any:
 
 
 def _tridiagonal(plain: dict[str, Any]) -> Tridiagonal:
-    arrays = {name: np.array(plain[name], dtype=np.float64) for name in ("alphas", "betas")}
+    arrays = {
+        name: np.array(plain[name], dtype=np.float64)
+        for name in ("alphas", "betas", "beside")
+        if plain[name] is not None
+    }
     return Tridiagonal(**(plain | arrays))
 
 

@@ -165,8 +165,16 @@ class Task:
             storage=p.storage,
             ranks=p.ranks,
             by_unit=p.by_unit,
+            beside=self.probe(1) if self._has_one_beside(probe) else None,
         )
         return Job(self.block, probe, recurrence, Projections() if p.by_unit else None)
+
+    def _has_one_beside(self, probe: int) -> bool:
+        """Whether that probe is followed beside the next one, so that both together can tell single
+        eigenvalues from repeated ones: the first of those whose number is fixed.
+        """
+        p, several = self.probing, (self.accuracy.num_probes or 1) > 1
+        return probe == 0 and several and p.reorthogonalize and p.storage is None
 
     def probe(self, probe: int) -> Tensor:
         """(P,) the start vector of that number."""
@@ -303,4 +311,6 @@ class Task:
     @property
     def held_bytes(self) -> int:
         """Memory that is held beside that of jobs."""
-        return 0 if self.deflation is None else self.deflation.vectors.nbytes
+        beside = self._has_one_beside(0) and not self.exact and 0 not in self.tridiagonals
+        held = 0 if self.deflation is None else self.deflation.vectors.nbytes
+        return held + beside * self.block.numel * self.dtype.itemsize

@@ -43,6 +43,8 @@ class Tridiagonal:
         orthogonality: Max |Q'Q - I|; None where the basis was not kept, or is not finished.
         asymmetry: Norm of the coefficients that are zero for a symmetric matrix without rounding;
             same unit as A.
+        beside: (m,) inner products of the Krylov vectors with another probe's start vector of norm
+            1; None where there was none.
     """
 
     alphas: np.ndarray
@@ -50,6 +52,7 @@ class Tridiagonal:
     breakdown: bool
     orthogonality: float | None
     asymmetry: float
+    beside: np.ndarray | None = None
 
 
 class Lanczos:
@@ -67,6 +70,7 @@ class Lanczos:
     storage: dtype and device of the kept vectors; None takes those of ``start``.
     ranks: processes that run this recurrence together, with equal products, and share the kept
         vectors.
+    beside: (P,) another probe's start vector; see :attr:`Tridiagonal.beside`.
     by_unit: products of units of data will be asked for :meth:`along`. With several ``ranks`` each
         process then keeps all of every vector.
     """
@@ -81,6 +85,7 @@ class Lanczos:
         storage: tuple[torch.dtype, torch.device] | None = None,
         ranks: Ranks | None = None,
         by_unit: bool = False,
+        beside: Tensor | None = None,
     ) -> None:
         given = () if deflated is None else deflated
         self._deflated = len(given)
@@ -94,6 +99,8 @@ class Lanczos:
         self.betas: list[float] = []
         self.breakdown = False
         self.asymmetry = 0.0
+        self._beside = None if beside is None else beside / math.sqrt(_dot(beside, beside))
+        self.products_beside: list[float] = []
         self.vector = start / norm
         """(P,) the vector whose product is wanted next."""
         self._previous: Tensor | None = None
@@ -125,6 +132,8 @@ class Lanczos:
     def step(self, product: Tensor) -> Shared[None]:
         """One step. ``product`` (P,) is A times :attr:`vector` and is overwritten. A generator, see
         :meth:`blockspec.numerics.ranks.Ranks.together`."""
+        if self._beside is not None:
+            self.products_beside.append(_dot(self.vector, self._beside))
         alpha = (
             self._recurrence(product)
             if self._basis is None
@@ -152,6 +161,7 @@ class Lanczos:
             breakdown=self.breakdown and steps == found,
             orthogonality=None,
             asymmetry=self.asymmetry,
+            beside=None if self._beside is None else np.array(self.products_beside[:steps]),
         )
 
     def along(self, product: Tensor) -> Tensor:
@@ -171,9 +181,10 @@ class Lanczos:
     def finish(self) -> Tridiagonal:
         """The final result; the vectors are let go."""
         orthogonality = None if self._basis is None else self._basis.orthogonality()
-        self._basis = self._whole = self._previous = None
+        found = replace(self.tridiagonal(), orthogonality=orthogonality)
+        self._basis = self._whole = self._previous = self._beside = None
         self.vector = self.vector[:0]
-        return replace(self.tridiagonal(), orthogonality=orthogonality)
+        return found
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What :meth:`restore` needs to go on, bit by bit the same: tensors and plain numbers."""
@@ -184,15 +195,14 @@ class Lanczos:
             tensors["basis"] = self._basis.matrix()
         if self._whole is not None and self._whole is not self._basis:
             tensors["whole"] = self._whole.matrix()
-        return tensors, {"alphas": self.alphas, "betas": self.betas, "asymmetry": self.asymmetry}
+        numbers = {"alphas": self.alphas, "betas": self.betas, "asymmetry": self.asymmetry}
+        return tensors, numbers | {"products_beside": self.products_beside}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Goes on from a state of the same start vector."""
-        self.alphas, self.betas, self.asymmetry = (
-            list(numbers["alphas"]),
-            list(numbers["betas"]),
-            numbers["asymmetry"],
-        )
+        self.alphas, self.betas = list(numbers["alphas"]), list(numbers["betas"])
+        self.asymmetry = numbers["asymmetry"]
+        self.products_beside = list(numbers["products_beside"])
         self.vector = fresh(tensors["vector"]).to(self.vector)
         kept = tensors.get("previous")
         self._previous = None if kept is None else fresh(kept).to(self.vector)

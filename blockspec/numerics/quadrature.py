@@ -38,4 +38,5 @@ def cut(tridiagonal: Tridiagonal, threshold: float) -> Tridiagonal:
         return tridiagonal
     m = int(small[0]) + 1
     t = tridiagonal
-    return Tridiagonal(t.alphas[:m], t.betas[:m], True, t.orthogonality, t.asymmetry)
+    beside = None if t.beside is None else t.beside[:m]
+    return Tridiagonal(t.alphas[:m], t.betas[:m], True, t.orthogonality, t.asymmetry, beside)

@@ -159,6 +159,7 @@ def block_diagonal(spectra: Mapping[str, Spectrum]) -> Spectrum:
         residuals=np.take_along_axis(residuals, order, 1),
         known=np.take_along_axis(known, order, 1),
         apart=np.take_along_axis(apart, order, 1),
+        single=np.full(nodes.shape, False),
         steps=np.full(len(nodes), sum(int(part.steps.max()) for part in parts)),
         breakdown=np.full(len(nodes), all(part.breakdown.all() for part in parts)),
         orthogonality=np.full(len(nodes), max(part.orthogonality.max() for part in parts)),
@@ -266,6 +267,7 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     for name, value in {
         "precision_error": 0.0,
         "known": False,
+        "single": False,
         "units": 0,
     }.items():  # what files, or stages, of earlier versions lack
         if name not in table:
@@ -315,7 +317,13 @@ PER_BLOCK = (
 )
 TEXTS = ("curvature", "dtype", "distribution")  # of PER_BLOCK
 PER_PROBE = ("steps", "breakdown", "orthogonality", "steps_error")
-PER_NODE = {"node": "nodes", "weight": "weights", "residual": "residuals", "known": "known"}
+PER_NODE = {
+    "node": "nodes",
+    "weight": "weights",
+    "residual": "residuals",
+    "known": "known",
+    "single": "single",
+}
 COLUMNS = (
     "step",
     "block",

@@ -267,6 +267,7 @@ PER_PROBE = (
     "weights",
     "residuals",
     "known",
+    "single",
     "steps",
     "breakdown",
     "orthogonality",

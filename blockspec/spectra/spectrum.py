@@ -86,6 +86,8 @@ class Spectrum:
         known: (K, M) True where a node is an eigenvalue that has its exact weight 1/P, the same in
             all rows, because its vector is known; only the rest is noisy. Left out: everywhere
             where ``exact``, else nowhere.
+        single: (K, M) True where two probes together have proven that a node is an eigenvalue that
+            stands there once; see :meth:`with_exact_weights`.
         apart: (K, M) of a mixture of blocks: the mean of the gaps between a node and its neighbours
             of its own block. Else None: what the nodes say.
         steps: (K,) Lanczos steps done; without those of a probe that found what is known, and is no
@@ -124,6 +126,7 @@ class Spectrum:
     seed: int
     precision_error: float = 0.0
     known: np.ndarray = field(default=None)  # type: ignore[arg-type]
+    single: np.ndarray = field(default=None)  # type: ignore[arg-type]
     apart: np.ndarray | None = None
     units: int = 0
     sample: Sample | None = field(default=None, repr=False)
@@ -131,6 +134,8 @@ class Spectrum:
     def __post_init__(self) -> None:
         if self.known is None:
             object.__setattr__(self, "known", np.full(self.nodes.shape, self.exact))
+        if self.single is None:
+            object.__setattr__(self, "single", np.full(self.nodes.shape, False))
 
     @property
     def num_probes(self) -> int:
@@ -179,8 +184,10 @@ class Spectrum:
 
     @property
     def trace(self) -> Estimate:
-        """Trace of the block; unit of an eigenvalue."""
-        return self.moment(1).scaled(self.block.numel)
+        """Trace of the block; unit of an eigenvalue. Single eigenvalues count with their exact
+        weight, see :meth:`with_exact_weights`: it is not the mean of the probes' own moments.
+        """
+        return self.with_exact_weights().moment(1).scaled(self.block.numel)
 
     @property
     def largest(self) -> RitzValue:
@@ -249,8 +256,8 @@ class Spectrum:
         parts = []
         for nodes, weights in zip(*found, strict=True):
             order = np.argsort(nodes, axis=1)
-            arrays = {"nodes": nodes, "weights": weights, "known": self.known}
-            arrays |= {"residuals": self.residuals}
+            arrays = {"nodes": nodes, "weights": weights, "residuals": self.residuals}
+            arrays |= {"known": self.known, "single": self.single}
             arrays |= {} if self.apart is None else {"apart": self.apart}
             rows: dict[str, Any] = {
                 name: np.take_along_axis(array, order, 1) for name, array in arrays.items()
@@ -262,9 +269,11 @@ class Spectrum:
         """The same with the weight 1 / P for eigenvalues that every probe has found, where they are
         known to be single ones; see :mod:`blockspec.spectra.singles`.
 
-        Trace, norms, densities and distances then have less noise, and :attr:`error` says so. A
-        probe's moments are no longer those of its start vector. Spectra with ``auto`` have them
-        already.
+        Densities and distances then have less noise, and :attr:`error` says so; :attr:`trace` and
+        :func:`blockspec.norms` make use of it themselves. A probe's moments are no longer those of
+        its start vector. With several probes, single means proven. With one it means likely, all of
+        them together: a pair among many single eigenvalues is taken for one of them, and the error
+        does not hold that.
         """
         return with_exact_weights(self)
 
