@@ -31,7 +31,10 @@ CONFIDENCE = 1.96  # standard deviations of a normal variable that hold the trut
 DRAWS = 400  # of gamma weights: the level of the quantile that is found is then 0.97 +- 0.009
 # divided by the number of probes: of a repeated eigenvalue, of which they saw next to nothing, as
 # many times the weight 1 / P more than they saw as 95 % need
-HIDDEN = 3.0
+HIDDEN = 2.0
+# by how many spreads 97 % of chi-square variables with one degree of freedom are off: draws of
+# smaller shapes, which no eigenvalue has, are often 0, with no spread at all
+FARTHEST = 26.0
 PLACES = 128  # that the nodes are put into before drawing, so that it takes 2 ms at most
 
 NOTHING = np.empty(0)
@@ -76,7 +79,8 @@ class Noisy:
         spreads = _spread(np.maximum(drawn, self.least), gaps)
         own = distances / np.maximum(spreads, np.finfo(float).tiny)
         hidden = self._hides() * HIDDEN / (self.numel * probes)
-        return float(np.quantile(own, LEVEL) * _spread(self.weights, gaps, hidden))
+        far = min(float(np.quantile(own, LEVEL)), FARTHEST)
+        return far * float(_spread(self.weights, gaps, hidden))
 
     def _hides(self) -> np.ndarray:
         """(n - 1,) whether there are eigenvalues that are certain on the lighter side of each gap.
