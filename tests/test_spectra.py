@@ -12,7 +12,7 @@ import torch
 from problems import problem, truth
 from quadratics import decaying, matrix_of, spectra_of
 
-from benchmarks.families import marchenko_pastur, semicircle
+from benchmarks.families import FAMILIES, marchenko_pastur, semicircle
 from blockspec import (
     Estimate,
     RitzValue,
@@ -93,13 +93,28 @@ def peaks(density):
         (marchenko_pastur(1000), 1),
         (np.concatenate([semicircle(500, 0.3) - 1, semicircle(500, 0.3) + 1]), 2),
         (np.concatenate([semicircle(900, 0.1), semicircle(100, 0.05) + 1]), 2),
+        (np.repeat([-1.0, 1.0], 500), 2),
+        (FAMILIES["two narrow clusters"](1000, np.random.default_rng(0)), 2),
     ],
-    ids=["semicircle", "Marchenko-Pastur", "two", "two unequal"],
+    ids=["semicircle", "Marchenko-Pastur", "two", "two unequal", "signs", "clusters"],
 )
 def test_a_density_has_the_peaks_of_the_spectrum_and_no_others(values, number):
     found = one(values, num_probes=4, num_steps=40)
     grid = np.linspace(values.min() - 0.3, values.max() + 0.3, 2000)
     assert peaks(found.density(grid)) == number
+
+
+@pytest.mark.parametrize(
+    "values", [semicircle(1000), marchenko_pastur(1000), np.linspace(-1, 1, 1000)]
+)
+def test_total_variation_is_small_where_steps_resolve_the_bulk(values):
+    """Eigenvalues are counted in 40 cells."""
+    found = one(values, num_probes=4, num_steps=40)
+    grid = np.linspace(values.min() - 0.3, values.max() + 0.3, 2000)
+    ends = np.linspace(grid[0], grid[-1], 41)
+    masses = np.histogram(grid, ends, weights=found.density(grid) * np.gradient(grid))[0]
+    truth = np.histogram(values, ends)[0] / len(values)
+    assert np.abs(masses - truth).sum() / 2 <= 0.1
 
 
 def test_the_density_of_a_mixture_is_no_finer_than_those_of_its_parts():
