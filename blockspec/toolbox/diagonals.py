@@ -139,8 +139,15 @@ def diagonal(
         totals = [with_data(t, without) for t, without in zip(totals, left_out.T, strict=True)]
     means = [total.scaled(1 / size) for total, size in zip(totals, sizes, strict=True)]
     cost = Cost(operator.gradients, operator.products, check_of(operator))
-    probes = [count] * len(blocks)
-    by_block = Estimates(blocks, means, probes=probes, cost=cost, units=shares.units)
+    signs = np.sign(sums)  # (K, n); as for traces, which these are but for a factor
+    by_block = Estimates(
+        blocks,
+        means,
+        probes=[count] * len(blocks),
+        cost=cost,
+        one_sign=((signs != 0) & (signs == signs[0])).all(0).tolist(),
+        units=shares.units,
+    )
     return Diagonal(union.tensors(mean), stderrs, by_block, sums, blocks, left_out)
 
 
