@@ -316,7 +316,7 @@ def test_all_processes_stop_after_the_sweep_in_which_one_was_told_to(found):
     expected = nodes(*problem(), num_steps=4)
     for process in told:
         for stop in process["told to stop"]:
-            assert stop["told"] == "all sweeps are saved"
+            assert stop["told"] == "its sweeps are saved"
             assert (stop["before"], stop["after"]) == (3, 1)
             np.testing.assert_allclose(stop["nodes"], expected, rtol=1e-8, atol=1e-10)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from blockspec.numerics.ranks import is_first
 
-SAVED = "all sweeps are saved"
+SAVED = "its sweeps are saved"
 ECHO = 1.0  # seconds in which the terminal and the launcher send the same Ctrl-C
 DEFAULT = (signal.default_int_handler, signal.SIG_DFL)
 

@@ -97,11 +97,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _how_to_go_on(stopped: KeyboardInterrupt) -> str:
-    """What is said where the work was stopped: saved by ourselves, or wherever it was."""
-    if stopped.args:
-        return f"blockspec: stopped, {stopped.args[0]}; the same command goes on from there"
-    told = " (another process has ended: its message says why)" if _launched() else ""
-    return f"blockspec: stopped{told}; the same command goes on from the last saved state"
+    """What is said where the work was stopped: by us after a sweep, or wherever it was."""
+    saved = f", {stopped.args[0]}" if stopped.args else ""
+    told = " (if nobody stopped it, another process has ended: its message says why)"
+    told = told if _launched() else ""
+    return f"blockspec: stopped{saved}{told}; the same command goes on from the last saved state"
 
 
 COMMANDS = {
