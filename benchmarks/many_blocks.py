@@ -1,8 +1,10 @@
 """What a block costs where there are very many: ``python -m benchmarks.many_blocks``.
 
-The model is a row of small perceptrons beside each other, cut by neuron: the graph behind one
-product is the same however many there are, so that the seconds of a block tell what our own work
-beside its products costs. They are to stay the same from one number of blocks to the next.
+The model is a row of perceptrons beside each other, cut by neuron. More blocks are wider
+perceptrons: the graph behind one product stays the same, so that the seconds of a block tell what
+our own work beside its products costs. They are to stay the same from one number of blocks to the
+next. (More perceptrons would not do: autograd walks through the graph of all of them for each
+product.)
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from blockspec.numerics import memory
 from blockspec.runs.tables import heterogeneity_of
 
 T = TypeVar("T")
-WIDTH, NEURONS = 8, 500  # of one perceptron: inputs, and units in the middle
+WIDTH, PERCEPTRONS = 8, 20  # inputs of each, and how many there are
 NAMES = {"mlp_in": ["up"], "mlp_out": ["down"]}
 
 
 class Perceptron(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, neurons: int) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, NEURONS), nn.Linear(NEURONS, 1)
+        self.up, self.down = nn.Linear(WIDTH, neurons), nn.Linear(neurons, 1)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.down(torch.tanh(self.up(inputs)))  # (B, 1)
@@ -42,12 +44,11 @@ class Perceptron(nn.Module):
 class Row(nn.Module):
     """Perceptrons beside each other; what they give is added."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, neurons: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Perceptron() for _ in range(number))
+        self.layers = nn.ModuleList(Perceptron(neurons) for _ in range(PERCEPTRONS))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        # one node joins them all: a chain of additions would make each product as long as the row
         return torch.stack([layer(inputs) for layer in self.layers]).sum(0)  # (B, 1)
 
 
@@ -72,10 +73,10 @@ def quietly(work: Callable[[], T]) -> T:
         return work()
 
 
-def measured(number: int, steps: int, budget: str | None) -> dict[str, float]:
-    """Each piece of work with a model of so many perceptrons, from the partition to the figure."""
+def measured(neurons: int, steps: int, budget: str | None) -> dict[str, float]:
+    """Each piece of work with perceptrons of so many neurons, from the partition to the figure."""
     torch.manual_seed(0)
-    model = Row(number)
+    model = Row(neurons)
     batch = (torch.randn(1, WIDTH), torch.randn(1, 1))
     objective = blockspec.Objective(model, [batch], blockspec.losses.regression)
     watch = Stopwatch()
@@ -104,17 +105,17 @@ def measured(number: int, steps: int, budget: str | None) -> dict[str, float]:
 
 
 def main(
-    perceptrons: tuple[int, ...] = (2, 20, 200), steps: int = 2, budget: str | None = None
+    neurons: tuple[int, ...] = (50, 500, 5000), steps: int = 2, budget: str | None = None
 ) -> None:
     """Measures and writes the table; the largest number takes some minutes.
 
     Args:
-        perceptrons: How many; each has about 500 blocks.
+        neurons: Of a perceptron; each of them is a block, and there are 20 perceptrons.
         steps: Lanczos steps of a block's one probe.
         budget: Memory that an estimate may take; if left out, all blocks go through one sweep.
     """
     torch.set_num_threads(1)
-    rows = [measured(number, steps, budget) for number in perceptrons]
+    rows = [measured(number, steps, budget) for number in neurons]
     write("many_blocks", {"Milliseconds a block": pd.DataFrame(rows).set_index("blocks")})
 
 
