@@ -606,10 +606,9 @@ def test_mean_eigenvalue_of_a_kind(table: pd.DataFrame, by_step: dict[int, Spect
         parts = by_step[10].select(pattern).values()
         size = sum(part.block.numel for part in parts)
         assert rows.loc[(10, kind), "value"] == pytest.approx(
-            sum(part.block.numel * part.moment(1).value for part in parts) / size
+            sum(part.trace.value for part in parts) / size
         )
-        squares = sum((part.block.numel * part.moment(1).stderr) ** 2 for part in parts)
-        stderr = math.sqrt(squares) / size
+        stderr = math.sqrt(sum(part.trace.stderr**2 for part in parts)) / size
         assert rows.loc[(10, kind), "stderr"] == pytest.approx(stderr)
 
 

@@ -53,8 +53,8 @@ def test_single_eigenvalues_lose_their_noise_and_the_error_says_so(probes, gain,
     assert np.mean([o.distance <= o.error for o in seen[1]]) >= 0.9
     assert np.median([o.error for o in seen[1]]) < np.median([o.error for o in seen[0]]) / 3
     traces = [
-        [SIZE * s.moment(1).value - values.sum() for s in before],
         [s.trace.value - values.sum() for s in before],
+        [s.trace.value - values.sum() for s in after],
     ]
     assert rms(traces[0]) > gain * rms(traces[1])
     squares = [s.moment(2).value * SIZE - (values**2).sum() for s in before]

@@ -184,10 +184,10 @@ class Spectrum:
 
     @property
     def trace(self) -> Estimate:
-        """Trace of the block; unit of an eigenvalue. Single eigenvalues count with their exact
-        weight, see :meth:`with_exact_weights`: it is not the mean of the probes' own moments.
+        """Trace of the block; unit of an eigenvalue. ``with_exact_weights().trace`` has less noise,
+        and is no longer the mean over nodes and weights that the table holds.
         """
-        return self.with_exact_weights().moment(1).scaled(self.block.numel)
+        return self.moment(1).scaled(self.block.numel)
 
     @property
     def largest(self) -> RitzValue:
@@ -269,8 +269,8 @@ class Spectrum:
         """The same with the weight 1 / P for eigenvalues that every probe has found, where they are
         known to be single ones; see :mod:`blockspec.spectra.singles`.
 
-        Densities and distances then have less noise, and :attr:`error` says so; :attr:`trace` and
-        :func:`blockspec.norms` make use of it themselves. A probe's moments are no longer those of
+        Traces, densities and distances then have less noise, and their errors say so;
+        :func:`blockspec.norms` makes use of it by itself. A probe's moments are no longer those of
         its start vector. With several probes, single means proven. With one it means likely, all of
         them together: a pair among many single eigenvalues is taken for one of them, and the error
         does not hold that.
