@@ -12,6 +12,14 @@ from blockspec import estimate_spectra, partition
 SETTINGS = {"num_probes": 2, "num_steps": 4}
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c():
+    """As in a terminal: a shell starts what runs in its background without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_stopped_estimate_goes_on_where_its_sweep_ended(tmp_path, capsys):
     it = problems.nanogpt()
     arguments = it.objective(), partition(it.model, include="*h.0*c_attn*")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from blockspec.model.blocks import Block, scatter
 
@@ -33,11 +33,15 @@ def shifted(
 
 def _placed(change: Tensor, parameter: Tensor) -> Tensor:
     """As the parameter lies: in its type, on its device, and spread over processes as it is."""
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, "full_tensor"):
         return change.to(parameter)
+    from torch.distributed.tensor import distribute_tensor
+
     whole = change.to(parameter.device, parameter.dtype)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(whole, mesh, placements, src_data_rank=None)  # all of them have it
+    own: Any = parameter
+    return distribute_tensor(  # all processes have the whole of it
+        whole, own.device_mesh, own.placements, src_data_rank=None
+    )
 
 
 def joined(vectors: Mapping[Block, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
