@@ -146,7 +146,7 @@ def test_units_are_given_their_whole_products():
     for way in ("whole", "layerwise"):
         operator = Products(objective, guarded=False, products=way)
         targets = [block for block, _ in requests]
-        units = operator.columns_by_unit(
+        _, units = operator.columns_by_unit(
             requests, targets, lambda number, parts: torch.cat(parts) * (1 + number)
         )
         sums.append([value for _, unit in units for value in unit.values])

@@ -25,7 +25,7 @@ TERMS = torch.arange(1.0, 11.0, dtype=torch.float64)
 class Sampled(SampledOperator):
     """With columns by unit too."""
 
-    def columns_with_units(self, requests, targets, each):
+    def columns_by_unit(self, requests, targets, each, *, summed=True):
         found = self.columns(requests, targets)
         units = []
         for place, (terms, matrix) in enumerate(zip(self.terms, self.matrices, strict=True)):

@@ -192,21 +192,17 @@ class Products:
         return self._pass([(block, vector, targets) for block, vector in requests])
 
     def columns_by_unit(
-        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Reduce
-    ) -> list[tuple[int, Unit]]:
+        self,
+        requests: Sequence[tuple[Block, Tensor]],
+        targets: Sequence[Block],
+        each: Reduce,
+        *,
+        summed: bool = True,
+    ) -> tuple[list[list[Tensor]], list[tuple[int, Unit]]]:
         """See :class:`blockspec.products.units.ColumnsByUnit`."""
         units: list[tuple[int, Unit]] = []
         asked = [(block, vector, targets) for block, vector in requests]
-        self._pass(asked, each, units, summed=False)
-        return units
-
-    def columns_with_units(
-        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Reduce
-    ) -> tuple[list[list[Tensor]], list[tuple[int, Unit]]]:
-        """:meth:`columns`, to the bit, and the units of :meth:`columns_by_unit`."""
-        units: list[tuple[int, Unit]] = []
-        asked = [(block, vector, targets) for block, vector in requests]
-        return self._pass(asked, each, units), units
+        return self._pass(asked, each, units, summed=summed), units
 
     def _pass(
         self,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.ranks import Ranks
 from blockspec.numerics.units import Layout
 from blockspec.products.operators import Operator
-from blockspec.products.units import ByUnit, Unit
+from blockspec.products.units import ByUnit, ColumnsByUnit, Unit
 
 Requests = Sequence[tuple[Block, Tensor]]
 Keep = Callable[[int, list[Tensor]], np.ndarray]
@@ -120,10 +119,9 @@ class Shares:
     ) -> tuple[list[list[Tensor]], Kept]:
         """The products of ``operator.columns``, and what was kept of them."""
         operator = self.operator
-        by_unit: Any = getattr(operator, "columns_with_units", None)
-        if not self._wanted or self.groups.too_few or by_unit is None:
+        if not self._wanted or self.groups.too_few or not isinstance(operator, ColumnsByUnit):
             return operator.columns(requests, targets), None
-        found, units = by_unit(requests, targets, keep)
+        found, units = operator.columns_by_unit(requests, targets, keep)
         return found, self._kept(units)
 
     def _kept(self, units: Sequence[tuple[int, Unit]]) -> Kept:

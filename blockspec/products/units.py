@@ -71,11 +71,18 @@ class ColumnsByUnit(Operator, Protocol):
     def micro_batch(self) -> int | None: ...
 
     def columns_by_unit(
-        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Reduce
-    ) -> list[tuple[int, Unit]]:
-        """The units of this process, each with the number of its batch, in the order of the data.
+        self,
+        requests: Sequence[tuple[Block, Tensor]],
+        targets: Sequence[Block],
+        each: Reduce,
+        *,
+        summed: bool = True,
+    ) -> tuple[list[list[Tensor]], list[tuple[int, Unit]]]:
+        """The products of ``columns``, to the bit, and the units of this process, each with the
+        number of its batch, in the order of the data.
 
-        ``each`` is given every unit's own products with the targets, sums over its loss terms. They
-        are not kept: one sweep serves any number of requests in the memory of a few.
+        ``each`` is given every unit's own products with the targets, sums over its loss terms. With
+        ``summed=False`` the lists of products are empty: one sweep then serves any number of
+        requests in the memory of a few.
         """
         ...

@@ -319,7 +319,8 @@ def _products(
     if isinstance(operator, ColumnsByUnit):
         make = operator.columns_by_unit
         units = of_all_processes(
-            operator.ranks, lambda: _tabled(make(requests, union.blocks, each))
+            operator.ranks,
+            lambda: _tabled(make(requests, union.blocks, each, summed=False)[1]),
         )
     else:
         columns = operator.columns(requests, union.blocks)

@@ -69,8 +69,6 @@ class Preconditioned:
                 setattr(self, name, getattr(inner, name))
         if hasattr(inner, "columns_by_unit"):
             self.columns_by_unit = self._columns_by_unit
-        if hasattr(inner, "columns_with_units"):
-            self.columns_with_units = self._columns_with_units
         if hasattr(inner, "sweep_by_unit"):
             self.sweep_by_unit = self._sweep_by_unit
 
@@ -134,29 +132,22 @@ class Preconditioned:
         return [self._after(targets, parts) for parts in found]
 
     def _columns_by_unit(
-        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Reduce
-    ) -> list[tuple[int, Unit]]:
-        """:meth:`columns`, as what ``each`` makes of every unit's products."""
-
-        def each_of_ours(number: int, parts: list[Tensor]) -> Any:
-            return each(number, self._after(targets, parts))
-
-        return self.inner.columns_by_unit(  # type: ignore[attr-defined]
-            self._before(requests), targets, each_of_ours
-        )
-
-    def _columns_with_units(
-        self, requests: Sequence[tuple[Block, Tensor]], targets: Sequence[Block], each: Reduce
+        self,
+        requests: Sequence[tuple[Block, Tensor]],
+        targets: Sequence[Block],
+        each: Reduce,
+        *,
+        summed: bool = True,
     ) -> tuple[list[list[Tensor]], list[tuple[int, Unit]]]:
         """:meth:`columns`, and what ``each`` makes of every unit's products."""
 
         def each_of_ours(number: int, parts: list[Tensor]) -> Any:
             return each(number, self._after(targets, parts))
 
-        found, units = self.inner.columns_with_units(  # type: ignore[attr-defined]
-            self._before(requests), targets, each_of_ours
+        found, units = self.inner.columns_by_unit(  # type: ignore[attr-defined]
+            self._before(requests), targets, each_of_ours, summed=summed
         )
-        return [self._after(targets, parts) for parts in found], units
+        return [self._after(targets, parts) for parts in found] if summed else found, units
 
     def _sweep_by_unit(
         self, requests: Sequence[tuple[Block, Tensor]], each: Reduce
