@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,14 @@ from scipy.special import stdtrit
 
 import blockspec
 from benchmarks.data_populations import POPULATIONS, Population
-from benchmarks.record import in_turns, write
+from benchmarks.record import write
 from blockspec.engine.enough import ESTIMATES_SHARE, with_enough_data
 from blockspec.numerics.measures import wasserstein
 from blockspec.numerics.units import MOST_GROUPS
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.spectrum import Estimate, RitzValue, Spectrum
-from language_models.fresh import fresh
 
-PROBES, STEPS = 4, 24
+PROBES, STEPS = 4, 16
 CASES = {
     "GPT-2 block": ("gpt2", "transformer.h.0.mlp.c_fc.weight"),
     "full GPT-2": ("gpt2", None),
@@ -233,33 +231,7 @@ def auto(population: Population, name: str | None, tolerance: float, sets: int) 
     return medians | {"within": float(table["within"].mean())}
 
 
-def overhead(steps: int = 6) -> pd.DataFrame:
-    """CPU seconds with and without errors of the data, in turns in one process: six weight matrices
-    of the tiny GPT-2, 32 sequences as units.
-    """
-    model, batches, loss = fresh(num_batches=4, batch_size=8)
-    objective = blockspec.Objective(model, batches, loss, micro_batch=1)
-    blocks = blockspec.partition(model, include="*h.0*weight*", exclude="*ln*")
-
-    def spectra(wanted: bool) -> object:
-        return blockspec.estimate_spectra(
-            objective, blocks, num_probes=1, num_steps=steps, check=False, data_errors=wanted
-        )
-
-    def traces(wanted: bool) -> object:
-        return blockspec.trace(objective, blocks, num_probes=4, check=False, data_errors=wanted)
-
-    rows = {}
-    for name, measure in (("spectra", spectra), ("traces", traces)):
-        both = {"with": partial(measure, True), "without": partial(measure, False)}
-        seconds = in_turns(both, rounds=3)
-        rows[name] = seconds | {"ratio": seconds["with"] / seconds["without"]}
-    return pd.DataFrame(rows).T.rename_axis("what").reset_index()
-
-
-def main(
-    parts: Sequence[str] = ("coverage", "auto", "overhead"), sets: int = 100, choices: int = 40
-) -> None:
+def main(parts: Sequence[str] = ("coverage", "auto"), sets: int = 100, choices: int = 40) -> None:
     """Measures and writes the table.
 
     Args:
@@ -286,8 +258,6 @@ def main(
             ).T.rename_axis("tolerance"),
             made,
         )
-    if "overhead" in parts:
-        tables["overhead"] = overhead()
     write("data", tables, notes=f"{sets} data sets a case; {choices} for fixed choices.")
 
 

@@ -44,11 +44,11 @@ class Population:
         """The operator of a data set of these units."""
         groups = min(len(chosen), MOST_GROUPS)
         group = np.arange(len(chosen)) * groups // len(chosen)
-        counts = np.zeros((groups, len(self.matrices)))
-        np.add.at(counts, (group, chosen), 1)
         size = self.matrices.shape[1]
-        sums = torch.from_numpy(counts).to(self.matrices) @ self.matrices.reshape(-1, size * size)
-        return Drawn(sums.view(groups, size, size).double(), counts.sum(1), len(chosen))
+        sums = torch.zeros(groups, size, size, dtype=torch.float64)
+        for number, unit in zip(group, chosen, strict=True):
+            sums[number] += self.matrices[unit]
+        return Drawn(sums, np.bincount(group).astype(float), len(chosen))
 
     def blocks(self, operator: FunctionOperator) -> list[Block]:
         """The pieces as blocks of an operator."""
@@ -70,6 +70,7 @@ class Drawn(FunctionOperator):
     def __init__(self, sums: Tensor, terms: np.ndarray, units: int) -> None:
         self.sums, self.terms, self.units = sums, terms, units
         self.mean = sums.sum(0) / terms.sum()
+        self._cut: dict[str, Tensor] = {}
         super().__init__(lambda v: self.mean @ v, len(self.mean))
 
     def sweep(self, requests: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
@@ -81,12 +82,30 @@ class Drawn(FunctionOperator):
         self, requests: Sequence[tuple[Block, Tensor]], each: Callable[[int, list[Tensor]], Any]
     ) -> tuple[list[Tensor], list[tuple[int, Unit]]]:
         """See :class:`blockspec.products.units.ByUnit`."""
-        parts = [self.sums[:, _rows(b), _rows(b)] @ v for b, v in requests]
+        parts = self._parts(requests)
         units = [
             (g, Unit(terms, [each(number, [part[g]]) for number, part in enumerate(parts)]))
             for g, terms in enumerate(self.terms)
         ]
         return self.sweep(requests), units
+
+    def _parts(self, requests: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
+        """(n, P) products of the groups' sums with each request; all requests of a block at once,
+        since the matrices are large.
+        """
+        together: dict[str, list[int]] = {}
+        for number, (block, _) in enumerate(requests):
+            together.setdefault(block.name, []).append(number)
+        found: dict[int, Tensor] = {}
+        for numbers in together.values():
+            block = requests[numbers[0]][0]
+            vectors = torch.stack([requests[number][1] for number in numbers], 1)
+            if block.name not in self._cut:
+                rows = _rows(block)
+                self._cut[block.name] = self.sums[:, rows, rows].contiguous()
+            products = self._cut[block.name] @ vectors  # (n, P, requests)
+            found |= dict(zip(numbers, products.permute(2, 0, 1).contiguous(), strict=True))
+        return [found[number] for number in range(len(requests))]
 
 
 def _rows(block: Block) -> slice:

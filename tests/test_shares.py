@@ -11,11 +11,13 @@ from launching import together
 from models import tiny_gpt2
 from populations import SampledOperator, population
 from problems import tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import blockspec
 from blockspec.numerics.jackknife import jackknife_error
+from blockspec.products.curvature import Products
 from blockspec.products.shares import SIZE, Sketch
-from blockspec.products.union import MANY_BLOCKS
+from blockspec.products.union import MANY_BLOCKS, Union
 from blockspec.products.units import Unit
 from blockspec.toolbox.traces import METHODS
 
@@ -218,6 +220,60 @@ def test_many_blocks_are_summed_in_one_pass():
     columns = ["numel", "value", "data_stderr"]
     assert (by_neuron["data_stderr"] > 0).all()
     pd.testing.assert_frame_equal(by_neuron[columns], by_tensor[columns])
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations on tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function not in VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+VIEWS = {torch.ops.aten.view.default, torch.ops.aten.slice.Tensor, torch.ops.aten.detach.default}
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({"by": "matrix"}, 6),
+        ({"by": "neuron"}, 6),  # strips are short, and the blocks are many
+        ({"by": "matrix", "include": "*attn*", "exclude": "*/key"}, 6),  # with gaps
+        ({"by": "layer", "exclude": "*ln_f*"}, 6),
+    ],
+)
+def test_what_a_unit_has_in_all_blocks_takes_few_operations(settings, most):
+    model = tiny_gpt2(layers=2)
+    blocks = blockspec.partition(model, **settings)
+    products = Products(
+        blockspec.Objective(model, [tokens(2, 6)], blockspec.losses.next_token), guarded=False
+    )
+    union = Union(products, blocks)
+    a, b = torch.randn(2, union.block.numel, generator=torch.Generator().manual_seed(0))
+    union.dots(a, b)
+    with Operations() as operations:
+        found = union.dots(a, b)
+    assert operations.count <= most
+    tensors = union.tensors(a.double() * b)
+    for block, value in zip(blocks, found, strict=True):
+        parts = [p.select(tensors[p.parameter]).sum() for p in block.pieces]
+        assert value == pytest.approx(float(sum(parts)), abs=1e-4), block.name
+
+
+def test_blocks_that_overlap_are_summed_one_by_one():
+    model = tiny_gpt2(layers=1)
+    blocks = blockspec.partition(model, "matrix") + blockspec.partition(model, "model")
+    union = Union(
+        Products(
+            blockspec.Objective(model, [tokens(2, 6)], blockspec.losses.next_token), guarded=False
+        ),
+        blocks,
+    )
+    a, b = torch.randn(2, union.block.numel, generator=torch.Generator().manual_seed(0))
+    *parts, whole = union.dots(a, b)
+    assert whole == pytest.approx(sum(parts))
 
 
 def errors():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -20,6 +21,7 @@ PROBED_AT_ONCE = 2**27  # entries of all probes of one sweep: 512 MiB in float32
 MOST_AT_ONCE = (
     8  # probes of one sweep: the pass over the data that they share has become cheap beside them
 )
+SHORTEST = 8  # entries of a strip: shorter ones are too many
 MANY_BLOCKS = 100  # from which one pass with their numbers is faster than a sum for each
 
 
@@ -69,9 +71,14 @@ class Union:
         """(P,) the number of each entry's block, and of entries of none the last; None where there
         are few blocks, which are summed one by one, or they overlap.
         """
-        disjoint = sum(block.numel for block in self.blocks) == self.covered
-        if len(self.blocks) < MANY_BLOCKS or not disjoint:
-            return None
+        many = len(self.blocks) >= MANY_BLOCKS
+        return self._labels_of_entries() if many and self._disjoint else None
+
+    @property
+    def _disjoint(self) -> bool:
+        return sum(block.numel for block in self.blocks) == self.covered
+
+    def _labels_of_entries(self) -> Tensor:
         tensors = {
             name: torch.full_like(p, len(self.blocks), dtype=torch.int32, requires_grad=False)
             for name, p in self.parameters.items()
@@ -81,6 +88,19 @@ class Union:
                 tensor = tensors[piece.parameter]
                 piece.fill(tensor, torch.full_like(piece.select(tensor), number))
         return gather(self.block, tensors)
+
+    @cached_property
+    def _strips(self) -> tuple[Tensor, int] | None:
+        """(S,) the number of each strip's block, and of strips of none the last, and how long a
+        strip is: the union is cut into the longest ones of equal length that no border of a block
+        cuts. None where those are short, or blocks overlap.
+        """
+        if not self._disjoint:
+            return None
+        labels = self._labels_of_entries()
+        borders = (labels[1:] != labels[:-1]).nonzero().ravel().cpu().numpy() + 1
+        length = math.gcd(len(labels), int(np.gcd.reduce(borders)))
+        return (labels[::length].clone(), length) if length >= SHORTEST else None
 
     @property
     def covered(self) -> int:
@@ -108,7 +128,7 @@ class Union:
             ]
 
             def each(number: int, parts: list[Tensor], probes: list[Tensor] = probes) -> np.ndarray:
-                return self.sums(parts[0] * probes[number])
+                return self.dots(parts[0], probes[number])
 
             results, kept = shares.sweep([(self.block, probe) for probe in probes], each)
             shared = [None] * len(probes) if kept is None else kept
@@ -126,11 +146,26 @@ class Union:
             for (name, p), part in zip(self.parameters.items(), parts, strict=True)
         }
 
+    def dots(self, vector: Tensor, other: Tensor) -> np.ndarray:
+        """(n,) dot products of the vectors' parts in each block, for errors of the data: a few
+        operations, as there is one for every unit and probe. Strips are summed in the vectors' own
+        precision, and what they sum up to in float64.
+        """
+        if self._strips is None:
+            return self.sums(vector * other)
+        labels, length = self._strips
+        strips = (vector * other).view(-1, length).sum(1)
+        return self._by_label(labels, strips)
+
+    def _by_label(self, labels: Tensor, values: Tensor) -> np.ndarray:
+        """(n,) sums of the values of each block's label, float64."""
+        found = values.new_zeros(len(self.blocks) + 1, dtype=torch.float64)
+        return found.index_add_(0, labels, values.double())[:-1].cpu().numpy()
+
     def sums(self, vector: Tensor) -> np.ndarray:
         """(n,) sum of the vector's entries over each block, float64."""
         if self._labels is not None:
-            found = vector.new_zeros(len(self.blocks) + 1, dtype=torch.float64)
-            return found.index_add_(0, self._labels, vector.double())[:-1].cpu().numpy()
+            return self._by_label(self._labels, vector)
         tensors = self.tensors(vector)
         sums = [
             sum(p.select(tensors[p.parameter]).sum(dtype=torch.float64) for p in block.pieces)
