@@ -57,14 +57,25 @@ class Carriers:
             yield self.part(batch, start, start + size)
 
 
-def carriers(batch: Any, size: int, evaluate: Evaluate) -> Carriers:
+def carriers(batch: Any, size: int, evaluate: Evaluate | None) -> Carriers:
     """Where the examples of ``batch`` are, for parts of ``size`` examples.
+
+    Without ``evaluate`` nothing can be tried, and shapes must do, if they leave no doubt.
 
     Raises:
         NoExamplesError: No way of cutting leaves the loss as it was. What ``evaluate`` raises on
             the whole batch is raised as it is.
     """
     ways = list(islice(_candidates(batch), MOST_TRIED))
+    if evaluate is None:
+        if ways and ways[0].length > 1 and _unambiguous(ways[0], batch):
+            return ways[0]
+        raise NoExamplesError(
+            f"micro_batch={size} cannot be used: the model is spread over processes "
+            "(fully_shard), where no way to cut a batch is tried, and the shapes "
+            f"{_named_shapes(batch)} do not tell which tensors carry examples: pass smaller "
+            "batches, with micro_batch=None"
+        )
     for way in ways:
         if way.length > 1 and _adds_up(way, batch, min(size, way.length // 2), evaluate):
             return way
@@ -72,10 +83,9 @@ def carriers(batch: Any, size: int, evaluate: Evaluate) -> Carriers:
     again, _ = evaluate(batch)
     if ways and not (torch.isfinite(total).all() and torch.equal(total, again)):
         return ways[0]  # NaN or random numbers: the objective's own check tells
-    shapes = {"/".join(map(str, path)): shape for path, shape in _shapes(batch).items()}
     raise NoExamplesError(
-        f"micro_batch={size} cannot be used: no way to cut a batch of tensors {shapes} along first "
-        "dimensions "
+        f"micro_batch={size} cannot be used: no way to cut a batch of tensors "
+        f"{_named_shapes(batch)} along first dimensions "
         f"leaves its loss ({total.item():.6g}) as it was. The loss mixes the examples of a batch "
         "(contrastive terms), or "
         "the examples lie along another dimension or in something that is no tensor. Pass smaller "
@@ -131,6 +141,10 @@ def _unambiguous(way: Carriers, batch: Any) -> bool:
 
 def _shapes(batch: Any) -> dict[Path, tuple[int, ...]]:
     return {path: tuple(tensor.shape) for path, tensor in leaves(batch)}
+
+
+def _named_shapes(batch: Any) -> dict[str, tuple[int, ...]]:
+    return {"/".join(map(str, path)): shape for path, shape in _shapes(batch).items()}
 
 
 def leaves(batch: Any) -> list[tuple[Path, Tensor]]:

@@ -22,6 +22,7 @@ from blockspec.model.blocks import Block
 from blockspec.model.differentiability import leaves_of
 from blockspec.model.layer_by_layer import layer_by_layer, weighed
 from blockspec.model.objective import Objective
+from blockspec.model.weights import reshard
 from blockspec.numerics.content import Digest, fingerprint_of_all
 from blockspec.numerics.ranks import gathered
 
@@ -102,6 +103,7 @@ def weights_digest(model: nn.Module) -> str:
     """Of all parameters and buffers, under their names; those that ``state_dict`` leaves out
     too.
     """
+    reshard(model)
     return fingerprint_of_all(
         item for named in (model.named_parameters(), model.named_buffers()) for item in named
     )
@@ -161,17 +163,20 @@ def _slopes(objective: Objective) -> tuple[float, float]:
     its sum of entries.
     """
     parameters = list(objective.parameters().values())
+    weights = objective.weights
+    found: tuple[float, float] | None = None
     with objective.prepared():
-        for example in objective.batches(micro_batch=1):
-            if objective.weights.elsewhere:
-                found, count = _slopes_of_layers(objective, example)
-                if count > 0:
-                    return found
-                continue
-            total, count = objective.loss_sum(example)
-            if count > 0 and total.requires_grad:
-                return _lengths(total, parameters, objective.device)
-    return 0.0, 0.0
+        for example, _ in weights.in_step(objective.batches(micro_batch=1)):
+            if weights.elsewhere:
+                lengths, count = _slopes_of_layers(objective, example)
+                found = lengths if found is None and count > 0 else found
+            else:
+                total, count = objective.loss_sum(example)
+                if count > 0 and total.requires_grad:
+                    found = _lengths(total, parameters, objective.device)
+            if weights.everywhere(found is not None):
+                break
+    return found or (0.0, 0.0)
 
 
 def _lengths(

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -25,7 +26,7 @@ from blockspec.model.second_order import cheap_modules
 from blockspec.model.soundness import check_deterministic, check_loss, check_repeatable
 from blockspec.model.suitability import check_batch, check_model, explained, length_of
 from blockspec.model.weight_norms import elementary_weight_norms
-from blockspec.model.weights import Weights
+from blockspec.model.weights import Weights, reshard
 from blockspec.numerics.ranks import Ranks, arrange
 
 if TYPE_CHECKING:
@@ -188,6 +189,24 @@ class Objective:
             for part in parts:
                 yield number, self._placed(part)
 
+    def batches_in_step(
+        self, micro_batch: int | None, *, row: int, rows: int
+    ) -> Iterator[tuple[int | None, Any]]:
+        """:meth:`dealt_batches`; where a model is spread over processes, so many on each of them:
+        those without a number are for the others' sake alone.
+        """
+
+        def own() -> Iterator[tuple[int | None, Any]]:
+            return self.dealt_batches(micro_batch, row=row, rows=rows)
+
+        if not self.weights.sharded:
+            yield from own()
+            return
+        idle = next(own(), None) is None
+        items = ((None, batch) for batch in islice(self.batches(), 1)) if idle else own()
+        for (number, batch), counted in self.weights.in_step(items):
+            yield number if counted else None, batch
+
     def largest_batch(self) -> int:
         """Examples of the largest batch; 1 where no batch can be cut."""
         found = (self._carried(i, batch, 1) for i, batch in enumerate(self.whole_batches()))
@@ -218,7 +237,8 @@ class Objective:
             return None
         if number not in self._carriers:
             try:
-                self._carriers[number] = carriers(batch, size, self._evaluated)
+                tried = None if self.weights.sharded else self._evaluated  # others would wait
+                self._carriers[number] = carriers(batch, size, tried)
             except NoExamplesError as error:
                 self._carriers[number] = error
         return self._carriers[number]
@@ -269,12 +289,15 @@ class Objective:
         """The parameters that require gradients, by the name that ``named_parameters`` gives; a
         tied one once.
         """
+        if self.weights.sharded:
+            reshard(self.model)
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def partition(self, by: Any = "matrix", **arguments: Any) -> Blocks:
         """The blocks of :func:`blockspec.partition`, their roles found by watching the first batch.
 
-        Where the model cannot be watched, names alone decide, and a warning says so.
+        Where the model cannot be watched, names alone decide, and a warning says so; so they do for
+        a model under ``fully_shard``. Blocks that were made before it are the same.
 
         Args:
             by: As there.
@@ -282,7 +305,8 @@ class Objective:
         """
         from blockspec.model.blocks import partition
 
-        return partition(self.model, by, example=self, **arguments)
+        seen = None if self.weights.sharded else self  # watching holds the whole model
+        return partition(self.model, by, example=seen, **arguments)
 
     @contextmanager
     def prepared(self, *, replacements: bool | None = None) -> Iterator[None]:
@@ -357,9 +381,10 @@ class Objective:
         """
         sums, counts = 0.0, 0.0
         with self._evaluating(self.replacements):
-            for batch in self.batches():
+            for batch, counted in self.weights.in_step(self.batches()):
                 total, count = self._value_of(batch)
-                sums, counts = sums + float(total.detach()), counts + count
+                if counted:
+                    sums, counts = sums + float(total.detach()), counts + count
         sums, counts = (
             float(t)
             for t in self.shards().sums(
@@ -419,10 +444,13 @@ class Objective:
         if not isinstance(self._batches, (list, tuple)):  # those give the same objects again
             check_repeatable(self.whole_batches)
         with self.prepared(), explained():
-            for batch in self.batches(self.checked_examples):
-                check_batch(batch)
-                total, count = self._value_of(batch)
-                if count > 0:
+            count = 0.0
+            for each, _ in self.weights.in_step(self.batches(self.checked_examples)):
+                check_batch(each)
+                value = self._value_of(each)
+                if count <= 0:
+                    batch, (total, count) = each, value
+                if self.weights.everywhere(count > 0):
                     break
             check_loss(total, count)
             total = total.detach()  # one graph at a time

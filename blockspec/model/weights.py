@@ -8,27 +8,33 @@ as long as a graph holds them, so that a product a layer at a time never has the
 itself.
 
 The same holds for a model that FSDP2 has spread over processes (``fully_shard``): a layer is
-gathered from all of them for each of its calls. FSDP's own hooks, which would gather it too and
-wait for a backward pass that never comes, are taken off meanwhile. All processes have to call the
-layers equally often.
+gathered from all of them for each of its calls, in the type of its parameters, whatever FSDP's
+policy of mixed precision says. FSDP's own hooks, which would gather it too and wait for a backward
+pass that never comes, are taken off meanwhile. All processes have to call the layers equally often:
+see :meth:`Weights.in_step`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from blockspec.model.containers import layer_modules
+from blockspec.model.gathering import whole
 from blockspec.model.layer_by_layer import layer_by_layer
 from blockspec.model.patching import patched
 from blockspec.numerics import memory
+from blockspec.numerics.ranks import gathered
+
+T = TypeVar("T")
 
 
 class Weights:
@@ -43,6 +49,7 @@ class Weights:
     def __init__(
         self, model: nn.Module, device: torch.device | None, dtype: torch.dtype | None
     ) -> None:
+        reshard(model)
         self.sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
         self.brought = device is not None or dtype is not None
         self.elsewhere = self.sharded or self.brought
@@ -63,6 +70,28 @@ class Weights:
                 "fully_shard): it computes with copies; leave these out, or measure a full "
                 "checkpoint"
             )
+
+    def in_step(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """Each item, and whether it counts. Processes that gather layers from each other all make
+        equally many passes: those that have fewer items repeat their last one.
+
+        Raises:
+            ValueError: A process has no item to repeat.
+        """
+        if not self.sharded:
+            yield from ((item, True) for item in items)
+            return
+        last: list[T] = []
+        rest = iter(items)
+        while any(gathered(bool(found := list(islice(rest, 1))))):
+            last = found or last
+            if not last:
+                raise ValueError("a process has no batch at all: give each at least one")
+            yield last[0], bool(found)
+
+    def everywhere(self, true: bool) -> bool:
+        """Whether it is true on all processes that gather layers from each other."""
+        return all(gathered(true)) if self.sharded else true
 
     @contextmanager
     def let_go(self) -> Iterator[None]:
@@ -100,6 +129,7 @@ class Weights:
             (layer, "forward", partial(self._called, layer, layer.forward))
             for layer in layers.values()
         ]
+        reshard(self._model)
         self._at_work = True
         try:
             with patched(_without_fsdp(self._model)), self._brought(around), patched(changes):
@@ -118,17 +148,16 @@ class Weights:
     def _brought(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Swaps parameters and buffers of modules; a tensor that several have, once."""
         swapped: list[tuple[Any, str, Tensor]] = []
-        copies: dict[int, Tensor] = {}
         try:
             for module in modules:
                 held: list[Any] = [module._parameters, module._buffers]
-                for tensors in held:
-                    for name, tensor in tensors.items():
-                        if tensor is None:
-                            continue
-                        if id(tensor) not in copies:
-                            copies[id(tensor)] = self._copy(tensor)
-                        swapped.append((tensors, name, tensor))
+                swapped += [
+                    (tensors, name, tensor)
+                    for tensors in held
+                    for name, tensor in tensors.items()
+                    if tensor is not None
+                ]
+            copies = self._copies({id(tensor): tensor for _, _, tensor in swapped})
             for tensors, name, tensor in swapped:
                 tensors[name] = copies[id(tensor)]
             self._last = {**self._around, **copies}
@@ -138,12 +167,20 @@ class Weights:
                 tensors[name] = tensor
                 _let_go(tensor)
 
-    def _copy(self, tensor: Tensor) -> Tensor:
-        known = self._around.get(id(tensor))
-        if known is not None:
-            return known
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        copy = whole.detach().to(self.device, self._type(tensor))
+    def _copies(self, tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """What stands in for tensors, by their identities."""
+        fresh = {key: tensor for key, tensor in tensors.items() if key not in self._around}
+        gathered_ones = whole(list(fresh.values()))
+        made = {
+            key: self._copy(tensor, full)
+            for (key, tensor), full in zip(fresh.items(), gathered_ones, strict=True)
+        }
+        return {
+            key: made.get(key, self._around.get(key, tensor)) for key, tensor in tensors.items()
+        }
+
+    def _copy(self, tensor: Tensor, full: Tensor) -> Tensor:
+        copy = full.detach().to(self.device, self._type(tensor))
         if not isinstance(tensor, nn.Parameter):
             return copy
         return nn.Parameter(copy, requires_grad=tensor.requires_grad)
@@ -158,6 +195,20 @@ def _let_go(tensor: Tensor) -> None:
         memory.let_go(tensor.data_ptr(), tensor.nbytes)
 
 
+def reshard(model: nn.Module) -> None:
+    """Lets go of what FSDP2 has gathered for a pass and keeps until a backward pass
+    (``reshard_after_forward=False``, an evaluation in the middle of training): it may be rounded to
+    another type, and belongs to no optimizer. FSDP gathers it again when it is needed.
+    """
+    for module in model.modules():
+        if callable(again := getattr(module, "reshard", None)) and _is_spread(module):
+            again()
+
+
+def _is_spread(module: nn.Module) -> bool:
+    return hasattr(module, "set_reshard_after_forward")  # FSDPModule, without its slow import
+
+
 def _without_fsdp(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[int, Any]]]:
     """The hooks of modules that FSDP2 has spread, without its own."""
     for module in model.modules():
@@ -169,7 +220,10 @@ def _without_fsdp(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[int, 
 
 
 def _is_fsdp(hook: Any) -> bool:
-    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
+    """Of one module; of several that are one group, it has a function around it."""
+    while hook is not None and type(getattr(hook, "__self__", None)).__name__ != "FSDPState":
+        hook = getattr(hook, "__wrapped__", None)
+    return hook is not None
 
 
 def map_weights(model: nn.Module, folder: str | Path) -> nn.Module:

@@ -4,6 +4,7 @@ called.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -58,10 +59,9 @@ class Digest:
         if tensor.layout is not torch.strided:
             tensor = tensor.to_dense()
         flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().flatten()
-        flat = flat.as_strided(
-            (len(flat),), (1,)
-        )  # single numbers may have stride 0, which no view takes
-        self._hash.update(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer
+        if size := flat.nbytes:
+            # Not through numpy, after which torch refuses to resize the storage, as FSDP does
+            self._hash.update((ctypes.c_char * size).from_address(flat.data_ptr()))
 
     def _array(self, array: np.ndarray) -> None:
         if array.dtype.hasobject or array.dtype.kind not in "biufc":

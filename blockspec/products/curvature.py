@@ -95,7 +95,7 @@ class Products:
         self.checked = OFF
         self._guarded = guarded
         self.way = Way(objective, curvature, products)
-        self._kept: list[tuple[int, Linearised]] = []
+        self._kept: list[tuple[int | None, Linearised]] = []
         self._kept_parameters: frozenset[str] = frozenset()
         self._open = self._fresh = False
         self.gradients = 0
@@ -103,7 +103,7 @@ class Products:
         self._parameters = {
             name: objective.weights.shape_of(p) for name, p in objective.parameters().items()
         }
-        self._check_sharded()
+        self._check_spread()
 
     @property
     def rebuilt(self) -> int:
@@ -136,25 +136,14 @@ class Products:
                 self.objective, blocks, self.curvature, self._of, way=self.way.name
             )
 
-    def _check_sharded(self) -> None:
-        """Raises ValueError where processes that gather layers from each other would do so
-        unequally often, and wait for ever.
+    def _check_spread(self) -> None:
+        """Raises ValueError where processes hold different blocks and would not gather the same
+        layers.
         """
-        if not self.objective.weights.sharded:
-            return
-        if self.ranks.columns > 1:
+        if self.objective.weights.sharded and self.ranks.columns > 1:
             raise ValueError(
                 "the model is spread over processes (fully_shard), so that all of them are needed "
                 "for every block: leave out columns, or give columns=1"
-            )
-        own = self.objective.dealt_batches(
-            self.micro_batch, row=self.ranks.row, rows=self.ranks.rows
-        )
-        counts = self.ranks.all_of(sum(1 for _ in own))
-        if len(set(counts)) > 1:
-            raise ValueError(
-                "the model is spread over processes (fully_shard), which have to take equally "
-                f"many batches; they hold {counts}: give each as many"
             )
 
     def _of(self, objective: Objective) -> Products:
@@ -223,8 +212,8 @@ class Products:
             try:
                 terms = self._own_part(totals, requests, each, units)
             except (RuntimeError, MemoryError) as raised:
-                if not memory.is_exhausted(raised):
-                    raise
+                if self.objective.weights.sharded or not memory.is_exhausted(raised):
+                    raise  # where the others wait for this process in the middle of a layer
                 error = raised.with_traceback(None)  # its frames hold the graph
             # One message: a process without memory takes part in it, so that the others need not
             # wait, and all begin anew
@@ -266,14 +255,17 @@ class Products:
         named = self._named(blocks)
         with self._prepared(named), explained(), reduced_multiplication(self.precision):
             for batch, linearised in self._linearised(named):
-                terms += linearised.terms
                 values: list[Any] = [None] * len(requests)
                 for number, parts in self._completed(requests, linearised):
+                    if batch is None:
+                        continue
                     if each is not None:
                         values[number] = each(number, parts)
                     for whole, part in zip(totals[number], parts):  # noqa: B905 - none, if not summed
                         whole += part.to(whole)
-                if units is not None:
+                if batch is not None:
+                    terms += linearised.terms
+                if units is not None and batch is not None:
                     units.append((batch, Unit(linearised.terms, values)))
                 del linearised  # its graph would lie beside that of the next batch
         return terms
@@ -313,15 +305,15 @@ class Products:
                 )
         return products
 
-    def _linearised(self, parameters: Tensors) -> Iterator[tuple[int, Linearised]]:
+    def _linearised(self, parameters: Tensors) -> Iterator[tuple[int | None, Linearised]]:
         """Of each micro-batch that is this process's: the number of its batch, and what products
-        are made from.
+        are made from; no number where another process needs this one's part of the weights.
         """
         if parameters.keys() <= self._kept_parameters:
             yield from self._kept
             return
         self.forget()
-        batches = self.objective.dealt_batches(
+        batches = self.objective.batches_in_step(
             self.micro_batch, row=self.ranks.row, rows=self.ranks.rows
         )
         ahead = list(islice(batches, self.graphs + 1))
@@ -331,9 +323,8 @@ class Products:
                 linearised = self.linearise(batch, parameters)
             except ArithmeticError as error:
                 raise ValueError(
-                    f"{error} on batch {number} (counted from 0); curvature needs a finite one: "
-                    "leave the batch out, or check "
-                    "the checkpoint and the data"
+                    f"{error} on batch {number or 0} (counted from 0); curvature needs a finite "
+                    "one: leave the batch out, or check the checkpoint and the data"
                 ) from None
             self.gradients += 1
             if len(ahead) <= self.graphs:
