@@ -3,8 +3,8 @@ each optimizer sees it, in that optimizer's own run.
 
 Three small models (GPT-2 on the embedded text, ViT and ResNet on the digits) are trained by SGD,
 Adam, AdaHessian, Muon (with AdamW for what is no hidden matrix) and Shampoo, each with the best of
-a few learning rates. Along training, the spectra of every weight matrix are measured twice: of H,
-and of P^(-1/2) H P^(-1/2) with the optimizer's own P.
+a few learning rates, from several seeds. Along training, the spectra of every weight matrix are
+measured twice: of H, and of P^(-1/2) H P^(-1/2) with the optimizer's own P.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Settings:
         optimizers: sgd, adam, adahessian, muon and shampoo.
         steps: Of each training.
         stages: Shares of the training after which spectra are measured.
-        rates: How many of each optimizer's learning rates are tried.
+        rates: How many of each optimizer's learning rates are tried, with the first seed.
+        seeds: Trainings of each optimizer, which differ in initialisation and order of the data.
         probes: Of each spectrum.
         lanczos: Steps of each probe.
     """
@@ -57,6 +58,7 @@ class Settings:
     steps: int = 150
     stages: tuple[float, ...] = (0.2, 1.0)
     rates: int = 3
+    seeds: int = 3
     probes: int = 2
     lanczos: int = 12
 
@@ -247,66 +249,110 @@ def size(spectrum: blockspec.Spectrum) -> float:
 
 
 def measure(settings: Settings, context: Context) -> dict[str, pd.DataFrame]:
-    rows: list[dict[str, Any]] = []
-    sizes: list[dict[str, Any]] = []
-    losses: list[dict[str, Any]] = []
+    made: dict[str, list[dict[str, Any]]] = {"heterogeneity": [], "sizes": [], "losses": []}
     for name in settings.models:
         subject = SUBJECTS[name]()
         for optimizer in settings.optimizers:
             if (name, optimizer) == ("resnet", "muon"):  # its kernels are no matrices
                 continue
             lr = best_rate(subject, optimizer, settings, context.seed)
-            training = training_of(subject, optimizer, lr, context.seed)
-            batches, done = subject.batches(context.seed), 0
-            for stage in settings.stages:
-                step = max(2, round(stage * settings.steps))
-                training.run(batches, step - done)
-                done = step
-                for matrix in MATRICES:
-                    spectra = spectra_of(training, settings, seen=matrix != "hessian")
-                    found = blockspec.js0(spectra)
-                    key = {"model": name, "optimizer": optimizer, "step": step, "matrix": matrix}
-                    own = {block: size(s) for block, s in spectra.items()}
-                    spread = float(np.std(np.log10([v for v in own.values() if v > 0])))
-                    values = {"js0": found.value, "stderr": found.stderr, "decades": spread}
-                    rows.append(key | values)
-                    sizes += [key | {"block": b, "size": v} for b, v in own.items()]
-            losses.append(
-                {"model": name, "optimizer": optimizer, "lr": lr, "train": training.score,
-                 "held_out": held_out_loss(training)}
-            )  # fmt: skip
-    made = {"heterogeneity": rows, "sizes": sizes, "losses": losses}
-    return {table: pd.DataFrame(values) for table, values in made.items()}
+            for seed in range(context.seed, context.seed + settings.seeds):
+                key = {"model": name, "optimizer": optimizer, "seed": seed}
+                for table, rows in _followed(subject, optimizer, lr, seed, settings).items():
+                    made[table] += [key | row for row in rows]
+    tables = {table: pd.DataFrame(values) for table, values in made.items()}
+    return {"summary": summary(tables), **tables}
 
 
-def last(tables: Tables) -> pd.DataFrame:
+def _followed(
+    subject: Subject, optimizer: str, lr: float, seed: int, settings: Settings
+) -> dict[str, list[dict[str, Any]]]:
+    """One training: rows of each table."""
+    rows: list[dict[str, Any]] = []
+    sizes: list[dict[str, Any]] = []
+    training = training_of(subject, optimizer, lr, seed)
+    batches, done = subject.batches(seed), 0
+    for stage in settings.stages:
+        step = max(2, round(stage * settings.steps))
+        training.run(batches, step - done)
+        done = step
+        for matrix in MATRICES:
+            spectra = spectra_of(training, settings, seen=matrix != "hessian")
+            found = blockspec.js0(spectra)
+            key = {"step": step, "matrix": matrix}
+            own = {block: size(s) for block, s in spectra.items()}
+            spread = float(np.std(np.log10([v for v in own.values() if v > 0])))
+            rows.append(key | {"js0": found.value, "stderr": found.stderr, "decades": spread})
+            sizes += [key | {"block": b, "size": v} for b, v in own.items()]
+    loss = {"lr": lr, "train": training.score, "held_out": held_out_loss(training)}
+    return {"heterogeneity": rows, "sizes": sizes, "losses": [loss]}
+
+
+def ends(tables: Tables) -> pd.DataFrame:
     """A row for each training: both heterogeneities at its end, and its losses."""
     table = tables["heterogeneity"]
     end = table[table["step"] == table["step"].max()]
-    wide = end.pivot(
-        index=["model", "optimizer"], columns="matrix", values=["js0", "stderr", "decades"]
-    )
+    keys = ["model", "optimizer", "seed"]
+    wide = end.pivot(index=keys, columns="matrix", values=["js0", "stderr", "decades"])
     wide.columns = [f"{value} {matrix}" for value, matrix in wide.columns]
-    return wide.reset_index().merge(tables["losses"], on=["model", "optimizer"])
+    wide["fall"] = wide["js0 hessian"] - wide["js0 preconditioned"]
+    wide["left"] = wide["js0 preconditioned"] / wide["js0 hessian"]
+    probes = [wide[f"stderr {matrix}"] for matrix in MATRICES]
+    wide["stderr fall"] = np.hypot(*probes)
+    wide["stderr left"] = wide["left"] * np.hypot(
+        *(error / wide[f"js0 {matrix}"] for error, matrix in zip(probes, MATRICES, strict=True))
+    )
+    return wide.reset_index().merge(tables["losses"], on=keys)
+
+
+AVERAGED = ("js0 hessian", "js0 preconditioned", "fall", "left")
+
+
+def summary(tables: Tables) -> pd.DataFrame:
+    """A row for each model and optimizer: means over the seeds.
+
+    Each error is of the mean. It is the larger one of what the spread over the seeds gives, which
+    holds the probes' errors too, and of what the probes' errors alone give: three seeds may lie
+    close together by chance.
+    """
+    rows = []
+    for (model, optimizer), runs in ends(tables).groupby(["model", "optimizer"], sort=False):
+        row: dict[str, Any] = {"model": model, "optimizer": optimizer, "seeds": len(runs)}
+        for name in AVERAGED:
+            values, errors = runs[name], runs[f"stderr {name.removeprefix('js0 ')}"]
+            spread = values.std() if len(runs) > 1 else 0.0
+            own = float(np.sqrt((errors**2).mean()))
+            row |= {name: values.mean(), f"error {name}": max(spread, own) / len(runs) ** 0.5}
+        row["falls"] = int((runs["fall"] > 0).sum())
+        means = ("decades hessian", "decades preconditioned", "lr", "train", "held_out")
+        rows.append(row | {name: runs[name].mean() for name in means})
+    return pd.DataFrame(rows)
 
 
 @styled
 def plot(tables: Tables) -> Figure:
-    """Above JS^0 of both matrices at the end of training, below the sizes of all blocks."""
-    table = last(tables)
+    """Above JS^0 of both matrices at the end of training, means over the seeds and single
+    trainings; below the sizes of all blocks.
+    """
+    means, runs = tables["summary"], ends(tables)
     models = list(dict.fromkeys(tables["heterogeneity"]["model"]))
     figure = Figure(figsize=(2.5 * len(models) + 1.2, 5.2), layout="constrained")
     axes = figure.subplots(2, len(models), squeeze=False)
     for column, model in zip(axes.T, models, strict=True):
-        rows = table[table["model"] == model].reset_index(drop=True)
-        places = np.arange(len(rows))
+        rows = means[means["model"] == model].reset_index(drop=True)
+        places = pd.Series(np.arange(len(rows)), index=rows["optimizer"])
+        own = runs[runs["model"] == model]
         for matrix, colour, shift in zip(MATRICES, RUNS, (-0.12, 0.12), strict=False):
             label = {"hessian": "H", "preconditioned": r"$P^{-1/2} H P^{-1/2}$"}[matrix]
             column[0].errorbar(
-                places + shift, rows[f"js0 {matrix}"], rows[f"stderr {matrix}"],
+                places + shift, rows[f"js0 {matrix}"], rows[f"error js0 {matrix}"],
                 fmt="o", color=colour, label=label,
             )  # fmt: skip
-            _strips(column[1], tables["sizes"], model, matrix, rows, places + shift, colour)
+            column[0].plot(
+                own["optimizer"].map(places) + 1.8 * shift, own[f"js0 {matrix}"],
+                ".", color=colour, alpha=0.4,
+            )  # fmt: skip
+            _strips(column[1], tables["sizes"], model, matrix, places + shift, colour)
         column[0].set_title(model)
         column[0].set_ylim(bottom=0)
         column[1].set_yscale("log")
@@ -320,17 +366,13 @@ def plot(tables: Tables) -> Figure:
 
 
 def _strips(
-    axes: Any,
-    sizes: pd.DataFrame,
-    model: str,
-    matrix: str,
-    rows: pd.DataFrame,
-    places: np.ndarray,
-    colour: str,
+    axes: Any, sizes: pd.DataFrame, model: str, matrix: str, places: pd.Series, colour: str
 ) -> None:
+    """Of the first seed."""
     chosen = (sizes["model"] == model) & (sizes["matrix"] == matrix)
-    end = sizes[chosen & (sizes["step"] == sizes["step"].max())]
-    for place, optimizer in zip(places, rows["optimizer"], strict=True):
+    first = sizes["seed"] == sizes["seed"].min()
+    end = sizes[chosen & first & (sizes["step"] == sizes["step"].max())]
+    for optimizer, place in places.items():
         values = end[end["optimizer"] == optimizer]["size"]
         values = values[values > 0]
         axes.plot([place] * len(values), values / values.median(), "_", color=colour, alpha=0.8)
@@ -341,30 +383,31 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 
 def judge(tables: Tables) -> list[Finding]:
-    table = last(tables)
+    table = tables["summary"]
     findings = [_removed(row) for row in table.to_dict("records") if row["optimizer"] != "sgd"]
     return [*findings, *_better(table), _ranks(table)]
 
 
 def _removed(row: Mapping[Any, Any]) -> Finding:
-    before, after = row["js0 hessian"], row["js0 preconditioned"]
-    errors = [row[f"stderr {matrix}"] for matrix in MATRICES]
-    agrees = before - after > 2 * float(np.hypot(*errors))
+    before, after = (
+        with_error(row[f"js0 {matrix}"], row[f"error js0 {matrix}"]) for matrix in MATRICES
+    )
+    agrees = row["fall"] > 2 * row["error fall"] and row["falls"] == row["seeds"]
     return Finding(
         "the optimizer's preconditioner makes the blocks alike "
         f"({row['model']}, {row['optimizer']})",
-        f"JS^0 {with_error(before, errors[0])} of H, {with_error(after, errors[1])} of what it "
-        f"sees: {100 * (1 - after / before):.0f} % removed; sizes of blocks spread over "
-        f"{row['decades hessian']:.2f} and {row['decades preconditioned']:.2f} decades",
+        f"JS^0 {before} of H, {after} of what it sees: a fall in {row['falls']} of {row['seeds']} "
+        f"seeds, {with_error(row['left'], row['error left'])} of it left; sizes of blocks spread "
+        f"over {row['decades hessian']:.2f} and {row['decades preconditioned']:.2f} decades",
         "agrees" if agrees else "disagrees",
-        "agrees where JS^0 falls by more than two standard errors",
+        "agrees where JS^0 falls by more than two standard errors, and in every seed",
     )
 
 
 def _better(table: pd.DataFrame) -> Iterator[Finding]:
     """Muon and Shampoo against Adam, by the share of JS^0 that is left."""
     for model, rows in table.groupby("model", sort=False):
-        left = {row["optimizer"]: _left(row) for row in rows.to_dict("records")}
+        left = {r["optimizer"]: (r["left"], r["error left"]) for r in rows.to_dict("records")}
         for name in ("muon", "shampoo"):
             if not {name, "adam"} <= left.keys():
                 continue
@@ -377,21 +420,14 @@ def _better(table: pd.DataFrame) -> Iterator[Finding]:
             )
 
 
-def _left(row: Mapping[Any, Any]) -> tuple[float, float]:
-    """The share of JS^0 that is left, and its standard error."""
-    before, after = row["js0 hessian"], row["js0 preconditioned"]
-    relative = np.hypot(row["stderr hessian"] / before, row["stderr preconditioned"] / after)
-    return after / before, float(after / before * relative)
-
-
 def _ranks(table: pd.DataFrame) -> Finding:
-    """Ranks within each model, put together."""
+    """Ranks within each model, put together; of means over the seeds."""
     ranks = table.groupby("model")[["js0 preconditioned", "held_out"]].rank()
     found = spearmanr(ranks["js0 preconditioned"], ranks["held_out"])
     return Finding(
         "the heterogeneity that is left ranks the optimizers' losses",
         f"rank correlation {found.statistic:.2f} within models (p = {found.pvalue:.2g}, "
-        f"{len(table)} trainings)",
+        f"{len(table)} pairs of model and optimizer)",
         "agrees" if found.statistic > 0 and found.pvalue < 0.05 else "disagrees",
         "agrees where it is positive with p < 0.05",
     )
@@ -408,17 +444,17 @@ EXHIBIT = Exhibit(
         "small": Scale(
             Settings(),
             "GPT-2 (2 layers, D=32) on the embedded text, ViT (2 layers, D=32) and ResNet8 without "
-            "batch norm on the digits; 150 steps, the best of three learning rates each; spectra "
-            "of every weight matrix by 2 probes of 12 steps.",
-            "About 5 minutes on one core.",
+            "batch norm on the digits; 150 steps, the best of three learning rates each, three "
+            "seeds; spectra of every weight matrix by 2 probes of 12 steps.",
+            "About 10 minutes on one core.",
         ),
         "paper": Scale(
             Settings(steps=2000, probes=4, lanczos=30),
-            "The same models, trained for 2,000 steps; 4 probes of 30 steps.",
-            "About an hour on one core, estimated.",
+            "The same models and seeds, trained for 2,000 steps; 4 probes of 30 steps.",
+            "About two hours on one core, estimated.",
         ),
     },
-    shown=("losses", "heterogeneity"),
+    shown=("summary", "losses", "heterogeneity"),
 )
 
 if __name__ == "__main__":

@@ -140,6 +140,7 @@ def test_a_verdict_on_block_diagonality_heeds_the_error(found, verdict):
             "optimizers_blocks",
             {
                 "models": ("vit",),
+                "seeds": 2,
                 "steps": 4,
                 "stages": (1.0,),
                 "rates": 1,
