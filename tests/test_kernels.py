@@ -4,7 +4,7 @@ was afterwards.
 
 import copy
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from threading import Event, Thread
 
 import dense_truth
@@ -22,9 +22,9 @@ from transformers.models.gemma2 import modeling_gemma2 as gemma2_code
 
 from blockspec import Objective, dense, estimate_spectra, losses, partition
 from blockspec.engine.estimate import plan_spectra
-from blockspec.model import implementations, kernels, lengths
+from blockspec.model import implementations, kernels, lengths, torch_parts
 from blockspec.model.attention import attention
-from blockspec.model.kernels import twice_differentiable
+from blockspec.model.kernels import paused, resumed, twice_differentiable
 from blockspec.products.curvature import Products
 
 BACKENDS = {
@@ -45,6 +45,38 @@ def second_derivative(model, batch):
     weights = [p for p in model.parameters() if p.ndim == 2]
     gradients = torch.autograd.grad(total, weights, create_graph=True)
     return torch.autograd.grad(sum(g.square().sum() for g in gradients), weights)
+
+
+def test_functions_are_watched_while_a_forward_pass_is_made_and_not_between():
+    """A pause may lie within another one, and an error leaves all as it was."""
+    it = nanogpt()
+    with twice_differentiable(it.model):
+        mode = torch_parts.function_mode()
+        assert mode is not None
+        with suppress(KeyError), paused(), paused():
+            assert torch_parts.function_mode() is None
+            with resumed(), resumed():
+                assert torch_parts.function_mode() is mode
+                with paused():
+                    assert torch_parts.function_mode() is None
+                assert torch_parts.function_mode() is mode
+            assert torch_parts.function_mode() is None
+            raise KeyError
+        assert torch_parts.function_mode() is mode
+        with resumed():
+            assert torch_parts.function_mode() is mode
+    with paused(), resumed():
+        assert torch_parts.function_mode() is None
+    products = Products(it.objective())
+    whole = partition(it.model, "model")[0]
+    vector = torch.ones(whole.numel).double()
+    (expected,) = products.sweep([(whole, vector)])
+    products.forget()
+    with products.opened():
+        assert torch_parts.function_mode() is None
+        (found,) = products.sweep([(whole, vector)])
+        assert torch_parts.function_mode() is None
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("make", [gpt2, nanogpt, llama, vit])

@@ -16,10 +16,10 @@ from blockspec.figures.style import save
 from blockspec.figures.tracking import tracked_eigenvalues
 from blockspec.integrations import SpectrumCallback, TrackSettings, record
 from blockspec.numerics.algorithms import run
-from blockspec.numerics.tracking import orthonormal, refine
+from blockspec.numerics.tracking import errors, orthonormal, refine
 from blockspec.runs.plotting import PlotSettings
 from blockspec.runs.report import _tracking_figures, draw
-from blockspec.toolbox.localisation import by_kind, inverse_participation, kinds_of
+from blockspec.toolbox.localisation import _of_entries, kinds_of, localised
 from blockspec.toolbox.tracking import Tracking
 
 CROSSING = np.linspace(0, 1, 40)
@@ -128,7 +128,8 @@ def test_what_is_missed_is_said(caplog):
     tracker(1), tracker(2)
     table = tracker.table
     assert table["converged"].tolist() == [True, False, False]
-    assert (table["residual"] > 0.03 * table["value"].abs())[1:].all()
+    assert (table["error"] > 0.03 * table["value"].abs())[1:].all()
+    assert (table["error"] <= table["residual"]).all()
     assert len(caplog.records) == 1
     assert "step 1, block 'matrix'" in caplog.text
     assert "after 1 rounds of products" in caplog.text
@@ -282,14 +283,59 @@ def test_participation_by_kind():
     query.pieces[0].fill(tensors[query.parameters[0]], torch.full((query.numel,), 3.0).double())
     tensors["transformer.wpe.weight"][0, 0] = 4 * query.numel**0.5
     vector = torch.cat([tensors[name].flatten() for name in parameters])[None]
-    share, within = by_kind(vector, kinds)
-    found = dict(zip(kinds.names, zip(share[0], within[0], strict=True), strict=True))
+    spread = localised(vector, kinds)
+    shares, within = spread.shares[0], spread.parts[0]
+    found = dict(zip(kinds.names, zip(shares, within, strict=True), strict=True))
     assert found["query"] == pytest.approx((9 / 25, 1 / query.numel))
     assert found["position"] == pytest.approx((16 / 25, 1.0))
     assert found["norm"][0] == 0
     assert np.isnan(found["norm"][1])
     expected = (16 / 25) ** 2 + (9 / 25) ** 2 / query.numel
-    assert inverse_participation(vector)[0] == pytest.approx(expected)
+    assert spread.whole[0] == pytest.approx(expected)
+
+
+def test_participation_of_a_block_that_cuts_tensors():
+    """Its entries are asked one by one; a block of whole tensors gives the same by views."""
+    it = problems.problem("gpt2")
+    parameters = it.objective().parameters()
+    generator = torch.Generator().manual_seed(0)
+    for block in partition(it.model, "layer") + partition(it.model, "head", "*c_attn.weight/*"):
+        kinds = kinds_of(block, it.objective(), parameters)
+        vectors = torch.randn(2, block.numel, generator=generator).double()
+        spread = localised(vectors, kinds)
+        numbers = _of_entries(block, partition(it.model, "matrix"), parameters)
+        assert set(numbers.names) == set(kinds.names)
+        other = localised(vectors, numbers)
+        order = [numbers.names.index(name) for name in kinds.names]
+        np.testing.assert_allclose(spread.shares, other.shares[:, order], rtol=1e-12)
+        np.testing.assert_allclose(spread.parts, other.parts[:, order], rtol=1e-12)
+        fourth = vectors.pow(4).sum(1) / vectors.square().sum(1).square()
+        np.testing.assert_allclose(spread.whole, fourth, rtol=1e-12)
+
+
+@pytest.mark.parametrize("which", ["largest", "magnitude", "smallest"])
+def test_errors_hold_where_the_guard_is_the_next_eigenpair(which):
+    """Temple's bound, three times: against exact eigenvalues, for start vectors of all angles."""
+    order = {"largest": np.positive, "magnitude": np.abs, "smallest": np.negative}[which]
+    generator = np.random.default_rng(0)
+    vectors = np.linalg.qr(generator.standard_normal((50, 50)))[0]
+    exact = np.concatenate([[-6.0, -4, 3, 5], np.linspace(-1, 1, 46)])
+    matrix = torch.from_numpy(vectors * exact @ vectors.T)
+    best = np.argsort(-order(exact))
+    smaller = 0
+    for angle in (0.3, 0.1, 0.03):
+        turned = vectors[:, best[:3]].T + angle * generator.standard_normal((3, 50)) / 50**0.5
+        start = torch.from_numpy(turned)
+        found = run(
+            refine(start, 2, order, kept=3, tolerance=0.5, max_rounds=1), lambda v: v @ matrix
+        )
+        missed = np.abs(found.values - exact[best[:3]])[:2]
+        assert (missed <= found.errors[:2]).all()
+        smaller += (found.errors[:2] < 0.5 * found.residuals[:2]).sum()
+    assert smaller > 0
+    assert errors(np.array([2.0, 1.9]), [0.1, 0.2], 1, np.positive).tolist() == [0.1]  # no gap seen
+    assert errors(np.array([2.0, 1.0]), [0.1], 1, np.positive).tolist() == [0.1]  # no guard
+    assert errors(np.array([2.0, 1.0]), [0.1, 0.2], 1, np.positive) == pytest.approx([0.0375])
 
 
 @pytest.mark.parametrize(
@@ -321,7 +367,7 @@ def test_the_figure_shows_values_thresholds_and_what_is_rough(tmp_path):
             "block": "model",
             "rank": np.repeat([1, 2], 4),
             "value": [1.0, 2, 3, 4, 0.5, 1, 1, 1],
-            "residual": 0.1,
+            "error": 0.1,
             "converged": [True, True, False, True, True, True, True, True],
             "overlap": 0.9,
             "ipr": 0.01,
@@ -407,3 +453,22 @@ def test_the_callback_follows_logs_and_writes(tmp_path):
     with pytest.raises(ValueError, match=r"no block matches include=nothing\*"):
         draw(out, PlotSettings(include="nothing*"))
     assert {"loss"} <= {key for x in it.tracker.logged for key in x}
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_both_matrices_share_the_passes_over_the_data(batches):
+    it = problems.nanogpt()
+    objective = blockspec.Objective(it.model, it.batches[:batches], it.loss)
+    optimizer = torch.optim.AdamW(it.model.parameters(), lr=1e-2)
+    tracker = blockspec.track(objective, optimizer=optimizer, check=False)
+    for step in range(3):
+        before = tracker._operator.gradients
+        tracker(step)
+        total, terms = it.loss(it.model, it.batches[0])
+        (total / terms).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    rows = tracker.table.query("step == 2")
+    assert len(rows) == 2
+    passes = 1 if batches == 1 else batches * rows["rounds"].max()
+    assert tracker._operator.gradients - before == passes

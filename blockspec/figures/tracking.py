@@ -34,8 +34,8 @@ LOWER = {
 def tracked_eigenvalues(table: pd.DataFrame, thresholds: Thresholds | None = None) -> Figure:
     """The top eigenvalues along a training, a column of panels for each matrix.
 
-    Above are the values, with a band as wide as their residuals; open circles mark values whose
-    residual is beyond the tolerance. Below are the overlap of the first eigenvector with the
+    Above are the values, with a band as wide as their errors; open circles mark values whose
+    error is beyond the tolerance. Below are the overlap of the first eigenvector with the
     nearest one of the measurement before, and its inverse participation ratio.
 
     Args:
@@ -81,7 +81,7 @@ def _values(axes: Axes, rows: pd.DataFrame, colours: Mapping[str, str]) -> None:
     for key, part in rows.groupby(["block", "rank"], sort=False):
         block, rank = cast(tuple[str, int], key)
         part, colour = part.sort_values("step"), colours[block]
-        low, high = part["value"] - part["residual"], part["value"] + part["residual"]
+        low, high = part["value"] - part["error"], part["value"] + part["error"]
         axes.fill_between(part["step"], low, high, color=colour, alpha=0.2, linewidth=0)
         dash = DASHES[(rank - 1) % len(DASHES)]
         axes.plot(part["step"], part["value"], color=colour, linestyle=dash)

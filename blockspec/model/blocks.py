@@ -36,6 +36,22 @@ def gather(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([part.to(parts[0].device) for part in parts])
 
 
+def gathered(block: Block, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensor:
+    """As :func:`gather`, with zeros for tensors that are absent; of the dtype of :func:`zeros`.
+
+    Args:
+        block: It may have parameters that are not in ``tensors``.
+        tensors: By name of the parameter.
+        like: All of the block's parameters.
+    """
+    if all(piece.parameter in tensors for piece in block.pieces):
+        found = gather(block, tensors)
+        return found.to(_dtype(block, like))
+    found = zeros(block, like)
+    add(block, found, tensors, like)
+    return found
+
+
 def scatter(block: Block, vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The block's vector (P,) as tensors of the shapes, dtypes and devices of ``like``; zero
     outside of the block.
@@ -63,9 +79,14 @@ def scatter(block: Block, vector: Tensor, like: Mapping[str, Tensor]) -> dict[st
 
 def zeros(block: Block, like: Mapping[str, Tensor]) -> Tensor:
     """The block's vector (P,) of zeros, of the dtype that holds those of its parameters."""
-    first, *others = (like[name] for name in block.parameters)
-    dtype = reduce(torch.promote_types, (p.dtype for p in others), first.dtype)
-    return torch.zeros(block.numel, dtype=dtype, device=first.device)
+    device = like[block.parameters[0]].device
+    return torch.zeros(block.numel, dtype=_dtype(block, like), device=device)
+
+
+def _dtype(block: Block, like: Mapping[str, Tensor]) -> torch.dtype:
+    """That holds the numbers of all of the block's parameters."""
+    first, *others = (like[name].dtype for name in block.parameters)
+    return reduce(torch.promote_types, others, first)
 
 
 def add(

@@ -36,6 +36,16 @@ PARTS: dict[str, tuple[str, Any, str]] = {
         None,
         "the logits of a language model are held whole",
     ),
+    "function_mode_at": (
+        "_C._get_function_stack_at",
+        lambda place: None,
+        "products of small models take longer",
+    ),
+    "function_modes": (
+        "_C._len_torch_function_stack",
+        lambda: 0,
+        "products of small models take longer",
+    ),
 }
 """Our name -> where torch has it, what stands in for it, and what is lost by that."""
 
@@ -68,3 +78,13 @@ batched: Callable[[Tensor], bool] = _found["batched"]
 """Whether a tensor stands for many, as in ``torch.autograd.grad(..., is_grads_batched=True)``."""
 wrapper: Callable[..., Any] | None = _found["wrapper"]
 """Makes a tensor that has a shape and no storage."""
+function_modes: Callable[[], int] = _found["function_modes"]
+"""How many ``TorchFunctionMode``s are open in this thread."""
+function_mode_at: Callable[[int], Any] = _found["function_mode_at"]
+"""One of them; 0 is the outermost."""
+
+
+def function_mode() -> Any:
+    """The innermost ``TorchFunctionMode`` that is open in this thread; None where none is."""
+    number = function_modes()
+    return function_mode_at(number - 1) if number else None

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockspec.model.blocks import Block, add, zeros
+from blockspec.model.blocks import Block, add, gathered, zeros
 from blockspec.model.differentiability import check_twice_differentiable, leaves_of
+from blockspec.model.kernels import paused, resumed
 from blockspec.model.layer_by_layer import layer_by_layer, weighed
 from blockspec.model.losses import Loss
 from blockspec.model.objective import Objective
@@ -34,6 +35,7 @@ from blockspec.products.guard import OFF, Check, checked
 from blockspec.products.layerwise import TOGETHER
 from blockspec.products.linearisations import ENDS, Ask, Linearised, Tensors
 from blockspec.products.precision import check, reduced_model, reduced_multiplication
+from blockspec.products.totals import Totals
 from blockspec.products.units import Reduce, Unit
 from blockspec.products.ways import Way
 
@@ -204,10 +206,7 @@ class Products:
         """The products; without their sums, what ``each`` has kept of every unit is all."""
         self._compare(requests)
         while True:
-            totals = [
-                [vector.new_zeros(target.numel) for target in targets] if summed else []
-                for _, vector, targets in requests
-            ]
+            totals = Totals(requests, summed=summed)
             terms, error = 0.0, None
             try:
                 terms = self._own_part(totals, requests, each, units)
@@ -218,7 +217,7 @@ class Products:
             # One message: a process without memory takes part in it, so that the others need not
             # wait, and all begin anew
             words = torch.tensor([terms, float(error is not None)], dtype=torch.float64)
-            *parts, words = self.ranks.sums([*(p for total in totals for p in total), words])
+            *parts, words = self.ranks.sums([*totals.flat(), words])
             terms, exhausted = words.tolist()
             if not exhausted:
                 return self._checked(requests, [p.div_(terms) for p in parts]) if summed else []
@@ -244,7 +243,7 @@ class Products:
 
     def _own_part(
         self,
-        totals: list[list[Tensor]],
+        totals: Totals,
         requests: Sequence[Request],
         each: Reduce | None,
         units: list[tuple[int, Unit]] | None,
@@ -256,13 +255,13 @@ class Products:
         with self._prepared(named), explained(), reduced_multiplication(self.precision):
             for batch, linearised in self._linearised(named):
                 values: list[Any] = [None] * len(requests)
-                for number, parts in self._completed(requests, linearised):
-                    if batch is None:
-                        continue
-                    if each is not None:
-                        values[number] = each(number, parts)
-                    for whole, part in zip(totals[number], parts):  # noqa: B905 - none, if not summed
-                        whole += part.to(whole)
+                with nullcontext() if self.way.layerwise else paused():
+                    for number, parts in self._completed(requests, linearised):
+                        if batch is None:
+                            continue
+                        if each is not None:
+                            values[number] = each(number, parts)
+                        totals.add(number, parts, kept=each is not None)
                 if batch is not None:
                     terms += linearised.terms
                 if units is not None and batch is not None:
@@ -277,6 +276,12 @@ class Products:
         waiting: dict[int, list[Tensor]] = {}
         for number, tensors, last in linearised.products(self._asks(requests)):
             targets = requests[number][2]
+            if last and number not in waiting:  # in one part: no sum to make
+                found = [gathered(target, tensors, self._parameters) for target in targets]
+                del tensors
+                self.products += 1
+                yield number, found
+                continue
             if number not in waiting:
                 waiting[number] = [zeros(target, self._parameters) for target in targets]
             for known, target in zip(waiting[number], targets, strict=True):
@@ -342,7 +347,7 @@ class Products:
         if self._open:
             yield
             return
-        with self.objective.prepared():
+        with self.objective.prepared(), paused():
             self._open = self._fresh = True
             try:
                 yield
@@ -354,7 +359,7 @@ class Products:
         kept = parameters.keys() <= self._kept_parameters and not self.way.layerwise
         ready = self._open and (self._fresh or kept)
         self._fresh = False
-        return nullcontext() if ready else self.objective.prepared()
+        return resumed() if ready else self.objective.prepared()
 
     def linearise(self, batch: Any, parameters: Tensors) -> Linearised:
         """The shared pass of one batch; the objective must be prepared."""

@@ -7,8 +7,9 @@ and returns its result. It knows nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from blockspec.numerics.algorithms import Algorithm, Progress, R
 from blockspec.numerics.measures import NOTHING
 from blockspec.products.operators import Operator
 from blockspec.products.shares import Shares
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(eq=False)
@@ -65,29 +68,42 @@ def run_together(
         watch: Is told what units of data have in the products.
     """
     watch = watch or Watch(Shares(operator, wanted=False), lambda block, probe, product: NOTHING)
-    results: dict[Block, R] = {}
-    asked: dict[Block, Tensor] = {}
+    return driven(algorithms, watch.sweep, progress=progress)
+
+
+def driven(
+    algorithms: Mapping[Key, Algorithm[R]],
+    sweep: Callable[[Sequence[tuple[Key, Tensor]]], list[Tensor]],
+    *,
+    progress: Progress | None = None,
+) -> dict[Key, R]:
+    """The results of all algorithms; each round of products is one call of ``sweep``.
+
+    Args:
+        algorithms: What each is of -> the algorithm.
+        sweep: For each (key, v (P,)): the product with v (P,).
+        progress: Called with (products done, None) after each sweep.
+    """
+    results: dict[Key, R] = {}
+    asked: dict[Key, Tensor] = {}
     done = 0
 
-    def resume(block: Block, answer: Tensor | None) -> None:
+    def resume(key: Key, answer: Tensor | None) -> None:
         try:
-            asked[block] = (
-                next(algorithms[block]) if answer is None else algorithms[block].send(answer)
-            )
+            asked[key] = next(algorithms[key]) if answer is None else algorithms[key].send(answer)
         except StopIteration as stop:
-            results[block] = stop.value
+            results[key] = stop.value
 
-    for block in algorithms:
-        resume(block, None)
+    for key in algorithms:
+        resume(key, None)
     while asked:
         questions, asked = asked, {}
-        flat = watch.sweep(
-            [(block, probe) for block, probes in questions.items() for probe in probes]
-        )
+        flat = sweep([(key, probe) for key, probes in questions.items() for probe in probes])
         done += len(flat)
-        for block, probes in questions.items():
-            answer, flat = torch.stack(flat[: len(probes)]), flat[len(probes) :]
-            resume(block, answer)
+        for key, probes in questions.items():
+            own, flat = flat[: len(probes)], flat[len(probes) :]
+            # a single row is not copied: of a large model that takes as long as arithmetic
+            resume(key, own[0][None] if len(own) == 1 else torch.stack(own))
         if progress is not None:
             progress(done, None)
-    return {block: results[block] for block in algorithms}
+    return {key: results[key] for key in algorithms}

@@ -7,7 +7,7 @@ parameters that take part. Of a kind of block it is that of the vector's part th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +24,12 @@ class Kinds:
 
     Args:
         names: (n,) the kinds.
-        index: (P,) each parameter's place in ``names``.
+        parts: For a vector (P,) of the block, its parts: the place of each one's kind in ``names``,
+            and its numbers. They are disjoint and complete.
     """
 
     names: tuple[str, ...]
-    index: Tensor
+    parts: Callable[[Tensor], list[tuple[int, Tensor]]]
 
 
 def kinds_of(block: Block, objective: Objective | None, parameters: Mapping[str, Tensor]) -> Kinds:
@@ -40,41 +41,76 @@ def kinds_of(block: Block, objective: Objective | None, parameters: Mapping[str,
             that is known.
         parameters: Of the operator.
     """
-    device = next(iter(parameters.values())).device
     if objective is None:
-        return Kinds((block.kind,), torch.zeros(block.numel, dtype=torch.long, device=device))
-    parts = [
-        b for b in partition(objective.model, "matrix") if set(b.parameters) <= set(parameters)
-    ]
+        return Kinds((block.kind,), lambda vector: [(0, vector)])
+    own = [b for b in partition(objective.model, "matrix") if set(b.parameters) <= set(parameters)]
+    if all(piece.whole for piece in block.pieces):
+        return _of_whole_tensors(block, own, parameters)
+    return _of_entries(block, own, parameters)
+
+
+def _of_whole_tensors(block: Block, parts: list[Block], parameters: Mapping[str, Tensor]) -> Kinds:
+    """Where the block is of whole tensors, the matrices are cut from views of its vector."""
+    held = set(block.parameters)
+    parts = [part for part in parts if set(part.parameters) <= held]
+    names = tuple(dict.fromkeys(part.kind for part in parts))
+    pieces = [(names.index(part.kind), piece) for part in parts for piece in part.pieces]
+    shapes = {name: parameters[name].shape for name in block.parameters}
+
+    def cut(vector: Tensor) -> list[tuple[int, Tensor]]:
+        sizes = [shape.numel() for shape in shapes.values()]
+        views = {
+            name: values.view(shape)
+            for (name, shape), values in zip(shapes.items(), vector.split(sizes), strict=True)
+        }
+        return [(kind, piece.select(views[piece.parameter])) for kind, piece in pieces]
+
+    return Kinds(names, cut)
+
+
+def _of_entries(block: Block, parts: list[Block], parameters: Mapping[str, Tensor]) -> Kinds:
+    """Where the block cuts tensors in its own way, each entry is asked for its kind once."""
     names = tuple(dict.fromkeys(part.kind for part in parts))
     numbers = {name: torch.zeros(p.shape, device=p.device) for name, p in parameters.items()}
+    device = next(iter(numbers.values())).device
     for part in parts:
         place = torch.full((part.numel,), float(names.index(part.kind)), device=device)
         for name, tensor in scatter(part, place, numbers).items():
             numbers[name] += tensor
     index = gather(block, numbers).long()
-    present = index.unique()
-    renamed = torch.zeros(len(names), dtype=torch.long, device=device)
-    renamed[present] = torch.arange(len(present), device=device)
-    return Kinds(tuple(names[i] for i in present.tolist()), renamed[index.to(device)])
+    places = [torch.nonzero(index == number)[:, 0] for number in index.unique()]
+    present = tuple(names[number] for number in index.unique().tolist())
+    return Kinds(present, lambda vector: [(i, vector[own]) for i, own in enumerate(places)])
 
 
-def inverse_participation(vectors: Tensor) -> np.ndarray:
-    """(n,) of each row of ``vectors`` (n, P), between 1 / P and 1; NaN for a row of zeros."""
-    squares = vectors.double().square()
-    return (squares.square().sum(1) / squares.sum(1).square()).cpu().numpy()
+@dataclass(frozen=True, eq=False)
+class Localisation:
+    """How vectors are spread, whole and over kinds of block.
 
-
-def by_kind(vectors: Tensor, kinds: Kinds) -> tuple[np.ndarray, np.ndarray]:
-    """How each row of ``vectors`` (n, P) is spread over the kinds.
-
-    Returns:
-        (n, kinds) the share of the row's squared length, and (n, kinds) the inverse participation
-        ratio of its part; NaN where there is no part.
+    Args:
+        whole: (n,) inverse participation ratio of each vector.
+        shares: (n, kinds) of the vector's squared length.
+        parts: (n, kinds) inverse participation ratio of its part; NaN where there is no part.
     """
-    squares = vectors.double().square()
-    empty = squares.new_zeros(len(vectors), len(kinds.names))
-    mass = empty.index_add(1, kinds.index, squares)
-    fourth = empty.index_add(1, kinds.index, squares.square())
-    share = mass / mass.sum(1, keepdim=True)
-    return share.cpu().numpy(), (fourth / mass.square()).cpu().numpy()
+
+    whole: np.ndarray
+    shares: np.ndarray
+    parts: np.ndarray
+
+
+def localised(vectors: Tensor, kinds: Kinds) -> Localisation:
+    """How each row of ``vectors`` (n, P) is spread over its entries and over the kinds."""
+    mass = np.zeros((len(vectors), len(kinds.names)))
+    fourth = np.zeros_like(mass)
+    for row, vector in enumerate(vectors):
+        places, sums = [], []
+        for place, part in kinds.parts(vector):
+            squares = part.reshape(-1).square()
+            places.append(place)
+            sums.append(torch.stack([squares.sum(), squares.dot(squares)]))
+        found = torch.stack(sums).double().cpu().numpy()
+        np.add.at(mass[row], places, found[:, 0])
+        np.add.at(fourth[row], places, found[:, 1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        whole = fourth.sum(1) / mass.sum(1) ** 2
+        return Localisation(whole, mass / mass.sum(1, keepdims=True), fourth / mass**2)

@@ -36,14 +36,14 @@ from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.restarts import Search
 from blockspec.numerics.tracking import Ritz, refine
 from blockspec.products.operators import Operator, forget, opened
-from blockspec.products.preconditioning.operator import Preconditioned
+from blockspec.products.preconditioning.operator import Preconditioned, sweep_sides
 from blockspec.products.preconditioning.preconditioner import Preconditioner, unwrapped
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, open_operator
 from blockspec.products.settings import takes
-from blockspec.products.sweeps import run_together
+from blockspec.products.sweeps import driven
 from blockspec.toolbox.eigenpairs import ORDERS
-from blockspec.toolbox.localisation import Kinds, by_kind, inverse_participation, kinds_of
+from blockspec.toolbox.localisation import Kinds, kinds_of, localised
 
 logger = logging.getLogger(__name__)
 VALUES, LOCALISATION = "tracking.parquet", "localisation.parquet"
@@ -62,9 +62,9 @@ class Tracking:
         which: Which ones: largest (algebraically: the edge of stability is about these), magnitude
             (by absolute value) or smallest (the most negative).
         every: Updates between two measurements.
-        tolerance: Bound on each pair's residual, relative to the magnitude of its value: an
-            eigenvalue lies within it. Where a gap separates the eigenvalue from the others, its
-            error is of the order of the square.
+        tolerance: Bound on each value's error, relative to its magnitude. The error is the
+            residual, within which an eigenvalue lies, or three times its square over the gap to the
+            rest of the spectrum, where that is smaller.
         guards: Pairs that are followed beside the k, so that one that overtakes is seen.
         max_rounds: Rounds of products of one measurement at most. What has a larger residual then
             is marked in the table.
@@ -120,7 +120,7 @@ def track(
 
     Nothing of the training is disturbed: weights, gradients, training flags and all random numbers
     are as without, bit by bit. A few examples do for the fixed data: a measurement costs one shared
-    pass and two or three products over them.
+    pass and two or three products over them for each matrix.
 
     Args:
         objective: The model in training, before it is wrapped or compiled, and fixed batches.
@@ -171,7 +171,8 @@ def _search(draw: Draw, kept: int, tracking: Tracking) -> Algorithm[Ritz]:
         max_products=40 * kept + 100,
     )
     found = yield from search.run()
-    return Ritz(found.values, found.vectors, found.residuals, search.products, search.products)
+    taken, r = search.products, found.residuals
+    return Ritz(found.values, found.vectors, r, r, taken, taken)
 
 
 def _overlaps(
@@ -246,31 +247,29 @@ class Tracker:
 
         Returns:
             For a tracker of the training's own, by name:
-            ``track/<matrix>/<block>/<rank>`` (rank 1 is the first), ``.../residual`` (the largest,
+            ``track/<matrix>/<block>/<rank>`` (rank 1 is the first), ``.../error`` (the largest,
             relative to its value), ``.../overlap`` and ``.../ipr`` of the first.
         """
         scalars: dict[str, float] = {}
         with _quiet(self.objective):
             forget(self._operator)
-            operators = list(self._operators())
-            with opened(self._operator):
-                found = [self._found(operator) for operator in operators]
-            for operator, ritz in zip(operators, found, strict=True):
-                for one in self._of(operator.curvature):
-                    scalars |= self._note(step, operator.curvature, one, ritz[one.block])
+            followed = {
+                (operator, one.block): one
+                for operator in self._operators()
+                for one in self._of(operator.curvature)
+            }
+            with opened(self._operator):  # all matrices share each pass over the data
+                found = driven(
+                    {side: self._algorithm(one, side[0]) for side, one in followed.items()},
+                    lambda requests: sweep_sides(self._operator, requests),
+                )
+            for (operator, _), one in followed.items():
+                ritz = found[operator, one.block]
+                scalars |= self._note(step, operator.curvature, one, ritz)
         return scalars
 
-    def _found(self, operator: Operator) -> dict[Block, Ritz]:
-        """What is followed of one matrix."""
-        followed = self._of(operator.curvature)
-        return run_together(
-            {one.block: self._algorithm(one, operator) for one in followed}, operator
-        )
-
     def _operators(self) -> Iterator[Operator]:
-        """H, and what the optimizer makes of it now; both share one pass over the data where the
-        graph is kept.
-        """
+        """H, and what the optimizer makes of it now."""
         yield self._operator
         if self._optimizer is None or not _has_stepped(self._optimizer):
             return
@@ -316,10 +315,10 @@ class Tracker:
         one.vectors = ritz.vectors
         self.products += ritz.products
         values, residuals = ritz.values[:k], ritz.residuals[:k]
-        relative = residuals / np.maximum(np.abs(values), np.finfo(float).tiny)
-        converged = residuals <= self.tracking.tolerance * np.abs(values)
-        localised = inverse_participation(ritz.vectors[:k])
-        shares, parts = by_kind(ritz.vectors[:k], one.kinds)
+        errors = ritz.errors[:k]
+        relative = errors / np.maximum(np.abs(values), np.finfo(float).tiny)
+        converged = errors <= self.tracking.tolerance * np.abs(values)
+        spread = localised(ritz.vectors[:k], one.kinds)
         common = {"step": step, "matrix": matrix, "block": block.name}
         for i in range(k):
             self._values.append(
@@ -331,15 +330,17 @@ class Tracker:
                     "rank": i + 1,
                     "value": values[i],
                     "residual": residuals[i],
+                    "error": errors[i],
                     "converged": bool(converged[i]),
                     "overlap": overlap[i],
                     "rank_before": before[i],
-                    "ipr": localised[i],
+                    "ipr": spread.whole[i],
                     "products": ritz.products,
                     "rounds": ritz.rounds,
                 }
             )
-            for kind, share, part in zip(one.kinds.names, shares[i], parts[i], strict=True):
+            by_kind = zip(one.kinds.names, spread.shares[i], spread.parts[i], strict=True)
+            for kind, share, part in by_kind:
                 self._parts.append(
                     common | {"rank": i + 1, "kind": kind, "share": share, "ipr": part}
                 )
@@ -347,9 +348,9 @@ class Tracker:
             self._tell(step, block, float(relative.max()), ritz, searched=searched)
         name = f"track/{matrix}/{block.name}"
         return {f"{name}/{i + 1}": float(value) for i, value in enumerate(values)} | {
-            f"{name}/residual": float(relative.max()),
+            f"{name}/error": float(relative.max()),
             f"{name}/overlap": float(overlap[0]),
-            f"{name}/ipr": float(localised[0]),
+            f"{name}/ipr": float(spread.whole[0]),
         }
 
     def _tell(
@@ -378,10 +379,11 @@ class Tracker:
         """A row for each step, block and rank.
 
         Columns: step, matrix, block, kind, layer, numel, rank (1 is the first), value, residual (an
-        eigenvalue lies within it of the value), converged (whether the residual is within the
-        tolerance), overlap (cosine of the eigenvector with the nearest one of the measurement
-        before), rank_before (the rank of that one; another one than ``rank`` is a crossing), ipr
-        (inverse participation ratio), products and rounds of the block's measurement.
+        eigenvalue lies within it of the value), error (estimate of the value's, see
+        :class:`Tracking`), converged (whether the error is within the tolerance), overlap (cosine
+        of the eigenvector with the nearest one of the measurement before), rank_before (the rank of
+        that one; another one than ``rank`` is a crossing), ipr (inverse participation ratio),
+        products and rounds of the block's measurement.
         """
         table = pd.DataFrame(self._values, columns=VALUE_COLUMNS)
         return table.astype({"layer": "Int64", "rank_before": "Int64"})
@@ -413,6 +415,6 @@ class Tracker:
 
 VALUE_COLUMNS = (
     *("step", "matrix", "block", "kind", "layer", "numel", "rank", "value", "residual"),
-    *("converged", "overlap", "rank_before", "ipr", "products", "rounds"),
+    *("error", "converged", "overlap", "rank_before", "ipr", "products", "rounds"),
 )
 PART_COLUMNS = ("step", "matrix", "block", "rank", "kind", "share", "ipr")

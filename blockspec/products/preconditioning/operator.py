@@ -201,3 +201,29 @@ class Preconditioned:
         if sum(len(kept) for _, kept in self._ready.values()) + len(values) > most:
             self._ready.clear()
         self._ready[id(block)] = (block, values)
+
+
+Side = tuple[Operator, Block]
+"""A block of one of several matrices."""
+
+
+def sweep_sides(inner: Operator, requests: Sequence[tuple[Side, Tensor]]) -> list[Tensor]:
+    """Products of an operator and of preconditioned ones around it, from one sweep of its own.
+
+    Args:
+        inner: The operator H.
+        requests: For each ((H itself or a :class:`Preconditioned` around it, block b), v (P_b,)).
+
+    Returns:
+        The product of each request (P_b,).
+    """
+
+    def turned(operator: Operator, block: Block, vector: Tensor) -> Tensor:
+        if operator is inner:
+            return vector
+        assert isinstance(operator, Preconditioned), "an operator around another one"
+        assert operator.inner is inner, "an operator around this one"
+        return operator.root(block, vector)
+
+    found = inner.sweep([(side[1], turned(*side, vector)) for side, vector in requests])
+    return [turned(*side, part) for (side, _), part in zip(requests, found, strict=True)]
