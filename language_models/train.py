@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from blockspec.integrations import TrackSettings
 from blockspec.model.losses import Loss, masked_token, next_token
 from language_models import embedded
 from language_models.batches import (
@@ -31,6 +32,7 @@ from language_models.loading import load_pretrained, quiet_transformers
 from language_models.models import ModelSettings, build
 from language_models.tokens import Tokens, mask_token, open_tokens, read_meta
 from training.command import run_command
+from training.following import follower
 from training.trainer import TrainingSettings, mean_loss
 from training.trainer import train as run_training
 
@@ -132,6 +134,7 @@ def train(
     data: DataSettings = DataSettings(),
     training: TrainingSettings = TrainingSettings(),
     start: str | None = None,
+    track: TrackSettings | None = None,
     progress: bool = True,
 ) -> Path:
     """Trains a language model and writes checkpoints that Hugging Face's from_pretrained loads.
@@ -143,6 +146,8 @@ def train(
         training: The training.
         start: Folder of a checkpoint that is trained further (fine-tuned), with a new optimizer;
             None: fresh weights.
+        track: Eigenvalues that are followed along the training, on held-out windows
+            (``--track.every 10``); None: none.
         progress: Whether to show a progress bar.
     """
     task = make_task(model, data, seed=training.seed)
@@ -160,6 +165,7 @@ def train(
             "data": dataclasses.asdict(data),
             "start": start,
         },
+        follow=follower(track, held_out, task.loss),
         progress=progress,
     )
 

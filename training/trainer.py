@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from training.checkpoints import Save, due_steps, last_checkpoint, save_weights, write_checkpoint
+from training.following import Follower
 from training.log import Log
 from training.optimizers import (
     OptimizerSettings,
@@ -92,6 +93,7 @@ def train(
     save: Save = save_weights,
     measure: Measure = lambda model: {},
     record: Mapping[str, Any] | None = None,
+    follow: Follower | None = None,
     progress: bool = True,
 ) -> Path:
     """Trains a model, and goes on from where an earlier call with the same ``out`` and settings was
@@ -109,6 +111,7 @@ def train(
         measure: Named numbers of the model (held-out loss, accuracy) at checkpoints and every
             ``measure_every`` steps.
         record: What else goes into each ``checkpoint.json`` (model and data settings).
+        follow: Eigenvalues to follow; None: none.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -121,6 +124,11 @@ def train(
     out = Path(out)
     accelerator = _make_accelerator(settings, out)
     _check(settings, accelerator)
+    if follow is not None and settings.compile:
+        raise ValueError(
+            "compiled models cannot be differentiated twice: switch compile off to follow "
+            "eigenvalues (track)"
+        )
     content = {"training": dataclasses.asdict(settings), **(record or {})}
     begin(out, content, accelerator)
     if not is_complete(out):
@@ -148,6 +156,7 @@ def train(
             measure,
             content,
             *own,
+            follow,
         )
         loop.run(latest_state(out, accelerator), progress=progress and accelerator.is_main_process)
         finish(out, accelerator)
@@ -218,11 +227,15 @@ class _Loop:
     second_order: Callable[[nn.Module], AbstractContextManager]
     probe: Callable[[Tensor], Tensor]
     rescale: Callable[[Tensor], None]
+    follow: Follower | None = None
 
     def run(self, first: int, *, progress: bool) -> None:
         """Trains from step ``first`` to the end. A step is the number of updates that were made."""
         settings, accelerator = self.settings, self.accelerator
         due = due_steps(settings.checkpoints, settings.num_steps)
+        if self.follow is not None:
+            model = accelerator.unwrap_model(self.model)
+            self.follow.begin(model, self.optimizer, self.out, first)
         with (
             Log(self.out, first, settings.log_every, accelerator) as log,
             _progress(shown=progress) as bar,
@@ -231,10 +244,14 @@ class _Loop:
             for step in range(first, settings.num_steps + 1):
                 if step in due or (settings.measure_every and step % settings.measure_every == 0):
                     self.stop_and_measure(step, log, is_due=step in due)
+                if self.follow is not None and (found := self.follow(step)):
+                    log.add({"step": step, **found})
                 if step == settings.num_steps:
                     break
                 if settings.state_every and step > first and step % settings.state_every == 0:
                     log.flush()
+                    if self.follow is not None:
+                        self.follow.save()
                     save_state(self.out, step, accelerator)
                 log.add(self.update(step))
                 bar.update(
@@ -242,6 +259,8 @@ class _Loop:
                     completed=step + 1,
                     loss=f"loss {log.loss:.3f}" if log.loss is not None else "",
                 )
+        if self.follow is not None:
+            self.follow.end()
 
     def stop_and_measure(self, step: int, log: Log, *, is_due: bool) -> None:
         model = self.accelerator.unwrap_model(self.model)

@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from blockspec.integrations import TrackSettings
 from blockspec.model.losses import classification
 from training.command import run_command
+from training.following import follower
 from training.trainer import TrainingSettings, mean_loss
 from training.trainer import train as run_training
 from vision_models.augment import AUGMENT
@@ -30,6 +32,7 @@ def train(
     model: ModelSettings = ModelSettings(),
     data: DataSettings = DataSettings(),
     training: TrainingSettings = TrainingSettings(),
+    track: TrackSettings | None = None,
     progress: bool = True,
 ) -> Path:
     """Trains a vision model and writes checkpoints that ``vision_models.factories:checkpoint``
@@ -40,6 +43,8 @@ def train(
         model: The model.
         data: The data.
         training: The training.
+        track: Eigenvalues that are followed along the training, on held-out images
+            (``--track.every 10``); None: none.
         progress: Whether to show a progress bar.
     """
     network = build(model, seed=training.seed)
@@ -73,6 +78,7 @@ def train(
             "accuracy": mean_loss(network, held_out, number_right),
         },
         record={"model": dataclasses.asdict(model), "data": dataclasses.asdict(data)},
+        follow=follower(track, held_out, classification),
         progress=progress,
     )
 

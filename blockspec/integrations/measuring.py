@@ -123,30 +123,17 @@ class Measuring:
         told = self.training if begins else None
         check(self.out, self.objective, self.chosen, wanted.estimate, training=told)
         self.replace = not begins  # a resumed training may not be bit by bit the one before
-        self.tracker = None if wanted.track is None else self._tracker(wanted.track, optimizer)
+        self.tracker = None
+        if wanted.track is not None:
+            self.tracker = started(wanted.track, self.objective, optimizer)
         if self.tracker is not None and not begins:
             self.tracker.go_on_from(self.out, step)
         self._saved = time.monotonic()
 
-    def _tracker(self, track: TrackSettings, optimizer: Any) -> Tracker:
-        batches: Iterable[Any] = self.batches
-        model = self.objective.model
-        with undisturbed(model):  # a loader draws a random number whenever it is read
-            if track.examples is not None:
-                batches = [next(self.objective.batches(track.examples))]
-            objective = Objective(model, batches, self.loss)
-            blocks = None if track.blocks is None else choose_blocks(objective, track.blocks)
-        settings = {f.name: getattr(track, f.name) for f in fields(Tracking)}
-        seen = optimizer if track.preconditioned else None
-        return start_tracking(objective, blocks, optimizer=seen, **settings)
-
     def end(self) -> None:
         """After the last step: writes what was followed, and draws it."""
-        if self.tracker is None or not is_first():
-            return
-        self.tracker.save(self.out)
-        if not (table := self.tracker.table).empty:
-            save(tracked_eigenvalues(table), Path(self.out) / "figures", "tracking")
+        if self.tracker is not None:
+            finished(self.tracker, self.out)
 
     def measure(self, step: int) -> dict[str, float] | None:
         """The scalars of a step; None where it is not due, or was the last one that was asked
@@ -186,6 +173,34 @@ class Measuring:
         where no spectra are due.
         """
         return load_run(self.out)[step].plot() if step in self.due and is_first() else None
+
+
+def started(track: TrackSettings, objective: Objective, optimizer: Any) -> Tracker:
+    """The tracker that the settings ask for.
+
+    Args:
+        track: What is followed.
+        objective: On all batches that are held out.
+        optimizer: The training's own, or several.
+    """
+    model = objective.model
+    with undisturbed(model):  # a loader draws a random number whenever it is read
+        if track.examples is not None:
+            few = next(objective.batches(track.examples))
+            objective = Objective(model, [few], objective.loss)
+        blocks = None if track.blocks is None else choose_blocks(objective, track.blocks)
+    settings = {f.name: getattr(track, f.name) for f in fields(Tracking)}
+    seen = optimizer if track.preconditioned else None
+    return start_tracking(objective, blocks, optimizer=seen, **settings)
+
+
+def finished(tracker: Tracker, out: str | os.PathLike[str]) -> None:
+    """Writes what was followed, and draws it; on the first process."""
+    if not is_first():
+        return
+    tracker.save(out)
+    if not (table := tracker.table).empty:
+        save(tracked_eigenvalues(table), Path(out) / "figures", "tracking")
 
 
 def due_steps(steps: Sequence[int], fractions: Sequence[float], *, total: int) -> frozenset[int]:
