@@ -3,16 +3,26 @@
 GPT-2s are trained on the embedded text, the smallest as ``embedded_tiny.yaml`` says. Updates and
 measurements are timed apart, in the same run: the share is the time of the measurements over that
 of the updates. The first measurement is a full search, and no part of it.
+
+The floor is what PyTorch alone takes for the same windows, in the same run: a forward pass and a
+backward pass with a graph, and a product for each matrix. No measurement can do with less. What is
+above it are further products, which the eigenvectors' turning asks for, and all that is around.
 """
 
 from __future__ import annotations
 
+from statistics import median
+
 import pandas as pd
+import torch
 from jsonargparse import CLI
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import blockspec
 from benchmarks.record import clock, write
+from blockspec.model.losses import Loss
+from language_models.batches import Batch
 from language_models.models import ModelSettings
 from language_models.train import DataSettings, Task, make_model, make_task
 from training.optimizers import (
@@ -46,6 +56,25 @@ class Training:
         self.optimizer.zero_grad()
 
 
+def bare(model: nn.Module, loss: Loss, batch: Batch, *, rounds: int = 7) -> tuple[float, float]:
+    """Seconds of a graph and of one product in it by PyTorch alone; medians."""
+    parameters = list(model.parameters())
+    direction = [torch.randn_like(p) for p in parameters]
+    model.eval()
+    graphs, products = [], []
+    with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
+        for _ in range(rounds):
+            start = clock()
+            total, _ = loss(model, batch)
+            gradients = torch.autograd.grad(total, parameters, create_graph=True)
+            middle = clock()
+            torch.autograd.grad(gradients, parameters, direction, retain_graph=True)
+            graphs.append(middle - start)
+            products.append(clock() - middle)
+    model.train()
+    return median(graphs), median(products)
+
+
 def followed(
     model: ModelSettings, *, every: int, preconditioned: bool, begin: int, updates: int, fixed: int
 ) -> dict[str, object]:
@@ -74,7 +103,10 @@ def followed(
         measuring += clock() - end
     table = tracker.table[tracker.table["step"] > begin]
     measurements = table.drop_duplicates(["step", "matrix", "block"])
-    products = measurements.groupby("step")["products"].sum().mean()
+    by_step = measurements.groupby("step")
+    products, sweeps = by_step["products"].sum().mean(), by_step["rounds"].max().mean()
+    graph, product = bare(run.model, task.loss, windows)
+    floor = graph + (2 if preconditioned else 1) * product
     size = task.data.batch_size * WINDOW
     return {
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -82,10 +114,14 @@ def followed(
         "from update": begin,
         "every": every,
         "share of training's time": measuring / training,
+        "floor of the share": floor * updates / every / training,
         "products a measurement": products,
+        "sweeps a measurement": sweeps,
         "tokens of products over those of training": products * fixed * WINDOW / (size * every),
         "ms of an update": 1e3 * training / updates,
         "ms of a measurement": 1e3 * measuring / table["step"].nunique(),
+        "bare: ms of a graph": 1e3 * graph,
+        "bare: ms of a product": 1e3 * product,
         "not converged": float((~table["converged"]).mean()),
     }
 

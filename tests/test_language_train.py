@@ -54,7 +54,7 @@ def test_a_run_from_a_file_with_overrides(tmp_path):
         "--training.num_steps=40",
         "--training.optimizer.lr=0.01",
     ]
-    overrides.append("--training.checkpoints=[0,0.05,1]")
+    overrides += ["--training.checkpoints=[0,0.05,1]", "--track.every=20", "--track.examples=2"]
     last = run_command(train, ["--config", config, *QUICK, *overrides])
     assert last == tmp_path / "run/step_000040"
     record = read_record(last)
@@ -68,6 +68,11 @@ def test_a_run_from_a_file_with_overrides(tmp_path):
         record["held_out_loss"] < read_record(tmp_path / "run/step_000000")["held_out_loss"] - 0.3
     )
     assert [read_record(path)["step"] for path in list_checkpoints(tmp_path / "run")] == [0, 2, 40]
+    followed = pd.read_parquet(tmp_path / "run/tracking.parquet")
+    assert followed["step"].tolist() == [0, 20, 40]
+    assert read_log(tmp_path / "run")["track/hessian/model/1"].dropna().tolist() == pytest.approx(
+        followed["value"].tolist()
+    )
     model, report = AutoModelForCausalLM.from_pretrained(last, output_loading_info=True)
     assert not report["missing_keys"]
     assert model.lm_head.weight is model.transformer.wte.weight

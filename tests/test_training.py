@@ -3,14 +3,17 @@
 import dataclasses
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from blockspec.integrations import TrackSettings
 from blockspec.optim import AdaHessian
 from training.checkpoints import due_steps, list_checkpoints, read_record, write_checkpoint
+from training.following import follower
 from training.log import read_log
 from training.optimizers import (
     OptimizerSettings,
@@ -168,6 +171,52 @@ def test_a_stopped_run_goes_on_with_the_same_losses(name, stop, tmp_path):
             for run in ("cut", "whole")
         ]
         assert weights[0] == weights[1]
+
+
+def test_a_followed_training_is_the_same_and_goes_on_after_a_stop(tmp_path):
+    def run(out, batches=batch_at, *, followed=True):
+        track = TrackSettings(every=2, k=2, examples=None, preconditioned=True)
+        follow = follower(track if followed else None, [batch_at(99, size=40)], loss)
+        model = make_model(dropout=0.3)
+        return train(model, batches, loss, settings=SETTINGS, out=tmp_path / out, follow=follow)
+
+    def breaking(index: int):
+        if index == 7:
+            raise Killed
+        return batch_at(index)
+
+    run("plain", followed=False)
+    run("whole")
+    with pytest.raises(Killed):
+        run("cut", breaking)
+    run("cut")
+    weights = {
+        name: (tmp_path / name / "step_000012/model.safetensors").read_bytes()
+        for name in ("plain", "whole", "cut")
+    }
+    assert weights["plain"] == weights["whole"] == weights["cut"]
+    tables = [pd.read_parquet(tmp_path / name / "tracking.parquet") for name in ("whole", "cut")]
+    rows = [table.set_index(["step", "matrix", "rank"])["value"] for table in tables]
+    seen = "preconditioned hessian (AdamW)"
+    assert set(rows[0].index) == {
+        (step, matrix, rank)
+        for step in range(0, 13, 2)
+        for matrix in ("hessian", seen)
+        for rank in (1, 2)
+        if step or matrix == "hessian"
+    }
+    np.testing.assert_allclose(rows[1][rows[0].index], rows[0], rtol=0.03)
+    log = read_log(tmp_path / "whole").set_index("step")
+    logged = log[f"track/{seen}/model/1"].dropna()
+    assert logged.to_dict() == rows[0].xs((seen, 1), level=("matrix", "rank")).to_dict()
+    assert (tmp_path / "cut/figures/tracking.png").stat().st_size > 10_000
+
+
+def test_a_compiled_model_is_not_followed(tmp_path):
+    settings = dataclasses.replace(SETTINGS, compile=True)
+    follow = follower(TrackSettings(), [batch_at(0)], loss)
+    with pytest.raises(ValueError, match="switch compile off to follow eigenvalues"):
+        train(make_model(), batch_at, loss, settings=settings, out=tmp_path, follow=follow)
 
 
 def test_dropout_is_drawn_in_training(tmp_path):
