@@ -1,17 +1,18 @@
 """What a preconditioned sweep costs beside a plain one: ``python -m benchmarks.precondition``.
 
 The same requests go to the Hessian as it is, as AdamW sees it (a diagonal), as Muon sees it (a
-matrix on one side), as Shampoo sees it (on both sides) and as SOAP sees it (turned there and back
-on both sides). Vectors are those of one Lanczos step of every weight matrix and of the whole. The
-number of products is the same. What is added, two products with P^(-1/2) for each vector, does not
-depend on the amount of data: with more batches it is a smaller part.
+matrix on one side), as Shampoo sees it (on both sides) and as SOAP sees it (turned on both sides;
+in the basis of its own, as spectra are made). Vectors are those of one Lanczos step of every weight
+matrix and of the whole. The number of products is the same. What is added, two products with
+P^(-1/2) for each vector, does not depend on the amount of data: with more batches it is a smaller
+part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -22,6 +23,7 @@ import blockspec
 from benchmarks.record import clock, in_turns, write
 from benchmarks.sweep import SIZES, Size, matrices, model_of
 from blockspec.products.curvature import Products
+from blockspec.products.preconditioning.operator import Preconditioned, in_own_basis
 
 
 def stepped(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
@@ -105,7 +107,8 @@ def measure(size: Size, batches: int, rounds: int) -> pd.DataFrame:
     operators: dict[str, blockspec.Operator] = {"none": Products(objective)}
     made = {"none": 0.0}
     for name, make in MAKERS.items():
-        operator = blockspec.Preconditioned(Products(objective), make(objective.model))
+        plain = blockspec.Preconditioned(Products(objective), make(objective.model))
+        operator = cast(Preconditioned, in_own_basis(plain))
         start = clock()
         for block, vector in requests:
             operator.root(block, vector)  # the roots are made once

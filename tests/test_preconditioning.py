@@ -15,8 +15,9 @@ from blockspec import Block, Objective, Preconditioner, losses, partition
 from blockspec.model.blocks import Piece
 from blockspec.optim import AdaHessian
 from blockspec.products.curvature import Products
-from blockspec.products.preconditioning.operator import Preconditioned
-from blockspec.products.preconditioning.scalings import Factor, Kronecker, Rotated, cuts
+from blockspec.products.preconditioning import scalings
+from blockspec.products.preconditioning.operator import Preconditioned, in_own_basis
+from blockspec.products.preconditioning.scalings import Factor, Kronecker, Rotated, along, cuts
 
 LR = 0.01
 
@@ -762,6 +763,38 @@ def test_products_with_two_sided_matrices_are_those_of_the_dense_matrix(shampoo)
         Preconditioned(Products(objective(model)), p).check(
             [Block("row", "other", None, 4, (Piece("0.weight", 0, slice(0, 1)),))]
         )
+
+
+@pytest.mark.parametrize("by", ["tensor", "model"])
+def test_spectra_are_made_in_soaps_own_basis_and_are_the_same_numbers(by):
+    """An orthogonal matrix around both sides, and start vectors that are turned too."""
+    model, state, _ = hand_made(shampoo=False)
+    p = Preconditioner.from_state(state, model)
+    natural = Preconditioned(Products(objective(model)), p)
+    for block in partition(model, by):
+        function = blockspec.FunctionOperator(
+            lambda v, block=block: natural.sweep([(block, v)])[0], block.numel
+        )
+        there = function.block(name=block.name)
+        (expected,) = blockspec.estimate_spectra(None, there, 2, 3, curvature=function).values()
+        (found,) = blockspec.estimate_spectra(
+            objective(model), block, 2, 3, precondition=p, check=False
+        ).values()
+        np.testing.assert_allclose(found.nodes, expected.nodes, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found.weights, expected.weights, atol=1e-9)
+
+
+def test_in_its_own_basis_soap_takes_half_the_products_with_small_matrices(monkeypatch):
+    model, state, _ = hand_made(shampoo=False)
+    natural = Preconditioned(Products(objective(model)), Preconditioner.from_state(state, model))
+    turns = []
+    monkeypatch.setattr(scalings, "along", lambda *given: turns.append(1) or along(*given))
+    (whole,) = partition(model, "model")
+    sides = sum(2 for parameter in model.parameters() if parameter.ndim == 2)
+    for operator, times in ((natural, 4), (in_own_basis(natural), 2)):
+        turns.clear()
+        operator.sweep([(whole, torch.ones(whole.numel).double())])
+        assert len(turns) == times * sides
 
 
 def nvidias(model, steps=3):

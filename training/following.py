@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Follower:
     """
 
     track: TrackSettings
-    batches: Sequence[Any]
+    batches: Iterable[Any]
     loss: Any
 
     def begin(self, model: nn.Module, optimizer: Any, out: Path, step: int) -> None:
@@ -63,6 +63,6 @@ class Follower:
         finished(self.tracker, self.out)
 
 
-def follower(track: TrackSettings | None, batches: Sequence[Any], loss: Any) -> Follower | None:
+def follower(track: TrackSettings | None, batches: Iterable[Any], loss: Any) -> Follower | None:
     """None where nothing is to be followed."""
     return None if track is None else Follower(track, batches, loss)

@@ -8,6 +8,7 @@ import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from blockspec.engine.accuracy import Accuracy
@@ -36,7 +37,7 @@ from blockspec.numerics.progress import shows_progress
 from blockspec.numerics.ranks import Ranks, arrange, everywhere
 from blockspec.products.curvature import Products
 from blockspec.products.operators import Operator, forget
-from blockspec.products.preconditioning.operator import Preconditioned
+from blockspec.products.preconditioning.operator import Preconditioned, in_own_basis, turned
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import check_of, open_operator, told
 from blockspec.products.settings import takes
@@ -282,6 +283,7 @@ def _prepare(
         operator, chosen = open_operator(
             objective, blocks, settings, ranks=ranks, precision=settings.precision
         )
+    operator = in_own_basis(operator)
     ranks, device = operator.ranks, operator.device
     own: Sequence[Block] = chosen
     if ranks.columns > 1:
@@ -297,7 +299,14 @@ def _prepare(
         sampling is not None,
     )
     tasks = [
-        Task(b, block_dtype(operator.parameters, b), device, settings.accuracy, probing)
+        Task(
+            b,
+            block_dtype(operator.parameters, b),
+            device,
+            settings.accuracy,
+            probing,
+            turned=partial(turned, operator),
+        )
         for b in own
     ]
     schedule = Schedule(tasks, sampling=sampling)
@@ -356,7 +365,9 @@ def _in_own_precision(operator: Operator) -> Operator:
     as many examples at once, which was fitted to memory.
     """
     if isinstance(operator, Preconditioned):
-        return Preconditioned(_in_own_precision(operator.inner), operator.preconditioner)
+        wide_inner = _in_own_precision(operator.inner)
+        basis = operator.in_own_basis
+        return Preconditioned(wide_inner, operator.preconditioner, in_own_basis=basis)
     assert isinstance(operator, Products)  # no other has a precision: see open_operator
     way = "layerwise" if operator.way.layerwise else operator.way.name
     wide = Products(

@@ -22,7 +22,7 @@ for, because a probe's random vector depends on its number. Everything else is c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -92,6 +92,7 @@ class Task:
     """What is done and to do for one block.
 
     Attributes:
+        turned: What makes a vector of the operator's products of one of the parameters.
         next_probe: Number of the probe that is started next.
         to_start: Runs that are known to be needed and not started.
         running: Runs under way.
@@ -108,6 +109,7 @@ class Task:
     device: torch.device
     accuracy: Accuracy
     probing: Probing
+    turned: Callable[[Block, Tensor], Tensor] = lambda block, vector: vector
     next_probe: int = 0
     to_start: int = 0
     running: int = 0
@@ -182,7 +184,7 @@ class Task:
         start = draw_probe(
             self.block.name, self.block.numel, seed=p.seed, probe=probe, distribution=p.distribution
         )
-        return start.to(self.device, self.dtype)
+        return self.turned(self.block, start.to(self.device, self.dtype))
 
     def is_done(self, job: Job) -> bool:
         """Whether a job has come to its end, or its spectrum stands still."""

@@ -10,7 +10,7 @@ it with the rest; :func:`cuts` tells.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -161,15 +161,23 @@ class Rotated:
         return _mixed(self.bases) if self.own else None
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        turned = tensor.reshape(self.values.shape)
+        return self.back(self.turned(tensor) * self.values.view(tensor.shape))
+
+    def turned(self, tensor: Tensor) -> Tensor:
+        """In that basis, in the tensor's own shape."""
+        found = tensor.reshape(self.values.shape)
         for axis, basis in enumerate(self.bases):
             if basis is not None:
-                turned = along(axis, basis.T, turned)
-        turned = turned * self.values
+                found = along(axis, basis.T, found)
+        return found.reshape(tensor.shape)
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """From that basis."""
+        found = tensor.reshape(self.values.shape)
         for axis, basis in enumerate(self.bases):
             if basis is not None:
-                turned = along(axis, basis, turned)
-        return turned.reshape(tensor.shape)
+                found = along(axis, basis, found)
+        return found.reshape(tensor.shape)
 
     def power(self, exponent: float) -> Rotated:
         return replace(self, values=self.values.pow(exponent))
@@ -183,6 +191,29 @@ class Rotated:
 
     def content(self) -> list[Any]:
         return [[[] if b is None else b for b in self.bases], self.values]
+
+
+Action = Callable[[Scaling, Tensor], Tensor]
+"""What is done to a tensor of the shape that a scaling acts on."""
+
+
+def enter(scaling: Scaling, tensor: Tensor) -> Tensor:
+    """C t with C C' the scaling's square: of a turned one, Q D where it is itself Q D Q'."""
+    if not isinstance(scaling, Rotated):
+        return scaling(tensor)
+    return scaling.back(tensor * scaling.values.view(tensor.shape))
+
+
+def leave(scaling: Scaling, tensor: Tensor) -> Tensor:
+    """C' t."""
+    if not isinstance(scaling, Rotated):
+        return scaling(tensor)
+    return scaling.turned(tensor) * scaling.values.view(tensor.shape)
+
+
+def turn(scaling: Scaling, tensor: Tensor) -> Tensor:
+    """Q' t; the tensor itself where nothing is turned."""
+    return scaling.turned(tensor) if isinstance(scaling, Rotated) else tensor
 
 
 def along(axis: int, matrix: Tensor, tensor: Tensor) -> Tensor:
