@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from launching import together
-from problems import problem, tokens
+from problems import PROBLEMS, problem, tokens
 
 import blockspec
 from blockspec import losses
@@ -29,6 +29,24 @@ def numbers():
         blockspec.landscape(objective, block, dimensions=1, points=3).losses,
     ]
     return np.concatenate([np.ravel(part) for part in parts])
+
+
+def followed():
+    """Eigenvalues of both matrices along three updates; the batches are dealt."""
+    it = PROBLEMS["gpt2"]()
+    blocks = blockspec.partition(it.model, "model") + blockspec.partition(it.model)[2:4]
+    torch.manual_seed(0)  # of dropout
+    # a larger epsilon: gradients that are 0 but for rounding would be steps of random signs
+    optimizer = torch.optim.AdamW(it.model.parameters(), lr=1e-2, eps=1e-3)
+    tracker = blockspec.track(it.objective(), blocks, k=2, optimizer=optimizer)
+    for step in range(3):
+        tracker(step)
+        total, terms = it.loss(it.model, it.batches[0])
+        (total / terms).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    table = tracker.table
+    return table[["value", "residual", "error", "products"]].to_numpy(float)
 
 
 def along_a_direction(batches, **settings):
@@ -57,6 +75,7 @@ def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     np.save(f"{folder}/{rank}.npy", numbers())
+    np.save(f"{folder}/followed{rank}.npy", followed())
     np.save(f"{folder}/dealt{rank}.npy", along_a_direction(sequences()))
     own = sequences()[rank::2]
     np.save(f"{folder}/sharded{rank}.npy", along_a_direction(own, sharded=True))
@@ -70,6 +89,10 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         np.testing.assert_allclose(
             np.load(tmp_path / f"{rank}.npy"), expected, rtol=1e-8, atol=1e-11
         )
+    tracked = followed()
+    for rank in range(2):
+        found = np.load(tmp_path / f"followed{rank}.npy")
+        np.testing.assert_allclose(found, tracked, rtol=1e-6, atol=1e-9)
     along = along_a_direction(sequences())
     assert np.isfinite(along).sum() > 40
     for name in ("dealt0", "dealt1", "sharded0", "sharded1"):
