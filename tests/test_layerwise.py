@@ -15,6 +15,7 @@ from blockspec.model.containers import layer_modules
 from blockspec.model.doubles import Doubles
 from blockspec.products.curvature import Products
 from blockspec.products.layerwise import TOGETHER
+from blockspec.products.top import MOST
 
 FAMILIES = [
     "GPT2", "Llama", "Gemma2", "Mamba", "Bert", "Albert", "ViT", "timm ViT", "Swin", "ResNet",
@@ -39,12 +40,17 @@ def assert_same(found, truth):
         assert float((one - other).norm()) <= 1e-12 * max(float(other.norm()), 1e-3 * scale)
 
 
+def all_cut(objective, curvature="hessian"):
+    """An operator that goes a layer at a time, and holds none."""
+    operator = Products(objective, curvature, guarded=False, products="layerwise")
+    operator.way.top.wanted = False
+    return operator
+
+
 def both(objective, requests, curvature="hessian"):
     """Products in the two ways, and the operator that went a layer at a time."""
-    whole, layerwise = (
-        Products(objective, curvature, guarded=False, products=way)
-        for way in ("whole", "layerwise")
-    )
+    whole = Products(objective, curvature, guarded=False, products="whole")
+    layerwise = all_cut(objective, curvature)
     return layerwise.sweep(requests), whole.sweep(requests), layerwise
 
 
@@ -157,7 +163,7 @@ def test_units_are_given_their_whole_products():
 def test_layers_are_built_again_for_a_sweep_and_not_for_a_block():
     objective = causal(tiny_gpt2(layers=4))
     requests = requests_of(objective, include="*attn.c_attn.weight/query")
-    operator = Products(objective, guarded=False, products="layerwise")
+    operator = all_cut(objective)
     operator.sweep(requests)
     # The gradient by what leaves the layer of the lowest block: the three above. Up and down: all.
     assert operator.rebuilt == 3 + 4 + 4
@@ -172,10 +178,36 @@ def test_layers_are_built_again_for_a_sweep_and_not_for_a_block():
 def test_directions_beyond_those_that_go_together_start_again():
     objective = causal(tiny_gpt2(layers=2))
     requests = requests_of(objective, include="*h.0.ln_1.bias") * (TOGETHER + 1)
-    operator = Products(objective, guarded=False, products="layerwise")
+    operator = all_cut(objective)
     found = operator.sweep(requests)
     assert operator.rebuilt == 1 + 2 * (2 + 2)
     assert all(torch.equal(found[0], other) for other in found)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Albert", "Swin", "T5", "Mamba"])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_products_where_the_last_layers_are_held_are_those_of_the_whole_graph(family, curvature):
+    objective = menagerie.zoo()[family](torch.float64)
+    requests = requests_of(objective)
+    with Doubles() if family in LOW else nullcontext():
+        truth = Products(objective, curvature, guarded=False, products="whole").sweep(requests)
+        operator = Products(objective, curvature, guarded=False, products="layerwise")
+        assert_same(operator.sweep(requests), truth)
+    assert operator.way.top.held == min(operator.way.top.calls // 2, MOST)
+    assert operator.rebuilt > 0
+
+
+def test_layers_that_are_held_are_not_built_again():
+    objective = causal(tiny_gpt2(layers=4))
+    requests = requests_of(objective, include="*attn.c_attn.weight/query")
+    operator = Products(objective, guarded=False, products="layerwise")
+    operator.sweep(requests)
+    assert operator.way.top.held == 2
+    held = "the graphs of the last 2 of 4 layers are held"
+    assert operator.told == f"a layer at a time; {held}"
+    assert operator.rebuilt == 1 + 2 + 2
+    operator.sweep(requests[2:])
+    assert operator.rebuilt == 5
 
 
 def test_frozen_layers_are_not_built_again():

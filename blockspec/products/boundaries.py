@@ -29,6 +29,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from blockspec.model.differentiability import leaves_of
 from blockspec.model.patching import patched
+from blockspec.products.top import Top
 
 SAME = 1e-3  # of the largest entry; what a layer gives twice may differ by the order of its sums
 
@@ -82,6 +83,7 @@ class Boundaries:
 
     Attributes:
         stand_in: What a part of the model computed with last in the place of a parameter.
+        top: The layers that are not cut.
         calls: Of the layers, in their order.
         wires: The tensors of the graph around the layers: leaves where they come out of a layer.
         made: For each wire the number of the call that it comes out of; None: it comes from
@@ -91,6 +93,7 @@ class Boundaries:
     """
 
     stand_in: Callable[[Tensor], Tensor] = lambda parameter: parameter
+    top: Top = field(default_factory=Top)
     calls: list[Call] = field(default_factory=list)
     wires: list[Tensor] = field(default_factory=list)
     made: list[int | None] = field(default_factory=list)
@@ -113,7 +116,7 @@ class Boundaries:
 
     def check_end(self, outputs: Tensor) -> None:
         """Raises NoCutError where nothing was cut, or the end takes something out of a layer."""
-        if not self.calls:
+        if not self.calls and not self.top.held:
             raise NoCutError("none of its layers was called with gradients enabled")
         around = [w for w, made in zip(self.wires, self.made, strict=True) if made is None]
         for leaf in leaves_of([outputs, *around]):  # what leads to a later layer counts as well
@@ -129,7 +132,7 @@ class Boundaries:
         self, path: str, module: nn.Module, twice: bool, original: Any, *args: Any, **named: Any
     ) -> Any:
         """Stands in the place of the ``forward`` of a layer."""
-        if self._busy or not torch.is_grad_enabled():
+        if self._busy or not torch.is_grad_enabled() or self.top.holds_next():
             return original(*args, **named)
         self._busy = True
         try:
@@ -149,7 +152,8 @@ class Boundaries:
         given = [leaves[a.number] if isinstance(a, Wire) else a for a in places]
         arguments, named = tree_unflatten(given, form)
         try:
-            results, shape = tree_flatten(original(*arguments, **named))
+            with self.top.measured(module):
+                results, shape = tree_flatten(original(*arguments, **named))
         except RuntimeError as error:
             if "leaf Variable" not in str(error):
                 raise
@@ -221,6 +225,7 @@ def cut(
     *,
     twice: bool,
     stand_in: Callable[[Tensor], Tensor],
+    top: Top,
 ) -> tuple[Boundaries, Any]:
     """One pass, cut at the layers.
 
@@ -229,18 +234,22 @@ def cut(
         run: Makes the pass, with gradients enabled.
         twice: Call every layer a second time, and compare.
         stand_in: See :class:`Boundaries`.
+        top: The same.
 
     Raises:
         NoCutError: The graph goes around the layers; the message says where.
     """
-    boundaries = Boundaries(stand_in)
+    boundaries = Boundaries(stand_in, top)
     changes = [
         (module, "forward", partial(boundaries.called, path, module, twice, module.forward))
         for path, module in layers.items()
     ]
+    top.begin()
     try:
         with patched(changes):
-            return boundaries, run()
+            end = run()
+            top.end()
+            return boundaries, end
     except RuntimeError as error:
         if "leaf Variable" not in str(error):
             raise

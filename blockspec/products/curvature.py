@@ -395,8 +395,8 @@ class Products:
         return graph + sum(p.nbytes for p in self._named(blocks).values())
 
     def rehearse(self, blocks: Sequence[Block], size: int | None) -> None:
-        """What a sweep does, on ``size`` examples: two shared passes one after the other, each with
-        products of the deepest block and of some others.
+        """What a sweep does, on ``size`` examples: two shared passes one after the other, with
+        products of the deepest block and in the end of some others.
         """
         deepest = max(blocks, key=lambda block: len(block.parameters))
         others = [block for block in blocks if block is not deepest]
@@ -404,8 +404,8 @@ class Products:
         together = [deepest, *others[:: max(1, len(others) // number)][:number]]
         with self.objective.prepared():
             batch = self.objective.heaviest(size or self.micro_batch)
-            for _ in range(2):
-                self._zero_products(self.linearise(batch, self._named(blocks)), together)()
+            for asked in ([deepest], together):
+                self._zero_products(self.linearise(batch, self._named(blocks)), asked)()
 
     def calibrate(self, blocks: Sequence[Block]) -> Costs:
         """Seconds of a gradient, of the shared pass and of each block's product, on one

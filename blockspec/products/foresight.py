@@ -8,11 +8,12 @@ counted. The graph of a gradient, which products need, keeps that and more than 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockspec.model.layer_by_layer import layer_by_layer
 from blockspec.model.objective import Objective
@@ -24,24 +25,46 @@ def least_of_graph(objective: Objective, batch: Any) -> int:
     """Bytes that the graph of a gradient of one batch takes at least, beside the gradient itself;
     the objective must be prepared.
     """
-    own = {p.untyped_storage().data_ptr() for p in objective.model.parameters()}
-    seen: set[tuple[int, int]] = set()
-    total = 0
+    with counted(objective.model) as kept:
 
-    def keep(tensor: Tensor) -> Tensor:
-        nonlocal total
+        def behind_a_layer(_: Sequence[Tensor]) -> None:
+            kept.forget()  # its tensors are gone, and others may lie where they were
+
+        with layer_by_layer(objective.model, behind_a_layer):
+            objective.loss_sum(batch)
+    return TIMES * kept.total
+
+
+class Kept:
+    """What functions keep for a backward pass, beside a module's parameters.
+
+    Attributes:
+        total: Bytes so far; a tensor that several functions keep counts once.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.total = 0
+        self._own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self._seen: set[tuple[int, int]] = set()
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Counts a tensor, and returns what is kept of it: an output that a function kept with its
+        graph would keep the function in turn, and nothing frees the two.
+        """
         place = tensor.untyped_storage().data_ptr(), tensor.nbytes
-        if place[0] not in own and place not in seen:
-            seen.add(place)
-            total += tensor.nbytes
-        return tensor
+        if place[0] not in self._own and place not in self._seen:
+            self._seen.add(place)
+            self.total += tensor.nbytes
+        return tensor.detach()
 
-    def behind_a_layer(_: Sequence[Tensor]) -> None:
-        seen.clear()  # its tensors are gone, and others may lie where they were
+    def forget(self) -> None:
+        """From here on a tensor at the place of an earlier one is another one."""
+        self._seen.clear()
 
-    with (
-        layer_by_layer(objective.model, behind_a_layer),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        objective.loss_sum(batch)
-    return TIMES * total
+
+@contextmanager
+def counted(module: nn.Module) -> Iterator[Kept]:
+    """Counts what functions keep while it is open."""
+    kept = Kept(module)
+    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+        yield kept

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from blockspec.model.blocks import Block, scatter
 from blockspec.model.objective import Objective
@@ -99,23 +100,31 @@ class Linear:
     Args:
         end: The end of the forward pass.
         start: Key -> tensor that the graph starts from: a parameter, or a boundary.
+        wanted: Keys whose derivatives ``values`` has. A product needs the graph of a derivative and
+            not its values, which take as much as all parameters do.
     """
 
-    def __init__(self, end: End, start: Mapping[Any, Tensor]) -> None:
+    def __init__(self, end: End, start: Mapping[Any, Tensor], wanted: Sequence[Any] = ()) -> None:
         self._end, self._start = end, start
         dual = end.slope
         if dual is None:  # J v is the derivative of J' u by u, so that it shares a pass too
             dual = torch.zeros_like(end.outputs, requires_grad=True)
         self._dual = dual
-        self.gradients = grad([end.outputs], start, grad_outputs=[dual], create_graph=True)
-        """Key -> derivative by it, with a graph; zero for a Gauss-Newton product."""
+        found = grad([end.outputs], start, grad_outputs=[dual], create_graph=True)
+        self.values = {key: found[key].detach() for key in wanted if key in found}
+        self._edges = edges(found)
+
+    def gradient(self, keys: Sequence[Any]) -> dict[Any, Tensor]:
+        """Derivatives by some keys; zero for a Gauss-Newton product."""
+        wanted = {key: self._start[key] for key in keys}
+        return grad([self._end.outputs], wanted, grad_outputs=[self._dual], retain_graph=True)
 
     def product(self, direction: Mapping[Any, Tensor], targets: Sequence[Any]) -> dict[Any, Tensor]:
         """Of the direction (zero elsewhere), by the keys in ``targets``; absent ones are zeros."""
         wanted = {key: self._start[key] for key in targets}
         if self._end.middle is None:
-            return derivative(self.gradients, direction, wanted)
-        tangent = derivative(self.gradients, direction, {"": self._dual})
+            return derivative(self._edges, direction, wanted)
+        tangent = derivative(self._edges, direction, {"": self._dual})
         if not tangent:
             return {}
         cotangent = self._end.middle(tangent[""])
@@ -137,7 +146,7 @@ class Whole:
 
     def gradient(self) -> Iterator[Mapping[str, Tensor]]:
         """In one part."""
-        yield {name: part.detach() for name, part in self._linear.gradients.items()}
+        yield self._linear.gradient(list(self._parameters))
 
 
 def _hessian(objective: Objective, batch: Any) -> End:
@@ -163,11 +172,11 @@ def _ggn(objective: Objective, batch: Any) -> End:
     terms = objective.loss.terms(leaf, batch)
     check_terms(terms)
     (slope,) = torch.autograd.grad(terms.sum(), leaf, create_graph=True)
+    bend = edges({"": slope})
 
     def middle(tangent: Tensor) -> Tensor:
-        if not slope.requires_grad:  # terms linear in the outputs
-            return torch.zeros_like(leaf)
-        return derivative({"": slope}, {"": tangent}, {"": leaf}).get("", torch.zeros_like(leaf))
+        found = derivative(bend, {"": tangent}, {"": leaf})  # none: terms linear in the outputs
+        return found[""] if found else torch.zeros_like(leaf)
 
     return End(outputs, None, middle, float(terms.numel()))
 
@@ -187,11 +196,18 @@ ENDS: Mapping[str, Callable[[Objective, Any], End]] = {
 """Curvature -> one forward pass of a batch, up to the end that the curvature is taken of."""
 
 
+def edges(gradients: Mapping[Any, Tensor]) -> dict[Any, GradientEdge]:
+    """The places in the graph where gradients come out, of those that have a graph."""
+    return {key: get_gradient_edge(g) for key, g in gradients.items() if g.requires_grad}
+
+
 def derivative(
-    gradients: Mapping[Any, Tensor], direction: Mapping[Any, Tensor], wanted: Mapping[Any, Tensor]
+    gradients: Mapping[Any, GradientEdge],
+    direction: Mapping[Any, Tensor],
+    wanted: Mapping[Any, Tensor],
 ) -> dict[Any, Tensor]:
     """Derivative of <gradients, direction> by what is wanted; the graph is kept."""
-    sources = [key for key in direction if key in gradients and gradients[key].requires_grad]
+    sources = [key for key in direction if key in gradients]
     return grad(
         [gradients[key] for key in sources],
         wanted,
@@ -201,7 +217,9 @@ def derivative(
 
 
 def grad(
-    outputs: Sequence[Tensor], inputs: Mapping[Any, Tensor], **settings: Any
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
+    inputs: Mapping[Any, Tensor],
+    **settings: Any,
 ) -> dict[Any, Tensor]:
     """``torch.autograd.grad`` by name; without the inputs that the outputs do not depend on."""
     if not outputs or not inputs:

@@ -8,13 +8,17 @@ the layers.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from blockspec.model.containers import layer_modules
 from blockspec.model.objective import Objective
-from blockspec.products.boundaries import NoCutError, cut
+from blockspec.products.boundaries import Boundaries, NoCutError, cut
 from blockspec.products.layerwise import Layerwise
-from blockspec.products.linearisations import ENDS, Linearised, Tensors, Whole
+from blockspec.products.linearisations import ENDS, End, Linearised, Tensors, Whole
+from blockspec.products.top import Top
 
 WAYS = ("auto", "whole", "layerwise")
 
@@ -36,6 +40,7 @@ class Way:
 
     Attributes:
         rebuilt: How often a layer was built again.
+        top: Layers whose graph is held with the loss's, where products are made a layer at a time.
         why: Why products are made in this way, in words; empty where it was asked for.
 
     Raises:
@@ -47,6 +52,8 @@ class Way:
         self.name = name
         self.rebuilt = 0
         self.why = ""
+        weights = objective.weights
+        self.top = Top(wanted=not (weights.elsewhere or weights.sharded))
         self._objective, self._curvature = objective, curvature
         self._layerwise = name == "layerwise" or objective.weights.elsewhere
         self._tried = False
@@ -60,7 +67,10 @@ class Way:
     def told(self) -> str:
         """How products are made, and why, in words."""
         how = "a layer at a time" if self._layerwise else "from the whole graph"
-        return f"{how}, because {self.why}" if self.why else how
+        told = f"{how}, because {self.why}" if self.why else how
+        if not self._layerwise or not self.top.held:
+            return told
+        return f"{told}; the graphs of the last {self.top.held} of {self.top.calls} layers are held"
 
     @property
     def is_open(self) -> bool:
@@ -102,17 +112,26 @@ class Way:
         layers = layer_modules(self._objective.model)
         if not layers:
             raise NoCutError("the model has no container of layers that are alike")
-        boundaries, end = cut(
-            layers,
-            lambda: ENDS[self._curvature](self._objective, batch),
-            twice=not self._tried,
-            stand_in=self._objective.weights.stand_in,
-        )
-        boundaries.check_end(end.outputs)
-        self._tried = True
+        if not self._tried:  # which also tells how many layers there are, for those that are held
+            self._cut(layers, batch, twice=True)
+            self._tried = True
+        boundaries, end = self._cut(layers, batch, twice=False)
         own = self._objective.parameters()
         named = {name: own[name] for name in parameters}
         return Layerwise(boundaries, end, named, parameters, self._count)
+
+    def _cut(
+        self, layers: Mapping[str, nn.Module], batch: Any, *, twice: bool
+    ) -> tuple[Boundaries, End]:
+        boundaries, end = cut(
+            layers,
+            lambda: ENDS[self._curvature](self._objective, batch),
+            twice=twice,
+            stand_in=self._objective.weights.stand_in,
+            top=self.top,
+        )
+        boundaries.check_end(end.outputs)
+        return boundaries, end
 
     def _count(self) -> None:
         self.rebuilt += 1
