@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from blockspec.engine.enough import ESTIMATES_SHARE, with_enough_data
 from blockspec.numerics.measures import wasserstein
 from blockspec.numerics.units import MOST_GROUPS
 from blockspec.spectra.collection import Cost
+from blockspec.spectra.intervals import total_interval
 from blockspec.spectra.spectrum import Estimate, RitzValue, Spectrum
 
 PROBES, STEPS = 4, 16
@@ -32,72 +33,94 @@ CASES = {
     "GPT-2 block": ("gpt2", "transformer.h.0.mlp.c_fc.weight"),
     "full GPT-2": ("gpt2", None),
     "ResNet block": ("resnet", "first.weight"),
+    "heavy-tailed block": ("heavy", "piece_0"),
 }
 AVAILABLE = 8192  # units that data="auto" may take
 
 
-def estimated(population: Population, chosen: np.ndarray, **settings: Any) -> dict[str, Spectrum]:
-    """The spectra of the pieces and of the whole matrix, from these units."""
+def estimated(
+    population: Population, chosen: np.ndarray, *, whole: bool = True, **settings: Any
+) -> dict[str, Spectrum]:
+    """The spectra of the pieces and, if wanted, of the whole matrix, from these units."""
     operator = population.drawn(chosen)
-    blocks = [*population.blocks(operator), operator.block()]
+    blocks = population.blocks(operator) + ([operator.block()] if whole else [])
     found = blockspec.estimate_spectra(
         None, blocks, curvature=operator, check=False, progress=False, **settings
     )
     return {n: replace(s, units=len(chosen)) for n, s in found.items()}
 
 
-Numbers = dict[str, Estimate | RitzValue]
-
-
-def numbers(spectra: dict[str, Spectrum], name: str | None) -> Numbers:
-    """What is asked for: of the block, and of all pieces together."""
-    spectrum = spectra[name or "matrix"]
+def root_mean_square(spectrum: Spectrum) -> Estimate:
+    """Of the eigenvalues."""
     square = spectrum.moment(2)
     root = math.sqrt(square.value)
+    return Estimate(root, *(None if e is None else e / (2 * root) for e in square[1:]))
+
+
+def numbers(spectra: dict[str, Spectrum], name: str | None) -> dict[str, Estimate | RitzValue]:
+    """What is asked for: of the block, and of all pieces together."""
+    spectrum = spectra[name or "matrix"]
     pieces = {n: s for n, s in spectra.items() if n != "matrix"}
     return {
         "trace": spectrum.trace,
-        "root mean square": Estimate(
-            root, *(None if e is None else e / (2 * root) for e in square[1:])
-        ),
+        "root_mean_square": root_mean_square(spectrum),
         "largest": spectrum.largest,
         "js0": blockspec.js0(pieces),
     }
 
 
-def held(found: Estimate | RitzValue, truth: float, units: int) -> tuple[bool, float]:
-    """Whether the 95 % interval of the total error holds the truth, and its half width."""
+def plain(found: Estimate | RitzValue, units: int) -> tuple[float, float]:
+    """The symmetric interval that was stated before: both errors by their own Student's t."""
     data = stdtrit(min(units, MOST_GROUPS) - 1, 0.975) * (found.data_stderr or 0.0)
     own = found.residual if isinstance(found, RitzValue) else found.stderr or 0.0
     if isinstance(found, Estimate):
         own *= stdtrit(PROBES - 1, 0.975)
     half = math.hypot(data, own)
-    return abs(found.value - truth) <= half, half
+    return found.value - half, found.value + half
 
 
-def coverage(model: str, population: Population, units: int, sets: int) -> pd.DataFrame:
-    """A row a case and number: how often the interval holds the population's, of so many data
-    sets.
+def coverage(
+    population: Population, cases: dict[str, str | None], units: int, seeds: range
+) -> pd.DataFrame:
+    """A row a case and number: how often the interval holds the population's, of the data sets of
+    these seeds.
     """
     everyone = np.arange(len(population.matrices))
-    cases = {case: name for case, (own, name) in CASES.items() if own == model}
-    exact = estimated(population, everyone, num_probes=16, num_steps=400, data_errors=False)
+    whole = None in cases.values()
+    exact = estimated(
+        population, everyone, whole=whole, num_probes=16, num_steps=500, data_errors=False
+    )
     truth = {case: numbers(exact, name) for case, name in cases.items()}
     rows = []
-    for seed in range(sets):
+    for seed in seeds:
         chosen = np.random.default_rng(seed).choice(everyone, units)
-        found = estimated(population, chosen, num_probes=PROBES, num_steps=STEPS, seed=seed)
+        settings = {"num_probes": PROBES, "num_steps": STEPS, "seed": seed}
+        found = estimated(population, chosen, whole=whole, **settings)
         for case, name in cases.items():
             for number, value in numbers(found, name).items():
                 right = truth[case][number].value
-                hit, half = held(value, right, units)
-                error = abs(value.value - right)
-                rows.append((case, number, hit, half / abs(right), error / abs(right)))
-    table = pd.DataFrame(rows, columns=["case", "number", "held", "said", "error"])
-    found_rows = table.groupby(["case", "number"], sort=False).agg(
-        held=("held", "mean"), said=("said", "median"), error=("error", lambda e: e.quantile(0.95))
-    )
-    return found_rows.reset_index().assign(units=units)
+                ends = (
+                    total_interval(value, PROBES, units)  # type: ignore[arg-type]
+                    if number == "js0"
+                    else found[name or "matrix"].interval(number)
+                )
+                before = plain(value, units)
+                rows.append(
+                    {
+                        "case": case,
+                        "number": number,
+                        "units": units,
+                        "held before": before[0] <= right <= before[1],
+                        "held": ends[0] <= right <= ends[1],
+                        "is below": right < ends[0],
+                        "is above": right > ends[1],
+                        "width before": (before[1] - before[0]) / abs(right),
+                        "width": (ends[1] - ends[0]) / abs(right),
+                    }
+                )
+    groups = pd.DataFrame(rows).groupby(["case", "number", "units"], sort=False)
+    means = groups[["held before", "held", "is below", "is above"]].mean()
+    return means.join(groups[["width before", "width"]].median()).reset_index()
 
 
 class DataSet:
@@ -207,10 +230,12 @@ def truth(population: Population, name: str | None) -> np.ndarray:
     return np.linalg.eigvalsh(population.matrices.mean(0).double().numpy()[rows, rows])
 
 
-def auto(population: Population, name: str | None, tolerance: float, sets: int) -> dict[str, float]:
+def auto(
+    population: Population, name: str | None, tolerance: float, seeds: range
+) -> dict[str, float]:
     """How often the spectrum is within the tolerance, and what that took."""
     outcomes = []
-    for seed in range(sets):
+    for seed in seeds:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             spectrum, work, rounds = enough(population, name, tolerance, seed)
@@ -231,42 +256,48 @@ def auto(population: Population, name: str | None, tolerance: float, sets: int) 
     return medians | {"within": float(table["within"].mean())}
 
 
-def main(parts: Sequence[str] = ("coverage", "auto"), sets: int = 100, choices: int = 40) -> None:
-    """Measures and writes the table.
+def main(
+    parts: Sequence[str] = ("coverage", "auto"),
+    models: Sequence[str] = tuple(POPULATIONS),
+    sets: int = 100,
+    choices: int = 40,
+    first: int = 0,
+) -> None:
+    """Measures and writes a table of each part.
 
     Args:
         parts: What to measure.
+        models: Populations; see ``POPULATIONS``.
         sets: Data sets of each case.
         choices: Data sets that each fixed choice is tried on.
+        first: Seed of the first data set. The intervals were made with those from 30000 on.
     """
-    made = {name: make() for name, make in POPULATIONS.items()}
+    made = {name: POPULATIONS[name]() for name in models}
+    seeds = range(first, first + sets)
     tables: dict[str, pd.DataFrame] = {}
     if "coverage" in parts:
-        tables["coverage"] = pd.concat(
-            coverage(model, population, units, sets)
+        tables["how often 95 % intervals of the total error hold"] = pd.concat(
+            coverage(population, cases_of(model), units, seeds)
             for model, population in made.items()
             for units in (16, 64)
         )
     if "auto" in parts:
-        tables["auto"] = _by_case(
-            lambda population, name: pd.DataFrame(
-                {
-                    t: auto(population, name, t, sets)
-                    | {"best fixed": fixed(population, name, t, choices)}
-                    for t in (5e-2, 2e-2)
-                }
-            ).T.rename_axis("tolerance"),
-            made,
-        )
-    write("data", tables, notes=f"{sets} data sets a case; {choices} for fixed choices.")
+        rows = [
+            {"case": case, "tolerance": tolerance}
+            | auto(population, name, tolerance, seeds)
+            | {"best fixed": fixed(population, name, tolerance, choices)}
+            for model, population in made.items()
+            for case, name in cases_of(model).items()
+            for tolerance in (5e-2, 2e-2)
+        ]
+        tables["data='auto' against the best fixed choice"] = pd.DataFrame(rows)
+    name = "_".join(["data", *parts, *models])
+    write(name, tables, notes=f"{sets} data sets a case; {choices} for fixed choices.")
 
 
-def _by_case(
-    measure: Callable[[Population, str | None], pd.DataFrame], made: dict[str, Population]
-) -> pd.DataFrame:
-    return pd.concat(
-        {case: measure(made[model], name) for case, (model, name) in CASES.items()}, names=["case"]
-    ).reset_index()
+def cases_of(model: str) -> dict[str, str | None]:
+    """Case -> the name of its block, or None for the whole matrix."""
+    return {case: name for case, (own, name) in CASES.items() if own == model}
 
 
 if __name__ == "__main__":

@@ -205,4 +205,17 @@ def _hessian(value: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-POPULATIONS = {"gpt2": gpt2, "resnet": resnet}
+def heavy(units: int = 1024, size: int = 120, sigma: float = 1.0) -> Population:
+    """No model: positive matrices of sizes that are log-normal, so that one unit of 16 is most
+    often as large as four others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, size + 1) ** -0.7
+    rows = torch.randn(units, size, size, generator=generator) * scale
+    sizes = (sigma * torch.randn(units, 1, 1, generator=generator)).exp()
+    third = size // 3
+    pieces = {f"piece_{k}": slice(k * third, (k + 1) * third) for k in range(3)}
+    return Population(sizes * rows.mT @ rows / size, pieces)
+
+
+POPULATIONS = {"gpt2": gpt2, "resnet": resnet, "heavy": heavy}

@@ -14,7 +14,8 @@ from blockspec.engine.estimate import foresee_data
 from blockspec.numerics.measures import wasserstein
 from blockspec.runs.report import show_data
 
-POPULATION, SIZES = 1200, {"plain": 40, "heavy": 40}
+POPULATION, SIZE = 1200, 16
+SIZES = {"plain": SIZE, "heavy": SIZE}
 
 
 class Sampled(nn.Module):
@@ -33,8 +34,8 @@ class Sampled(nn.Module):
 
 def examples(count, seed):
     generator = torch.Generator().manual_seed(seed)
-    scale = torch.arange(1, 41) ** -0.5
-    rows = {name: torch.randn(count, 40, generator=generator) * scale for name in SIZES}
+    scale = torch.arange(1, SIZE + 1) ** -0.5
+    rows = {name: torch.randn(count, SIZE, generator=generator) * scale for name in SIZES}
     rows["heavy"] *= (0.6 * torch.randn(count, 1, generator=generator)).exp()
     return rows
 
@@ -65,14 +66,14 @@ def test_each_block_takes_the_data_that_it_needs_and_is_within_the_tolerance():
     for seed in range(2):
         order = torch.randperm(POPULATION, generator=torch.Generator().manual_seed(seed))[:600]
         found = spectra(
-            {name: rows[order] for name, rows in everyone.items()}, tolerance=0.06, seed=seed
+            {name: rows[order] for name, rows in everyone.items()}, tolerance=0.16, seed=seed
         )
         for name, spectrum in found.items():
             assert FIRST <= spectrum.units < 600
-            assert spectrum.total_error <= 0.06 * spectrum.norm
+            assert spectrum.total_error <= 0.16 * spectrum.norm
             measure = spectrum.nodes.ravel(), spectrum.weights.ravel() / spectrum.num_probes
-            distance = wasserstein(measure, (truth[name], np.full(40, 1 / 40)))
-            held += distance <= 0.06 * truth[name].max()  # the norm of the population
+            distance = wasserstein(measure, (truth[name], np.full(SIZE, 1 / SIZE)))
+            held += distance <= 0.16 * truth[name].max()  # the norm of the population
     assert held >= 3  # of 4
 
 
@@ -104,36 +105,36 @@ def test_units_that_go_through_the_model_in_parts_are_counted_whole():
         return list(found.values()), found.cost
 
     objective = blockspec.Objective(Sampled(), batches, loss)
-    spectrum = with_enough_data(objective, ["matrix"], 0.03, 0, measure)[0]["matrix"]
-    assert spectrum.total_error <= 0.03 * spectrum.norm
+    spectrum = with_enough_data(objective, ["matrix"], 0.06, 0, measure)[0]["matrix"]
+    assert spectrum.total_error <= 0.06 * spectrum.norm
     assert 2 <= len(taken) <= 4
     assert taken[0] < taken[-1] < 100
     with pytest.warns(UserWarning, match=r"with 100 of 100 units; about \d+ units") as told:
-        with_enough_data(objective, ["matrix"], 0.01, 0, measure)
+        with_enough_data(objective, ["matrix"], 0.012, 0, measure)
     said = int(str(told[0].message).split("about ")[1].split()[0])
     assert 100 < said < 800  # it said eight times as many
 
 
 def test_a_stopped_estimate_goes_on_in_the_round_that_it_was_in(tmp_path):
-    rows = examples(220, 1)
+    rows = examples(160, 1)
 
     class Stop(Exception):
         pass
 
     def progress(done, total):
         seen.append(done)
-        if len(seen) == 50:
+        if len(seen) == 20:
             raise Stop
 
     seen = []
-    whole = spectra(rows, tolerance=0.03, progress=lambda done, total: seen.append(done))
+    whole = spectra(rows, tolerance=0.14, progress=lambda done, total: seen.append(done))
     assert seen == sorted(seen)
-    assert len(seen) > 55
+    assert len(seen) > 25
     seen = []
     with pytest.raises(Stop):
-        spectra(rows, tolerance=0.03, progress=progress, state=tmp_path, state_every=0.0)
+        spectra(rows, tolerance=0.14, progress=progress, state=tmp_path, state_every=0.0)
     assert len(list(tmp_path.iterdir())) > 1
-    again = spectra(rows, tolerance=0.03, state=tmp_path)
+    again = spectra(rows, tolerance=0.14, state=tmp_path)
     for name, spectrum in whole.items():
         np.testing.assert_array_equal(spectrum.nodes, again[name].nodes)
         assert spectrum.units == again[name].units
@@ -178,9 +179,9 @@ def test_too_few_units_are_refused_with_the_remedy():
 
 
 def test_numbers_with_other_units_have_errors_too():
-    found = spectra(examples(300, 0), tolerance=0.06)
+    found = spectra(examples(300, 0), tolerance=0.14)
     assert len({s.units for s in found.values()}) == 2
-    errors = [s.trace.data_stderr / 80 for s in found.values()]
+    errors = [s.trace.data_stderr / (2 * SIZE) for s in found.values()]
     from blockspec.spectra.collection import mean_data_stderr
 
     assert mean_data_stderr(list(found.values())) == pytest.approx(math.hypot(*errors), rel=1e-6)

@@ -78,15 +78,21 @@ class Basis:
             vector.copy_((yield vector))
         return coefficients
 
-    def along(self, vector: Tensor) -> Tensor:
-        """(m,) coefficients of ``vector`` (P,), which is left alone, along all that were appended.
+    def along(self, vector: Tensor, last: Tensor) -> Tensor:
+        """(m + 1,) coefficients of ``vector`` (P,), which is left alone, along all that were
+        appended, and along ``last`` (P,), which was not.
 
-        The vectors stay where they are kept, because there is more of them.
+        The vectors stay where they are kept, because there is more of them. There is a call for
+        every unit of data, so it takes as few operations as may be.
         """
         assert self._ranks.rows == 1
-        part = vector.to(self._device)
-        rows = [rows.to(part.dtype) @ part for rows in self._appended()]
-        return torch.cat(rows).to(vector) if rows else vector[:0]
+        part = vector if vector.device == self._device else vector.to(self._device)
+        same = self._dtype == part.dtype
+        rows = [(rows if same else rows.to(part.dtype)) @ part for rows in self._appended()]
+        newest = torch.dot(last, vector)[None]
+        if rows and rows[0].device != newest.device:
+            rows = [found.to(newest.device) for found in rows]
+        return torch.cat([*rows, newest]) if rows else newest
 
     def orthogonality(self) -> float:
         """max |Q'Q - I|, of the vectors as they are stored, the fixed ones among them."""

@@ -169,9 +169,7 @@ class Lanczos:
         vectors so far and this one.
         """
         assert self._whole is not None
-        return torch.cat(
-            [self._whole.along(product), (self.vector @ product.to(self.vector))[None]]
-        )
+        return self._whole.along(product.to(self.vector), self.vector)
 
     def combined(self, coefficients: np.ndarray) -> Tensor:
         """(c, m) -> (c, P) combinations of the m Krylov vectors, which :meth:`finish` lets go."""

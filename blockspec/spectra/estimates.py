@@ -11,6 +11,7 @@ from scipy.special import stdtrit
 from blockspec.model.pieces import Block
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.data import told_of_units
+from blockspec.spectra.intervals import total_interval
 from blockspec.spectra.notebook import html
 from blockspec.spectra.spectrum import Estimate
 
@@ -73,6 +74,12 @@ class Estimates(Mapping[str, Estimate]):
     def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
         """Of one block and the given data; see :func:`interval`."""
         return interval(self[name], self.probes[name], confidence, one_sign=self._one_sign[name])
+
+    def total_interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
+        """Of one block and the population that the data is a sample of; see
+        :func:`blockspec.spectra.intervals.total_interval`.
+        """
+        return total_interval(self[name], self.probes[name], self.units, confidence)
 
     def to_frame(self) -> pd.DataFrame:
         """A row a block: kind, layer, numel, value, stderr, data_stderr (nan where one cannot be

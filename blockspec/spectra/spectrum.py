@@ -18,6 +18,7 @@ from blockspec.numerics.density import gaussians, mixture, node_widths, spacing
 from blockspec.numerics.jackknife import jackknife_error
 from blockspec.numerics.measures import CONFIDENCE, noisy
 from blockspec.spectra.data import Sample
+from blockspec.spectra.intervals import interval_of
 from blockspec.spectra.notebook import html
 from blockspec.spectra.singles import with_exact_weights
 
@@ -288,6 +289,20 @@ class Spectrum:
         if (without := self.left_out()) is None:
             return RitzValue(value, residual)
         return RitzValue(value, residual, jackknife_error(value, extreme(without[0], (1, 2))))
+
+    def interval(self, number: str, confidence: float = 0.95) -> tuple[float, float]:
+        """Ends of the interval that holds the number of the population that the data is a sample
+        of, with both errors; see :mod:`blockspec.spectra.intervals`.
+
+        Args:
+            number: ``"trace"``, ``"root_mean_square"`` (of the eigenvalues), ``"largest"`` or
+                ``"smallest"``.
+            confidence: Between 0 and 1.
+
+        Returns:
+            nan where the error of the data is not known: fewer than 8 units.
+        """
+        return interval_of(self, number, confidence)
 
     def moment(self, k: int) -> Estimate:
         """tr(H^k) / P: the mean over probes of ``v' H^k v`` with v of norm 1; exact per probe for k
