@@ -297,6 +297,7 @@ def _prepare(
         settings.storage(device),
         ranks,
         sampling is not None,
+        isinstance(operator, Products) and operator.takes_portions,
     )
     tasks = [
         Task(

@@ -189,7 +189,8 @@ def fitted_to(schedule: Schedule, operator: Operator, limit: int) -> Fitted:
     _choose_way(operator, blocks, limit)
     _growth(operator, blocks, 1)  # what is allocated once and kept, is in use from here on
     memory.trim()
-    used = memory.used(operator.device) + RESERVE
+    used = _agreed(operator, memory.used(operator.device) + RESERVE)
+    limit = -_agreed(operator, -limit)
     one = _growth(operator, blocks, 1)
     at_once = sum(task.waiting_bytes for task in schedule.tasks)
     single = max(task.job_bytes() for task in schedule.tasks)
@@ -276,4 +277,12 @@ def _growth(operator: Calibrated, blocks: Sequence[Block], size: int | None) -> 
     """Peak memory of one shared pass and one product of the deepest block, on ``size`` examples."""
     with memory.watched(operator.device) as peak:
         operator.rehearse(blocks, size)
-    return peak.growth
+    return _agreed(operator, peak.growth)
+
+
+def _agreed(operator: Operator, number: int) -> int:
+    """The largest number of all processes that a model is spread over: they make the same passes,
+    so that all of them have to decide alike.
+    """
+    objective = operator.objective
+    return number if objective is None else objective.weights.largest([number])[0]

@@ -37,7 +37,7 @@ class Sampling:
 
     def sweep(self, jobs: Sequence[Job]) -> list[Tensor]:
         """The products of all jobs; those whose units are wanted get a row of projections."""
-        requests = [(job.block, job.recurrence.vector) for job in jobs]
+        requests = [(job.block, job.recurrence.request) for job in jobs]
         if self.groups.too_few:
             return self.operator.sweep(requests)
 

@@ -38,7 +38,7 @@ class Schedule:
                 results = self.sampling.sweep(self.active)
             else:
                 results = operator.sweep(
-                    [(job.block, job.recurrence.vector) for job in self.active]
+                    [(job.block, job.recurrence.request) for job in self.active]
                 )
             self.products += len(self.active)
             operator.ranks.together(

@@ -66,6 +66,8 @@ class Probing:
     ranks: Ranks = field(default_factory=Ranks)
     by_unit: bool = False
     """Coefficients of units of data are kept, for the data's error."""
+    parts: bool = False
+    """Each of the ``ranks`` holds its part of every vector alone."""
 
 
 @dataclass(eq=False)
@@ -168,6 +170,7 @@ class Task:
             ranks=p.ranks,
             by_unit=p.by_unit,
             beside=self.probe(1) if self._has_one_beside(probe) else None,
+            parts=p.parts,
         )
         return Job(self.block, probe, recurrence, Projections() if p.by_unit else None)
 
@@ -283,6 +286,8 @@ class Task:
         if self.exact:
             columns = Columns.bytes_of(self.block.numel, self.dtype)
             return 2 * size + columns + self._unit_bytes(self.block.numel)
+        if self.probing.parts:
+            size //= self.probing.ranks.rows
         if not self.probing.reorthogonalize:
             return 3 * size
         dtype = self.probing.storage[0] if self.probing.storage else self.dtype
@@ -291,7 +296,7 @@ class Task:
         if self.accuracy.num_steps is None and self._may_deflate and self.block.numel <= LARGEST:
             steps = max(steps, longest_first_probe(self.block.numel, self.accuracy))
         shared = steps * kept // self.probing.ranks.rows
-        if self.probing.by_unit and self.probing.ranks.rows > 1:
+        if self.probing.by_unit and self.probing.ranks.rows > 1 and not self.probing.parts:
             shared += steps * kept  # each process keeps all of every vector too
         return 2 * size + shared + self._unit_bytes(steps)
 
@@ -315,4 +320,5 @@ class Task:
         """Memory that is held beside that of jobs."""
         beside = self._has_one_beside(0) and not self.exact and 0 not in self.tridiagonals
         held = 0 if self.deflation is None else self.deflation.vectors.nbytes
-        return held + beside * self.block.numel * self.dtype.itemsize
+        holders = self.probing.ranks.rows if self.probing.parts else 1
+        return held + beside * self.block.numel * self.dtype.itemsize // holders

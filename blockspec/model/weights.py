@@ -93,6 +93,13 @@ class Weights:
         """Whether it is true on all processes that gather layers from each other."""
         return all(gathered(true)) if self.sharded else true
 
+    def largest(self, numbers: list[int]) -> list[int]:
+        """Each number as it is on the process where it is largest, of those that gather layers from
+        each other.
+        """
+        found = gathered(numbers) if self.sharded else [numbers]
+        return [max(each) for each in zip(*found, strict=True)]
+
     @contextmanager
     def let_go(self) -> Iterator[None]:
         """While this is open, what was brought for a layer goes when the next one is called: for

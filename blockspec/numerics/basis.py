@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blockspec.numerics.portions import along as along_portions
 from blockspec.numerics.ranks import Ranks, Shared
 
 ROWS = 16  # vectors that are allocated at once, unless they are large
@@ -30,6 +31,7 @@ class Basis:
         float32 at the price of an orthogonality of about 2^-9 / sqrt(P) between vectors (see
         LOG.md); arithmetic is in the vectors' own dtype.
     ranks: processes that share the vectors, each keeping a part of every one.
+    parts: The vectors that come in are this process's parts too, and not whole.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class Basis:
         device: torch.device | str,
         fixed: Tensor | None = None,
         ranks: Ranks | None = None,
+        parts: bool = False,
     ) -> None:
         self._ranks = ranks or Ranks()
+        self._parts = parts
         self._whole = numel
         self._part = self._ranks.share(numel)
         self.numel = self._part.stop - self._part.start
@@ -56,14 +60,14 @@ class Basis:
 
     def append(self, vector: Tensor) -> None:
         """Stores a copy of ``vector`` (P,)."""
-        self._append(vector[self._part])
+        self._append(self._own(vector))
 
     def project_out(self, vector: Tensor) -> Shared[Tensor]:
         """Subtracts from ``vector`` (P,), in place, its part in the span, twice (the second time
         removes what rounding left); returns its coefficients (m,) in float64. A generator, see
         :meth:`blockspec.numerics.ranks.Ranks.together`.
         """
-        part = vector[self._part]
+        part = self._own(vector)
         chunks = self._rows()
         sizes = [len(rows) for rows in chunks]
         coefficients = torch.zeros(sum(sizes), dtype=torch.float64, device=vector.device)
@@ -72,7 +76,7 @@ class Basis:
             for rows, along in zip(chunks, found.split(sizes), strict=True):
                 part.addmv_(rows.to(part).T, along, alpha=-1)
             coefficients += found
-        if self._ranks.rows > 1:
+        if self._ranks.rows > 1 and not self._parts:
             vector[: self._part.start] = 0
             vector[self._part.stop :] = 0
             vector.copy_((yield vector))
@@ -83,8 +87,11 @@ class Basis:
         appended, and along ``last`` (P,), which was not.
 
         The vectors stay where they are kept, because there is more of them. There is a call for
-        every unit of data, so it takes as few operations as may be.
+        every unit of data, so it takes as few operations as may be. Where ``parts`` of them are
+        kept, ``last`` is a part too, and ``vector`` is whole, and another one on each process.
         """
+        if self._parts:
+            return along_portions([*self._appended(), last[None]], vector, self._ranks)
         assert self._ranks.rows == 1
         part = vector if vector.device == self._device else vector.to(self._device)
         same = self._dtype == part.dtype
@@ -127,6 +134,9 @@ class Basis:
         """Appends what :meth:`matrix` gave."""
         for row in matrix:
             self._append(row)
+
+    def _own(self, vector: Tensor) -> Tensor:
+        return vector if self._parts else vector[self._part]
 
     def _append(self, part: Tensor) -> None:
         rows = self._rows_at_once()

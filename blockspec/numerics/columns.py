@@ -39,6 +39,11 @@ class Columns:
         unit[len(self._columns)] = 1
         return unit
 
+    @property
+    def request(self) -> Tensor:
+        """What a product is asked for with: the whole vector, whoever shares the work."""
+        return self.vector
+
     def __len__(self) -> int:
         """Columns so far."""
         return len(self._columns)

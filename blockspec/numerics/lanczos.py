@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from blockspec.numerics.basis import Basis, fresh
+from blockspec.numerics.portions import Portion
 from blockspec.numerics.ranks import Ranks, Shared
 
 CHUNK = 2**20  # entries whose float64 copy is small; see _dot
@@ -72,7 +73,9 @@ class Lanczos:
         vectors.
     beside: (P,) another probe's start vector; see :attr:`Tridiagonal.beside`.
     by_unit: products of units of data will be asked for :meth:`along`. With several ``ranks`` each
-        process then keeps all of every vector.
+        process then keeps all of every vector, unless it has ``parts``.
+    parts: each of the ``ranks`` holds its part of every vector alone, ``start`` aside, and is given
+        its part of the products; see :mod:`blockspec.numerics.portions`.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Lanczos:
         ranks: Ranks | None = None,
         by_unit: bool = False,
         beside: Tensor | None = None,
+        parts: bool = False,
     ) -> None:
         given = () if deflated is None else deflated
         self._deflated = len(given)
@@ -101,19 +105,37 @@ class Lanczos:
         self.asymmetry = 0.0
         self._beside = None if beside is None else beside / math.sqrt(_dot(beside, beside))
         self.products_beside: list[float] = []
+        self.numel = start.numel()
         self.vector = start / norm
-        """(P,) the vector whose product is wanted next."""
+        """(P,) the vector whose product is wanted next; the process's part of it with ``parts``."""
+        self._ranks = (ranks or Ranks()) if parts else None
+        if self._ranks is not None:
+            own = self._ranks.share(self.numel)
+            self.vector = self.vector[own].clone()
+            self._beside = None if self._beside is None else self._beside[own].clone()
         self._previous: Tensor | None = None
         dtype, device = storage or (start.dtype, start.device)
         assert reorthogonalize or deflated is None
         self._basis = None
         if reorthogonalize:
             self._basis = Basis(
-                start.numel(), dtype=dtype, device=device, fixed=deflated, ranks=ranks
+                start.numel(),
+                dtype=dtype,
+                device=device,
+                fixed=deflated,
+                ranks=ranks,
+                parts=parts,
             )
         self._whole = self._basis
-        if by_unit and ranks is not None and ranks.rows > 1:
+        if by_unit and not parts and ranks is not None and ranks.rows > 1:
             self._whole = Basis(start.numel(), dtype=dtype, device=device)
+
+    @property
+    def request(self) -> Any:
+        """What a product is asked for with: :attr:`vector`, or the Portion that it is."""
+        if self._ranks is None:
+            return self.vector
+        return Portion(self.vector, self.numel, self._ranks)
 
     @property
     def done(self) -> bool:
@@ -133,13 +155,13 @@ class Lanczos:
         """One step. ``product`` (P,) is A times :attr:`vector` and is overwritten. A generator, see
         :meth:`blockspec.numerics.ranks.Ranks.together`."""
         if self._beside is not None:
-            self.products_beside.append(_dot(self.vector, self._beside))
+            self.products_beside.append((yield from self._dot(self.vector, self._beside)))
         alpha = (
-            self._recurrence(product)
+            (yield from self._recurrence(product))
             if self._basis is None
             else (yield from self._project(product, self._basis))
         )
-        beta = math.sqrt(_dot(product, product))
+        beta = math.sqrt((yield from self._dot(product, product)))
         self.alphas.append(alpha)
         self.betas.append(beta)
         self.breakdown = beta <= ROUNDING[product.dtype] * self.scale
@@ -221,13 +243,20 @@ class Lanczos:
         self.asymmetry = max(self.asymmetry, math.hypot(*coefficients[self._deflated : -2]))
         return coefficients[-1]
 
-    def _recurrence(self, product: Tensor) -> float:
+    def _recurrence(self, product: Tensor) -> Shared[float]:
         """The three-term recurrence."""
         if self._previous is not None:
             product.sub_(self._previous, alpha=self.betas[-1])
-        alpha = _dot(self.vector, product)
+        alpha = yield from self._dot(self.vector, product)
         product.sub_(self.vector, alpha=alpha)
         return alpha
+
+    def _dot(self, a: Tensor, b: Tensor) -> Shared[float]:
+        """Inner product of vectors, from the parts of all processes where each has its own."""
+        own = _dot(a, b)
+        if self._ranks is None:
+            return own
+        return float((yield torch.tensor([own], dtype=torch.float64)))
 
 
 def tridiagonalize(

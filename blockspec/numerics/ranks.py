@@ -40,7 +40,7 @@ class Ranks:
         results = list(tensors)
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             places = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-            flat = torch.cat([tensors[i].flatten().to(self._carrier(tensors[i])) for i in places])
+            flat = torch.cat([tensors[i].flatten().to(self.carrier(tensors[i])) for i in places])
             with _explained():
                 dist.all_reduce(flat, group=self.group)
             for i, part in zip(
@@ -50,7 +50,7 @@ class Ranks:
                 results[i] = part.view_as(tensors[i]).to(tensors[i].device, copy=True)
         return results
 
-    def _carrier(self, tensor: Tensor) -> torch.device:
+    def carrier(self, tensor: Tensor) -> torch.device:
         """Where a tensor can be sent from."""
         return torch.device("cuda") if dist.get_backend(self.group) == "nccl" else tensor.device
 
@@ -70,9 +70,10 @@ class Ranks:
             received = dict(zip(asked, self.sums(list(asked.values())), strict=True))
         return [results[i] for i in range(len(computations))]
 
-    def share(self, numel: int) -> slice:
-        """The part of a vector that this process keeps."""
-        return slice(self.row * numel // self.rows, (self.row + 1) * numel // self.rows)
+    def share(self, numel: int, row: int | None = None) -> slice:
+        """The part of a vector that this process, or another one of the group, keeps."""
+        row = self.row if row is None else row
+        return slice(row * numel // self.rows, (row + 1) * numel // self.rows)
 
     def all_of(self, item: T) -> list[T]:
         """Every process's item, in the order of the ranks."""

@@ -27,19 +27,18 @@ from blockspec.model.losses import Loss
 from blockspec.model.objective import Objective
 from blockspec.model.suitability import explained
 from blockspec.numerics import memory
+from blockspec.numerics.portions import Portion
 from blockspec.numerics.ranks import Ranks
 from blockspec.products.calibration import Costs, seconds_of, time_products
-from blockspec.products.finiteness import is_finite
 from blockspec.products.foresight import least_of_graph
 from blockspec.products.guard import OFF, Check, checked
 from blockspec.products.layerwise import TOGETHER
 from blockspec.products.linearisations import ENDS, Ask, Linearised, Tensors
 from blockspec.products.precision import check, reduced_model, reduced_multiplication
-from blockspec.products.totals import Totals
+from blockspec.products.totals import Request, Totals, compare
 from blockspec.products.units import Reduce, Unit
 from blockspec.products.ways import Way
 
-Request = tuple[Block, Tensor, Sequence[Block]]
 REHEARSED = 8  # blocks, beside the deepest one
 
 
@@ -157,7 +156,14 @@ class Products:
         """
         return self.objective.batches(self.micro_batch)
 
-    def sweep(self, requests: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
+    @property
+    def takes_portions(self) -> bool:
+        """Whether vectors may be spread over processes as the model is: a product of a portion is
+        the same portion of the product.
+        """
+        return self.objective.weights.sharded and self.ranks.rows > 1
+
+    def sweep(self, requests: Sequence[tuple[Block, Tensor | Portion]]) -> list[Tensor]:
         """For each (block b, v (P_b,)): H_bb v (P_b,); all of them from one pass over the
         batches.
         """
@@ -167,7 +173,7 @@ class Products:
         ]
 
     def sweep_by_unit(
-        self, requests: Sequence[tuple[Block, Tensor]], each: Reduce
+        self, requests: Sequence[tuple[Block, Tensor | Portion]], each: Reduce
     ) -> tuple[list[Tensor], list[tuple[int, Unit]]]:
         """See :class:`blockspec.products.units.ByUnit`."""
         units: list[tuple[int, Unit]] = []
@@ -214,13 +220,9 @@ class Products:
                 if self.objective.weights.sharded or not memory.is_exhausted(raised):
                     raise  # where the others wait for this process in the middle of a layer
                 error = raised.with_traceback(None)  # its frames hold the graph
-            # One message: a process without memory takes part in it, so that the others need not
-            # wait, and all begin anew
-            words = torch.tensor([terms, float(error is not None)], dtype=torch.float64)
-            *parts, words = self.ranks.sums([*totals.flat(), words])
-            terms, exhausted = words.tolist()
-            if not exhausted:
-                return self._checked(requests, [p.div_(terms) for p in parts]) if summed else []
+            found = totals.over(self.ranks, terms, exhausted=error is not None)
+            if not found.exhausted:
+                return found.means(requests) if summed else []
             if not self._halve_micro_batch() and not self._save_memory():
                 raise error or MemoryError("another process of this run is out of memory")
             if units is not None:
@@ -233,13 +235,7 @@ class Products:
         if self._compared or self.ranks.rows == 1:
             return
         self._compared = True
-        own = [(source.name, len(targets), _trace_of(v)) for source, v, targets in requests]
-        if len({str(told) for told in self.ranks.of_column(own)}) > 1:
-            raise ValueError(
-                "the processes ask for products with different vectors or blocks: every process "
-                "has to make the same call, "
-                "with the same seed and the same numbers of probes and steps"
-            )
+        compare(self.ranks, requests)
 
     def _own_part(
         self,
@@ -257,8 +253,8 @@ class Products:
                 values: list[Any] = [None] * len(requests)
                 with nullcontext() if self.way.layerwise else paused():
                     for number, parts in self._completed(requests, linearised):
-                        if batch is None:
-                            continue
+                        if batch is None:  # not this process's; the others wait for zeros
+                            parts = [torch.zeros_like(part) for part in parts]
                         if each is not None:
                             values[number] = each(number, parts)
                         totals.add(number, parts, kept=each is not None)
@@ -296,19 +292,6 @@ class Products:
             Ask(source, vector, tuple(dict.fromkeys(n for t in targets for n in t.parameters)))
             for source, vector, targets in requests
         ]
-
-    def _checked(self, requests: Sequence[Request], parts: list[Tensor]) -> list[list[Tensor]]:
-        """The products of each request, which are finite."""
-        results = iter(parts)
-        products = [[next(results) for _ in targets] for _, _, targets in requests]
-        for (block, _, _), found in zip(requests, products, strict=True):
-            if not all(is_finite(part) for part in found):
-                raise ValueError(
-                    f"a product with block {block.name!r} holds NaN or infinite values; check the "
-                    "checkpoint and the "
-                    "data, or use a wider dtype (model.double())"
-                )
-        return products
 
     def _linearised(self, parameters: Tensors) -> Iterator[tuple[int | None, Linearised]]:
         """Of each micro-batch that is this process's: the number of its batch, and what products
@@ -483,9 +466,3 @@ class Products:
             stacklevel=2,
         )
         return True
-
-
-def _trace_of(vector: Tensor) -> str:
-    """What tells a vector from others, from its first entries."""
-    first = vector[:64].double().cpu()
-    return f"{len(vector)} {float(first @ torch.arange(1.0, len(first) + 1).double()):.6g}"

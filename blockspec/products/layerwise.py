@@ -106,6 +106,8 @@ class Layerwise:
         parameters: That products are made for, as the model has them.
         like: Tensors like what the model computes with in their place.
         rebuilt: Called whenever a layer is built again.
+        agreed: Of the bytes of all wires, what they are on the process that has most; processes
+            that gather layers from each other have to build them again equally often.
     """
 
     def __init__(
@@ -115,11 +117,13 @@ class Layerwise:
         parameters: Tensors,
         like: Tensors,
         rebuilt: Callable[[], None] = lambda: None,
+        agreed: Callable[[list[int]], list[int]] = lambda sizes: sizes,
     ) -> None:
         self.terms = end.terms
         self._rebuilt = rebuilt
         self._parameters, self._like = parameters, like
         self._boundaries = boundaries
+        self._sizes = agreed([wire.nbytes for wire in boundaries.wires])
         self._curved = end.middle is None
         self._names = {id(p): name for name, p in parameters.items()}
         self._outer = {name: boundaries.stand_in(p) for name, p in parameters.items()}
@@ -235,8 +239,7 @@ class Layerwise:
 
     def _bytes_between(self) -> list[int]:
         """By number of the stretch where a direction begins, bytes of its cotangents by wires."""
-        wires = self._boundaries.wires
-        sizes = [sum(wires[w].nbytes for w in stretch.outputs) for stretch in self._stretches]
+        sizes = [sum(self._sizes[w] for w in stretch.outputs) for stretch in self._stretches]
         return [*reversed(list(accumulate(reversed(sizes)))), 0]
 
     def _travel(self, number: int, ask: Ask) -> Travel:
@@ -297,8 +300,7 @@ class Layerwise:
                 over = self._last_use[wire] == number
                 moved[wire] = travel.tangents.pop(wire) if over else travel.tangents[wire]
         if not stretch.parameters.isdisjoint(travel.ask.block.parameters):
-            direction = travel.ask.direction(self._like)
-            moved |= {name: direction[name] for name in direction if name in stretch.parameters}
+            moved.update(travel.ask.direction(self._like, stretch.parameters))
         return moved
 
     def _wanted(

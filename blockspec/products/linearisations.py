@@ -11,8 +11,9 @@ the boundary behind its layers, see :mod:`blockspec.products.layerwise`. Both ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from blockspec.model.blocks import Block, scatter
 from blockspec.model.objective import Objective
+from blockspec.numerics.portions import Portion
 from blockspec.products.finiteness import check_terms
 
 Tensors = Mapping[str, Tensor]
@@ -33,17 +35,38 @@ class Ask:
     Args:
         block: Where the vector lies.
         vector: (P,). It is spread over the block's parameters when its turn comes, because the
-            parameters of a small block may be large.
+            parameters of a small block may be large. Of a portion what is needed is brought
+            together then.
         targets: Names of the parameters that the product is wanted for.
     """
 
     block: Block
-    vector: Tensor
+    vector: Tensor | Portion
     targets: tuple[str, ...]
 
-    def direction(self, parameters: Tensors) -> dict[str, Tensor]:
-        """Parameter name -> tensor; zero elsewhere."""
-        return scatter(self.block, self.vector, parameters)
+    def direction(
+        self, parameters: Tensors, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Parameter name -> tensor, of some parameters or of all; zero elsewhere."""
+        names = self.block.parameters if names is None else names
+        if isinstance(self.vector, Portion):
+            block, vector = self._together(self.vector, parameters, names)
+        else:
+            block, vector = self.block, self.vector
+        found = scatter(block, vector, parameters)
+        return {name: tensor for name, tensor in found.items() if name in names}
+
+    def _together(
+        self, vector: Portion, parameters: Tensors, names: Collection[str]
+    ) -> tuple[Block, Tensor]:
+        """The vector from the first piece of these parameters to the last one, and those pieces."""
+        pieces = self.block.pieces
+        ends = list(accumulate(p.size(parameters[p.parameter].shape) for p in pieces))
+        places = [place for place, piece in enumerate(pieces) if piece.parameter in names]
+        first, last = places[0], places[-1]
+        start = ends[first - 1] if first else 0
+        some = replace(self.block, pieces=pieces[first : last + 1], numel=ends[last] - start)
+        return some, vector.whole(start, ends[last])
 
 
 class Part(NamedTuple):

@@ -118,7 +118,8 @@ class Way:
         boundaries, end = self._cut(layers, batch, twice=False)
         own = self._objective.parameters()
         named = {name: own[name] for name in parameters}
-        return Layerwise(boundaries, end, named, parameters, self._count)
+        agreed = self._objective.weights.largest
+        return Layerwise(boundaries, end, named, parameters, self._count, agreed)
 
     def _cut(
         self, layers: Mapping[str, nn.Module], batch: Any, *, twice: bool
