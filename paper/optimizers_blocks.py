@@ -454,7 +454,7 @@ EXHIBIT = Exhibit(
             "About two hours on one core, estimated.",
         ),
     },
-    shown=("summary", "losses", "heterogeneity"),
+    shown=("summary", "losses"),
 )
 
 if __name__ == "__main__":
