@@ -7,6 +7,7 @@ from models import tiny_gpt2, tiny_vit
 
 import blockspec
 from blockspec import losses
+from blockspec.engine.estimate import plan_spectra
 from blockspec.engine.plan import _choose_way, fit, plan
 from blockspec.engine.schedule import Schedule
 from blockspec.numerics import memory
@@ -167,3 +168,24 @@ def test_auto_goes_a_layer_at_a_time_where_memory_runs_out(monkeypatch):
         found = operator.sweep([(block, vector)])[0]
     torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-14)
     assert operator.told.startswith("a layer at a time, because memory ran out")
+
+
+def test_auto_without_a_bound_keeps_within_what_is_free(monkeypatch):
+    model = tiny_gpt2(dtype=torch.float32, layers=4, n_embd=64, n_positions=64)
+    batch = {"input_ids": torch.randint(32, (8, 64))}
+    objective = blockspec.Objective(model, [batch], losses.next_token)
+    blocks = blockspec.partition(model, include="*h.2.attn.c_attn.weight/query")
+    one = Products(objective).least_memory(blocks)
+    for room, size, way in ((20, None, False), (3, 2, False), (0.5, 1, True)):
+        monkeypatch.setattr(memory, "free", lambda _, room=room: int(room * one))
+        operator = Products(objective, guarded=False)
+        operator.check(blocks)
+        assert (operator.micro_batch, operator.way.layerwise) == (size, way)
+    assert "takes" in operator.told
+    assert "are free" in operator.told
+    found = plan_spectra(objective, blocks, num_probes=1, num_steps=2)
+    assert found.told.startswith(operator.told)
+    assert found.micro_batch == 1
+    operator = Products(objective, guarded=False, products="whole")
+    operator.check(blocks)
+    assert not operator.way.layerwise

@@ -64,7 +64,6 @@ def plan(schedule: Schedule, operator: Operator, *, limit: int | None = None) ->
     operator = _calibrated(operator)
     blocks = [task.block for task in schedule.tasks]
     if limit is None:
-        _choose_way(operator, blocks, memory.total(operator.device))
         memory.trim()
         fitted = Fitted(
             None, memory.used(operator.device) + RESERVE, _growth(operator, blocks, None)

@@ -126,6 +126,14 @@ def total(device: torch.device) -> int:
     return min(limits)
 
 
+def free(device: torch.device) -> int:
+    """Bytes that nobody uses now: on the device, or of what a process may still have."""
+    if device.type == "cuda":
+        own = _cuda().memory_reserved(device) - _cuda().memory_allocated(device)
+        return int(_cuda().mem_get_info(device)[0]) + own
+    return min(_meminfo("MemAvailable"), total(device) - resident())
+
+
 def parse(limit: int | float | str, device: torch.device) -> int:
     """Bytes from a number of bytes, a share of the device (``0.8``, ``"80%"``) or a size
     (``"20GiB"``, ``"500 MB"``: powers of 1024).

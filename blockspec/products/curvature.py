@@ -30,7 +30,7 @@ from blockspec.numerics import memory
 from blockspec.numerics.portions import Portion
 from blockspec.numerics.ranks import Ranks
 from blockspec.products.calibration import Costs, seconds_of, time_products
-from blockspec.products.foresight import least_of_graph
+from blockspec.products.foresight import fitting, least_of_graph
 from blockspec.products.guard import OFF, Check, checked
 from blockspec.products.layerwise import TOGETHER
 from blockspec.products.linearisations import ENDS, Ask, Linearised, Tensors
@@ -128,6 +128,7 @@ class Products:
         What was found of the products is ``checked`` from then on, see
         :mod:`blockspec.products.guard`.
         """
+        self._keep_within_what_is_free(blocks)
         self.objective.check()
         if self._guarded and self.objective.weights.sharded:
             check_twice_differentiable(self.objective, [n for b in blocks for n in b.parameters])
@@ -136,6 +137,16 @@ class Products:
             self.checked = checked(
                 self.objective, blocks, self.curvature, self._of, way=self.way.name
             )
+
+    def _keep_within_what_is_free(self, blocks: Sequence[Block]) -> None:
+        """Before a graph is made: on a CPU the system ends a process that takes more."""
+        if not self.way.is_open or self.objective.weights.sharded:
+            return
+        gradient = sum(p.nbytes for p in self._named(blocks).values())
+        alone = self.ranks.rows * self.ranks.columns == 1  # others would have to cut as finely
+        self.micro_batch, why = fitting(self.objective, self.micro_batch, gradient, cut=alone)
+        if why:
+            self.save_memory(why)
 
     def _check_spread(self) -> None:
         """Raises ValueError where processes hold different blocks and would not gather the same

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from blockspec.model.layer_by_layer import layer_by_layer
 from blockspec.model.objective import Objective
+from blockspec.numerics import memory
 
 TIMES = 3  # of what a forward pass keeps; GPT-2 and Llama take 3.8 to 4.5 with their products
 
@@ -33,6 +35,43 @@ def least_of_graph(objective: Objective, batch: Any) -> int:
         with layer_by_layer(objective.model, behind_a_layer):
             objective.loss_sum(batch)
     return TIMES * kept.total
+
+
+def fitting(
+    objective: Objective, size: int | None, beside: int, *, cut: bool
+) -> tuple[int | None, str]:
+    """How many examples at once have a whole graph that is foreseen to fit into what is free.
+
+    Args:
+        objective: The first of its batches speaks for all.
+        size: Of a micro-batch now; None: batches as they come.
+        beside: Bytes that the graph of a gradient takes beside what functions keep.
+        cut: Fewer examples may go through at once.
+
+    Returns:
+        Their number, and why it cannot be the whole graph: empty where it fits.
+    """
+    room = memory.free(objective.device)
+    while (needed := _of_first(objective, size) + beside) > room:
+        now = size or objective.largest_batch()
+        if not cut or now <= 1 or objective.batch_norm == "train":
+            what = "one example" if now == 1 else "one micro-batch"
+            told = f"takes {memory.readable(needed)} at least, and {memory.readable(room)}"
+            return size, f"the whole graph of {what} {told} are free"
+        size = now // 2
+    return size, ""
+
+
+_found: WeakKeyDictionary[Objective, dict[int | None, int]] = WeakKeyDictionary()
+
+
+def _of_first(objective: Objective, size: int | None) -> int:
+    """Bytes of the first micro-batch of that size; they do not change with the weights."""
+    found = _found.setdefault(objective, {})
+    if size not in found:
+        with objective.prepared():
+            found[size] = least_of_graph(objective, next(iter(objective.batches(size))))
+    return found[size]
 
 
 class Kept:
