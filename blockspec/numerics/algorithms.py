@@ -13,8 +13,9 @@ R = TypeVar("R")
 
 Algorithm = Generator[Tensor, Tensor, R]
 
-Progress = Callable[[int, int | None], None]
-"""Told (done, in all) now and then; None where the end is not known."""
+Progress = Callable[[float, float | None], None]
+"""Told (done, in all) now and then; None where the end is not known. Within a sweep that takes
+long, what is done is no whole number."""
 
 
 def run(algorithm: Algorithm[R], product: Callable[[Tensor], Tensor]) -> R:

@@ -3,6 +3,10 @@ log or a notebook, now and then a line.
 
 A call that takes long shows itself without being asked. Bars are not nested: what is called within
 a call that shows itself stays silent.
+
+A sweep over the data can take minutes, and is one call of an operator's. What works within it says
+how far it is by :func:`moved`, and :func:`part_of_a_sweep` says that it is a part of something longer.
+Whoever shows progress has asked for it by :func:`moving`; nobody in between hands anything on.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -19,7 +24,7 @@ from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.ranks import is_first
 
 R = TypeVar("R")
-Update = Callable[[str, int, int | None], None]
+Update = Callable[[str, float, float | None], None]
 Shown = Progress | bool | None
 """What ``progress=`` takes: a function ``(done, total)``; None for the default, a bar after some
 seconds; False for silence.
@@ -28,7 +33,111 @@ seconds; False for silence.
 PATIENCE = 5.0  # seconds until a call that nobody asked about shows itself
 EVERY = {"log": 60.0, "notebook": 1.0}  # seconds from one line to the next, where there is no bar
 
+OFTEN = 5.0  # seconds from one word about a sweep that is under way to the next
+
 _within: ContextVar[bool] = ContextVar("within", default=False)
+_where: ContextVar[str] = ContextVar("where", default="")
+
+
+@dataclass(eq=False)
+class Sweeps:
+    """What is known of a call that makes sweeps.
+
+    Args:
+        tell: Called with (products done, in all).
+        done: Products before the sweep that is under way.
+        total: Of the whole call, as far as known.
+        latest: When something was told last.
+    """
+
+    tell: Progress
+    done: float = 0
+    total: float | None = None
+    latest: float = field(default_factory=time.monotonic)
+
+    def told(self, done: float, total: float | None = None) -> None:
+        """A sweep has ended."""
+        self.expect(done, total)
+        self.tell(done, total)
+
+    def expect(self, done: float, total: float | None) -> None:
+        """So much is done before the first sweep, and so much in all."""
+        self.done, self.total, self.latest = done, total, time.monotonic()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a sweep: where it begins and how long it is, in products, and where the work is, in
+    words.
+    """
+
+    sweeps: Sweeps
+    start: float = 0.0
+    size: float = 1.0
+    told: str = ""
+
+
+_part: ContextVar[Part | None] = ContextVar("part", default=None)
+
+
+@contextmanager
+def moving(tell: Progress) -> Iterator[Progress]:
+    """While this is open, ``tell`` is also called within sweeps, now and then. What is handed out
+    is called in its place after each.
+    """
+    sweeps = Sweeps(tell)
+    with _opened(Part(sweeps)):
+        yield sweeps.told
+
+
+def expect(done: int, total: int) -> None:
+    """Tells, before the first sweep, how many products are done and how many there will be."""
+    if (part := _part.get()) is not None:
+        part.sweeps.expect(done, total)
+
+
+@contextmanager
+def sweeping(products: int) -> Iterator[None]:
+    """While this is open, a sweep of so many products is made."""
+    part = _part.get()
+    with _opened(part and replace(part, start=0.0, size=float(products))):
+        yield
+
+
+@contextmanager
+def part_of_a_sweep(number: int, of: int | None, told: str) -> Iterator[None]:
+    """What is done while this is open is part ``number`` (from 0) of so many; where that is not
+    known, None, products are not counted within.
+    """
+    part = _part.get()
+    if part is not None:
+        size = part.size / of if of else 0.0
+        part = replace(part, start=part.start + number * size, size=size, told=told)
+    with _opened(part):
+        yield
+
+
+@contextmanager
+def _opened(part: Part | None) -> Iterator[None]:
+    token = _part.set(part)
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
+def moved(share: float, told: str = "") -> None:
+    """So much of this part of a sweep is done, and here the work is."""
+    part = _part.get()
+    if part is None or (now := time.monotonic()) - part.sweeps.latest < OFTEN:
+        return
+    sweeps = part.sweeps
+    sweeps.latest = now
+    token = _where.set(", ".join(filter(None, (told, part.told))))
+    try:
+        sweeps.tell(sweeps.done + part.start + share * part.size, sweeps.total)
+    finally:
+        _where.reset(token)
 
 
 @contextmanager
@@ -71,14 +180,16 @@ def shows_progress(label: str, unit: str = "products") -> Callable[..., Callable
         @wraps(function)
         def call(*arguments: Any, progress: Shown = None, **named: Any) -> R:
             if callable(progress):
-                return function(*arguments, progress=progress, **named)
+                with moving(progress) as told:
+                    return function(*arguments, progress=told, **named)
             shown = progress is not False and is_first()
             with progress_bars(unit=unit, shown=shown, patience=PATIENCE) as update:
 
-                def told(done: int, total: int | None = None) -> None:
+                def show(done: float, total: float | None = None) -> None:
                     update(label, done, total)
 
-                return function(*arguments, progress=told, **named)
+                with moving(show) as told:
+                    return function(*arguments, progress=told, **named)
 
         return call
 
@@ -114,7 +225,7 @@ def _bars(unit: str, patience: float) -> Iterator[Update]:
     tasks: dict[str, TaskID] = {}
     begun = time.monotonic()
 
-    def update(label: str, done: int, total: int | None) -> None:
+    def update(label: str, done: float, total: float | None) -> None:
         counted = _counted(done, total, unit)
         if label not in tasks:
             tasks[label] = bars.add_task(label, total=total, counted=counted)
@@ -137,7 +248,7 @@ def _lines(unit: str, patience: float) -> Iterator[Update]:
     end = "\r" if place == "notebook" else "\n"
     written = False
 
-    def update(label: str, done: int, total: int | None) -> None:
+    def update(label: str, done: float, total: float | None) -> None:
         nonlocal last, written
         now = time.monotonic()
         begun.setdefault(label, now)
@@ -156,8 +267,10 @@ def _lines(unit: str, patience: float) -> Iterator[Update]:
             print(file=sys.stderr)
 
 
-def _counted(done: int, total: int | None, unit: str) -> str:
-    return f"{done}/{total} {unit}" if total else f"{done} {unit}"
+def _counted(done: float, total: float | None, unit: str) -> str:
+    so_far = f"{done:.1f}" if isinstance(done, float) else f"{done}"
+    where = f" ({_where.get()})" if _where.get() else ""
+    return f"{so_far}/{total} {unit}{where}" if total else f"{so_far} {unit}{where}"
 
 
 def _clock(seconds: float) -> str:
