@@ -1,7 +1,9 @@
 """Bars say how far a call is."""
 
 import pytest
+import torch
 from coupled import coupled, matrix_with_decay
+from models import tiny_gpt2
 
 import blockspec
 from blockspec.numerics import progress as shown
@@ -120,3 +122,50 @@ def test_no_blank_line_where_nothing_was_counted(terminal, capsys):
     with progress_bars():
         pass
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("way", ["whole", "layerwise"])
+def test_progress_moves_within_a_sweep(monkeypatch, way):
+    monkeypatch.setattr(shown, "OFTEN", 0.0)
+    objective = blockspec.Objective(
+        tiny_gpt2(layers=4),
+        [{"input_ids": torch.arange(16).view(2, 8)}],
+        blockspec.losses.next_token,
+        micro_batch=1,
+    )
+    blocks = blockspec.partition(objective.model, include="*h.[01].attn.c_proj.weight")
+    told = []
+
+    def tell(done, total):
+        told.append((done, total, shown._where.get()))
+
+    blockspec.estimate_spectra(
+        objective, blocks, num_probes=1, num_steps=3, products=way, check=False, progress=tell
+    )
+    ends = [done for done, _, where in told if not where]
+    assert ends == [2, 4, 6]
+    numbers = [done for done, *_ in told if done <= 6]
+    assert numbers == sorted(numbers)
+    assert {total for _, total, _ in told} == {6}
+    assert any(done % 1 for done in numbers)
+    wanted = "layer 2 of 4, micro-batch 2 of 2" if way == "layerwise" else "micro-batch 2 of 2"
+    assert wanted in {where for *_, where in told}
+
+
+def test_a_line_says_where_in_a_sweep_the_work_is(monkeypatch, capsys):
+    monkeypatch.setattr(shown, "OFTEN", 0.0)
+    monkeypatch.setitem(shown.EVERY, "log", 0.0)
+
+    @shown.shows_progress("spectra")
+    def call(*, progress):
+        shown.expect(4, 8)
+        with shown.sweeping(2, lambda: 2) as sweep:
+            sweep.number = 1
+            shown.moved(0.5, "layer 12 of 32")
+        progress(6, 8)
+
+    monkeypatch.setattr(shown, "PATIENCE", 0.0)
+    call()
+    line, after = capsys.readouterr().err.splitlines()
+    assert line.startswith("spectra: 5.5/8 products (layer 12 of 32, micro-batch 2 of 2), ")
+    assert after.startswith("spectra: 6/8 products, ")

@@ -33,7 +33,7 @@ from blockspec.model.objective import Objective
 from blockspec.model.patching import patched
 from blockspec.numerics.algorithms import Progress
 from blockspec.numerics.memory import parse
-from blockspec.numerics.progress import shows_progress
+from blockspec.numerics.progress import expect, shows_progress
 from blockspec.numerics.ranks import Ranks, arrange, everywhere
 from blockspec.products.curvature import Products
 from blockspec.products.operators import Operator, forget
@@ -80,8 +80,9 @@ def estimate_spectra(
             a launcher of several processes sends them.
         keep_state: Leave the state, saved once more after the last sweep, for a caller who saves
             the result first; :func:`blockspec.engine.state.clear` removes it.
-        progress: Called with (products done, products in all as far as known) after each sweep. If
-            left out, a call that takes longer than some seconds shows a bar; False shows none.
+        progress: Called with (products done, products in all as far as known) after each sweep, and
+            within one that takes long. If left out, a call that takes longer than some seconds
+            shows a bar; False shows none.
 
     Returns:
         A read-only mapping from block name to :class:`blockspec.Spectrum`, in the order of the
@@ -121,6 +122,7 @@ def estimate_spectra(
             raise KeyboardInterrupt(SAVED)
 
     several = operator.ranks.rows * operator.ranks.columns > 1
+    expect(schedule.products, schedule.products + schedule.remaining)
     with held_back(wanted=folder is not None, several=several) as stopped:
         schedule.run(operator, after_sweep=after_sweep)
     if keep_state:

@@ -5,8 +5,8 @@ A call that takes long shows itself without being asked. Bars are not nested: wh
 a call that shows itself stays silent.
 
 A sweep over the data can take minutes, and is one call of an operator's. What works within it says
-how far it is by :func:`moved`, and :func:`part_of_a_sweep` says that it is a part of something longer.
-Whoever shows progress has asked for it by :func:`moving`; nobody in between hands anything on.
+how far it is by :func:`moved`. Whoever shows progress has asked for it by :func:`moving`; nobody in
+between hands anything on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -65,16 +65,21 @@ class Sweeps:
         self.done, self.total, self.latest = done, total, time.monotonic()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Part:
-    """A part of a sweep: where it begins and how long it is, in products, and where the work is, in
-    words.
+    """Where a sweep is.
+
+    Args:
+        sweeps: That it is one of.
+        products: That it makes.
+        of: Counts its micro-batches, once somebody wants to know.
+        number: Of micro-batches that are done.
     """
 
-    sweeps: Sweeps
-    start: float = 0.0
-    size: float = 1.0
-    told: str = ""
+    sweeps: Sweeps | None
+    products: int = 1
+    of: Callable[[], int] = lambda: 1
+    number: int = 0
 
 
 _part: ContextVar[Part | None] = ContextVar("part", default=None)
@@ -92,33 +97,23 @@ def moving(tell: Progress) -> Iterator[Progress]:
 
 def expect(done: int, total: int) -> None:
     """Tells, before the first sweep, how many products are done and how many there will be."""
-    if (part := _part.get()) is not None:
+    if (part := _part.get()) is not None and part.sweeps is not None:
         part.sweeps.expect(done, total)
 
 
 @contextmanager
-def sweeping(products: int) -> Iterator[None]:
-    """While this is open, a sweep of so many products is made."""
-    part = _part.get()
-    with _opened(part and replace(part, start=0.0, size=float(products))):
-        yield
-
-
-@contextmanager
-def part_of_a_sweep(number: int, of: int | None, told: str) -> Iterator[None]:
-    """What is done while this is open is part ``number`` (from 0) of so many; where that is not
-    known, None, products are not counted within.
+def sweeping(products: int, of: Callable[[], int]) -> Iterator[Part]:
+    """While this is open, a sweep of so many products over ``of()`` micro-batches is made. What is
+    handed out has the number of those that are done, which the sweep counts up.
     """
-    part = _part.get()
-    if part is not None:
-        size = part.size / of if of else 0.0
-        part = replace(part, start=part.start + number * size, size=size, told=told)
+    around = _part.get()
+    part = Part(None if around is None else around.sweeps, products, of)
     with _opened(part):
-        yield
+        yield part
 
 
 @contextmanager
-def _opened(part: Part | None) -> Iterator[None]:
+def _opened(part: Part) -> Iterator[None]:
     token = _part.set(part)
     try:
         yield
@@ -127,15 +122,17 @@ def _opened(part: Part | None) -> Iterator[None]:
 
 
 def moved(share: float, told: str = "") -> None:
-    """So much of this part of a sweep is done, and here the work is."""
+    """So much of a micro-batch is done, and here the work is."""
     part = _part.get()
-    if part is None or (now := time.monotonic()) - part.sweeps.latest < OFTEN:
+    sweeps = part and part.sweeps
+    if not part or not sweeps or time.monotonic() - sweeps.latest < OFTEN:
         return
-    sweeps = part.sweeps
-    sweeps.latest = now
-    token = _where.set(", ".join(filter(None, (told, part.told))))
+    sweeps.latest = time.monotonic()
+    of = part.of()
+    batches = f"micro-batch {part.number + 1} of {of}" if of > 1 else ""
+    token = _where.set(", ".join(filter(None, (told, batches))))
     try:
-        sweeps.tell(sweeps.done + part.start + share * part.size, sweeps.total)
+        sweeps.tell(sweeps.done + part.products * (part.number + share) / of, sweeps.total)
     finally:
         _where.reset(token)
 

@@ -29,6 +29,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from blockspec.model.differentiability import leaves_of
 from blockspec.model.patching import patched
+from blockspec.numerics.progress import moved
 from blockspec.products.top import Top
 
 SAME = 1e-3  # of the largest entry; what a layer gives twice may differ by the order of its sums
@@ -134,6 +135,7 @@ class Boundaries:
         """Stands in the place of the ``forward`` of a layer."""
         if self._busy or not torch.is_grad_enabled() or self.top.holds_next():
             return original(*args, **named)
+        moved(0.0, f"layer {len(self.calls) + 1}, forward pass")
         self._busy = True
         try:
             return self._cut(path, module, twice, original, *tree_flatten((args, named)))

@@ -28,6 +28,7 @@ from blockspec.model.objective import Objective
 from blockspec.model.suitability import explained
 from blockspec.numerics import memory
 from blockspec.numerics.portions import Portion
+from blockspec.numerics.progress import moved, sweeping
 from blockspec.numerics.ranks import Ranks
 from blockspec.products.calibration import Costs, seconds_of, time_products
 from blockspec.products.foresight import fitting, least_of_graph
@@ -259,7 +260,13 @@ class Products:
         blocks = [block for source, _, targets in requests for block in (source, *targets)]
         terms = 0.0
         named = self._named(blocks)
-        with self._prepared(named), explained(), reduced_multiplication(self.precision):
+        part = sweeping(len(requests), self._own_batches)
+        with (
+            part as sweep,
+            self._prepared(named),
+            explained(),
+            reduced_multiplication(self.precision),
+        ):
             for batch, linearised in self._linearised(named):
                 values: list[Any] = [None] * len(requests)
                 with nullcontext() if self.way.layerwise else paused():
@@ -274,7 +281,13 @@ class Products:
                 if units is not None and batch is not None:
                     units.append((batch, Unit(linearised.terms, values)))
                 del linearised  # its graph would lie beside that of the next batch
+                sweep.number += 1
         return terms
+
+    def _own_batches(self) -> int:
+        """Number of micro-batches that are this process's."""
+        row, rows = self.ranks.row, self.ranks.rows
+        return sum(1 for _ in self.objective.dealt_batches(self.micro_batch, row=row, rows=rows))
 
     def _completed(
         self, requests: Sequence[Request], linearised: Linearised
@@ -287,6 +300,7 @@ class Products:
                 found = [gathered(target, tensors, self._parameters) for target in targets]
                 del tensors
                 self.products += 1
+                moved(number / len(requests))
                 yield number, found
                 continue
             if number not in waiting:

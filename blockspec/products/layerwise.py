@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from blockspec.model.differentiability import leaves_of
+from blockspec.numerics.progress import moved
 from blockspec.products.boundaries import Boundaries, Call, check_same
 from blockspec.products.linearisations import (
     Ask,
@@ -128,6 +129,7 @@ class Layerwise:
         self._names = {id(p): name for name, p in parameters.items()}
         self._outer = {name: boundaries.stand_in(p) for name, p in parameters.items()}
         self._stretches = [*self._around_and_within(), self._around([end.outputs], ())]
+        self._begun, self._share = 0.0, 1.0  # of a sweep, before a group and within it
         self._between = self._bytes_between()
         self._last_use = {
             wire: number for number, s in enumerate(self._stretches) for wire in s.inputs
@@ -221,6 +223,7 @@ class Layerwise:
         travels = sorted(map(self._travel, range(len(asks)), asks), key=lambda t: t.first)
         while travels:
             size = self._together(travels)
+            self._begun, self._share = 1 - len(travels) / len(asks), size / len(asks)
             group, travels = travels[:size], travels[size:]
             yield from self._up(group)
             yield from self._at_the_end(group)
@@ -253,8 +256,16 @@ class Layerwise:
     def _up(self, group: Sequence[Travel]) -> Iterator[Part]:
         for number, stretch in enumerate(self._stretches[:-1]):
             active = [t for t in group if self._moves(t, stretch)]
+            self._tell(number, number)
             if active:
                 yield from self._raised(number, stretch, active)
+
+    def _tell(self, number: int, steps: int) -> None:
+        """A group has come to a stretch, after so many on its way up and down."""
+        share = self._begun + self._share * steps / (2 * len(self._stretches))
+        layers, top = self._boundaries.calls, self._boundaries.top
+        if (call := self._stretches[number].call) is not None:
+            moved(share, f"layer {layers.index(call) + 1} of {len(layers) + top.held}")
 
     def _moves(self, travel: Travel, stretch: Stretch) -> bool:
         return any(
@@ -331,6 +342,7 @@ class Layerwise:
                 for t in group
                 if t.lowest <= number and any(w in t.cotangents for w in stretch.outputs)
             ]
+            self._tell(number, 2 * len(self._stretches) - number)
             if active:
                 yield from self._lowered(number, stretch, active)
 
