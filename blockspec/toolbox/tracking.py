@@ -65,9 +65,9 @@ class Tracking:
         tolerance: Bound on each value's error, relative to its magnitude. The error is the
             residual, within which an eigenvalue lies, or three times its square over the gap to the
             rest of the spectrum, where that is smaller.
-        guards: Pairs that are followed beside the k, so that one that overtakes is seen. One does for
-            measurements at every update. Where more updates lie between them, eigenvectors turn
-            far, and two see more.
+        guards: Pairs that are followed beside the k, so that one that overtakes is seen. One is
+            enough where each update is measured. Where many lie between two measurements,
+            eigenvectors turn far, and two guards see more.
         max_rounds: Rounds of products of one measurement at most. What has a larger residual then
             is marked in the table.
         look_again: Measurements between two that look through a random vector as well, for what
