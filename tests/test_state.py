@@ -20,10 +20,13 @@ from safetensors.torch import save_file
 
 import blockspec
 from blockspec.engine import state
+from blockspec.engine.state import Keeper
+from blockspec.engine.unfinished import SweepKeeper
 from blockspec.numerics.columns import Columns
 from blockspec.numerics.lanczos import Lanczos
 from blockspec.numerics.ranks import Ranks
 from blockspec.products.curvature import Products
+from blockspec.products.unfinished import Unfinished
 
 SCRIPT = """
 import sys, torch, blockspec
@@ -83,6 +86,55 @@ def test_a_stopped_estimate_goes_on_bit_by_bit_and_repeats_no_sweep(tmp_path, se
         np.testing.assert_array_equal(resumed[name].nodes, spectrum.nodes)
         np.testing.assert_array_equal(resumed[name].weights, spectrum.weights)
     assert list(Path(tmp_path).iterdir()) == []
+
+
+@pytest.mark.parametrize("errors", [True, False])
+@pytest.mark.parametrize(("sweep", "batches"), [(0, 3), (2, 8)])
+def test_a_sweep_that_was_stopped_on_the_way_goes_on_bit_by_bit(
+    tmp_path, monkeypatch, errors, sweep, batches
+):
+    def many():
+        objective, blocks = make()
+        ids = torch.randint(32, (9, 8), generator=torch.Generator().manual_seed(3))
+        rows = [{"input_ids": row[None]} for row in ids]
+        return blockspec.Objective(objective.model, rows, objective.loss), blocks
+
+    settings = {"num_probes": 2, "num_steps": 4, "data_errors": errors, "check": False}
+    unbroken = blockspec.estimate_spectra(*many(), **settings)
+    linearise, calls = Products.linearise, []
+
+    def stopping(*arguments):
+        calls.append(1)
+        if len(calls) > 9 * sweep + batches:
+            raise Stop
+        return linearise(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Products, "linearise", stopping)
+        with pytest.raises(Stop):
+            blockspec.estimate_spectra(*many(), **settings, state=tmp_path, state_every=0.0)
+    assert len(list(tmp_path.glob(f"*{sweep:08d}-unfinished.safetensors"))) == 1
+    resumed = blockspec.estimate_spectra(*many(), **settings, state=tmp_path)
+    assert resumed.cost.gradients == unbroken.cost.gradients - 9 * sweep - batches
+    for name, spectrum in unbroken.items():
+        np.testing.assert_array_equal(resumed[name].nodes, spectrum.nodes)
+        np.testing.assert_array_equal(resumed[name].weights, spectrum.weights)
+        assert resumed[name].trace == spectrum.trace
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_sweep_of_another_estimate_or_damaged_begins_anew(tmp_path, caplog):
+    keeper = Keeper(tmp_path, 0.0, {"seed": 1}, Ranks())
+    SweepKeeper(keeper).after_batch(lambda: Unfinished(1, None, 2.0, [[torch.ones(3)]], []))
+    assert SweepKeeper(keeper).taken().done == 1
+    other = Keeper(tmp_path, 0.0, {"seed": 2}, Ranks())
+    assert SweepKeeper(other).taken() is None
+    assert "is of another estimate; the sweep begins anew" in caplog.text
+    keeper.unfinished.write_bytes(b"cut")
+    assert SweepKeeper(keeper).taken() is None
+    assert "damaged" in caplog.text
+    keeper.clear()
+    assert list(tmp_path.iterdir()) == []
 
 
 DEFLATED = {"num_probes": "auto", "num_steps": "auto", "tolerance": 0.008}
@@ -169,7 +221,7 @@ def test_damaged_states_are_never_taken(tmp_path, caplog):
         newer.write_bytes(spoiled(newer, rng))
         if number:
             with pytest.raises(ValueError, match="damaged"):
-                state._read(newer)
+                state.read(newer)
             continue
         resumed = blockspec.estimate_spectra(*make(), 2, 8, state=tmp_path)
         assert resumed.cost.gradients == unbroken.cost.gradients - 2 * 2

@@ -27,6 +27,7 @@ from blockspec.engine.schedule import Schedule, deal
 from blockspec.engine.settings import EstimateSettings, Execution
 from blockspec.engine.state import Keeper, clear
 from blockspec.engine.task import Probing, Task
+from blockspec.engine.unfinished import hooks
 from blockspec.model.blocks import Block
 from blockspec.model.identity import identity_of, same_everywhere
 from blockspec.model.objective import Objective
@@ -123,7 +124,8 @@ def estimate_spectra(
 
     several = operator.ranks.rows * operator.ranks.columns > 1
     expect(schedule.products, schedule.products + schedule.remaining)
-    with held_back(wanted=folder is not None, several=several) as stopped:
+    saved = patched(hooks(operator, keeper))
+    with saved, held_back(wanted=folder is not None, several=several) as stopped:
         schedule.run(operator, after_sweep=after_sweep)
     if keep_state:
         keeper.save_last(schedule)

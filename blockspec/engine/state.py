@@ -31,9 +31,11 @@ from blockspec.numerics.units import Layout, LeftOut
 
 logger = logging.getLogger(__name__)
 STATE_FILE = re.compile(
-    r"\.?(state-\d+of\d+-\d+of\d+-)\d{8}\.safetensors(?:\.[0-9a-f]{8}\.partial)?"
+    r"\.?(state-\d+of\d+-\d+of\d+-)\d{8}(?:-unfinished)?"
+    r"\.safetensors(?:\.[0-9a-f]{8}\.partial)?"
 )
 ROUND_FOLDER = re.compile(r"units_\d+_\d+")  # of an estimate with as much data as it needs
+UNFINISHED = "-unfinished"  # behind the number of the sweep that was under way
 KEPT = 2  # states of one process: another of its group may be killed between its own two
 
 Content = tuple[dict[str, Tensor], dict[str, Any]]
@@ -81,10 +83,23 @@ class Keeper:
         assert self.folder is not None
         tensors, record = _content(schedule)
         record |= {"identity": dict(self.identity), "sweep": self._sweep}
-        _write(self._path(self._sweep), tensors, record)
+        write(self._path(self._sweep), tensors, record)
         self._saved = self._sweep
-        for old in sorted(self.folder.glob(f"{self._prefix}*.safetensors"))[:-KEPT]:
+        for old in sorted(self.folder.glob(f"{self._prefix}{8 * '[0-9]'}.safetensors"))[:-KEPT]:
             old.unlink()
+        for over in self.folder.glob(f"{self._prefix}*{UNFINISHED}.safetensors"):
+            over.unlink()
+
+    @property
+    def unfinished(self) -> Path:
+        """Where the sweep under way is saved."""
+        assert self.folder is not None
+        return self.folder / f"{self._prefix}{self._sweep:08d}{UNFINISHED}.safetensors"
+
+    @property
+    def begun_safely(self) -> bool:
+        """Whether a killed process would come back to the beginning of the sweep under way."""
+        return self._sweep in (0, self._saved)
 
     def save_last(self, schedule: Schedule) -> None:
         """Saves what has not been saved yet, so that all sweeps are safe until the results are."""
@@ -152,7 +167,7 @@ class Keeper:
 
     def _try(self, sweep: int) -> tuple[Content | None, str | None]:
         try:
-            return _read(self._path(sweep)), None
+            return read(self._path(sweep)), None
         except ValueError as error:
             return None, str(error)
 
@@ -319,7 +334,8 @@ def _tridiagonal(plain: dict[str, Any]) -> Tridiagonal:
     return Tridiagonal(**(plain | arrays))
 
 
-def _write(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+def write(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """A file with a checksum."""
     text = json.dumps(record)
     metadata = {"record": text, "digest": _checksum(tensors, text)}
     with whole_file(path) as partial:
@@ -329,7 +345,8 @@ def _write(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> No
             raise OSError(str(error)) from error
 
 
-def _read(path: Path) -> Content:
+def read(path: Path) -> Content:
+    """What :func:`write` has written; ValueError where it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()

@@ -37,6 +37,7 @@ from blockspec.products.layerwise import TOGETHER
 from blockspec.products.linearisations import ENDS, Ask, Linearised, Tensors
 from blockspec.products.precision import check, reduced_model, reduced_multiplication
 from blockspec.products.totals import Request, Totals, compare
+from blockspec.products.unfinished import Between, Unfinished, left
 from blockspec.products.units import Reduce, Unit
 from blockspec.products.ways import Way
 
@@ -94,6 +95,7 @@ class Products:
         self.precision = precision
         self.micro_batch = objective.micro_batch
         self._compared = False
+        self.between: Between | None = None
         self.checked = OFF
         self._guarded = guarded
         self.way = Way(objective, curvature, products)
@@ -258,16 +260,16 @@ class Products:
     ) -> float:
         """Adds this process's batches to ``totals``; returns their number of loss terms."""
         blocks = [block for source, _, targets in requests for block in (source, *targets)]
-        terms = 0.0
         named = self._named(blocks)
-        part = sweeping(len(requests), self._own_batches)
-        with (
-            part as sweep,
-            self._prepared(named),
-            explained(),
-            reduced_multiplication(self.precision),
-        ):
-            for batch, linearised in self._linearised(named):
+        between = None if self.objective.weights.sharded else self.between
+        before = left(between, self.micro_batch, len(requests), by_unit=units is not None)
+        totals.restore(before.sums)
+        terms, kept = before.terms, [] if units is None else units
+        kept += before.units
+        part, reduced = sweeping(len(requests), self._own_batches), self.precision
+        with part as sweep, self._prepared(named), explained(), reduced_multiplication(reduced):
+            sweep.number = before.done
+            for batch, linearised in self._linearised(named, before.done):
                 values: list[Any] = [None] * len(requests)
                 with nullcontext() if self.way.layerwise else paused():
                     for number, parts in self._completed(requests, linearised):
@@ -282,12 +284,15 @@ class Products:
                     units.append((batch, Unit(linearised.terms, values)))
                 del linearised  # its graph would lie beside that of the next batch
                 sweep.number += 1
+                if between is not None:
+                    so_far = partial(Unfinished, sweep.number, self.micro_batch, terms)
+                    between.after_batch(partial(so_far, totals.now(), kept))
         return terms
 
     def _own_batches(self) -> int:
         """Number of micro-batches that are this process's."""
-        row, rows = self.ranks.row, self.ranks.rows
-        return sum(1 for _ in self.objective.dealt_batches(self.micro_batch, row=row, rows=rows))
+        own = {"row": self.ranks.row, "rows": self.ranks.rows}
+        return sum(1 for _ in self.objective.dealt_batches(self.micro_batch, **own))
 
     def _completed(
         self, requests: Sequence[Request], linearised: Linearised
@@ -318,17 +323,19 @@ class Products:
             for source, vector, targets in requests
         ]
 
-    def _linearised(self, parameters: Tensors) -> Iterator[tuple[int | None, Linearised]]:
-        """Of each micro-batch that is this process's: the number of its batch, and what products
-        are made from; no number where another process needs this one's part of the weights.
+    def _linearised(
+        self, parameters: Tensors, done: int
+    ) -> Iterator[tuple[int | None, Linearised]]:
+        """Of each micro-batch of this process's behind the first ``done``: the number of its batch,
+        and what products are made from; no number where only others need this one's weights.
         """
         if parameters.keys() <= self._kept_parameters:
-            yield from self._kept
+            yield from self._kept[done:]
             return
         self.forget()
-        batches = self.objective.batches_in_step(
-            self.micro_batch, row=self.ranks.row, rows=self.ranks.rows
-        )
+        row, rows = self.ranks.row, self.ranks.rows
+        batches = self.objective.batches_in_step(self.micro_batch, row=row, rows=rows)
+        batches = islice(batches, done, None)
         ahead = list(islice(batches, self.graphs + 1))
         kept = []
         for number, batch in chain(ahead, batches):
@@ -340,7 +347,7 @@ class Products:
                     "one: leave the batch out, or check the checkpoint and the data"
                 ) from None
             self.gradients += 1
-            if len(ahead) <= self.graphs:
+            if len(ahead) <= self.graphs and not done:
                 kept.append((number, linearised))
             yield number, linearised
             del linearised  # the graph is freed before the next batch makes its own

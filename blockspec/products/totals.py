@@ -7,13 +7,14 @@ has its portion of the sum, which is put together batch by batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from blockspec.model.blocks import Block
+from blockspec.numerics.basis import fresh
 from blockspec.numerics.portions import Portion
 from blockspec.numerics.ranks import Ranks
 from blockspec.products.finiteness import is_finite
@@ -58,6 +59,17 @@ class Totals:
                 sums[place] = part if own else part.clone()
             else:
                 total += part
+
+    def restore(self, sums: Iterable[Sequence[Tensor]]) -> None:
+        """Goes on from these sums of whole vectors, if there are any."""
+        for number, parts in enumerate(sums):
+            vector = self._requests[number][1]
+            assert isinstance(vector, Tensor)
+            self._sums[number] = [fresh(part).to(vector) for part in parts]
+
+    def now(self) -> Iterator[list[Tensor]]:
+        """The sums so far, of whole vectors, request by request; made when they are asked for."""
+        return self._filled()
 
     def over(self, ranks: Ranks, terms: float, *, exhausted: bool) -> Sums:
         """The sums over all processes, by one message: one that is out of memory takes part in it,
