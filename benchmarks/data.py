@@ -22,8 +22,8 @@ import blockspec
 from benchmarks.data_populations import POPULATIONS, Population
 from benchmarks.record import write
 from blockspec.engine.enough import ESTIMATES_SHARE, with_enough_data
+from blockspec.numerics.jackknife import MOST_GROUPS
 from blockspec.numerics.measures import wasserstein
-from blockspec.numerics.units import MOST_GROUPS
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.intervals import total_interval
 from blockspec.spectra.spectrum import Estimate, RitzValue, Spectrum

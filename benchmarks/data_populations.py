@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from blockspec import FunctionOperator
 from blockspec.model.blocks import Block
-from blockspec.numerics.units import MOST_GROUPS
+from blockspec.numerics.jackknife import MOST_GROUPS
 from blockspec.products.units import Unit
 from language_models.embedded import topics
 from vision_models.digits import digits

@@ -5,9 +5,9 @@ import pytest
 import torch
 from populations import SampledOperator, population
 
-from blockspec.numerics.jackknife import jackknife_error, jackknife_stderr
+from blockspec.numerics.jackknife import MOST_GROUPS, jackknife_error, jackknife_stderr
 from blockspec.numerics.lanczos import Lanczos
-from blockspec.numerics.units import MOST_GROUPS, Layout, Projections, changes, left_out
+from blockspec.numerics.units import Layout, Projections, changes, left_out
 
 TERMS = torch.arange(1.0, 13.0, dtype=torch.float64)
 

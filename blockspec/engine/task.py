@@ -39,11 +39,12 @@ from blockspec.engine.deflation import (
 )
 from blockspec.model.blocks import Block
 from blockspec.numerics.columns import Columns
+from blockspec.numerics.jackknife import MOST_GROUPS
 from blockspec.numerics.lanczos import Lanczos, Tridiagonal
 from blockspec.numerics.measures import NOTHING
 from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.ranks import Ranks
-from blockspec.numerics.units import MOST_GROUPS, LeftOut, Projections, left_out
+from blockspec.numerics.units import LeftOut, Projections, left_out
 
 # parameters: where numbers are chosen by tolerance, blocks this small would need more products
 # otherwise

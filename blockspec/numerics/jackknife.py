@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 FEWEST_UNITS = 8  # before a standard error over units is believed
+MOST_GROUPS = 32  # that units are put into: 31 degrees of freedom, and memory that has a bound
 
 
 def jackknife_stderr(left_out: np.ndarray) -> float | None:

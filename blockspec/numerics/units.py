@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blockspec.numerics.jackknife import MOST_GROUPS
 from blockspec.numerics.lanczos import Tridiagonal
-
-MOST_GROUPS = 32  # that units are put into: 31 degrees of freedom, and memory that has a bound
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy.special import gammaincinv, stdtrit
 
-from blockspec.numerics.jackknife import FEWEST_UNITS
-from blockspec.numerics.units import MOST_GROUPS
+from blockspec.numerics.jackknife import FEWEST_UNITS, MOST_GROUPS
 
 if TYPE_CHECKING:
     from blockspec.spectra.spectrum import Estimate, Spectrum
