@@ -189,3 +189,21 @@ def test_auto_without_a_bound_keeps_within_what_is_free(monkeypatch):
     operator = Products(objective, guarded=False, products="whole")
     operator.check(blocks)
     assert not operator.way.layerwise
+
+
+def test_layers_that_are_held_are_let_go_where_there_is_too_little(monkeypatch):
+    """A bound that every layer cut would keep is not refused for those that are held."""
+    schedule, operator = scheduled("layerwise")
+    rehearsed = Products.rehearse
+
+    def rehearse(self, blocks, size):
+        rehearsed(self, blocks, size)
+        self.taken = torch.zeros(2**28 if self.way.top.held else 2**20).fill_(1)
+        del self.taken
+
+    monkeypatch.setattr(Rehearsed, "rehearse", rehearse)
+    fit(schedule, operator, memory.resident() + 2**28)
+    assert not operator.way.top.held
+    assert operator.way.layerwise
+    with pytest.raises(ValueError, match="is too little"):
+        fit(schedule, operator, memory.resident() + 2**20)

@@ -395,7 +395,7 @@ class Products:
         return self.way.told
 
     def save_memory(self, why: str) -> bool:
-        """Goes on a layer at a time, in less memory; False where that is not left to choose."""
+        """Goes on a layer at a time, or holds no layer any more; False where neither is left."""
         self.forget()
         return self.way.save_memory(why)
 

@@ -78,11 +78,14 @@ class Way:
         return self.name == "auto" and not self._layerwise and not self.why
 
     def save_memory(self, why: str) -> bool:
-        """Goes on a layer at a time from here on.
+        """Goes on a layer at a time from here on; where that is so already, holds no layer.
 
         Returns:
-            False where that is so already, was not left open, or is not possible.
+            False where neither is left.
         """
+        if self._layerwise and self.top.held:
+            self.top.wanted, self.top.held = False, 0
+            return True
         if not self.is_open:
             return False
         self._layerwise, self.why = True, why
