@@ -98,9 +98,9 @@ def process(rank, folder, world):
     own = data()[rank::world]
     np.save(f"{folder}/{rank}.npy", nodes(model, own, sharded=True))
     assert {path: len(m._forward_pre_hooks) for path, m in model.named_modules()} == hooks
-    objective = blockspec.Objective(model, own, blockspec.losses.next_token, sharded=True)
-    np.save(f"{folder}/along{rank}.npy", along_a_direction(objective))
     uneven = data()[:3] if rank == 0 else data()[3:4]
+    objective = blockspec.Objective(model, uneven, blockspec.losses.next_token, sharded=True)
+    np.save(f"{folder}/along{rank}.npy", along_a_direction(objective))
     np.save(f"{folder}/uneven{rank}.npy", nodes(model, uneven, sharded=True))
     *held, numbers = bytes_held(spread, many()[rank::world], sharded=True)
     np.save(f"{folder}/numbers{rank}.npy", numbers)
@@ -121,9 +121,10 @@ def test_a_model_under_fully_shard_gives_the_numbers_of_one_process(tmp_path, wo
         np.testing.assert_allclose(
             np.load(tmp_path / f"{rank}.npy"), truth, rtol=1e-8, atol=1e-10 * abs(truth).max()
         )
-    objective = blockspec.Objective(model, data(), blockspec.losses.next_token)
+    batches = data()[:3] + data()[3:4] * (world - 1)
+    objective = blockspec.Objective(model, batches, blockspec.losses.next_token)
     along = along_a_direction(objective)
-    uneven = nodes(model, data()[:3] + data()[3:4] * (world - 1))
+    uneven = nodes(model, batches)
     for rank in range(world):
         found = np.load(tmp_path / f"uneven{rank}.npy")
         np.testing.assert_allclose(found, uneven, rtol=1e-8, atol=1e-10 * abs(uneven).max())

@@ -80,9 +80,11 @@ def losses_by_unit(
     def own() -> Numbered:
         numbers, sums, terms = [], [], []
         with objective.prepared(), torch.no_grad():
-            dealt = objective.dealt_batches(micro_batch, row=ranks.row, rows=ranks.rows)
+            dealt = objective.batches_in_step(micro_batch, row=ranks.row, rows=ranks.rows)
             for number, batch in dealt:
                 total, count = objective.loss_sum(batch)
+                if number is None:
+                    continue
                 numbers.append(number)
                 sums.append(float(total))
                 terms.append(count)
@@ -110,9 +112,11 @@ def gradients_by_unit(
         numbers: list[int] = []
         rows: list[list[float]] = []
         with objective.prepared():
-            dealt = objective.dealt_batches(micro_batch, row=ranks.row, rows=ranks.rows)
+            dealt = objective.batches_in_step(micro_batch, row=ranks.row, rows=ranks.rows)
             for number, batch in dealt:
                 total, count, gradient = gradient_of(products, batch)
+                if number is None:
+                    continue
                 numbers.append(number)
                 rows.append([total, count, *each(gradient)])
         table = np.array(rows, float).reshape(len(rows), 2 + length)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blockspec.model.gathering import whole
 from blockspec.model.objective import Objective
 
 Direction = dict[str, Tensor]
@@ -135,10 +136,12 @@ def quantised(
         raise ValueError(f"no matrix of the model matches {patterns}")
     how: dict[str, Any] = {"group": group, "per": per, "symmetric": symmetric}
     turned = _stored_by_input(model)
-    return {
-        name: (rounded(p.T, bits, **how).T if name in turned else rounded(p, bits, **how)) - p
-        for name, p in chosen.items()
-    }
+    direction = {}
+    for name, spread in chosen.items():
+        (p,) = whole([spread])
+        near = rounded(p.T, bits, **how).T if name in turned else rounded(p, bits, **how)
+        direction[name] = near - p
+    return direction
 
 
 def _stored_by_input(model: nn.Module) -> set[str]:

@@ -17,17 +17,18 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from blockspec.model.blocks import Block
+from blockspec.model.blocks import Block, gather
 from blockspec.model.objective import Objective
 from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.progress import shows_progress
+from blockspec.numerics.ranks import Ranks
 from blockspec.numerics.restarts import Search
 from blockspec.products.operators import Operator
 from blockspec.products.requests import block_dtype
 from blockspec.products.selection import OperatorSettings, open_operator
 from blockspec.products.settings import takes
 from blockspec.products.sweeps import run_together
-from blockspec.toolbox.by_unit import losses_by_unit, over_units
+from blockspec.toolbox.by_unit import gradients_by_unit, losses_by_unit, over_units
 from blockspec.toolbox.directional import restricted
 from blockspec.toolbox.directions import quantised
 from blockspec.toolbox.moves import joined, shifted
@@ -108,7 +109,8 @@ class Sensitivity:
         blocks = next(iter(self.errors.values()))
         chosen = {block: self.errors[int(bits[block.name])][block] for block in blocks}
         before, terms = losses_by_unit(self.objective)
-        with shifted(parameters, joined(chosen, parameters)):
+        shapes = {n: self.objective.weights.shape_of(p) for n, p in parameters.items()}
+        with shifted(parameters, joined(chosen, shapes)):
             after, _ = losses_by_unit(self.objective)
         return float((after - before).sum() / terms.sum())
 
@@ -142,18 +144,19 @@ def sensitivity(
         [settings]
     """
     parameters = objective.parameters()
+    shapes = {name: objective.weights.shape_of(p) for name, p in parameters.items()}
     moves = {b: quantised(objective.model, b, group=group, symmetric=symmetric) for b in bits}
     names = set(moves[bits[0]])
     chosen = [block for block in blocks if names.issuperset(block.parameters)]
     if not chosen:
         raise ValueError("none of the blocks is made of matrices: there is nothing to quantise")
-    errors = {width: restricted(move, parameters, chosen) for width, move in moves.items()}
+    errors = {width: restricted(move, shapes, chosen) for width, move in moves.items()}
     operator, _ = open_operator(objective, chosen, settings)
-    gradient = restricted(objective.gradient(), parameters, chosen)
+    slopes = _slopes(objective, chosen, errors, operator.ranks)
     traces = trace(objective, chosen, num_probes=num_probes, seed=seed, **vars(settings))
     largest = _largest(operator, chosen, seed)
     rows = []
-    for row in _rows(objective, operator, errors, gradient):
+    for row in _rows(objective, operator, errors, slopes):
         rows.append(row | {"trace": traces[row["block"]].value, "largest": largest[row["block"]]})
         if progress is not None:
             progress(len(rows), len(chosen) * len(errors))
@@ -168,7 +171,7 @@ def _rows(
     objective: Objective,
     operator: Operator,
     errors: Mapping[int, Mapping[Block, Tensor]],
-    gradient: Mapping[Block, Tensor],
+    slopes: Mapping[tuple[Block, int], float],
 ) -> Iterator[dict[str, Any]]:
     """A row a (bit width, block), from one product and one forward pass each."""
     parameters = objective.parameters()
@@ -176,7 +179,7 @@ def _rows(
     for width, error in errors.items():
         images = operator.sweep(list(error.items()))
         for (block, q), image in zip(error.items(), images, strict=True):
-            with shifted(parameters, joined({block: q}, parameters)):
+            with shifted(parameters, joined({block: q}, operator.parameters)):
                 after, _ = losses_by_unit(objective)
             measured = over_units(after - before, terms)
             yield {
@@ -186,11 +189,29 @@ def _rows(
                 "layer": block.layer,
                 "numel": block.numel,
                 "mse": float(q.double().square().mean()),
-                "gradient": float(gradient[block].double() @ q.double()),
+                "gradient": slopes[block, width],
                 "curvature": float(q.double() @ image.double()),
                 "measured": measured.value,
                 "measured_data_stderr": measured.data_stderr,
             }
+
+
+def _slopes(
+    objective: Objective,
+    blocks: Sequence[Block],
+    errors: Mapping[int, Mapping[Block, Tensor]],
+    ranks: Ranks,
+) -> dict[tuple[Block, int], float]:
+    """(block, bits) -> g'q, from one gradient of every micro-batch."""
+    keys = [(block, width) for block in blocks for width in errors]
+
+    def each(gradient: Mapping[str, Tensor]) -> list[float]:
+        parts = [(block, gather(block, gradient).double()) for block in blocks]
+        return [float(part @ errors[w][block].double()) for block, part in parts for w in errors]
+
+    found = gradients_by_unit(objective, each, len(keys), ranks=ranks)
+    means = found["values"].sum(0) / found["terms"].sum()
+    return dict(zip(keys, means.tolist(), strict=True))
 
 
 def _largest(operator: Operator, blocks: Sequence[Block], seed: int) -> dict[str, float]:
