@@ -31,13 +31,13 @@ from blockspec.spectra.spectrum import Spectrum
 
 FIRST = 16  # units of the first round: enough to know their spread to a fifth
 ESTIMATES_SHARE = math.sqrt(3 / 5)  # of the tolerance
-SPARE = 1.15  # times the units that were foretold: half of the foretold numbers are too small
-LEAST = 1.5  # times the units of the round before, so that few rounds follow
-FINENESS = math.sqrt(2)  # between two numbers of units that rounds have
+SPARE = 1.1  # times the units that were foretold: half of the foretold numbers are too small
+LEAST = 1.25  # times the units of the round before, so that few rounds follow
+FINENESS = 2**0.25  # between two numbers of units that rounds have
 
-DOUBT = 4.0  # units: from few, the error of the data is often found too small
+DOUBT = 2.0  # units: from few, the error of the data is often found too small
 FORESEEN = 1.02  # between two numbers of units that are tried when it is foreseen how many will do
-SURE = 0.9  # that the population's norm is above what is taken for it
+SURE = 0.75  # that the population's norm is above what is taken for it
 MOST_ABOVE = 3.0  # times the population's norm: what the norm of few data is taken to be at most
 COUNTED = ("gradients", "products")
 

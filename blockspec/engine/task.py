@@ -47,8 +47,10 @@ from blockspec.numerics.ranks import Ranks
 from blockspec.numerics.units import LeftOut, Projections, left_out
 
 # parameters: where numbers are chosen by tolerance, blocks this small would need more products
-# otherwise
-ALWAYS_EXACT = 64
+# otherwise; with a loose tolerance, larger ones than SMALLEST wait for what one probe says
+SMALLEST, ALWAYS_EXACT = 32, 64
+# times 1 / sqrt(P): about how far one probe's spectrum is from the block's, relative to its norm
+SPREAD = 0.15
 TYPICAL_STEPS = 40  # of a run that ends by itself, to foresee its memory
 # parameters: larger blocks whose columns are computed after all keep no matrix for every unit (here
 # 4 MiB in float32), but what their first probes have told of the units, which is less certain
@@ -125,8 +127,10 @@ class Task:
 
     def __post_init__(self) -> None:
         self.to_start = self.accuracy.num_probes or 1
-        small = ALWAYS_EXACT if self.accuracy.adaptive else 0
-        self.exact = self.block.numel <= max(small, self.accuracy.num_steps or 0)
+        enough = (SPREAD / self.accuracy.tolerance) ** 2
+        small = min(max(enough, SMALLEST), ALWAYS_EXACT)
+        fewest = small if self.accuracy.adaptive else 0
+        self.exact = self.block.numel <= max(fewest, self.accuracy.num_steps or 0)
 
     @property
     def known(self) -> np.ndarray:
