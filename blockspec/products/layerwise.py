@@ -49,7 +49,7 @@ from blockspec.products.linearisations import (
 
 TOGETHER = 32  # directions; layers that are built again for 16 were seen to take 1/8 of the time
 LEAST_TOGETHER = 4
-BETWEEN = 2**29  # bytes of all their tensors between layers; fewer go together where there are more
+BETWEEN = 2**28  # bytes of all their tensors between layers; fewer go together where there are more
 Key = int | str
 """Number of a wire, or name of a parameter."""
 
