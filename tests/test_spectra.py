@@ -57,7 +57,7 @@ def test_a_density_of_a_given_width_is_a_sum_of_normal_densities():
 def test_the_default_density_is_a_sum_of_normal_densities_as_wide_as_what_is_not_resolved():
     spectrum = one(decaying(60))
     grid, linear = np.linspace(-1, 3, 500), 0.01
-    expected = 0.0
+    places, shares, alone = [], [], []
     for nodes, weights, residuals in zip(
         spectrum.nodes, spectrum.weights, spectrum.residuals, strict=True
     ):
@@ -66,12 +66,16 @@ def test_the_default_density_is_a_sum_of_normal_densities_as_wide_as_what_is_not
             gaps = [abs(near[near < x] - x).min(initial=9), abs(near[near > x] - x).min(initial=9)]
             apart = np.mean([gap for gap in gaps if gap < 9])
             wider = max(1, 400 / (180 * w)) if w > 0 else np.inf  # 60 parameters, 3 probes
-            width = max(
-                0.1 * np.sqrt(x * x + linear * linear),
-                min((2 if r > apart else 1) * r, apart * wider),
-            )
-            expected = expected + w * normal(grid, x, width) / 3
-    np.testing.assert_allclose(spectrum.density(grid, linear=linear), expected, rtol=1e-9)
+            floor = 0.1 * np.sqrt(x * x + linear * linear)
+            width = max(floor, min((2 if r > apart else 1) * r, apart * wider))
+            places, shares, alone = [*places, x], [*shares, w], [*alone, width]
+    places, shares, alone = np.array(places), np.array(shares), np.array(alone)
+    expected = 0.0
+    for x, w, width in zip(places, shares, alone, strict=True):
+        reached = abs(places - x) <= 3 * alone  # by the nodes around
+        mean = 1 / np.average(1 / alone[reached], weights=shares[reached])
+        expected = expected + w * normal(grid, x, max(width, mean)) / 3
+    np.testing.assert_allclose(spectrum.density(grid, linear=linear), expected, rtol=1e-6)
 
 
 def peaks(density):
@@ -99,9 +103,10 @@ def peaks(density):
     ids=["semicircle", "Marchenko-Pastur", "two", "two unequal", "signs", "clusters"],
 )
 def test_a_density_has_the_peaks_of_the_spectrum_and_no_others(values, number):
-    found = one(values, num_probes=4, num_steps=40)
     grid = np.linspace(values.min() - 0.3, values.max() + 0.3, 2000)
-    assert peaks(found.density(grid)) == number
+    for probes, steps in ((1, 20), (4, 40)):
+        found = one(values, num_probes=probes, num_steps=steps)
+        assert peaks(found.density(grid)) == number, (probes, steps)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +176,7 @@ def test_the_default_width_keeps_the_mass_near_zero_that_a_linear_one_hides():
     spectrum = one(np.concatenate([near, far, [-5, 12, 17, 20]]), num_probes=8, num_steps=60)
     grid = np.linspace(-0.05, 0.05, 2001)
     assert np.diff(spectrum.cdf(np.array([-0.05, 0.05]))).item() == pytest.approx(0.45, abs=0.05)
-    assert integral(spectrum.density(grid), grid) == pytest.approx(0.45, abs=0.07)
+    assert integral(spectrum.density(grid), grid) == pytest.approx(0.45, abs=0.1)
     assert integral(spectrum.density(grid, width=0.05 * 25), grid) < 0.03
 
 

@@ -13,6 +13,8 @@ WIDTH = (
 REACHES = 2.0  # residuals, where these overlap those of the neighbours: as wide as a node may be
 # eigenvalues times probes that a width holds: their random weights then move a curve by 4 %
 SMOOTH = 400.0
+EVEN = 3.0  # widths: nodes that lie so near to another one are drawn about as wide
+ROUNDING = 1e-12  # of a sum: differences of sums below are rounding
 AT_ONCE = 4096  # nodes
 REACH = 8.5  # widths: beyond, a Gaussian is below 1e-15 of its peak
 # points a width between which a cubic spline is right to 3e-9 of the peak: finer grids are
@@ -49,6 +51,32 @@ def node_widths(
     unresolved = apart * np.maximum(1.0, SMOOTH / np.maximum(counts, 1e-9 * SMOOTH))
     reach = np.where(residuals > apart, REACHES, 1.0) * residuals
     return np.maximum(WIDTH * np.hypot(nodes, linear), np.minimum(reach, unresolved))
+
+
+def evened(nodes: np.ndarray, weights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Any shape, the same for all: widths, at least the harmonic mean by weight over the nodes
+    around.
+
+    A narrow node among wide ones would stand out as a peak. How narrow it is depends on where the
+    nodes of one probe happen to fall, and so does the peak. A node of large weight is not made
+    wider by light ones around.
+    """
+    order = np.argsort(nodes, axis=None)
+    node, weight, width = (array.ravel()[order] for array in (nodes, weights, widths))
+    starts = np.searchsorted(node, node - EVEN * width, side="left")
+    stops = np.searchsorted(node, node + EVEN * width, side="right")
+
+    def around(shares: np.ndarray) -> np.ndarray:
+        """(N,) sums over the nodes within whose reach each one lies."""
+        changes = np.bincount(starts, shares, len(node) + 1)
+        return np.cumsum(changes - np.bincount(stops, shares, len(node) + 1))[:-1]
+
+    total, narrowness = around(weight), around(weight / width)
+    some = (total > ROUNDING * weight.sum()) & (narrowness > ROUNDING * (weight / width).sum())
+    mean = np.divide(total, narrowness, out=np.zeros(len(node)), where=some)
+    result = np.empty(len(node))
+    result[order] = np.maximum(width, np.minimum(mean, width.max()))
+    return result.reshape(nodes.shape)
 
 
 def mixture(

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from blockspec.model.pieces import Block
-from blockspec.numerics.density import gaussians, mixture, node_widths, spacing
+from blockspec.numerics.density import evened, gaussians, mixture, node_widths, spacing
 from blockspec.numerics.jackknife import jackknife_error
 from blockspec.numerics.measures import CONFIDENCE, noisy
 from blockspec.spectra.data import Sample
@@ -365,7 +365,8 @@ class Spectrum:
         """
         apart = spacing(self.nodes) if self.apart is None else self.apart
         counts = self.weights * self.block.numel * self.num_probes
-        return node_widths(self.nodes, self.residuals, apart, counts, linear)
+        widths = node_widths(self.nodes, self.residuals, apart, counts, linear)
+        return evened(self.nodes, self.weights, widths)
 
     def densities(
         self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None
