@@ -51,6 +51,7 @@ Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 LATER = 10**6  # numbers of random vectors that the first search does not reach
 Draw = Callable[[int], Tensor]
 FIRST_BASIS = 20  # vectors of the first search, or twice as many as are followed
+FAR = 5  # updates between two measurements, from which on eigenvectors have turned far
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class Tracking:
         tolerance: Bound on each value's error, relative to its magnitude. The error is the
             residual, within which an eigenvalue lies, or three times its square over the gap to the
             rest of the spectrum, where that is smaller.
-        guards: Pairs that are followed beside the k, so that one that overtakes is seen. One is
-            enough where each update is measured. Where many lie between two measurements,
-            eigenvectors turn far, and two guards see more.
+        guards: Pairs that are followed beside the k, so that one that overtakes is seen. If left
+            out, one; two where 5 or more updates lie between two measurements, because
+            eigenvectors turn far in between.
         max_rounds: Rounds of products of one measurement at most. What has a larger residual then
             is marked in the table.
         look_again: Measurements between two that look through a random vector as well, for what
@@ -79,7 +80,7 @@ class Tracking:
     which: str = "largest"
     every: int = 1
     tolerance: float = 0.03
-    guards: int = 1
+    guards: int | None = None
     max_rounds: int = 8
     look_again: int = 20
     seed: int = 0
@@ -92,13 +93,19 @@ class Tracking:
             if numbers.index(getattr(self, name)) < 1:
                 raise ValueError(f"{name} is a whole number >= 1, got {getattr(self, name)}")
         for name in ("guards", "look_again"):
-            if numbers.index(getattr(self, name)) < 0:
+            if numbers.index(getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} is a whole number >= 0, got {getattr(self, name)}")
         if not 0 < self.tolerance < 1:
             raise ValueError(
                 "tolerance is relative to the eigenvalue, between 0 and 1 (both excluded), got "
                 f"{self.tolerance}"
             )
+
+    @property
+    def followed(self) -> int:
+        """Pairs of each block that are followed: the k and the guards."""
+        guards = self.guards if self.guards is not None else 1 if self.every < FAR else 2
+        return self.k + guards
 
 
 @takes(tracking=Tracking, settings=OperatorSettings)
@@ -290,7 +297,7 @@ class Tracker:
     def _algorithm(self, one: Followed, operator: Operator) -> Algorithm[Ritz]:
         block, t = one.block, self.tracking
         one.measured += 1
-        kept = min(t.k + t.guards, block.numel)
+        kept = min(t.followed, block.numel)
 
         def draw(number: int) -> Tensor:
             probe = draw_probe(block.name, block.numel, seed=t.seed, probe=number)
