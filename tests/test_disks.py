@@ -94,7 +94,7 @@ def mount(folder, size, flags=0):
         raise OSError(ctypes.get_errno(), "mount")
 
 
-@pytest.mark.parametrize(("size", "complete"), [("44k", []), ("124k", [1])])
+@pytest.mark.parametrize(("size", "complete"), [("44k", []), ("168k", [1])])
 def test_a_disk_that_fills_up(tmp_path, whole, size, complete):
     """By the first state, and by a state of the second checkpoint."""
 

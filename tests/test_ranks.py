@@ -155,4 +155,4 @@ def test_a_process_that_dies_ends_all_and_leaves_the_state(tmp_path, columns):
     )  # a process that waits for another does so for half an hour
     assert "the same command goes on from the last saved state" in died.stderr
     states = (tmp_path / "run" / "state").rglob("*.safetensors")
-    assert len({path.name.rsplit("-", 1)[0] for path in states}) == 2  # of both processes
+    assert len({path.name[: len("state-0of2-0of2")] for path in states}) == 2  # of both processes

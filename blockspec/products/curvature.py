@@ -128,11 +128,10 @@ class Products:
         """Raises ValueError where the objective is not deterministic, not finite, or products would
         not be right.
 
-        What was found of the products is ``checked`` from then on, see
-        :mod:`blockspec.products.guard`.
+        What was found of the products is in ``checked``, see :mod:`blockspec.products.guard`.
         """
-        self._keep_within_what_is_free(blocks)
         self.objective.check()
+        self._keep_within_what_is_free(blocks)
         if self._guarded and self.objective.weights.sharded:
             check_twice_differentiable(self.objective, [n for b in blocks for n in b.parameters])
             self.checked = Check("unchecked", "a model that is spread over processes is not copied")
@@ -143,7 +142,8 @@ class Products:
 
     def _keep_within_what_is_free(self, blocks: Sequence[Block]) -> None:
         """Before a graph is made: on a CPU the system ends a process that takes more."""
-        if not self.way.is_open or self.objective.weights.sharded:
+        bounded = self.objective.checked_examples is not None  # by the user: the plan keeps to it
+        if bounded or not self.way.is_open or self.objective.weights.sharded:
             return
         gradient = sum(p.nbytes for p in self._named(blocks).values())
         alone = self.ranks.rows * self.ranks.columns == 1  # others would have to cut as finely
