@@ -308,6 +308,11 @@ def test_estimates_leave_no_files_and_threads_open(found):
         assert [process["left open"] for process in told] == [[0, 0], [0, 0]]
 
 
+def test_no_thread_outlives_the_world_of_processes(found):
+    """One that did could meet an interpreter that ends, and abort the program."""
+    assert [process["threads"] for process in found[1]] == [[]] * found[0]
+
+
 def test_all_processes_stop_after_the_sweep_in_which_one_was_told_to(found):
     """Split by batches only one hears it, and all agree; split by blocks each hears it."""
     world, told, *_ = found

@@ -17,6 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if dist.is_available():
+    # Its functions keep the world of processes that they find when they are imported, and its
+    # threads with it, which abort a program at its end. Here there is none yet, most often.
+    import torch.distributed.nn
+
 T = TypeVar("T")
 Shared = Generator[Tensor, Tensor, T]
 """A computation that yields its own part of a sum over processes, and is sent the whole."""

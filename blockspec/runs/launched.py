@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from blockspec.numerics.ranks import is_first
+
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = (
     60.0  # seconds in which all processes have to come; nodes of a cluster start seconds apart
@@ -43,7 +45,7 @@ def join(patience: float = PATIENCE) -> bool:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         atexit.register(_leave)
-    return dist.get_rank() == 0
+    return is_first()
 
 
 def _leave() -> None:
