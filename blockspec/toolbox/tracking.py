@@ -92,9 +92,10 @@ class Tracking:
         for name in ("k", "every", "max_rounds"):
             if numbers.index(getattr(self, name)) < 1:
                 raise ValueError(f"{name} is a whole number >= 1, got {getattr(self, name)}")
-        for name in ("guards", "look_again"):
-            if numbers.index(getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} is a whole number >= 0, got {getattr(self, name)}")
+        guards = 0 if self.guards is None else self.guards
+        for name, number in (("guards", guards), ("look_again", self.look_again)):
+            if numbers.index(number) < 0:
+                raise ValueError(f"{name} is a whole number >= 0, got {number}")
         if not 0 < self.tolerance < 1:
             raise ValueError(
                 "tolerance is relative to the eigenvalue, between 0 and 1 (both excluded), got "
