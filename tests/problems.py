@@ -36,6 +36,13 @@ class Problem:
     def objective(self, **settings):
         return Objective(self.model, self.batches, self.loss, **settings)
 
+    def update(self, optimizer):
+        """One step of a training, on the first batch."""
+        total, terms = self.loss(self.model, self.batches[0])
+        (total / terms).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
 
 def roughened(model, *, size=0.2, seed=0):
     """Parameters far from initialisation, where whole blocks have hardly any curvature and norms

@@ -41,10 +41,7 @@ def followed():
     tracker = blockspec.track(it.objective(), blocks, k=2, optimizer=optimizer)
     for step in range(3):
         tracker(step)
-        total, terms = it.loss(it.model, it.batches[0])
-        (total / terms).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        it.update(optimizer)
     table = tracker.table
     return table[["value", "residual", "error", "products"]].to_numpy(float)
 

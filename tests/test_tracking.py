@@ -220,10 +220,7 @@ def test_a_layer_at_a_time_gives_the_same_for_both_matrices():
         tracker = blockspec.track(objective, k=2, optimizer=optimizer, products=products)
         for step in range(3):
             tracker(step)
-            total, terms = it.loss(it.model, it.batches[0])
-            (total / terms).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            it.update(optimizer)
         tables.append(tracker.table.drop(columns=["overlap", "rank_before"]))
     pd.testing.assert_frame_equal(*tables, rtol=1e-5, atol=1e-8)
 
@@ -414,10 +411,7 @@ def test_the_curvature_that_the_optimizer_sees_is_followed_beside(tmp_path):
     tracker = blockspec.track(it.objective(), optimizer=optimizer)
     for step in range(4):
         tracker(step)
-        total, terms = it.loss(it.model, it.batches[0])
-        (total / terms).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        it.update(optimizer)
     tracker(4)
     table = tracker.table
     plain, preconditioned = table["matrix"].unique()
@@ -484,10 +478,7 @@ def test_both_matrices_share_the_passes_over_the_data(batches):
     for step in range(3):
         before = tracker._operator.gradients
         tracker(step)
-        total, terms = it.loss(it.model, it.batches[0])
-        (total / terms).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        it.update(optimizer)
     rows = tracker.table.query("step == 2")
     assert len(rows) == 2
     passes = 1 if batches == 1 else batches * rows["rounds"].max()
