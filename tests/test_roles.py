@@ -2,6 +2,7 @@
 at the kernel.
 """
 
+import copy
 import re
 
 import pytest
@@ -382,6 +383,17 @@ def test_the_model_is_left_as_it_was():
     assert not model.transformer.wpe.weight.requires_grad
     assert model.config.use_cache
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_weights_that_change_by_being_read_in_training_are_left_as_they_were(watched):
+    """As spectral norm's vectors do: each look is a step of a power iteration."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).train()
+    nn.utils.parametrizations.spectral_norm(model[0])
+    before = copy.deepcopy(model.state_dict())
+    for by in ("matrix", "model"):
+        partition(model, by=by, example=(torch.ones(2, 3),) if watched else None)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_watching_wins_over_names_and_says_so():

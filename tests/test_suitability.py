@@ -109,9 +109,13 @@ CASES = {
     ),
     "exported": (
         lambda: (torch.export.export(linear(), (X,)).module(), [(X, Y)]),
-        r"the model is exported.*Pass the Python module",
+        r"the model is exported.*Put the Python module",
     ),
     "traced": (lambda: (torch.jit.trace(linear(), X), [(X, Y)]), r"scripted or traced"),
+    "traced part": (
+        lambda: (nn.Sequential(torch.jit.trace(linear(), X), nn.Tanh()), [(X, Y)]),
+        r"module '0' is scripted or traced.*Put the Python module",
+    ),
 }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from blockspec.model.architectures import CONTEXTS, TOKENS, Names, Role, role
 from blockspec.model.cuts import Heads, fused_rows, heads_around
+from blockspec.model.evaluation import evaluation
 from blockspec.model.objective import mapped, placed
 from blockspec.model.places import CROSS
 from blockspec.model.row_gradients import Seen
@@ -213,8 +214,11 @@ def _attention(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
 
 def _inputs(name: str, outputs: int, owner: nn.Module) -> int | None:
     """Inputs of a matrix, or of the matrix beside a bias."""
-    last = name.rpartition(".")[2]
-    matrix = getattr(owner, re.sub("bias$", "weight", last), None)
+    attribute = re.sub("bias$", "weight", name.rpartition(".")[2])
+    matrix = owner._parameters.get(attribute)
+    if matrix is None:  # a computed one: in training mode, spectral norm changes by being read
+        with evaluation(owner, batch_norm="eval", copies={}), torch.no_grad():
+            matrix = getattr(owner, attribute, None)
     return matrix.numel() // outputs if isinstance(matrix, Tensor) and matrix.ndim == 2 else None
 
 

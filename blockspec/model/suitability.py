@@ -44,14 +44,15 @@ def check_model(model: nn.Module) -> None:
             "twice: pass the "
             "model that was compiled, model._orig_mod"
         )
-    exported = isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)
-    if exported or isinstance(model, torch.jit.ScriptModule):
-        how = "exported (torch.export)" if exported else "scripted or traced (torch.jit)"
-        raise ValueError(
-            f"the model is {how}: its mode and its functions cannot be changed, as measuring "
-            "needs. Pass the Python "
-            "module that it was made from"
-        )
+    for name, module in model.named_modules():
+        exported = isinstance(module, torch.fx.GraphModule) and "eval" in vars(module)
+        if exported or isinstance(module, torch.jit.ScriptModule):
+            how = "exported (torch.export)" if exported else "scripted or traced (torch.jit)"
+            raise ValueError(
+                f"{f'module {name!r}' if name else 'the model'} is {how}: its mode and its "
+                "functions cannot be changed, as measuring needs. Put the Python module that it "
+                "was made from in its place, with the same weights"
+            )
     if next(model.parameters(), None) is None:
         raise ValueError(
             f"the model ({type(model).__name__}) has no parameters: there is nothing to take the "
