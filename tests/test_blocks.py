@@ -17,6 +17,8 @@ from models import (
 )
 from torch import nn
 
+import blockspec
+import blockspec.optim
 from blockspec.model.architectures import role
 from blockspec.model.blocks import GRANULARITIES, Block, gather, partition, scatter
 
@@ -120,6 +122,38 @@ def test_scatter_shares_memory_with_a_whole_tensor():
     assert gather(block, like).data_ptr() != like[block.name].data_ptr()
     narrow = {name: p.detach().float() for name, p in like.items()}
     assert scatter(block, vector, narrow)[block.name].dtype == torch.float32
+
+
+class Complex(nn.Module):
+    """A product with complex numbers that are kept as pairs, as state-space models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.odd = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.pairs = nn.Parameter(torch.randn(3, 2, dtype=torch.float64))
+
+    def forward(self, x):
+        return (torch.view_as_complex(self.pairs) * x * self.odd).exp().real
+
+
+def test_pairs_that_are_read_as_complex_numbers_lie_at_even_places():
+    torch.manual_seed(0)
+    model, x = Complex(), torch.randn(2, 3, dtype=torch.float64)
+
+    def squares(odd, pairs):
+        made = (pairs[:, 0] * x * odd).exp() * (pairs[:, 1] * x * odd).cos()
+        return made.square().sum() / 2
+
+    loss = lambda model, x: (model(x).square().sum(), len(x))  # noqa: E731
+    found = blockspec.dense(blockspec.Objective(model, [x], loss), *partition(model, "model"))
+    parts = torch.autograd.functional.hessian(squares, (model.odd, model.pairs))
+    rows = [torch.cat([b.reshape(a, 3 * n) for n, b in enumerate(row, 1)], 1)
+            for a, row in zip((3, 6), parts, strict=True)]  # fmt: skip
+    torch.testing.assert_close(torch.from_numpy(found), torch.cat(rows), rtol=1e-9, atol=1e-12)
+    optimizer = blockspec.optim.AdaHessian(model.parameters(), lr=1e-3)
+    with optimizer.second_order(model):
+        optimizer.backward(model(x).square().sum())
+    optimizer.step()
 
 
 # Which numbers of the attention a block moves, seen at the attention kernel itself.

@@ -57,7 +57,7 @@ def scatter(block: Block, vector: Tensor, like: Mapping[str, Tensor]) -> dict[st
     outside of the block.
 
     Only the block's own parameters are keys. A tensor that is whole in the block is a view of
-    ``vector`` where dtype and device allow.
+    ``vector`` where dtype, device and :func:`shaped` allow.
     """
     assert vector.shape == (block.numel,), (
         f"{block.name}: vector {tuple(vector.shape)}, block ({block.numel},)"
@@ -68,13 +68,21 @@ def scatter(block: Block, vector: Tensor, like: Mapping[str, Tensor]) -> dict[st
         reference = like[piece.parameter]
         stop = start + piece.size(reference.shape)
         if piece.whole:
-            tensors[piece.parameter] = vector[start:stop].view(reference.shape).to(reference)
+            tensors[piece.parameter] = shaped(vector[start:stop], reference).to(reference)
         else:
             if piece.parameter not in tensors:
                 tensors[piece.parameter] = torch.zeros_like(reference)
             piece.fill(tensors[piece.parameter], vector[start:stop].to(reference))
         start = stop
     return tensors
+
+
+def shaped(part: Tensor, like: Tensor) -> Tensor:
+    """A part of a vector in the shape of ``like``: a view, or a copy where a model that takes pairs
+    of numbers for complex ones (``torch.view_as_complex``) could not: they begin at even places.
+    """
+    pairs = like.ndim > 0 and like.shape[-1] % 2 == 0
+    return (part.clone() if pairs and part.storage_offset() % 2 else part).view(like.shape)
 
 
 def zeros(block: Block, like: Mapping[str, Tensor]) -> Tensor:

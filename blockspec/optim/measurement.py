@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from blockspec.model.blocks import shaped
 from blockspec.model.checkpointing import hiding
 
 
@@ -31,7 +32,7 @@ def signs(parameters: Sequence[Tensor], key: str) -> list[Tensor]:
     flat = {
         kind: unpacked(packed.to(kind[0]), kind[1])[: sum(sizes)].split(sizes) for kind in kinds
     }
-    return [flat[p.device, p.dtype][i].view(p.shape) for i, p in enumerate(parameters)]
+    return [shaped(flat[p.device, p.dtype][i], p) for i, p in enumerate(parameters)]
 
 
 def finite(diagonal: Tensor, last: Tensor | None) -> Tensor | None:
