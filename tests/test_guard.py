@@ -255,6 +255,41 @@ def test_adahessian_finds_functions_that_lose_the_graph_by_itself():
         AdaHessian(model.parameters()).backward(nn.functional.cross_entropy(model(x), y))
 
 
+class Padded(nn.Module):
+    """Means over all words, those of padding among them, as much code for classification has."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(5, 3, padding_idx=1)
+        self.same = nn.Linear(3, 5, bias=False)
+        self.same.weight = self.words.weight  # padding has a gradient as a class alone
+
+    def forward(self, ids):
+        return self.same(self.words(ids).mean(1).tanh())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_padding_that_move_the_loss_are_constants(tied):
+    torch.manual_seed(0)
+    model = Padded().double()
+    if not tied:
+        model.same = nn.Linear(3, 5).double()
+    torch.nn.init.normal_(model.words.weight)
+    ids, y = torch.tensor([[1, 0, 2], [3, 1, 1], [2, 4, 3]]), torch.tensor([0, 3, 2])
+    objective = Objective(model, [(ids, y)], losses.classification)
+    assert check(objective).state == "passed"
+
+    def value(weight):
+        words = torch.where(torch.arange(5)[:, None] == 1, weight.detach(), weight)[ids]
+        out = words.mean(1).tanh() @ (weight if tied else model.same.weight).T
+        return nn.functional.cross_entropy(out if tied else out + model.same.bias, y)
+
+    (block,) = partition(model, "tensor", include="words*")
+    truth = torch.autograd.functional.hessian(value, model.words.weight).reshape(15, 15)
+    found = blockspec.dense(objective, block)
+    torch.testing.assert_close(torch.from_numpy(found), truth, rtol=1e-9, atol=1e-12)
+
+
 # What cannot be checked is said.
 
 

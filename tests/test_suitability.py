@@ -75,6 +75,10 @@ CASES = {
         lambda: (embedded(nn.EmbeddingBag(5, 3, sparse=True).double()), [(WORDS, Y)]),
         r"module 'words' \(EmbeddingBag\) makes sparse gradients.*sparse = False",
     ),
+    "scaled by frequency": (
+        lambda: (embedded(nn.EmbeddingBag(5, 3, scale_grad_by_freq=True).double()), [(WORDS, Y)]),
+        r"module 'words' \(EmbeddingBag\) divides its gradient.*scale_grad_by_freq = False",
+    ),
     "embedding bag": (
         lambda: (embedded(nn.EmbeddingBag(5, 3).double()), [(WORDS, Y)]),
         r"_embedding_bag.*embedding\(x\)\.sum\(1\)",

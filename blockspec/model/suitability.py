@@ -78,6 +78,12 @@ def check_model(model: nn.Module) -> None:
                 f"set its sparse to False (model.get_submodule({name!r}).sparse = False); the "
                 "numbers are the same"
             )
+        if getattr(module, "scale_grad_by_freq", False) is True:
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) divides its gradient by how often a "
+                "row was read, so that the gradient is that of no function, and has no Hessian: "
+                f"set model.get_submodule({name!r}).scale_grad_by_freq = False to measure the loss"
+            )
 
 
 def check_batch(batch: Any) -> None:

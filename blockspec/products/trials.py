@@ -90,12 +90,16 @@ class Trial:
         return torch.float64 if self.way.doubled else torch.float32
 
     def direction(self, seed: int) -> dict[str, Tensor]:
-        """Parameter name -> random tensor of the size of its entries."""
+        """Parameter name -> random tensor of the size of its entries; zero in rows of padding."""
         parameters = self.objective.parameters()
-        return {
+        found = {
             name: noise(parameters[name], seed + number, scale)
             for number, (name, scale) in enumerate(self.scales.items())
         }
+        for name, row in padding_rows(self.objective.model):
+            if name in found:
+                found[name][row] = 0
+        return found
 
     def products(self, make: Make, *directions: Tensors) -> list[dict[str, Tensor]]:
         """Of the operator, by parameter name, one for each direction."""
@@ -199,6 +203,19 @@ def _scales(model: nn.Module) -> dict[str, float]:
     }
     usual = statistics.median([size for size in sizes.values() if size] or [1.0])
     return {name: size or usual for name, size in sizes.items()}
+
+
+def padding_rows(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Rows of embeddings that stand for padding: parameter name and row.
+
+    They move the loss, and PyTorch keeps their gradients from them: they are constants.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+            weight = module._parameters.get("weight")
+            if id(weight) in names:
+                yield names[id(weight)], module.padding_idx
 
 
 def _chosen(parameters: Tensors, held: set[str]) -> dict[str, Tensor]:
