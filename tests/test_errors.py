@@ -204,6 +204,12 @@ def test_a_loss_without_terms():
         estimate(model, batches, losses.next_token)
 
 
+def test_a_number_of_terms_that_is_none():
+    loss = lambda model, batch: (model(batch[0]).sum(), float("nan"))  # noqa: E731
+    with pytest.raises(ValueError, match=r"the loss gave nan for the number of terms"):
+        estimate(loss=loss)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite(value):
     model = linear()

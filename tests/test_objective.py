@@ -4,6 +4,7 @@ it was.
 
 import copy
 import warnings
+from dataclasses import dataclass
 
 import models
 import numpy as np
@@ -456,6 +457,44 @@ def test_batches_of_other_kinds_keep_their_content(form):
     assert np.isfinite(objective.value())
 
 
+@dataclass(frozen=True, slots=True)
+class Words:
+    ids: torch.Tensor
+    weight: torch.Tensor
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_a_batch_may_be_a_dataclass_and_its_terms_weighted(micro_batch):
+    """Its tensors are moved and cut as those of a mapping are; counts that are sums of weights are
+    equal to rounding only.
+    """
+    model = torch.nn.Linear(3, 2).double()
+    batch = Words(torch.randn(7, 3), torch.linspace(0.1, 0.7, 7))
+
+    def loss(model, batch):
+        return (model(batch.ids).square().sum(1) * batch.weight).sum(), batch.weight.sum()
+
+    objective = Objective(model, [batch], loss, micro_batch=micro_batch)
+    parts = list(objective.batches())
+    assert [len(part.ids) for part in parts] == ([1] * 7 if micro_batch else [7])
+    assert {part.ids.dtype for part in parts} == {torch.float64}
+    terms = model(batch.ids.double()).square().sum(1) @ batch.weight.double()
+    assert objective.value() == pytest.approx(terms.item() / batch.weight.sum().item(), rel=1e-6)
+
+
+def test_a_loss_may_take_things_out_of_its_batch():
+    model, x = torch.nn.Linear(3, 2).double(), torch.ones(2, 3)
+    batch = {"x": x, "rest": [x, x]}
+
+    def loss(model, batch):
+        return model(batch.pop("x") + batch["rest"].pop()).square().sum(), len(batch["rest"])
+
+    objective = Objective(model, [batch], loss)
+    objective.check()
+    assert objective.value() == objective.value()
+    assert len(batch["rest"]) == len(batch) == 2
+
+
 class Held:
     """A batch of somebody's own class."""
 
@@ -466,6 +505,9 @@ class Held:
 def test_fingerprints_tell_batches_apart():
     x, y = tokens(2, 4), tokens(2, 4, seed=1)
     assert fingerprint({"a": x, "b": y}) == fingerprint({"a": x.clone(), "b": y.clone()})
+    many = torch.arange(2000)  # its repr leaves out the middle
+    other = many.index_fill(0, torch.tensor([900]), 0)
+    assert fingerprint(Words(many, many)) != fingerprint(Words(many, other))
     others = [
         {"a": y, "b": x},
         {"a": x},

@@ -11,8 +11,10 @@ length are first taken for examples all together, then all but one, then all but
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import chain, combinations, islice, pairwise
 from typing import Any
 
@@ -128,7 +130,10 @@ def _adds_up(way: Carriers, batch: Any, size: int, evaluate: Evaluate) -> bool:
     tolerance = min(max(EPSILONS * torch.finfo(both.dtype).eps, low), high)
     apart = abs(both.item() - sum(total.item() for total, _ in parts))
     size_of_terms = sum(abs(total.item()) for total, _ in parts)
-    return apart <= tolerance * size_of_terms and both_count == sum(n for _, n in parts)
+    count = sum(n for _, n in parts)
+    whole = both_count % 1 == count % 1 == 0  # sums of weights are rounded
+    counted = math.isclose(both_count, count, rel_tol=0.0 if whole else tolerance)
+    return apart <= tolerance * size_of_terms and counted
 
 
 def _unambiguous(way: Carriers, batch: Any) -> bool:
@@ -159,8 +164,15 @@ def leaves(batch: Any) -> list[tuple[Path, Tensor]]:
     return found
 
 
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest with another tensor in each tensor's place; its holders are new ones."""
+    return _walk(value, lambda _, tensor: function(tensor))
+
+
 def _walk(value: Any, function: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
-    """The same nest of mappings, tuples and lists with another tensor in each tensor's place."""
+    """The same nest of mappings, tuples, lists and dataclasses with another tensor in each tensor's
+    place.
+    """
     if isinstance(value, Tensor):
         return function(path, value)
     if isinstance(value, Mapping):
@@ -168,4 +180,10 @@ def _walk(value: Any, function: Callable[[Path, Tensor], Tensor], path: Path = (
     if isinstance(value, (tuple, list)):
         items = [_walk(item, function, (*path, i)) for i, item in enumerate(value)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = copy(value)
+        for field in fields(value):
+            item = _walk(getattr(value, field.name), function, (*path, field.name))
+            object.__setattr__(changed, field.name, item)  # it may be frozen
+        return changed
     return value

@@ -4,7 +4,8 @@ curvature is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from itertools import islice
@@ -17,7 +18,14 @@ from blockspec.model import ranges
 from blockspec.model.caches import without_caches
 from blockspec.model.checkpointing import without_checkpoints
 from blockspec.model.evaluation import Copies, evaluation
-from blockspec.model.examples import Carriers, NoExamplesError, carriers, leaves, longest
+from blockspec.model.examples import (
+    Carriers,
+    NoExamplesError,
+    carriers,
+    leaves,
+    longest,
+    mapped,
+)
 from blockspec.model.kernels import twice_differentiable
 from blockspec.model.losses import called_otherwise, name_of
 from blockspec.model.narrow import told_if_narrow
@@ -352,9 +360,12 @@ class Objective:
             yield
 
     def loss_sum(self, batch: Any) -> tuple[Tensor, float]:
-        """Sum of the loss terms of one batch (a scalar with a graph) and their number."""
+        """Sum of the loss terms of one batch (a scalar with a graph) and their number.
+
+        The loss gets mappings and lists of its own, from which it may take things (``pop``).
+        """
         try:
-            result = self.loss(self.model, batch)
+            result = self.loss(self.model, mapped(batch, lambda tensor: tensor))
         except (TypeError, AttributeError) as error:
             if said := called_otherwise(self.loss, error):
                 raise TypeError(said) from error
@@ -369,7 +380,10 @@ class Objective:
                 "terms, number of terms); "
                 "see blockspec.losses.Loss"
             )
-        return result[0], float(result[1])
+        count = float(result[1])
+        if not math.isfinite(count):
+            raise ValueError(f"the loss gave {count} for the number of terms of a batch")
+        return result[0], count
 
     def value(self) -> float:
         """The mean over all loss terms of all batches.
@@ -470,16 +484,3 @@ def placed(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     return mapped(
         batch, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None)
     )
-
-
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of mappings, tuples and lists with another tensor in each tensor's place."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {name: mapped(item, function) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(item, function) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(mapped(item, function) for item in value)
-    return value

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from blockspec.model.architectures import CONTEXTS, TOKENS, Names, Role, role
 from blockspec.model.cuts import Heads, fused_rows, heads_around
 from blockspec.model.evaluation import evaluation
-from blockspec.model.objective import mapped, placed
+from blockspec.model.examples import mapped
+from blockspec.model.objective import placed
 from blockspec.model.places import CROSS
 from blockspec.model.row_gradients import Seen
 from blockspec.model.watching import tensors, watch

@@ -62,5 +62,6 @@ def check_deterministic(model: nn.Module, first: Tensor, second: Tensor) -> None
         f"{second.item()!r}, with {type(model).__name__} in eval mode. Something still draws "
         "random numbers: dropout that ignores eval mode (F.dropout without "
         "training=self.training, a module that overrides train()), or a loss or augmentation with "
-        "random numbers"
+        "random numbers; or a state goes from one call to the next (a module that keeps what it "
+        "saw, a loss that changes its batch in place)"
     )

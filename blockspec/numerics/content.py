@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,9 @@ class Digest:
                 self.add(item)
         elif hasattr(value, "__dict__"):  # its repr may be its address
             self.add({"": type(value).__qualname__} | vars(value))
+        elif is_dataclass(value):  # with slots
+            held = {field.name: getattr(value, field.name) for field in fields(value)}
+            self.add({"": type(value).__qualname__} | held)
         else:
             self._bytes(repr(value).encode())
         return self

@@ -58,8 +58,8 @@ OWN = (
 )
 HOOKS = "a hook changes gradients on their way ({where}): remove it while the curvature is measured"
 ELSE = (
-    "switch off fused, compiled or approximated functions in it, or write it in plain PyTorch "
-    "operations"
+    "switch off fused, compiled or approximated functions in it, take .detach() and torch.no_grad "
+    "out of it, or write it in plain PyTorch operations"
 )
 
 
