@@ -11,7 +11,7 @@ from models import tiny_llama
 from torch import nn
 
 from blockspec import Objective, landscape, losses, partition
-from blockspec.model.evaluation import SMALL
+from blockspec.model.evaluation import SMALL, evaluation
 from blockspec.products.curvature import Products
 
 
@@ -215,6 +215,19 @@ def test_a_function_that_shrinks_weights_is_refused():
     with pytest.raises(ValueError, match=r"max_norm.*changes the weights"):
         Objective(model, [torch.tensor([0, 1])], loss).value()
     torch.testing.assert_close(model.weight.detach(), before, rtol=0, atol=0)
+
+
+def test_two_evaluations_that_end_in_the_order_in_which_they_began():
+    """As those of two threads do: what all threads share is as it was when both have ended."""
+    before = torch.embedding_renorm_, torch.backends.mha.get_fastpath_enabled()
+    first, second = (evaluation(nn.Linear(2, 2), batch_norm="eval", copies={}) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.embedding_renorm_ is not before[0]
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__(None, None, None)
+    assert (torch.embedding_renorm_, torch.backends.mha.get_fastpath_enabled()) == before
 
 
 class Encoder(nn.Module):

@@ -13,7 +13,8 @@ from torch import nn
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vmap
 
 from blockspec import Objective, losses, partition
-from blockspec.model import activations, heads, second_order
+from blockspec.model import activations, heads, normalisation, second_order
+from blockspec.model.differentiability import nodes
 from blockspec.model.kernels import twice_differentiable
 from blockspec.model.plain import plain_functions
 from blockspec.model.second_order import cheap_modules, cross_entropies
@@ -401,6 +402,37 @@ def test_losses_that_contain_gradients_of_norms(loss):
     torch.testing.assert_close(product, central_difference(truth, direction), rtol=1e-6, atol=1e-6)
     for name, gradient in truth.gradient().items():
         torch.testing.assert_close(objective.gradient()[name], gradient)
+
+
+@pytest.mark.parametrize("loss", [losses.classification, physics, penalty, maml, gradient_norm])
+def test_small_norms_are_ours_where_a_loss_takes_gradients_itself_and_nowhere_else(loss):
+    objective = objective_of(loss, nn.Tanh, nn.LayerNorm)
+    (batch,) = objective._batches
+    with objective.prepared():
+        for _ in range(2):
+            total, _ = objective.loss_sum(batch)
+            names = [node.name() for node in nodes([total])]
+            assert any("NativeLayerNorm" in name for name in names) == (
+                loss is losses.classification
+            )
+
+
+def test_large_norms_are_ours(monkeypatch):
+    monkeypatch.setattr(normalisation, "SMALL", 5 * 4 - 1)
+    objective = objective_of(losses.classification, nn.Tanh, nn.LayerNorm)
+    with objective.prepared():
+        total, _ = objective.loss_sum(objective._batches[0])
+        assert "_NormalisedBackward" in [node.name() for node in nodes([total])]
+
+
+def test_norms_are_no_longer_watched_when_the_loss_is_there():
+    objective = objective_of(losses.classification, nn.Tanh, nn.LayerNorm)
+    with objective.prepared():
+        total, _ = objective.loss_sum(objective._batches[0])
+        parameters = list(objective.model.parameters())
+        torch.autograd.grad(total, parameters)
+        again, _ = objective.loss_sum(objective._batches[0])
+    assert any("NativeLayerNorm" in node.name() for node in nodes([again]))
 
 
 # with replacements and without

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blockspec.model.kernels import paused
 from blockspec.model.plain import bends, slopes, steps_aside, unchanged
 
 Jet = tuple[Tensor, Tensor, Tensor]
@@ -46,7 +47,8 @@ def elementwise(module: Any, jet: Callable[[Tensor], Jet]) -> Forward:
     def forward(input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and input.requires_grad) or steps_aside(input):
             return function(input)
-        value, _link = _Elementwise.apply(input, function, jet)
+        with paused():
+            value, _link = _Elementwise.apply(input, function, jet)
         return value
 
     return forward

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from blockspec.model.walks import modules_of
+
 STORES = ("attention_bias_cache",)
 """Attributes that hold, in eval mode, what was computed from parameters (LeViT, TinyViT)."""
 
@@ -27,7 +29,7 @@ def without_caches(model: nn.Module) -> Iterator[None]:
     switched = [(c, c.use_cache) for c in _configs(model) if getattr(c, "use_cache", None)]
     stores = [
         (module, name, vars(module)[name])
-        for module in model.modules()
+        for module in modules_of(model)
         for name in STORES
         if isinstance(vars(module).get(name), dict)
     ]
@@ -56,7 +58,7 @@ class _Forgetful(dict[Any, Any]):
 def _configs(model: nn.Module) -> list[Any]:
     found = {
         id(config): config
-        for module in model.modules()
+        for module in modules_of(model)
         if (config := getattr(module, "config", None)) is not None
     }
     return list(found.values())
@@ -64,7 +66,7 @@ def _configs(model: nn.Module) -> list[Any]:
 
 def _drop_graphs(model: nn.Module) -> None:
     """Drop states that modules keep with a graph: it holds the memory of a whole pass."""
-    for module in model.modules():
+    for module in modules_of(model):
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 setattr(module, name, None)

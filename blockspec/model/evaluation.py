@@ -9,16 +9,19 @@ that state is the user's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from blockspec.model.patching import patched
+from blockspec.model.patching import patched, shared
+from blockspec.model.walks import modules_of
 
+SHRINK = torch.embedding_renorm_
 SMALL = 4096  # entries of a buffer that is compared whatever its count of changes says
 Copies = dict[int, tuple[Tensor, int, Tensor]]
 """Identity of a buffer -> the buffer, its count of changes, and a copy of it at that count."""
@@ -37,34 +40,53 @@ def evaluation(model: nn.Module, *, batch_norm: str, copies: Copies) -> Iterator
         stack.enter_context(buffers_kept(model, copies))
         stack.enter_context(_eval_mode(model, batch_norm=batch_norm))
         stack.enter_context(patched(_of_bounded_embeddings(model)))
+        stack.enter_context(_without_shrinking())
         stack.enter_context(_without_fast_path())
         yield
 
 
 @contextmanager
 def _eval_mode(model: nn.Module, *, batch_norm: str) -> Iterator[None]:
-    modules = list(model.modules())
+    modules = modules_of(model)
     norms = [m for m in modules if isinstance(m, _BatchNorm)] if batch_norm == "train" else []
     # Without running statistics, a batch norm in eval mode uses those of the batch.
     own = {"track_running_stats": False, "running_mean": None, "running_var": None}
-    with (
-        patched((module, "training", module.training) for module in modules),
-        patched((norm, name, value) for norm in norms for name, value in own.items()),
-    ):
-        model.eval()
-        yield
+    before = [(module, module.training) for module in modules]
+    try:
+        if any(training for _, training in before):  # else its user has called eval()
+            model.eval()
+        with patched((norm, name, value) for norm in norms for name, value in own.items()):
+            yield
+    finally:
+        for module, training in before:
+            if module.training is not training:  # setting an attribute of a module takes long
+                module.training = training
 
 
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
     """``nn.TransformerEncoder`` has kernels for when nothing is differentiated; with a padding mask
     they compute another function (zeros at padded places)."""
+    with shared("fast path of encoders", _switch_fast_path_off):
+        yield
+
+
+def _switch_fast_path_off() -> Callable[[], None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    return partial(torch.backends.mha.set_fastpath_enabled, before)
+
+
+@contextmanager
+def _without_shrinking() -> Iterator[None]:
+    """A function that shrinks rows of a weight whenever it is called is refused."""
+    with shared("torch.embedding_renorm_", _refuse):
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _refuse() -> Callable[[], None]:
+    torch.embedding_renorm_ = _refuse_to_shrink
+    return partial(setattr, torch, "embedding_renorm_", SHRINK)
 
 
 def _of_bounded_embeddings(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
@@ -73,7 +95,7 @@ def _of_bounded_embeddings(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     The function differentiated is that of the shrunk rows, as in PyTorch's own gradient.
     """
     seen = set()
-    for module in model.modules():
+    for module in modules_of(model):
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module.max_norm is None:
             continue
         weight, bound, order = module.weight, float(module.max_norm), module.norm_type
@@ -82,10 +104,9 @@ def _of_bounded_embeddings(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
         rows = (weight.detach().norm(order, dim=1) > bound).nonzero().flatten()
         if len(rows) and id(weight) not in seen:
             shrunk = weight.detach().clone()
-            yield weight, "data", torch.embedding_renorm_(shrunk, rows, bound, order)
+            yield weight, "data", SHRINK(shrunk, rows, bound, order)
         seen.add(id(weight))
         yield module, "max_norm", None
-    yield torch, "embedding_renorm_", _refuse_to_shrink
 
 
 def _refuse_to_shrink(*args: Any, **kwargs: Any) -> NoReturn:
@@ -109,7 +130,7 @@ def buffers_kept(model: nn.Module, copies: Copies) -> Iterator[None]:
         copies: Large buffers are copied once and again after somebody has changed them, small ones
             every time.
     """
-    found = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    found = [(module, dict(vars(module)), dict(module._buffers)) for module in modules_of(model)]
     buffers = {
         id(buffer): buffer
         for _, _, held in found

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from blockspec.model.attention import attention
 from blockspec.model.lengths import is_long, say_once
 from blockspec.model.patching import shared
+from blockspec.model.walks import modules_of
 
 OWN = "blockspec"
 """The name that is registered with Hugging Face, for as long as the process lives: it harms
@@ -52,7 +53,7 @@ def switched(model: nn.Module) -> Iterator[None]:
 
 def _configs(model: nn.Module) -> list[Any]:
     """The distinct configs of the model's modules that name an attention implementation."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
+    configs = [getattr(module, "config", None) for module in modules_of(model)]
     return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
 
 
@@ -80,7 +81,7 @@ def _replacement(model: nn.Module, config: Any) -> str | None:
     can.
     """
     name = config._attn_implementation
-    owners = [m for m in model.modules() if getattr(m, "config", None) is config]
+    owners = [m for m in modules_of(model) if getattr(m, "config", None) is config]
     through_sdpa = all(getattr(m, "_supports_sdpa", True) for m in owners)
     registry = any(getattr(m, "_supports_attention_backend", False) for m in owners)
     if name in ("sdpa", None):

@@ -33,6 +33,7 @@ from blockspec.model.implementations import switched
 from blockspec.model.lengths import is_long, say_once
 from blockspec.model.normalisation import NORMS
 from blockspec.model.patching import shared
+from blockspec.model.walks import modules_of
 
 
 @contextmanager
@@ -191,7 +192,7 @@ def _matrices_alone(model: nn.Module) -> AbstractContextManager[None]:
     """Compiled models (TorchScript, exported graphs) call past Python: for them the flags of the
     process are set.
     """
-    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    kinds = {kind.__name__ for module in modules_of(model) for kind in type(module).__mro__}
     compiled = kinds & {"ScriptModule", "GraphModule"}
     return shared("attention backends", _set_flags) if compiled else nullcontext()
 

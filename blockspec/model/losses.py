@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from blockspec.model import heads
 from blockspec.model.heads import Logits
+from blockspec.model.kernels import paused
 from blockspec.model.placeholders import placeholders_of, without_placeholders
 from blockspec.model.second_order import cross_entropies
 
@@ -125,6 +126,7 @@ def _targets(batch: Any) -> Tensor:
     return batch["labels"]
 
 
+@paused()
 def _cross_entropies(logits: Tensor, labels: Tensor, *, ignored: int = IGNORED) -> Tensor:
     """(..., C) logits and (...) class labels -> (N,) cross entropies of the labels that are not
     ignored.

@@ -17,22 +17,97 @@ PyTorch's fused functions are right to the second order. Their third derivatives
 2.13: ``torch.autograd.gradgradcheck`` of a gradient of ``layer_norm`` or ``batch_norm`` fails), and
 so are second ones under ``torch.func.vmap``: mean and deviation count as constants there. In these
 cases n is made of elementary operations.
+
+Third derivatives are asked for by losses that take gradients themselves (gradient penalties,
+physics-informed losses, MAML), and by no others: a product is a second derivative of the loss. Such
+a loss differentiates the norm while it is still being computed. So a small layer norm, for which
+PyTorch's function takes less time than ours, is PyTorch's at first, and is watched until the loss
+is there (:func:`of_order`). If it was differentiated before that, the loss is computed
+again with ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from blockspec.model import torch_parts
 from blockspec.model.plain import bends, is_replacing, slopes, steps_aside
 
+T = TypeVar("T")
 DTYPES = (torch.float32, torch.float64)  # in half precision, PyTorch's own has wider means
+
+SMALL = 2**15
+"""Entries of a layer norm's input up to which ours costs more in the forward pass than it saves in
+the products of a sweep (256 x 64 and 512 x 128 were measured, on a CPU).
+"""
+
+
+@dataclass
+class Watch:
+    """Norms of PyTorch that are being watched.
+
+    Args:
+        differentiated: Whether one of them was differentiated meanwhile.
+    """
+
+    differentiated: bool = False
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def over(self, output: Tensor) -> Tensor:
+        """The same output, whose backward pass is noted."""
+        if output.grad_fn is not None:
+            self.handles.append(output.grad_fn.register_prehook(self._note))
+        return output
+
+    def _note(self, gradients: Any) -> None:
+        self.differentiated = True
+
+
+_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def small_norms_watched() -> Iterator[Watch]:
+    """While this is open, small layer norms are PyTorch's own, whose third derivatives are wrong.
+
+    Yields:
+        What tells afterwards whether one of them was differentiated meanwhile: then third
+        derivatives are needed, and what was computed has to be computed again outside.
+    """
+    watch = Watch()
+    token = _WATCH.set(watch)
+    try:
+        yield watch
+    finally:
+        _WATCH.reset(token)
+        for handle in watch.handles:
+            handle.remove()
+
+
+def of_order(function: Callable[[], T], *, third: bool) -> tuple[T, bool]:
+    """The value of a function that calls a model, and whether it takes gradients itself.
+
+    Args:
+        function: Called once, or again where it turns out that it takes gradients.
+        third: Whether it is known to do so: then norms are right to the third order at once.
+    """
+    if not third:
+        with small_norms_watched() as watch:
+            found = function()
+        if not watch.differentiated:
+            return found, False
+        del found  # one graph at a time
+    return function(), True
 
 
 def layer_norm(
@@ -46,6 +121,9 @@ def layer_norm(
     shape = tuple(normalized_shape)
     if input.shape[-len(shape) :] != shape or not _is_ours(input, weight, bias):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    watch = _WATCH.get()
+    if watch is not None and input.numel() <= SMALL and not torch_parts.transforms_active():
+        return watch.over(F.layer_norm(input, normalized_shape, weight, bias, eps))
     normalised = _normalised(input.flatten(-len(shape)), eps).view_as(input)
     return _affine(normalised, weight, bias)
 

@@ -5,11 +5,11 @@ curvature is asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,15 @@ from blockspec.model.examples import (
     longest,
     mapped,
 )
-from blockspec.model.kernels import twice_differentiable
+from blockspec.model.kernels import paused, twice_differentiable
 from blockspec.model.losses import called_otherwise, name_of
 from blockspec.model.narrow import told_if_narrow
+from blockspec.model.normalisation import of_order
 from blockspec.model.plain import plain_functions
 from blockspec.model.second_order import cheap_modules
 from blockspec.model.soundness import check_deterministic, check_loss, check_repeatable
 from blockspec.model.suitability import check_batch, check_model, explained, length_of
+from blockspec.model.walks import walked
 from blockspec.model.weight_norms import elementary_weight_norms
 from blockspec.model.weights import Weights, reshard
 from blockspec.numerics.ranks import Ranks, arrange
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 BATCH_NORMS = ("eval", "train")
 SAVED = "saved tensor"
+T = TypeVar("T")
 
 
 class Objective:
@@ -130,7 +133,7 @@ class Objective:
         self._batches = batches
         self._carriers: dict[int, Carriers | NoExamplesError] = {}  # by the number of a batch
         self._copies: Copies = {}
-        self._needs_saved_tensors = False
+        self._takes_gradients = False  # whether the loss does so itself, as far as is known
         self.checked_examples: int | None = None
         """Examples of a batch that checks evaluate; None: all. Fewer keep within a memory bound."""
         self.checks: list[Any] = []
@@ -259,7 +262,8 @@ class Objective:
     def _placed(self, batch: Any) -> Any:
         """The batch where the model is, with what the loss has to add to it."""
         complete = getattr(self.loss, "complete", None)
-        batch = placed(batch, self.device, self.dtype)
+        with paused():
+            batch = placed(batch, self.device, self.dtype)
         return batch if complete is None else complete(self.model, batch)
 
     def num_units(self) -> int:
@@ -333,7 +337,7 @@ class Objective:
 
     @contextmanager
     def _evaluating(self, replaced: bool) -> Iterator[None]:
-        with ExitStack() as stack:
+        with walked(self.model), ExitStack() as stack:
             stack.enter_context(
                 evaluation(self.model, batch_norm=self.batch_norm, copies=self._copies)
             )
@@ -365,7 +369,9 @@ class Objective:
         The loss gets mappings and lists of its own, from which it may take things (``pop``).
         """
         try:
-            result = self.loss(self.model, mapped(batch, lambda tensor: tensor))
+            result = self.computed(
+                lambda: self.loss(self.model, mapped(batch, lambda tensor: tensor))
+            )
         except (TypeError, AttributeError) as error:
             if said := called_otherwise(self.loss, error):
                 raise TypeError(said) from error
@@ -377,13 +383,17 @@ class Objective:
         if not isinstance(result, (tuple, list)) or len(result) != 2:
             raise TypeError(
                 f"the loss gave a {type(result).__name__}; it must give two: (sum of the loss "
-                "terms, number of terms); "
-                "see blockspec.losses.Loss"
+                "terms, number of terms); see blockspec.losses.Loss"
             )
         count = float(result[1])
         if not math.isfinite(count):
             raise ValueError(f"the loss gave {count} for the number of terms of a batch")
         return result[0], count
+
+    def computed(self, function: Callable[[], T]) -> T:
+        """What a function of the model gives; see :mod:`blockspec.model.normalisation`."""
+        found, self._takes_gradients = of_order(function, third=self._takes_gradients)
+        return found
 
     def value(self) -> float:
         """The mean over all loss terms of all batches.
@@ -412,14 +422,14 @@ class Objective:
             return self._value_with_graph(batch)
 
     def _value_with_graph(self, batch: Any) -> tuple[Tensor, float]:
-        if not self._needs_saved_tensors:
+        if not self._takes_gradients:
             try:
                 with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _dropped):
                     return self.loss_sum(batch)
             except RuntimeError as error:
                 if SAVED not in str(error):  # torch.func's refusal of hooks has these words too
                     raise
-                self._needs_saved_tensors = True  # the loss takes gradients itself
+                self._takes_gradients = True
         return self.loss_sum(batch)
 
     def gradient(self) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from blockspec.model.activations import ACTIVATIONS as ACTIVATIONS
 from blockspec.model.patching import patched
 from blockspec.model.plain import bends, slopes, steps_aside, unchanged
+from blockspec.model.walks import modules_of
 
 
 def _convolution(module: Any) -> Callable[[Tensor], Tensor]:
@@ -180,7 +181,7 @@ def cheap_modules(model: nn.Module, replacements: Replacements = CHEAPER) -> Ite
     """
     with patched(
         (module, "forward", replacements[_name(module)](module))
-        for module in model.modules()
+        for module in modules_of(model)
         if _name(module) in replacements and "forward" not in vars(module)
     ):
         yield

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from blockspec.model.patching import patched
+from blockspec.model.walks import modules_of
 
 PARAMETRIZATION = parametrizations._WeightNorm
 
@@ -31,12 +32,12 @@ def elementary_weight_norms(model: nn.Module) -> Iterator[None]:
     """
     parametrized = [
         (module, "forward", _forward(module))
-        for module in model.modules()
+        for module in modules_of(model)
         if type(module) is PARAMETRIZATION and "forward" not in vars(module)
     ]
     hooks = [
         (hook, "compute_weight", _compute_weight(hook))
-        for module in model.modules()
+        for module in modules_of(model)
         for hook in _hooks(module)
     ]
     with patched([*parametrized, *hooks]):

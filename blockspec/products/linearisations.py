@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from blockspec.model.blocks import Block, scatter
+from blockspec.model.kernels import paused
 from blockspec.model.objective import Objective
 from blockspec.numerics.portions import Portion
 from blockspec.products.finiteness import check_terms
@@ -133,9 +134,10 @@ class Linear:
         if dual is None:  # J v is the derivative of J' u by u, so that it shares a pass too
             dual = torch.zeros_like(end.outputs, requires_grad=True)
         self._dual = dual
-        found = grad([end.outputs], start, grad_outputs=[dual], create_graph=True)
-        self.values = {key: found[key].detach() for key in wanted if key in found}
-        self._edges = edges(found)
+        with paused():
+            found = grad([end.outputs], start, grad_outputs=[dual], create_graph=True)
+            self.values = {key: found[key].detach() for key in wanted if key in found}
+            self._edges = edges(found)
 
     def gradient(self, keys: Sequence[Any]) -> dict[Any, Tensor]:
         """Derivatives by some keys; zero for a Gauss-Newton product."""
@@ -178,8 +180,13 @@ def _hessian(objective: Objective, batch: Any) -> End:
     return End(total, torch.ones_like(total), None, count)
 
 
+def outputs_of(objective: Objective, batch: Any) -> Tensor:
+    """The model's outputs, as the loss takes them."""
+    return objective.computed(lambda: objective.loss.outputs(objective.model, batch))
+
+
 def _residual(objective: Objective, batch: Any) -> End:
-    outputs = objective.loss.outputs(objective.model, batch)
+    outputs = outputs_of(objective, batch)
     leaf = outputs.detach().requires_grad_()
     terms = objective.loss.terms(leaf, batch)
     check_terms(terms)
@@ -190,7 +197,7 @@ def _residual(objective: Objective, batch: Any) -> End:
 
 
 def _ggn(objective: Objective, batch: Any) -> End:
-    outputs = objective.loss.outputs(objective.model, batch)
+    outputs = outputs_of(objective, batch)
     leaf = outputs.detach().requires_grad_()
     terms = objective.loss.terms(leaf, batch)
     check_terms(terms)
@@ -205,7 +212,7 @@ def _ggn(objective: Objective, batch: Any) -> End:
 
 
 def _fisher(objective: Objective, batch: Any) -> End:
-    terms = objective.loss.terms(objective.loss.outputs(objective.model, batch), batch)
+    terms = objective.loss.terms(outputs_of(objective, batch), batch)
     check_terms(terms)
     return End(terms, None, lambda tangent: tangent, float(terms.numel()))
 
