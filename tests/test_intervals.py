@@ -4,12 +4,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from populations import SampledOperator, population
 from scipy.stats import gamma
 
 import blockspec
+from blockspec.spectra.estimates import interval, signs_of
 from blockspec.spectra.intervals import of_data, of_probes, total_interval
-from blockspec.spectra.spectrum import Estimate
+from blockspec.spectra.spectrum import Estimate, estimate
 
 NUMBERS = {
     "trace": np.sum,
@@ -105,3 +107,42 @@ def test_numbers_that_have_no_interval():
         spectrum.interval("median")
     with pytest.raises(ValueError, match="confidence is between 0 and 1"):
         spectrum.interval("trace", 95)
+
+
+@pytest.mark.parametrize(
+    ("draw", "truth"),
+    [
+        (lambda random: random.standard_normal(4), 0.0),  # of one sign in one case of eight
+        (lambda random: random.standard_normal(12), 0.0),
+        (lambda random: random.chisquare(1, 3), 1.0),
+        (lambda random: random.chisquare(1, 10) - 0.02 * random.chisquare(1, 10), 0.98),
+    ],
+)
+def test_intervals_of_samples_of_one_sign_by_chance_or_nearly(draw, truth):
+    random, runs = np.random.default_rng(0), 1000
+    held = 0
+    for _ in range(runs):
+        samples = draw(random)
+        low, high = interval(estimate(samples), len(samples), signs=signs_of(samples))
+        held += low <= truth <= high
+    assert 0.93 <= held / runs <= 0.995
+
+
+def test_what_is_known_exactly_beside_samples_moves_their_interval_and_no_more():
+    samples = np.random.default_rng(0).chisquare(1, 12)
+    own = interval(estimate(samples), 12, signs=signs_of(samples))
+    moved = interval(estimate(5 + samples), 12, signs=signs_of(samples, beside=5.0))
+    assert moved == pytest.approx((5 + own[0], 5 + own[1]))
+    assert own[0] > 0
+    assert own[1] - samples.mean() > 1.2 * (samples.mean() - own[0])
+
+
+def test_the_interval_of_hutch_plus_plus_is_skewed_as_the_rest_is_that_it_samples():
+    """The rest of a positive matrix is positive, and three samples of it may be too small."""
+    matrix = torch.diag(1.0 / torch.arange(1.0, 61) ** 2).double()
+    operator = blockspec.FunctionOperator(lambda v: matrix @ v, 60)
+    found = blockspec.trace(None, operator.block(), "hutch++", num_probes=24, curvature=operator)
+    low, high = found.interval("matrix")
+    value = found["matrix"].value
+    assert low < float(matrix.trace()) < high
+    assert high - value > 1.1 * (value - low)

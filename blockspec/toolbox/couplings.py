@@ -27,7 +27,7 @@ from blockspec.products.shares import SIZE, Shares, Sketch
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.data import told_of_units
-from blockspec.spectra.estimates import interval
+from blockspec.spectra.estimates import SQUARES, interval
 from blockspec.spectra.notebook import html
 from blockspec.spectra.spectrum import Estimate, estimate
 from blockspec.toolbox.sampling import Sampling
@@ -85,7 +85,7 @@ class Coupling:
         """Of ``||H_bc||_F``; see :func:`blockspec.spectra.estimates.interval`."""
         place = self._names.index(row), self._names.index(column)
         squared = estimate(self.samples[:, *place])
-        low, high = interval(squared, len(self.samples), confidence, one_sign=True)
+        low, high = interval(squared, len(self.samples), confidence, signs=SQUARES)
         return math.sqrt(low), math.sqrt(high)
 
     @property

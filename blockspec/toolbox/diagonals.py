@@ -19,7 +19,7 @@ from blockspec.products.settings import takes
 from blockspec.products.shares import Shares
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
-from blockspec.spectra.estimates import Estimates, frame_of
+from blockspec.spectra.estimates import Estimates, frame_of, signs_of
 from blockspec.spectra.spectrum import estimate
 from blockspec.toolbox.sampling import Sampling
 from blockspec.toolbox.traces import (
@@ -139,13 +139,12 @@ def diagonal(
         totals = [with_data(t, without) for t, without in zip(totals, left_out.T, strict=True)]
     means = [total.scaled(1 / size) for total, size in zip(totals, sizes, strict=True)]
     cost = Cost(operator.gradients, operator.products, check_of(operator))
-    signs = np.sign(sums)  # (K, n); as for traces, which these are but for a factor
     by_block = Estimates(
         blocks,
         means,
         probes=[count] * len(blocks),
         cost=cost,
-        one_sign=((signs != 0) & (signs == signs[0])).all(0).tolist(),
+        signs=[signs_of(samples) for samples in sums.T],  # of traces, but for a factor
         units=shares.units,
     )
     return Diagonal(union.tensors(mean), stderrs, by_block, sums, blocks, left_out)

@@ -23,7 +23,7 @@ from blockspec.products.settings import takes
 from blockspec.products.shares import Shares, Sketch
 from blockspec.products.sweeps import Watch, run_together
 from blockspec.spectra.collection import Cost
-from blockspec.spectra.estimates import Estimates
+from blockspec.spectra.estimates import SQUARES, Estimates
 from blockspec.spectra.spectrum import Estimate, Spectrum, estimate
 from blockspec.toolbox.sampling import FEWEST_SAMPLES, Sampling
 from blockspec.toolbox.traces import Probes, Result
@@ -86,7 +86,7 @@ def squared_norms(
         [result.estimate for result in results.values()],
         probes=[result.probes for result in results.values()],
         cost=Cost(operator.gradients, operator.products, check_of(operator)),
-        one_sign=[True] * len(blocks),
+        signs=[SQUARES] * len(blocks),
         units=shares.units,
     )
 

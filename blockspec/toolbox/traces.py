@@ -17,7 +17,6 @@ from blockspec.model.objective import Objective
 from blockspec.numerics.algorithms import Algorithm, Progress
 from blockspec.numerics.jackknife import jackknife_error
 from blockspec.numerics.lanczos import ROUNDING
-from blockspec.numerics.measures import NOTHING
 from blockspec.numerics.probes import draw_probe
 from blockspec.numerics.progress import shows_progress
 from blockspec.numerics.units import without_each
@@ -29,7 +28,7 @@ from blockspec.products.shares import Shares
 from blockspec.products.sweeps import Watch, run_together
 from blockspec.products.union import Union
 from blockspec.spectra.collection import Cost
-from blockspec.spectra.estimates import Estimates
+from blockspec.spectra.estimates import Estimates, Signs, signs_of
 from blockspec.spectra.spectrum import Estimate, estimate
 from blockspec.toolbox.sampling import FEWEST_SAMPLES, Sampling
 
@@ -98,24 +97,19 @@ def trace(
         [result.estimate for result in results],
         probes=[result.probes for result in results],
         cost=Cost(operator.gradients, operator.products, check_of(operator)),
-        one_sign=[result.one_sign for result in results],
+        signs=[result.signs for result in results],
         units=shares.units,
     )
 
 
 class Result(NamedTuple):
-    """An estimate, the number of samples that it rests on, and these, where they are
+    """An estimate, the number of samples that it rests on, and their signs, where they are
     independent.
     """
 
     estimate: Estimate
     probes: int
-    samples: np.ndarray = NOTHING
-
-    @property
-    def one_sign(self) -> bool:
-        """Whether all samples have the same sign."""
-        return len(self.samples) > 0 and bool((self.samples > 0).all() or (self.samples < 0).all())
+    signs: Signs = Signs()
 
 
 def _hutchinson(
@@ -131,7 +125,7 @@ def _hutchinson(
     without = without_groups(samples, shares)
     if without is not None:
         values = [with_data(v, w) for v, w in zip(values, without.T, strict=True)]
-    return [Result(value, len(sums), s) for value, s in zip(values, sums.T, strict=True)]
+    return [Result(v, len(sums), signs_of(s)) for v, s in zip(values, sums.T, strict=True)]
 
 
 def with_data(value: Estimate, left_out: np.ndarray) -> Estimate:
@@ -301,7 +295,8 @@ def hutch_plus_plus(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
         rest -= (rest @ basis.T) @ basis
         samples += _rows_dot(rest, (yield rest)).tolist()
     value, stderr, _ = estimate(np.array(samples))
-    return Result(Estimate(dominant + value, stderr), len(samples))
+    signs = signs_of(np.array(samples), beside=dominant)
+    return Result(Estimate(dominant + value, stderr), len(samples), signs)
 
 
 def xtrace(probes: Probes, sampling: Sampling) -> Algorithm[Result]:
