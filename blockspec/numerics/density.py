@@ -8,11 +8,12 @@ import numpy as np
 
 RELATIVE_WIDTH = 0.2  # of distances, on the scale asinh(x / linear)
 WIDTH = (
-    0.1  # of a node in a density, relative to its value: outliers a quarter apart are seen apart
+    0.05  # of a node in a density, relative to its value: outliers an eighth apart are seen apart
 )
 REACHES = 2.0  # residuals, where these overlap those of the neighbours: as wide as a node may be
-# eigenvalues times probes that a width holds: their random weights then move a curve by 4 %
-SMOOTH = 400.0
+# eigenvalues times probes that a width holds: their random weights then move a curve by 8 %, and
+# peaks that this makes are drawn as flat tops
+SMOOTH = 100.0
 EVEN = 3.0  # widths: nodes that lie so near to another one are drawn about as wide
 ROUNDING = 1e-12  # of a sum: differences of sums below are rounding
 AT_ONCE = 4096  # nodes

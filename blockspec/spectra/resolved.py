@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from blockspec.numerics.density import mixture
+from blockspec.numerics.flat_tops import drawn
 from blockspec.numerics.jackknife import FEWEST_UNITS, jackknife_errors
 from blockspec.spectra.spectrum import RESOLUTION, Spectrum
 
-POINTS = 800  # of a curve; 5 to 20 a width of smoothing
+POINTS = 1200  # of a curve; 3 to 15 a width of smoothing
 
 
 def even_grid(low: float, high: float, linear: float, points: int = POINTS) -> np.ndarray:
@@ -41,7 +41,7 @@ def resolved_density(
         grid: In units of an eigenvalue. The density is per unit of eigenvalue, whatever the scale
             of an axis.
         linear: Where the scale of the axis turns from linear to logarithmic; around zero no node is
-            drawn finer than a tenth of it.
+            drawn finer than a twentieth of it.
         like: A spectrum to compare with: the density is not drawn finer than that one is.
 
     Returns:
@@ -49,14 +49,15 @@ def resolved_density(
         probe, or the data's error is not known, without that part.
     """
     widths = _widths(spectrum, linear, like)
-    densities = _drawn(spectrum, widths, grid)
+    tops = spectrum.flat_tops(widths, linear)
+    densities = _drawn(spectrum, widths, tops, grid)
     probes = len(densities)
     error = densities.std(0, ddof=1) / math.sqrt(probes) if probes > 1 else np.zeros(len(grid))
     mean = densities.mean(0)
     without = spectrum.left_out()
     if without is not None and len(without[0]) >= FEWEST_UNITS:
         flat = zip(*(array.reshape(len(array), -1) for array in without), strict=True)
-        left_out = np.stack([mixture(n, w, widths.ravel(), grid) for n, w in flat]) / probes
+        left_out = np.stack([drawn(n, w, widths.ravel(), tops, grid) for n, w in flat]) / probes
         error = np.hypot(error, jackknife_errors(mean, left_out))
     return mean, error
 
@@ -65,13 +66,16 @@ def resolved_mean(
     spectrum: Spectrum, grid: np.ndarray, linear: float, *, like: Spectrum | None = None
 ) -> np.ndarray:
     """(G,) the mean of :func:`resolved_density` alone."""
-    return _drawn(spectrum, _widths(spectrum, linear, like), grid).mean(0)
+    widths = _widths(spectrum, linear, like)
+    return _drawn(spectrum, widths, spectrum.flat_tops(widths, linear), grid).mean(0)
 
 
-def _drawn(spectrum: Spectrum, widths: np.ndarray, grid: np.ndarray) -> np.ndarray:
+def _drawn(
+    spectrum: Spectrum, widths: np.ndarray, tops: np.ndarray, grid: np.ndarray
+) -> np.ndarray:
     """(K, G)"""
     rows = zip(spectrum.nodes, spectrum.weights, widths, strict=True)
-    return np.stack([mixture(*row, grid) for row in rows])
+    return np.stack([drawn(*row, tops, grid) for row in rows])
 
 
 def _widths(spectrum: Spectrum, linear: float, like: Spectrum | None) -> np.ndarray:

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from blockspec.model.pieces import Block
-from blockspec.numerics.density import evened, gaussians, mixture, node_widths, spacing
+from blockspec.numerics.density import evened, gaussians, node_widths, spacing
+from blockspec.numerics.flat_tops import drawn, flat_tops, uncertain
 from blockspec.numerics.jackknife import jackknife_error
 from blockspec.numerics.measures import CONFIDENCE, noisy
 from blockspec.spectra.data import Sample
@@ -368,6 +369,15 @@ class Spectrum:
         widths = node_widths(self.nodes, self.residuals, apart, counts, linear)
         return evened(self.nodes, self.weights, widths)
 
+    def flat_tops(self, widths: np.ndarray, linear: float) -> np.ndarray:
+        """(n, 2) ends of the stretches on which the density, with these widths (K, M), is no more
+        than flat: its peaks there may be noise. See :mod:`blockspec.numerics.flat_tops`.
+        """
+        variances = uncertain(
+            self.nodes, self.weights, self.residuals, linear, self.block.numel
+        ) * (~self.known / self.num_probes**2)
+        return flat_tops(self.nodes, self.weights / self.num_probes, widths, variances, linear)
+
     def densities(
         self, grid: np.ndarray, width: float | None = None, *, linear: float | None = None
     ) -> np.ndarray:
@@ -376,9 +386,11 @@ class Spectrum:
         Their spread over probes is its error bar.
         """
         if width is None:
-            widths = self.widths(linear or self.linear)
+            linear = linear or self.linear
+            widths = self.widths(linear)
+            tops = self.flat_tops(widths, linear)
             rows = zip(self.nodes, self.weights, widths, strict=True)
-            return np.stack([mixture(n, w, each, grid) for n, w, each in rows])
+            return np.stack([drawn(*row, tops, grid) for row in rows])
         if width <= 0:
             raise ValueError(f"width is a positive number in units of an eigenvalue, got {width}")
         pairs = zip(self.nodes, self.weights, strict=True)
@@ -393,9 +405,9 @@ class Spectrum:
         Args:
             grid: In any order.
             width: Standard deviation of a Gaussian kernel in units of an eigenvalue. If left out,
-                each node is a Gaussian of a tenth of its value, or around zero of ``linear``, and
-                where Lanczos has not converged at least as wide as the gaps between nodes: what is
-                not resolved is a flat top, not a row of peaks. Figures show the same curve. A
+                each node is a Gaussian of a twentieth of its value, or around zero of ``linear``,
+                and where Lanczos has not converged at least as wide as the gaps between nodes.
+                Peaks that may be noise are drawn as flat tops. Figures show the same curve. A
                 single width that suits the outliers hides the bulk: it is never the default.
             linear: See :attr:`linear`, its default; only used where ``width`` is left out.
         """
