@@ -20,9 +20,13 @@ from blockspec.numerics.lanczos import Tridiagonal
 from blockspec.numerics.measures import NOTHING, Noisy, noisy, wasserstein
 from blockspec.numerics.quadrature import quadrature
 
-NORM_KNOWN = (
-    1e-2  # residual of the extreme Ritz value, relative: the tolerance is relative to the norm
-)
+NORM_KNOWN = 1e-2
+"""Residual of the extreme Ritz value, relative to it, at which the spectral norm counts as known.
+
+The tolerance is relative to the norm, so a tolerance above this number needs the norm no better
+than itself. A Ritz value is never above the norm: one that has not converged allows too small an
+error, and not too large a one.
+"""
 STEPS_SHARE = 3**-0.5
 """What the steps may leave of the tolerance where several probes are needed.
 
@@ -117,7 +121,8 @@ def stands_still(
     """
     nodes, _, residuals = quadrature(tridiagonal)
     extreme = int(np.argmax(np.abs(nodes)))
-    if len(known) == 0 and residuals[extreme] > NORM_KNOWN * abs(nodes[extreme]):
+    norm_known = max(NORM_KNOWN, accuracy.tolerance) * abs(nodes[extreme])
+    if len(known) == 0 and residuals[extreme] > norm_known:
         return False
     errors = _of([tridiagonal], numel, accuracy, known)
     if errors.steps > errors.allowed:  # most often; the noise takes longer to play through
