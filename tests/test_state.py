@@ -58,6 +58,14 @@ def make(*, seed=0, shift=0.0, tokens_seed=1):
     return objective, blockspec.partition(model, include=["*c_fc.weight", "*ln_1.weight"])
 
 
+def many():
+    """Nine batches."""
+    objective, blocks = make()
+    ids = torch.randint(32, (9, 8), generator=torch.Generator().manual_seed(3))
+    rows = [{"input_ids": row[None]} for row in ids]
+    return blockspec.Objective(objective.model, rows, objective.loss), blocks
+
+
 def interrupted(state, *, after, **settings):
     calls = 0
 
@@ -93,12 +101,6 @@ def test_a_stopped_estimate_goes_on_bit_by_bit_and_repeats_no_sweep(tmp_path, se
 def test_a_sweep_that_was_stopped_on_the_way_goes_on_bit_by_bit(
     tmp_path, monkeypatch, errors, sweep, batches
 ):
-    def many():
-        objective, blocks = make()
-        ids = torch.randint(32, (9, 8), generator=torch.Generator().manual_seed(3))
-        rows = [{"input_ids": row[None]} for row in ids]
-        return blockspec.Objective(objective.model, rows, objective.loss), blocks
-
     settings = {"num_probes": 2, "num_steps": 4, "data_errors": errors, "check": False}
     unbroken = blockspec.estimate_spectra(*many(), **settings)
     linearise, calls = Products.linearise, []
@@ -349,3 +351,47 @@ def test_kill_9_at_random_moments(tmp_path):
     )
     for name, spectrum in unbroken.items():
         np.testing.assert_array_equal(killed[name].nodes, spectrum.nodes)
+
+
+def killed_within_a_sweep(folder, moment, settings):
+    """Batches that the sweep has behind it which a forked estimate was in when it was killed by
+    signal 9, ``moment`` seconds after it had saved one; None where it had come to its end before.
+    """
+    held = {path: path.stat().st_mtime_ns for path in folder.glob("*-unfinished*")}
+    child = os.fork()
+    if not child:
+        blockspec.estimate_spectra(*many(), **settings, state=folder, state_every=0.0)
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
+        if any(p.stat().st_mtime_ns != held.get(p) for p in folder.glob("*-unfinished*")):
+            break
+        time.sleep(0.001)
+    else:
+        return None
+    time.sleep(moment)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    left = [state.read(path)[1] for path in folder.glob("*-unfinished.safetensors")]
+    return max((record["done"] for record in left), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("products", ["whole", "layerwise"])
+def test_kill_9_in_the_middle_of_a_sweep(tmp_path, products):
+    """KILLS=20 is the long version."""
+    settings = {"num_probes": 2, "num_steps": 4, "check": False, "products": products}
+    unbroken = blockspec.estimate_spectra(*many(), **settings)
+    moments = random.Random(products)
+    met = [
+        killed_within_a_sweep(tmp_path, moments.uniform(0.0, 0.05), settings)
+        for _ in range(int(os.environ.get("KILLS", "3")))
+    ]
+    assert any(met), "no kill met a sweep with batches behind it"
+    resumed = blockspec.estimate_spectra(*many(), **settings, state=tmp_path)
+    assert resumed.cost.gradients < unbroken.cost.gradients
+    for name, spectrum in unbroken.items():
+        np.testing.assert_array_equal(resumed[name].nodes, spectrum.nodes)
+        np.testing.assert_array_equal(resumed[name].weights, spectrum.weights)
+        assert resumed[name].trace == spectrum.trace
+    assert list(tmp_path.iterdir()) == []
