@@ -11,6 +11,7 @@ from problems import gpt2, nanogpt, problem, tokens
 from quadratics import decaying, matrix_of, objective_of
 from torch import nn
 
+import blockspec
 from blockspec import Objective, estimate_spectra, load_spectra, losses, partition
 
 
@@ -362,3 +363,66 @@ def test_an_error_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="need labels"):
         estimate(model, [{"input_ids": tokens(2, 6), "labels": tokens(2, 5)}], losses.next_token)
     assert all(module.training for module in model.modules())
+
+
+TYPES = {
+    "model": (lambda o, b: estimate_spectra(o.model, b, 1, 2), r"objective is a .*got.*Linear"),
+    "names": (
+        lambda o, b: estimate_spectra(o, ["weight"], 1, 2),
+        r"got 'weight': partition\(model",
+    ),
+    "a name": (lambda o, b: blockspec.trace(o, "weight"), r"got 'weight': partition\(model"),
+    "blocks": (lambda o, b: blockspec.dense(o, b), r"block is one Block, got.*type Blocks"),
+    "k": (lambda o, b: blockspec.top_eigenpairs(o, b[0], 1.5), r"k is a whole number, got 1\.5"),
+    "seed": (lambda o, b: blockspec.trace(o, b, seed=0.5), r"seed is a whole number, got 0\.5"),
+    "points": (lambda o, b: blockspec.landscape(o, b[0], points=2.5), r"points is a whole number"),
+    "direction": (
+        lambda o, b: blockspec.directional(o, b, o.model),
+        r"is a mapping, parameter name",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), TYPES.values(), ids=TYPES)
+def test_things_of_another_kind_are_named(call, message):
+    objective = Objective(linear(), pairs(), losses.classification)
+    with pytest.raises(TypeError, match=message):
+        call(objective, partition(objective.model))
+
+
+VALUES = {
+    "max_products": (
+        lambda o, b: blockspec.top_eigenpairs(o, b[0], max_products=0),
+        r"max_products is at least 1, got 0",
+    ),
+    "radius": (
+        lambda o, b: blockspec.landscape(o, b[0], radius=float("nan")),
+        r"radius is a positive number.*got nan",
+    ),
+    "direction": (
+        lambda o, b: blockspec.directional(o, b, {"bias": torch.full((2,), torch.nan).double()}),
+        r"direction of 'bias' holds NaN",
+    ),
+    "micro_batch": (
+        lambda o, b: Objective(o.model, pairs(), o.loss, micro_batch=1.5),
+        r"micro_batch is a whole number",
+    ),
+    "by": (lambda o, b: partition(o.model, ["matrix"]), r"by=\['matrix'\] is not one of"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), VALUES.values(), ids=VALUES)
+def test_values_that_mean_nothing_are_named(call, message):
+    objective = Objective(linear(), pairs(), losses.classification)
+    with pytest.raises(ValueError, match=message):
+        call(objective, partition(objective.model))
+
+
+def test_a_state_that_is_no_folder_is_refused_before_the_sweeps(tmp_path):
+    """A short estimate would save none, and a long one its first after hours."""
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"state is a folder.*file.*is no folder"):
+            estimate(state=folder)
+    assert len(estimate(state=tmp_path / "new" / "below")) == 2
+    assert not (tmp_path / "new").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,16 @@ class Keeper:
     _last: float = field(default_factory=time.monotonic)
     _sweep: int = 0
     _saved: int = -1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a folder that cannot be written to, before the work."""
+        if self.folder is None:
+            return
+        path = self.folder.absolute()
+        place = next(p for p in (path, *path.parents) if p.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            why = "cannot be written to" if place.is_dir() else "is no folder"
+            raise ValueError(f"state is a folder that can be written to: {place} {why}")
 
     def after_sweep(self, schedule: Schedule, *, stop: bool = False) -> bool:
         """Saves if it is time to: all processes of a group after the same sweep.

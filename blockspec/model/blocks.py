@@ -159,7 +159,7 @@ def partition(
         ValueError: Unknown ``by``, a pattern that matches nothing, blocks of one's own that overlap
             or leave a gap, an empty partition, a model without parameters that require gradients.
     """
-    if isinstance(by, str) and by not in GRANULARITIES:
+    if by not in GRANULARITIES if isinstance(by, str) else not isinstance(by, Mapping):
         raise ValueError(
             f"by={by!r} is not one of {', '.join(GRANULARITIES)}, nor a mapping "
             f"{{name: [patterns]}}"

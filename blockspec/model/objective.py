@@ -113,7 +113,7 @@ class Objective:
             )
         if batch_norm not in BATCH_NORMS:
             raise ValueError(f"batch_norm is one of {BATCH_NORMS}, got {batch_norm!r}")
-        if micro_batch is not None and micro_batch < 1:
+        if micro_batch is not None and (micro_batch < 1 or micro_batch % 1):
             raise ValueError(f"micro_batch is a whole number >= 1 or None, got {micro_batch}")
         check_model(model)
         if isinstance(batches, Iterator):

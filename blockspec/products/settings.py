@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import wraps
 from typing import Any, TypeVar
+
+from blockspec.model.blocks import Block
+from blockspec.model.objective import Objective
 
 R = TypeVar("R")
 
@@ -40,6 +44,8 @@ def takes(
         def call(*arguments: Any, **named: Any) -> R:
             _check_names(called, named, signature)
             given = signature.bind(*arguments, **named).arguments
+            for name, value in given.items():
+                given[name] = _of_its_type(name, value, str(signature.parameters[name].annotation))
             parts: dict[str, dict[str, Any]] = {name: {} for name in kinds}
             for name in [name for name in given if name in home]:
                 parts[home[name]][name] = given.pop(name)
@@ -80,6 +86,40 @@ def _check_names(function: str, named: dict[str, Any], signature: inspect.Signat
             near = difflib.get_close_matches(name, signature.parameters, n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{function}() takes no argument {name!r}{hint}")
+
+
+def _of_its_type(name: str, value: Any, annotation: str) -> Any:
+    """The argument; TypeError where another kind of thing was passed, which would fail somewhere
+    inside.
+    """
+    if name == "objective" and not isinstance(value, Objective | None):
+        raise TypeError(
+            f"objective is a blockspec.Objective, got an object of type {type(value).__name__}: "
+            "blockspec.Objective(model, batches, loss) makes one"
+        )
+    if name in ("block", "other") and not isinstance(value, Block | None):
+        raise TypeError(
+            f"{name} is one Block, got an object of type {type(value).__name__}: "
+            "blockspec.partition gives a tuple of them; take one of it, blocks[0]"
+        )
+    if name == "blocks":
+        _check_blocks(value)
+    if annotation in ("int", "int | None") and value is not None:
+        try:
+            return operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} is a whole number, got {value!r}") from None
+    return value
+
+
+def _check_blocks(value: Any) -> None:
+    held = [value] if isinstance(value, str) else value if isinstance(value, (tuple, list)) else []
+    wrong = next((item for item in held if not isinstance(item, Block)), None)
+    if wrong is not None:
+        raise TypeError(
+            f"blocks are what blockspec.partition gives, got {wrong!r}: partition(model, "
+            "include=...) gives those of some names, with * for any part of a name"
+        )
 
 
 def _documented(text: str, kinds: Any) -> str:

@@ -250,6 +250,11 @@ def restricted(
     Raises:
         ValueError: The direction has an unknown name or a wrong shape.
     """
+    if not isinstance(direction, Mapping):
+        raise TypeError(
+            "a direction is a mapping, parameter name -> tensor, got an object of type "
+            f"{type(direction).__name__}"
+        )
     whole = {}
     for name, tensor in direction.items():
         if name not in parameters:
@@ -264,6 +269,8 @@ def restricted(
                 f"the direction of {name!r} has the shape {tuple(tensor.shape)}, the parameter "
                 f"{tuple(expected)}"
             )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the direction of {name!r} holds NaN or infinite values")
         whole[name] = tensor.detach().to(parameters[name])
     held = {name for block in blocks for name in block.parameters}
     absent = {name: torch.zeros_like(parameters[name]) for name in held if name not in whole}

@@ -147,6 +147,8 @@ def top_eigenpairs(
         )
     if basis is not None and basis < k + 2:
         raise ValueError(f"basis is at least k + 2 = {k + 2} vectors, got {basis}")
+    if max_products is not None and max_products < 1:
+        raise ValueError(f"max_products is at least 1, got {max_products}")
     operator, _ = open_operator(objective, block, settings)
     dtype, device = block_dtype(operator.parameters, block), operator.device
 

@@ -115,7 +115,7 @@ def landscape(
         _check_vectors(block, vectors)
     given = length if radius is None else radius
     radii = [float(given)] * len(vectors) if isinstance(given, (int, float)) else list(given)
-    if len(radii) != len(vectors) or min(radii) <= 0:
+    if len(radii) != len(vectors) or not all(0 < r < math.inf for r in radii):
         raise ValueError(
             f"radius is a positive number, or one for each of the {len(vectors)} directions, got "
             f"{radius!r}"
