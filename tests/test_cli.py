@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -100,13 +101,19 @@ def test_help_explains_every_setting(capsys):
     ):
         assert setting in result.out
     for word in (
-        "Lanczos steps a probe",
-        "Random start vectors",
+        "Number of Lanczos steps of each probe",
+        "Number of random start vectors",
         "default: 40",
         "module:function",
         "hessian, ggn (generalised Gauss-Newton), fisher",
     ):
         assert word in " ".join(result.out.split())
+
+
+@pytest.mark.parametrize("command", ["run", "blocks", "sensitivity"])
+def test_help_is_plain_text_without_the_marks_of_docstrings(command):
+    words = invoke(command, "--help").out
+    assert not re.findall(r"``|:(?:mod|func|class|meth):", words)
 
 
 def test_help_names_the_commands():

@@ -3,6 +3,7 @@ trained model.
 """
 
 import copy
+from collections import Counter
 from functools import cache
 
 import dense_truth
@@ -14,6 +15,7 @@ from problems import Problem, gpt2, problem, tokens
 from quadratics import decaying, matrix_of, objective_of, spectra_of
 
 from blockspec import Objective, draw_probe, estimate_spectra, losses, partition
+from blockspec.engine.estimate import plan_spectra
 
 NAME = "weights.a"
 
@@ -421,6 +423,35 @@ def test_all_blocks_share_one_pass_over_the_batches():
     assert spectra.cost.products == 4 * 2 * 3 * len(blocks)
     # one whose memory is foreseen, twice for determinism, three gradients of a copy
     assert len(calls) <= 4 * 2 + 6
+
+
+def test_an_estimate_checks_once_and_walks_over_the_modules_once_a_preparation(monkeypatch):
+    """One preparation for the check, one to foresee memory, one a sweep; a plan makes the same
+    check, and measures in two. The guard walks by itself: for its copy, and for its memory.
+    """
+    it = gpt2()
+    calls = Counter()
+
+    def counted(owner, name, whose):
+        original = getattr(owner, name)
+
+        def call(self, *given, **named):
+            calls[name] += self is whose
+            return original(self, *given, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    objective = it.objective()
+    counted(Objective, "prepared", objective)
+    counted(Objective, "check", objective)
+    counted(torch.nn.Module, "modules", it.model)
+    blocks = partition(it.model, "layer")
+    calls.clear()
+    estimate_spectra(objective, blocks, num_probes=2, num_steps=3)
+    assert calls == {"check": 1, "prepared": 2 + 3, "modules": 2 + 3 + 2}
+    calls.clear()
+    plan_spectra(objective, blocks, num_probes=2, num_steps=3)
+    assert calls == {"check": 1, "prepared": 1 + 2, "modules": 1 + 2 + 1}
 
 
 def test_parameters_outside_the_blocks_cost_no_gradient():

@@ -28,12 +28,13 @@ class EstimateSettings(OperatorSettings):
     """What the numbers of an estimate depend on.
 
     Args:
-        num_probes: Random start vectors of each block, or auto: as many as the tolerance needs for
-            the block (a large block needs one). The error of a mean falls with the square root of
-            their number.
-        num_steps: Lanczos steps a probe, or auto: per block, until its spectrum stands still. A
-            block with at most so many parameters is done exactly: all of its eigenvalues. With
-            auto, so is every block for which that is cheaper.
+        num_probes: Number of random start vectors of each block. With auto, each block gets as many
+            as the tolerance needs; a large block needs one. The error of a mean falls with the
+            square root of their number.
+        num_steps: Number of Lanczos steps of each probe. With auto, a block takes steps until its
+            spectrum no longer changes by more than the tolerance allows. A block with at most as
+            many parameters as steps is done exactly: the result has all of its eigenvalues. With
+            auto, a block is done exactly wherever that is cheaper.
         tolerance: Wasserstein-1 distance that is allowed between the estimated and the true
             spectrum, relative to the block's spectral norm. It is used where num_probes or
             num_steps is auto, and held in at least 95 % of seeds.
@@ -47,16 +48,18 @@ class EstimateSettings(OperatorSettings):
             out, they have the type of the parameters.
         basis_device: Device where the Krylov vectors are kept, for example cpu. If left out, they
             are kept beside the parameters.
-        precision: tf32 or bfloat16 products are faster on GPUs that have them. The error that they
-            cause is measured with two more products a block (eight for small ones), and is a part
-            of the stated error. If left out, products have the precision of the parameters.
-        data: all takes all of the data; auto takes as many units of it, drawn at random, as each
-            block needs, so that the total error (steps, probes and data) is within the tolerance.
-            It goes with num_probes and num_steps auto.
-        data_errors: Measure also how far the numbers of the population that the batches are drawn
-            from may lie, see :mod:`blockspec.spectra.data`. No product more is needed. The units
+        precision: Precision of the products: tf32 or bfloat16, which are faster on GPUs that have
+            them. The error that they cause is measured with two more products a block (eight for a
+            small one), and is a part of the stated error. If left out, products have the precision
+            of the parameters.
+        data: How much of the data is used. all takes all of it. auto takes, for each block, as many
+            units of the data (micro-batches, drawn at random) as the block needs, so that the total
+            error of steps, probes and data is within the tolerance. It goes with num_probes and
+            num_steps auto.
+        data_errors: Measure the errors of the data too: how far the numbers may lie from those of
+            the population that the batches are drawn from. This needs no further product. The units
             are the micro-batches as they go through the model; they must have been drawn
-            independently.
+            independently. blockspec.spectra.data explains it.
     """
 
     num_probes: int | Literal["auto"] = 4
@@ -112,9 +115,9 @@ class Execution:
     """What an estimate may take; its numbers depend on this by rounding alone.
 
     Args:
-        memory: What the estimate may take: bytes, a share of the device (0.8) or a size (20GiB).
-            The micro-batch and the number of recurrences under way at once are chosen to fit. No
-            bound is kept if left out.
+        memory: Memory that the estimate may take: a number of bytes, a share of the device (0.8) or
+            a size (20GiB). The micro-batch and the number of recurrences under way at once are
+            chosen to fit. If left out, no bound is kept.
         columns: With several processes: into how many groups the blocks are dealt. The processes of
             one group split the batches. If left out, blocks are dealt where there are many, and
             batches are split otherwise.

@@ -27,12 +27,12 @@ class OperatorSettings:
 
     Args:
         curvature: Which matrix: hessian, ggn (generalised Gauss-Newton), fisher (empirical Fisher),
-            or residual (hessian less ggn). In Python it may also be an operator of your own, see
-            blockspec.products.operators.
-        check: Compare a product with central differences of the gradient first, which costs three
-            gradients of one batch and finds functions whose second derivative is silently wrong;
-            see :mod:`blockspec.products.guard`. What came out is ``cost.check`` of the result, also
-            where it was left out.
+            or residual (the difference hessian - ggn). In Python it may also be an operator of your
+            own, see blockspec.products.operators.
+        check: Compare one product with central differences of the gradient first. This costs three
+            gradients of one batch, and finds functions whose second derivative is silently wrong
+            (blockspec.products.guard explains it). The result tells in cost.check what was found,
+            or that nothing was compared.
         precondition: Measure P^(-1/2) H P^(-1/2), the curvature that an optimizer sees, instead of
             H. Give a file or a folder with the optimizer's state, such as optimizer.pt; in Python
             it may also be a blockspec.Preconditioner. If left out, H itself is measured.

@@ -108,10 +108,10 @@ COMMANDS = {
     "run": "estimate spectra and leave a run folder; a second call does what is not done yet",
     "plan": "print what a run would cost: products, gradients, operations, time, peak memory",
     "blocks": "list the blocks of a model before anything is computed: name, kind, layer, size",
-    "plot": "draw the figures of a run anew; needs no model",
+    "plot": "draw the figures of a run anew; this needs no model",
     "show": "print what a run found",
     "report": "write a run, or several side by side, as one page of HTML to explore and to send",
-    "compare": "set runs side by side: heterogeneity and spectra",
+    "compare": "compare runs: one table and one figure of their heterogeneity and spectra",
     "sensitivity": "measure which matrices survive few bits, and deal bits out under a budget",
 }
 
@@ -198,7 +198,11 @@ def _add_settings(command: ArgumentParser, name: str) -> None:
     elif name == "report":
         command.add_argument("folders", type=Path, nargs="+", help="folders of runs")
         command.add_argument(
-            "-o", "--out", type=Path, default=Path("report.html"), help="the page; needs plotly"
+            "-o",
+            "--out",
+            type=Path,
+            default=Path("report.html"),
+            help="the file that is written; this needs plotly",
         )
     elif name == "compare":
         command.add_argument("folders", type=Path, nargs="+", help="folders of runs")

@@ -33,9 +33,10 @@ class ListingSettings:
         include: Keep the blocks whose names match one of these patterns, such as *attn*weight*. If
             left out, every block is kept.
         exclude: Leave out the blocks whose names match one of these patterns. If left out, none is.
-        names: What the parts of your model are called, kind to endings of names, for example
-            '{"query": ["attn.my_q"]}'. They come before the names that are known.
-        format: A table to read, or csv or json for a program.
+        names: What the parts of your model are called: a mapping from a kind of block to endings of
+            parameter names, for example '{"query": ["attn.my_q"]}'. It is asked before the names
+            that blockspec knows. If left out, the known names decide.
+        format: How the list is printed: as a table to read, or as csv or json for a program.
     """
 
     model: str

@@ -24,20 +24,23 @@ class SensitivitySettings:
     Args:
         model: A factory module:function that returns (model, batches, loss), or a Hugging Face name
             or folder.
-        model_args: Keyword arguments of the factory.
-        by: The matrices: blocks by tensor or by matrix, in which fused query-key-value tensors are
-            cut.
-        bits: Bit widths of a weight, separated by commas.
-        group: Weights of a row that share one scale; one scale an output if left out.
-        symmetric: Whether the levels lie around zero; if false, between the smallest and the
-            largest weight.
-        budgets: Mean bits a weight for which bits are dealt out, separated by commas; all widths if
-            left out.
-        num_probes: Random vectors for the traces that the rankings are compared with.
-        seed: Of all random vectors.
-        curvature: hessian, ggn, fisher or residual.
-        device: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.
-        dtype: Convert the model to this dtype first, e.g. float64; as loaded if left out.
+        model_args: Keyword arguments of the factory. Set one of them by --model_args.NAME value.
+        by: How parameters are cut into the matrices that are quantised: by tensor, or by matrix,
+            which also cuts fused query-key-value tensors into three.
+        bits: Numbers of bits of a weight that are tried, separated by commas.
+        group: Number of weights of an output that share one scale. If left out, all weights of an
+            output share one.
+        symmetric: Whether the levels lie symmetrically around zero. If false, they lie between the
+            smallest and the largest weight of a group.
+        budgets: Mean numbers of bits a weight for which bits are dealt out, separated by commas. If
+            left out, they are those of bits.
+        num_probes: Number of random vectors for the traces that the rankings are compared with.
+        seed: Seed of all random vectors, a whole number.
+        curvature: Which matrix: hessian, ggn, fisher or residual.
+        device: Where the work is done: cpu, cuda, cuda:1 and so on. With auto, a GPU is taken if
+            there is one.
+        dtype: Convert the model to this dtype first, for example float64. If left out, the model
+            stays as it was loaded.
     """
 
     model: str

@@ -25,9 +25,9 @@ class BlockSettings:
             left out, every block is kept.
         exclude: Leave out the blocks whose names match one of these patterns. If left out, none is.
         full: Measure the full matrix too, as a block that is named model.
-        names: What the parts of your model are called, kind to endings of names, for example
-            '{"query": ["attn.my_q"], "mlp_in": ["ff.first"]}'. They come before the names that are
-            known. If left out, the known ones decide.
+        names: What the parts of your model are called: a mapping from a kind of block to endings of
+            parameter names, for example '{"query": ["attn.my_q"], "mlp_in": ["ff.first"]}'. It is
+            asked before the names that blockspec knows. If left out, the known names decide.
     """
 
     by: str | dict[str, str | list[str]] = "matrix"
