@@ -104,6 +104,12 @@ def test_many_probes_of_many_steps_draw_no_waves_on_a_semicircle():
         assert peaks(found.density(grid)) == 1
 
 
+def test_few_steps_draw_no_waves_on_a_flat_bulk_of_very_many_eigenvalues():
+    """There is no noise of probes to test against."""
+    for found in spectra(KNOWN["uniform"], 100_000, "1,10", 8):
+        assert peaks(found.density(found.grid())) == 1
+
+
 def test_a_peak_is_flattened_where_it_may_be_noise_and_nowhere_else():
     """Two equal bumps of given noise; all of the mass stays."""
     nodes, weights, widths = np.array([0.0, 1.0]), np.array([0.6, 0.4]), np.full(2, 0.35)
@@ -127,7 +133,7 @@ def test_a_resolved_eigenvalue_is_drawn_however_little_weight_it_has():
     nodes, residuals = np.array([0.0, 1.0]), np.array([0.0, 1e-3])
     assert uncertain(nodes, np.array([0.9, 0.1]), residuals, 0.5, 10).tolist() == [0, 0]
     unsure = uncertain(nodes, np.array([0.9, 0.1]), 100 * residuals, 0.5, 10)
-    np.testing.assert_allclose(unsure, [0, 2 * 0.1 / 10])
+    np.testing.assert_allclose(unsure, [0, 2 * 0.1 / 10 + 0.01**2])
 
 
 @pytest.mark.parametrize(

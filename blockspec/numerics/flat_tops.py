@@ -25,6 +25,7 @@ from blockspec.numerics.density import WIDTH, mixture
 
 CLEAR = 2.5  # standard errors
 LEAST_RISE = 1e-3  # of a peak's height: rounding, and no rise that an eye sees
+UNRESOLVED = 0.1  # of its share: as closely as that of a node is known that has not converged
 RESOLVED = 0.1  # residual, of the width of a node that stands for one eigenvalue
 POINTS = 800  # where the curve is looked at, even on the scale asinh(x / linear)
 REACH = 5.0  # widths beyond the nodes
@@ -33,9 +34,13 @@ REACH = 5.0  # widths beyond the nodes
 def uncertain(
     nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, linear: float, numel: float
 ) -> np.ndarray:
-    """The variances of weights, of the same shape; 0 where an eigenvalue is resolved."""
+    """The variances of weights, of the same shape; 0 where an eigenvalue is resolved.
+
+    A node that has not converged stands for all eigenvalues up to its neighbours. Few of them make
+    waves on a flat bulk, near its ends, without any noise.
+    """
     resolved = residuals <= RESOLVED * WIDTH * np.hypot(nodes, linear)
-    return np.where(resolved, 0.0, 2 * weights / numel)
+    return np.where(resolved, 0.0, 2 * weights / numel + (UNRESOLVED * weights) ** 2)
 
 
 def flat_tops(
