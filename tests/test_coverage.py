@@ -65,8 +65,29 @@ def test_one_repeated_eigenvalue_over_a_narrow_bulk(copies, probes):
 
 def test_a_node_of_next_to_no_weight_makes_no_noise():
     """Draws of its weight are 0, most often, and have no spread to measure distances in."""
-    seen = noisy(np.array([0.0, 1.0]), np.array([1.0, 1e-9]), np.full(2, 0.1), 100, 1)
+    seen = noisy(np.array([0.0, 1.0]), np.array([1.0, 1e-9]), np.full(2, 0.6), 100, 1)
     assert 0 < seen.noise(1) < 1e-3
+
+
+def test_an_eigenvalue_that_a_probe_hardly_sees_makes_the_noise_that_it_has():
+    """Apart from the other node by its residual, there is one, and its weight is 1 / 100."""
+    of = (np.array([0.0, 1.0]), np.full(2, 0.1), 100, 1)
+    hardly, well = (noisy(of[0], np.array([1 - w, w]), *of[1:]).noise(1) for w in (1e-9, 1 / 100))
+    assert hardly == pytest.approx(well, rel=1e-2)
+    assert hardly > 0.02  # what 95 % of chi-square variables keep is 0.028
+
+
+def test_one_step_makes_the_noise_of_a_mean():
+    """Of 95 %: two standard deviations of the mean, of which the residual tells."""
+    seen = noisy(np.array([1.0]), np.array([1.0]), np.array([0.3]), 1000, 1)
+    assert seen.noise(1) == pytest.approx(2 * 0.3 * np.sqrt(2 / 1000), rel=0.2)
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 0.05])
+def test_short_estimates_hold_their_error(tolerance):
+    """One probe of a few steps stops where its own noise happens to look small."""
+    cell = covered("power law 2", 40, f"auto {tolerance:g}", 60)
+    assert cell["within the error"] >= LEAST
 
 
 def test_the_fast_way_to_tridiagonal_matrices_is_the_engine_s():

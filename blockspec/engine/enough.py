@@ -33,10 +33,10 @@ FIRST = 16  # units of the first round: enough to know their spread to a fifth
 ESTIMATES_SHARE = math.sqrt(3 / 5)  # of the tolerance
 SPARE = 1.1  # times the units that were foretold: half of the foretold numbers are too small
 LEAST = 1.25  # times the units of the round before, so that few rounds follow
+MOST = 4.0  # times them: from few, up to ten times the units were foretold that were needed
 FINENESS = 2**0.25  # between two numbers of units that rounds have
 
-DOUBT = 2.0  # units: from few, the error of the data is often found too small
-FORESEEN = 1.02  # between two numbers of units that are tried when it is foreseen how many will do
+FORESEEN = 1.02  # how closely it is foreseen how many units will do
 SURE = 0.75  # that the population's norm is above what is taken for it
 MOST_ABOVE = 3.0  # times the population's norm: what the norm of few data is taken to be at most
 COUNTED = ("gradients", "products")
@@ -136,7 +136,7 @@ def _still_needed(
         latest = found[name]
         needed = latest.needed(tolerance)
         if needed > latest.taken and latest.taken < available:
-            aim = max(SPARE * needed, LEAST * latest.taken)
+            aim = min(max(SPARE * needed, LEAST * latest.taken), MOST * latest.taken)
             steps = math.ceil(math.log(aim / FIRST, FINENESS))
             asked[name] = min(available, round(FIRST * FINENESS**steps))
     return asked
@@ -146,29 +146,30 @@ def units_needed(spectrum: Spectrum, tolerance: float) -> int:
     """How many units of data, of those that the spectrum is of, bring its total error within the
     tolerance, relative to the norm of the population.
 
-    The error of the data falls like one over the root of their number. The error of the estimate is
-    given at least what :data:`ESTIMATES_SHARE` leaves to the data.
+    The error of the estimate is given at least what :data:`ESTIMATES_SHARE` leaves to the data.
     """
-    data = spectrum.data_error
-    if data is None:
+    if spectrum.data_error is None:
         raise ValueError(
             f"block {spectrum.block.name!r}: the error of its data is not known "
             f"({spectrum.units} units)"
         )
-    if spectrum.is_zero:
+    if spectrum.is_zero or _is_within(spectrum, tolerance, 1.0):
         return spectrum.units
-    units = float(spectrum.units)
-    while not _is_within(spectrum, data, tolerance, units):
-        units = max(units * FORESEEN, units + 1)
-    return math.ceil(units)
+    low, high = 1.0, 2.0
+    while not _is_within(spectrum, tolerance, high):
+        low, high = high, 2 * high
+    while high > low * FORESEEN and (high - low) * spectrum.units > 1:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if _is_within(spectrum, tolerance, middle) else (middle, high)
+    return math.ceil(spectrum.units * high)
 
 
-def _is_within(spectrum: Spectrum, data: float, tolerance: float, units: float) -> bool:
-    """Whether so many units would do, by what is known from those of the spectrum."""
-    share = spectrum.units / units
-    allowed = tolerance * _least_norm(spectrum, share)
-    own = spectrum.error if share == 1 else min(spectrum.error, ESTIMATES_SHARE * allowed)
-    return math.hypot(own, data * (1 + DOUBT / units) * math.sqrt(share)) <= allowed
+def _is_within(spectrum: Spectrum, tolerance: float, growth: float) -> bool:
+    """Whether so many times the units would do, by what is known from those of the spectrum."""
+    allowed = tolerance * _least_norm(spectrum, 1 / growth)
+    own = spectrum.error if growth == 1 else min(spectrum.error, ESTIMATES_SHARE * allowed)
+    data = spectrum.foretold_data_error(growth)
+    return data is not None and math.hypot(own, data) <= allowed
 
 
 def _least_norm(spectrum: Spectrum, share: float) -> float:

@@ -45,3 +45,15 @@ def jackknife_errors(values: np.ndarray, left_out: np.ndarray) -> np.ndarray:
     if rest + 1 < FEWEST_UNITS:
         return np.full(np.shape(values), np.nan)
     return np.hypot(np.sqrt(rest * left_out.var(0)), rest * (left_out.mean(0) - values))
+
+
+def shift_by_skewness(moves: np.ndarray, student: float) -> float:
+    """By how many standard errors the end of an interval lies further out on the side of a heavy
+    tail (Johnson 1978); negative where that is the lower side.
+
+    Args:
+        moves: (n,) by what each group moves a number, of mean zero and not all zero.
+        student: Quantile of Student's t with n - 1 degrees of freedom.
+    """
+    skewness = float((moves**3).mean() / (moves**2).mean() ** 1.5)
+    return skewness * (2 * student**2 + 1) / (6 * math.sqrt(len(moves)))

@@ -38,7 +38,6 @@ FARTHEST = 26.0
 PLACES = 128  # that the nodes are put into before drawing, so that it takes 2 ms at most
 
 NOTHING = np.empty(0)
-TINY = 1e-15  # what rounding leaves of a difference of shares
 
 CERTAIN = 1e-3  # residual of an eigenvalue, relative to the norm
 # how far two probes' values of one eigenvalue may be apart, relative to the norm: roundings of
@@ -78,18 +77,9 @@ class Noisy:
         distances = np.abs(np.cumsum(drawn - self.weights, axis=1)[:, :-1]) @ gaps
         spreads = _spread(np.maximum(drawn, self.least), gaps)
         own = distances / np.maximum(spreads, np.finfo(float).tiny)
-        hidden = self._hides() * HIDDEN / (self.numel * probes)
+        hidden = HIDDEN / (self.numel * probes)
         far = min(float(np.quantile(own, LEVEL)), FARTHEST)
         return far * float(_spread(self.weights, gaps, hidden))
-
-    def _hides(self) -> np.ndarray:
-        """(n - 1,) whether there are eigenvalues that are certain on the lighter side of each gap.
-
-        They may be repeated ones, of which the probes have seen little by chance: such a measure
-        foresees the noise of single ones.
-        """
-        below, certain = np.cumsum(self.weights)[:-1], np.cumsum(self.least)
-        return np.where(below < 0.5, certain[:-1], certain[-1] - certain[:-1]) > TINY
 
     def merged(self) -> Noisy:
         """The same in at most ``PLACES`` places: nodes between which little of the noise arises are
@@ -110,8 +100,10 @@ def noisy(
 ) -> Noisy:
     """What ``probes`` probes have seen.
 
-    An eigenvalue that is certain has the weight 1 / P at least, however little of it they have
-    seen; nodes that are equal within their residuals are the same eigenvalue.
+    Within its residual of a node there is an eigenvalue, which has the weight 1 / P at least,
+    however little of it they have seen. Nodes whose reaches meet may share one; a node that is
+    certain has one to itself, but for nodes that are equal to it. A single node is the mean of what
+    lies around it, and its residual the standard deviation of that; so it stands for two places.
 
     Args:
         nodes, weights, residuals: Of all probes, of any shape.
@@ -122,13 +114,23 @@ def noisy(
     nodes, weights, residuals = (a.ravel()[order] for a in (nodes, weights, residuals))
     weights = weights / weights.sum()
     norm = np.abs(nodes).max(initial=0)
-    certain = residuals <= CERTAIN * norm
+    if len(nodes) == 1 and residuals[0] > CERTAIN * norm:
+        nodes, weights = nodes + residuals * (-1, 1), np.full(2, 0.5)
+        residuals = np.repeat(residuals, 2)
     reach = residuals + SAME / 2 * norm
+    certain = residuals <= CERTAIN * norm
+    farthest = np.maximum.accumulate(nodes + reach)
+    apart = nodes[1:] - reach[1:] > farthest[:-1]
     same = (np.diff(nodes) <= reach[1:] + reach[:-1]) & certain[1:] & certain[:-1]
-    group = np.concatenate([[0], np.cumsum(~same)])
-    least = np.where(certain, weights / np.bincount(group, weights)[group] / numel, 0.0)
+    least = np.maximum(_shared(weights, apart), certain * _shared(weights, ~same)) / numel
     likely = np.maximum(weights, least)
     return Noisy(nodes, likely / likely.sum(), least / likely.sum(), numel).merged()
+
+
+def _shared(weights: np.ndarray, apart: np.ndarray) -> np.ndarray:
+    """(n,) what each node has of one, which those share that are not apart (n - 1,)."""
+    group = np.concatenate([[0], np.cumsum(apart)])
+    return weights / np.bincount(group, weights)[group]
 
 
 def _spread(weights: np.ndarray, gaps: np.ndarray, more: np.ndarray | float = 0.0) -> np.ndarray:

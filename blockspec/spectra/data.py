@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from blockspec.numerics.jackknife import FEWEST_UNITS
+from blockspec.numerics.jackknife import FEWEST_UNITS, MOST_GROUPS, shift_by_skewness
 
 DRAWS = 400  # of random combinations: the level that is found is then 0.95 +- 0.011
 LEVEL = 0.95
@@ -56,24 +56,43 @@ class Sample:
         """Whether there are enough groups for an error."""
         return len(self) >= FEWEST_UNITS
 
-    def distance(self, nodes: np.ndarray, weights: np.ndarray) -> float | None:
+    def distance(
+        self, nodes: np.ndarray, weights: np.ndarray, *, slow: bool = False, growth: float = 1.0
+    ) -> float | None:
         """The spectrum of the population is within this Wasserstein-1 distance of that of the
         sample, in 95 % of samples; None where there are too few groups.
 
         Args:
             nodes: (K, M) of the spectrum.
             weights: (K, M); each row sums to 1.
+            slow: There are fewer units than eigenvalues. Then the bias may fall like one over the
+                root of their number, not like one over it, and what leaving one out shows is half.
+            growth: What it is expected to be with so many times the units.
         """
         if not self.known:
             return None
         count = len(self)
         found = _moved_mass(self, nodes, weights)
         centred = found - found.mean(0)
-        bias = (count - 1) * found.mean(0)
-        few = float(stdtrit(count - 1, (1 + LEVEL) / 2) / ndtri((1 + LEVEL) / 2))
+        bias = (2 / math.sqrt(growth) if slow else 1 / growth) * (count - 1) * found.mean(0)
+        later = max(count, min(count * growth, MOST_GROUPS))
+        student = float(stdtrit(later - 1, (1 + LEVEL) / 2))
+        few = student + _shift(centred, student) / math.sqrt(growth)
         drawn = np.random.default_rng(0).standard_normal((DRAWS, count))
-        moved = math.sqrt((count - 1) / count) * few * drawn @ centred
-        return float(np.quantile(np.abs(moved + bias).sum(1), LEVEL))
+        scale = math.sqrt((count - 1) / (count * growth)) * few / float(ndtri((1 + LEVEL) / 2))
+        return float(np.quantile(np.abs(scale * drawn @ centred + bias).sum(1), LEVEL))
+
+
+def _shift(centred: np.ndarray, student: float) -> float:
+    """By how many standard errors a heavy tail of the units moves the end on its side out (Johnson
+    1978), in the direction in which they differ the most.
+
+    Args:
+        centred: (n, cells) by what each group moves the spectrum, of mean zero.
+        student: Quantile of Student's t.
+    """
+    values, directions = np.linalg.eigh(centred @ centred.T)
+    return abs(shift_by_skewness(directions[:, -1], student)) if values[-1] > 0 else 0.0
 
 
 def told_of_units(units: set[int]) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy.special import gammaincinv, stdtrit
 
-from blockspec.numerics.jackknife import FEWEST_UNITS, MOST_GROUPS
+from blockspec.numerics.jackknife import FEWEST_UNITS, MOST_GROUPS, shift_by_skewness
 
 if TYPE_CHECKING:
     from blockspec.spectra.spectrum import Estimate, Spectrum
@@ -120,9 +120,8 @@ def of_data(value: float, left_out: np.ndarray, confidence: float) -> Reach:
     stderr = math.sqrt((count - 1) * float((moves**2).mean()))
     if stderr == 0:
         return Reach(0.0, 0.0)
-    skewness = float((moves**3).mean() / (moves**2).mean() ** 1.5)
     student = float(stdtrit(count - 1, (1 + confidence) / 2))
-    moved = skewness * (2 * student**2 + 1) / (6 * math.sqrt(count))
+    moved = shift_by_skewness(moves, student)
     # where the number grows when units are left out, it is too large
     bias = (count - 1) * (float(left_out.mean()) - value)
     return Reach(

@@ -239,7 +239,14 @@ class Spectrum:
         distance of that of the data, with 95 % confidence; None where there are fewer than 8 units
         of data, or they were not told apart.
         """
-        return None if self.sample is None else self.sample.distance(self.nodes, self.weights)
+        return self.foretold_data_error(1.0)
+
+    def foretold_data_error(self, growth: float) -> float | None:
+        """What :attr:`data_error` is expected to be with so many times the units."""
+        if self.sample is None:
+            return None
+        slow = self.units < self.block.numel
+        return self.sample.distance(self.nodes, self.weights, slow=slow, growth=growth)
 
     @property
     def total_error(self) -> float | None:
