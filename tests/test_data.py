@@ -9,6 +9,7 @@ import torch
 from models import tiny_gpt2
 from populations import SampledOperator, population
 from problems import tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import blockspec
 import blockspec.spectra.heterogeneity
@@ -97,12 +98,37 @@ def objective(count=10, micro_batch=None, dtype=torch.float32):
     )
 
 
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
 CHOSEN = "*mlp.c_fc.weight"
 
 
 def estimated(objective, **settings):
     blocks = blockspec.partition(objective.model, "matrix", include=(CHOSEN, "*c_fc.bias"))
     return blockspec.estimate_spectra(objective, blocks, **{"num_steps": 5} | settings)
+
+
+def test_nothing_is_spent_where_errors_of_the_data_are_not_wanted_or_cannot_be_known(monkeypatch):
+    def operations(**settings):
+        with Operations() as counted:
+            estimated(objective(), check=False, **settings)
+        return counted.count
+
+    operations()  # what is prepared once
+    whole = operations(data_errors=False)
+    assert operations() <= 1.03 * whole  # its batch is one unit
+    monkeypatch.setattr("blockspec.engine.estimate.Sampling", None)  # keeps what units have
+    estimated(objective(micro_batch=1), data_errors=False)
+    with pytest.raises(TypeError):
+        estimated(objective(micro_batch=1))
 
 
 @pytest.mark.parametrize("settings", [{}, ADAPTIVE | {"tolerance": 0.3}])

@@ -40,6 +40,17 @@ def nodes(model, batches, **settings):
     return np.concatenate([s.nodes.ravel() for s in found.values()])
 
 
+def enough(model):
+    """Units, errors and norms of blocks with just enough data."""
+    generator = torch.Generator().manual_seed(4)
+    batches = [{"input_ids": torch.randint(13, (1, 5), generator=generator)} for _ in range(24)]
+    objective = blockspec.Objective(model, batches, blockspec.losses.next_token)
+    blocks = blockspec.partition(model, include=["*h.1*/key", "*ln_f.bias"])
+    settings = {"num_probes": "auto", "num_steps": "auto", "tolerance": 0.2, "data": "auto"}
+    found = blockspec.estimate_spectra(objective, blocks, check=False, **settings)
+    return np.array([[s.units, s.error, s.data_error, s.norm] for s in found.values()])
+
+
 def along_a_direction(objective):
     """Gradient, couplings and the real change of a move by known tensors, and a critical step."""
     blocks = blockspec.partition(objective.model, "layer")
@@ -102,6 +113,7 @@ def process(rank, folder, world):
     objective = blockspec.Objective(model, uneven, blockspec.losses.next_token, sharded=True)
     np.save(f"{folder}/along{rank}.npy", along_a_direction(objective))
     np.save(f"{folder}/uneven{rank}.npy", nodes(model, uneven, sharded=True))
+    np.save(f"{folder}/enough{rank}.npy", enough(model))
     *held, numbers = bytes_held(spread, many()[rank::world], sharded=True)
     np.save(f"{folder}/numbers{rank}.npy", numbers)
     Path(folder, f"{rank}.json").write_text(json.dumps(held))
@@ -125,11 +137,14 @@ def test_a_model_under_fully_shard_gives_the_numbers_of_one_process(tmp_path, wo
     objective = blockspec.Objective(model, batches, blockspec.losses.next_token)
     along = along_a_direction(objective)
     uneven = nodes(model, batches)
+    units = enough(model)
     for rank in range(world):
         found = np.load(tmp_path / f"uneven{rank}.npy")
         np.testing.assert_allclose(found, uneven, rtol=1e-8, atol=1e-10 * abs(uneven).max())
         found = np.load(tmp_path / f"along{rank}.npy")
         np.testing.assert_allclose(found, along, rtol=1e-8, atol=1e-10 * abs(along[:-4]).max())
+        found = np.load(tmp_path / f"enough{rank}.npy")
+        np.testing.assert_allclose(found, units, rtol=1e-6)
     weights, vectors, numbers = bytes_held(lambda whole: whole, many())
     for rank in range(world):
         assert told[rank][0] <= (1 / world + 0.05) * weights, (told, weights)

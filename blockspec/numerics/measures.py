@@ -14,8 +14,7 @@ wide bulk (little more than the mean) or one outlier (a chi-square variable with
 freedom).
 
 One thing the measure cannot foresee: that an eigenvalue which looks like a single one is a repeated
-one, of which the probes saw little. So a few times 1 / P are added to the variance beside
-eigenvalues that are certain (``HIDDEN``).
+one, of which the probes saw little. So a few times 1 / P are added to the variance (``HIDDEN``).
 """
 
 from __future__ import annotations
