@@ -45,7 +45,7 @@ def enough(model):
     generator = torch.Generator().manual_seed(4)
     batches = [{"input_ids": torch.randint(13, (1, 5), generator=generator)} for _ in range(24)]
     objective = blockspec.Objective(model, batches, blockspec.losses.next_token)
-    blocks = blockspec.partition(model, include=["*h.1*/key", "*ln_f.bias"])
+    blocks = blockspec.partition(model, include=["*h.1*weight/key", "*ln_f.bias"])
     settings = {"num_probes": "auto", "num_steps": "auto", "tolerance": 0.2, "data": "auto"}
     found = blockspec.estimate_spectra(objective, blocks, check=False, **settings)
     return np.array([[s.units, s.error, s.data_error, s.norm] for s in found.values()])
