@@ -182,6 +182,8 @@ def undocumented_way(node):
         names = {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
     else:
         names = {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
+        begin = [part.args for part in node.body if getattr(part, "name", "") == "__init__"]
+        names |= {argument.arg for args in begin for argument in [*args.args, *args.kwonlyargs]}
     lines = (ast.get_docstring(node) or "").splitlines()
     return [line for line in lines if line.split(":")[0] in names and ": " in line]
 

@@ -50,36 +50,38 @@ T = TypeVar("T")
 class Objective:
     """``mean over all loss terms of all batches`` as a function of the parameters of ``model``.
 
-    model: left as it was found by everything here: training flags, gradients, attention
-        implementation, buffers.
-    batches: a finite list (or anything that can be iterated again and again, in the same order and
-        with the same content, like an unshuffled DataLoader) of what the loss understands. An
-        iterator is read into a list. Batches are moved to the model's device one at a time, their
-        numbers to its dtype (floating point, where it has one alone).
-    loss: ``loss(model, batch) -> (sum of the loss terms, number of terms)``, see
-        :mod:`blockspec.losses`. For the curvatures ``ggn`` and ``fisher`` it has to be a
-        :class:`blockspec.losses.Loss`, which says where to split.
-    micro_batch: examples that go through the model at once; None: a batch as it comes. Changes
-        memory, not the numbers (but for rounding). Tensors of a batch that carry examples are cut
-        along their first dimension; which ones do is tried on a few examples of each batch, see
-        :mod:`blockspec.model.examples`. Where no cut leaves the loss as it was, it is refused.
-    batch_norm: ``"eval"`` (running statistics, as at inference) or ``"train"`` (statistics of the
-        batch, differentiated through; then the objective depends on how the data is cut into
-        batches). Running statistics are untouched.
-    replacements: False: every module's own functions are differentiated, and the loss's cross
-        entropies are PyTorch's. True: activations, convolutions, batch norms, cross entropies and
-        language-model heads stand in for them whose second derivatives are cheaper. They are the
-        same functions; this argument is there to check that. Attention, weight norm and checkpoints
-        that PyTorch cannot differentiate twice are replaced in both cases.
-    sharded: with several processes, each of them holds batches of its own, as a
-        ``DistributedSampler`` gives them, and the objective is the mean over the loss terms of all
-        of them. Else all processes must hold the same batches, which are then dealt out. (A
-        ``DistributedSampler`` without ``drop_last`` repeats examples, so that all processes have
-        equally many.)
-    device, dtype: where, and in which floating point type, the model computes, where its weights
-        are to stay as they are: on the CPU, or mapped from files
-        (:func:`blockspec.model.weights.map_weights`). A layer at a time is brought over; products
-        are then made a layer at a time too. None: the model computes where it lies.
+    Args:
+        model: Everything here leaves it as it was found: training flags, gradients, attention
+            implementation, buffers.
+        batches: A finite list (or anything that can be iterated again and again, in the same order
+            and with the same content, like an unshuffled DataLoader) of what the loss understands.
+            An iterator is read into a list. Batches are moved to the model's device one at a time,
+            their numbers to its dtype (floating point, where it has one alone).
+        loss: ``loss(model, batch) -> (sum of the loss terms, number of terms)``, see
+            :mod:`blockspec.losses`. For the curvatures ``ggn`` and ``fisher`` it has to be a
+            :class:`blockspec.losses.Loss`, which says where to split.
+        micro_batch: Examples that go through the model at once; None: a batch as it comes. Changes
+            memory, not the numbers (but for rounding). Tensors of a batch that carry examples are
+            cut along their first dimension; which ones do is tried on a few examples of each batch,
+            see :mod:`blockspec.model.examples`. Where no cut leaves the loss as it was, it is
+            refused.
+        batch_norm: ``"eval"`` (running statistics, as at inference) or ``"train"`` (statistics of
+            the batch, differentiated through; then the objective depends on how the data is cut
+            into batches). Running statistics are untouched.
+        replacements: False: every module's own functions are differentiated, and the loss's cross
+            entropies are PyTorch's. True: activations, convolutions, batch norms, cross entropies
+            and language-model heads stand in for them whose second derivatives are cheaper. They
+            are the same functions; this argument is there to check that. Attention, weight norm and
+            checkpoints that PyTorch cannot differentiate twice are replaced in both cases.
+        sharded: With several processes, each of them holds batches of its own, as a
+            ``DistributedSampler`` gives them, and the objective is the mean over the loss terms of
+            all of them. Else all processes must hold the same batches, which are then dealt out. (A
+            ``DistributedSampler`` without ``drop_last`` repeats examples, so that all processes
+            have equally many.)
+        device, dtype: Where, and in which floating point type, the model computes, where its
+            weights are to stay as they are: on the CPU, or mapped from files
+            (:func:`blockspec.model.weights.map_weights`). A layer at a time is brought over;
+            products are then made a layer at a time too. None: the model computes where it lies.
 
     Raises:
         ValueError: No batches and for another ``batch_norm``, TypeError for a model or loss that is

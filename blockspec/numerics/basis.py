@@ -25,13 +25,14 @@ def fresh(tensor: Tensor) -> Tensor:
 class Basis:
     """Vectors q_1 ... q_m (P,) that are only ever appended to and projected out.
 
-    fixed: (c, P) orthonormal vectors that are projected out too and come first in coefficients; not
-        copied, where their type and place allow it.
-    dtype, device: of the storage; None takes those of the vectors. bfloat16 halves the memory of
-        float32 at the price of an orthogonality of about 2^-9 / sqrt(P) between vectors (see
-        LOG.md); arithmetic is in the vectors' own dtype.
-    ranks: processes that share the vectors, each keeping a part of every one.
-    parts: The vectors that come in are this process's parts too, and not whole.
+    Args:
+        fixed: (c, P) orthonormal vectors that are projected out too and come first in coefficients;
+            not copied, where their type and place allow it.
+        dtype, device: Where and how the vectors are kept; None takes those of the vectors. bfloat16 halves the memory
+            of float32 at the price of an orthogonality of about 2^-9 / sqrt(P) between vectors (see
+            LOG.md); arithmetic is in the vectors' own dtype.
+        ranks: Processes that share the vectors, each keeping a part of every one.
+        parts: The vectors that come in are this process's parts too, and not whole.
     """
 
     def __init__(

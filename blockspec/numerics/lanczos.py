@@ -60,22 +60,23 @@ class Lanczos:
     """Lanczos recurrence of one start vector (Lanczos 1950; full reorthogonalisation as in Parlett,
     "The Symmetric Eigenvalue Problem", 1998, section 6.9: classical Gram-Schmidt, twice).
 
-    start: (P,) nonzero; normalised here.
-    num_steps: steps after which it is done, at most P of them; it is done earlier after a
-        breakdown.
-    reorthogonalize: False keeps two vectors instead of ``num_steps``, at the price of repeated
-        copies of converged eigenvalues: densities are not hurt, but counts of eigenvalues must not
-        be read from the result.
-    deflated: (c, P) orthonormal vectors; the recurrence runs in their complement. With
-        ``reorthogonalize`` only.
-    storage: dtype and device of the kept vectors; None takes those of ``start``.
-    ranks: processes that run this recurrence together, with equal products, and share the kept
-        vectors.
-    beside: (P,) another probe's start vector; see :attr:`Tridiagonal.beside`.
-    by_unit: products of units of data will be asked for :meth:`along`. With several ``ranks`` each
-        process then keeps all of every vector, unless it has ``parts``.
-    parts: each of the ``ranks`` holds its part of every vector alone, ``start`` aside, and is given
-        its part of the products; see :mod:`blockspec.numerics.portions`.
+    Args:
+        start: (P,) nonzero; normalised here.
+        num_steps: Number of steps after which the recurrence is done, at most P. A breakdown ends
+            it earlier.
+        reorthogonalize: False keeps two vectors instead of ``num_steps``, at the price of repeated
+            copies of converged eigenvalues: densities are not hurt, but counts of eigenvalues must
+            not be read from the result.
+        deflated: (c, P) orthonormal vectors; the recurrence runs in their complement. With
+            ``reorthogonalize`` only.
+        storage: Dtype and device of the kept vectors; None takes those of ``start``.
+        ranks: Processes that run this recurrence together, with equal products, and share the kept
+            vectors.
+        beside: (P,) another probe's start vector; see :attr:`Tridiagonal.beside`.
+        by_unit: Products of units of data will be asked for :meth:`along`. With several ``ranks``
+            each process then keeps all of every vector, unless it has ``parts``.
+        parts: Each of the ``ranks`` holds its part of every vector alone, ``start`` aside, and is
+            given its part of the products; see :mod:`blockspec.numerics.portions`.
     """
 
     def __init__(

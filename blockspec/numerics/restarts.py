@@ -57,13 +57,18 @@ class Round:
 class Search:
     """The search for the k eigenpairs whose ``order(value)`` is largest.
 
-    draw: number -> (P,) random vector.
-    tolerance: bound on the residual of each pair, relative to :meth:`own_scale`: with a bound
-        relative to the norm of the whole matrix, everything in a bulk under a large outlier would
-        count as found after one step.
-    basis: Krylov vectors that are kept; beside them, those that are found.
+    Args:
+        draw: Gives for a number a random vector (P,).
+        k: Number of pairs.
+        order: What is largest for the pairs that are wanted, of all values at once.
+        tolerance: Bound on the residual of each pair, relative to :meth:`own_scale`: with a bound
+            relative to the norm of the whole matrix, everything in a bulk under a large outlier
+            would count as found after one step.
+        basis: Number of Krylov vectors that are kept; those that are found lie beside them.
+        max_products: Number of products after which the search ends.
 
-    scale: the norm of the matrix, as far as it is known.
+    Attributes:
+        scale: The norm of the matrix, as far as it is known.
     """
 
     def __init__(
@@ -183,7 +188,13 @@ class Search:
 class Space:
     """Orthonormal vectors, orthogonal to ``locked`` (l, P), and the matrix's projection on them.
 
-    scale: norm of the largest product seen: a lower bound on the norm of the matrix in this space.
+    Args:
+        locked: (l, P) orthonormal vectors of the pairs that are found.
+        room: Largest number of vectors.
+
+    Attributes:
+        scale: Norm of the largest product seen: a lower bound on the norm of the matrix in this
+            space.
     """
 
     def __init__(self, locked: Tensor, room: int) -> None:

@@ -47,23 +47,23 @@ REHEARSED = 8  # blocks, beside the deepest one
 class Products:
     """Products of the blocks of one objective; counts what they cost.
 
-    curvature: ``"hessian"``; ``"ggn"``, the generalised Gauss-Newton matrix J' H_L J with J the
-        Jacobian of the loss's ``outputs`` (Schraudolph 2002); ``"fisher"``, the empirical Fisher
-        matrix: mean over loss terms of g g' with g the gradient of the term; ``"residual"``, what
-        the Hessian has beyond the ``ggn``: sum over outputs of the loss's slope times the output's
-        own Hessian.
+    Args:
+        curvature: ``"hessian"``; ``"ggn"``, the generalised Gauss-Newton matrix J' H_L J with J the
+            Jacobian of the loss's ``outputs`` (Schraudolph 2002); ``"fisher"``, the empirical
+            Fisher matrix: mean over loss terms of g g' with g the gradient of the term;
+            ``"residual"``, what the Hessian has beyond the ``ggn``: sum over outputs of the loss's
+            slope times the output's own Hessian.
+        ranks: Processes that split the batches; every one of them must ask for the same products.
+        graphs: Where there are at most so many batches, their graphs are kept from one call to the
+            next. One takes no more memory at the peak than none.
+        guarded: Compare a product with the gradient in :meth:`check`.
+        products: ``"whole"``, ``"layerwise"`` or ``"auto"``, see :mod:`blockspec.products.ways`.
+        precision: ``"tf32"`` or ``"bfloat16"``, see :mod:`blockspec.products.precision`; None: that
+            of the parameters.
 
-    ranks: processes that split the batches; every one of them must ask for the same products.
-    graphs: where there are at most so many batches, their graphs are kept from one call to the
-        next, and the shared passes are made once. One takes no more memory at the peak than none.
-    guarded: compare a product with the gradient in :meth:`check`.
-    products: ``"whole"``, ``"layerwise"`` or ``"auto"``, see :mod:`blockspec.products.ways`.
-    precision: ``"tf32"`` or ``"bfloat16"``, see :mod:`blockspec.products.precision`; None: that of
-        the parameters.
-
-    micro_batch: examples that go through the model at once; the objective's at first. When memory
-        runs out on the way, it is halved, a warning says so, and the sweep begins anew. The
-        objective itself is left alone.
+    Attributes:
+        micro_batch: Examples that go through the model at once; the objective's at first. When
+            memory runs out, it is halved with a warning. The objective itself is left alone.
 
     ``gradients`` counts shared forward-and-backward passes over one batch, ``products`` products of
     one vector with one batch.

@@ -55,10 +55,12 @@ def _text(value: Estimate) -> str:
 class Estimates(Mapping[str, Estimate]):
     """Estimates by block name, in the order of the blocks; read-only.
 
-    cost: products and gradients that they took.
-    probes: of each block, how many samples its standard error rests on.
-    signs: of each block, what is known of the signs of its samples; None where nothing is.
-    units: of data, that the data's errors rest on; 0 where they were not told apart.
+    Args:
+        cost: Products and gradients that the estimates took.
+        probes: Of each block, how many samples its standard error rests on.
+        signs: Of each block, what is known of the signs of its samples; None where nothing is.
+        units: Number of units of data that the errors of the data rest on; 0 where the units were
+            not told apart.
     """
 
     def __init__(
