@@ -28,9 +28,9 @@ class Basis:
     Args:
         fixed: (c, P) orthonormal vectors that are projected out too and come first in coefficients;
             not copied, where their type and place allow it.
-        dtype, device: Where and how the vectors are kept; None takes those of the vectors. bfloat16 halves the memory
-            of float32 at the price of an orthogonality of about 2^-9 / sqrt(P) between vectors (see
-            LOG.md); arithmetic is in the vectors' own dtype.
+        dtype, device: How and where the vectors are kept; None: as they come. bfloat16 halves the
+            memory of float32 at the price of an orthogonality of about 2^-9 / sqrt(P) between
+            vectors (see LOG.md); arithmetic is in the vectors' own dtype.
         ranks: Processes that share the vectors, each keeping a part of every one.
         parts: The vectors that come in are this process's parts too, and not whole.
     """
