@@ -300,6 +300,10 @@ MISTAKES = {
         "has no factory 'large'; it has",
     ),
     "no such argument of it": ((*BASE, "--out", "OUT", "--model_args.width", "3"), "width"),
+    "too few arguments of it": (
+        ("run", "--model", "factories_for_runs:mortal", "--out", "OUT"),
+        "needs the argument 'dying_rank': give it as --model_args.dying_rank",
+    ),
     "no out": (BASE, "out"),
     "no such option": ((*BASE, "--out", "OUT", "--estimate.steps", "3"), "steps"),
     "no number": ((*BASE, "--out", "OUT", "--estimate.num_steps", "some"), "num_steps"),

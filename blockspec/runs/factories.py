@@ -68,6 +68,9 @@ def _module(module_name: str, name: str) -> Any:
         ) from error
 
 
+BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
 def _checked(factory: Callable[..., Any], name: str) -> Factory:
     """The factory, whose arguments and result are looked at before anything else is done."""
 
@@ -87,11 +90,17 @@ def _check_arguments(factory: Callable[..., Any], name: str, given: dict[str, An
     for argument in given:
         if argument not in known:
             near = difflib.get_close_matches(argument, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else ""
             told = "; checkpoints= needs that argument" if argument == "checkpoint" else ""
             raise ValueError(
-                f"the factory {name!r} takes no argument {argument!r}: {hint}It takes {known}{told}"
+                f"the factory {name!r} takes no argument {argument!r}, it takes {known}{hint}{told}"
             )
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind in BY_NAME]
+    if missing := [argument for argument in needed if argument not in given]:
+        raise ValueError(
+            f"the factory {name!r} needs the argument {missing[0]!r}: give it as "
+            f"--model_args.{missing[0]}, or a default value in the factory"
+        )
 
 
 def _three(found: Any, name: str) -> tuple[nn.Module, Any, Any]:
