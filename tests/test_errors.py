@@ -365,6 +365,12 @@ def test_an_error_leaves_the_model_as_it_was():
     assert all(module.training for module in model.modules())
 
 
+def test_a_norm_of_zero_is_suspected_where_the_gradient_is_finite():
+    loss = lambda model, batch: ((model(batch[0]) * 0).norm(), 1)  # noqa: E731
+    with pytest.raises(ValueError, match=r"NaN.*norm of exactly 0 has no second derivative"):
+        estimate(loss=loss)
+
+
 TYPES = {
     "model": (lambda o, b: estimate_spectra(o.model, b, 1, 2), r"objective is a .*got.*Linear"),
     "names": (

@@ -128,7 +128,9 @@ class Sums:
             if wrong or not all(is_finite(part.div_(self.terms)) for part in found):
                 raise ValueError(
                     f"a product with block {block.name!r} holds NaN or infinite values; check the "
-                    "checkpoint and the data, or use a wider dtype (model.double())"
+                    "checkpoint and the data, or use a wider dtype (model.double()). A root or a "
+                    "norm of exactly 0 has no second derivative, though PyTorch gives it a "
+                    "gradient: add a small number within it"
                 )
         return self.products
 
