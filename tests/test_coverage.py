@@ -83,6 +83,12 @@ def test_one_step_makes_the_noise_of_a_mean():
     assert seen.noise(1) == pytest.approx(2 * 0.3 * np.sqrt(2 / 1000), rel=0.2)
 
 
+def test_nothing_that_is_left_makes_no_noise():
+    """All nodes of a probe may be eigenvalues that are known already."""
+    nothing = np.empty(0)
+    assert noisy(nothing, nothing, nothing, 10, 1).noise(1) == 0
+
+
 @pytest.mark.parametrize("tolerance", [0.1, 0.05])
 def test_short_estimates_hold_their_error(tolerance):
     """One probe of a few steps stops where its own noise happens to look small."""

@@ -128,7 +128,7 @@ def noisy(
 
 def _shared(weights: np.ndarray, apart: np.ndarray) -> np.ndarray:
     """(n,) what each node has of one, which those share that are not apart (n - 1,)."""
-    group = np.concatenate([[0], np.cumsum(apart)])
+    group = np.cumsum(np.append(False, apart))[: len(weights)]  # of no nodes there is no group
     return weights / np.bincount(group, weights)[group]
 
 
