@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.coverage import LEAST, outcome, row, tolerance_of, trials
+from benchmarks.coverage import LEAST, drawn, outcome, row, tolerance_of, trials
 from benchmarks.families import HELD_OUT, semicircle, with_outliers
-from benchmarks.simulated import fixed, jacobi, measure
+from benchmarks.simulated import adaptive, fixed, jacobi, measure
+from blockspec.engine.accuracy import Accuracy
 from blockspec.numerics.lanczos import Lanczos
 from blockspec.numerics.measures import noisy
 
@@ -87,6 +88,14 @@ def test_nothing_that_is_left_makes_no_noise():
     """All nodes of a probe may be eigenvalues that are known already."""
     nothing = np.empty(0)
     assert noisy(nothing, nothing, nothing, 10, 1).noise(1) == 0
+
+
+def test_eigenvalues_that_are_all_known_are_off_by_their_residuals():
+    """Of 100 eigenvalues in clusters, whose vectors the first probe has found."""
+    truth, random = drawn("random clusters", 100, 123)
+    found, products = adaptive(*truth, Accuracy(None, None, 5e-4), random)
+    one = outcome(found, truth, products)
+    assert 0 < one.distance <= one.error < 1e-5
 
 
 @pytest.mark.parametrize("tolerance", [0.1, 0.05])

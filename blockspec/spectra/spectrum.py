@@ -213,7 +213,8 @@ class Spectrum:
         """The estimated spectrum is within this Wasserstein-1 distance of the true one, in units of
         an eigenvalue, with 95 % confidence. Divide by :attr:`norm` to compare with a tolerance.
 
-        It is made of the error of the steps, estimated from above, and the noise of the probes.
+        It is made of the error of the steps, estimated from above, the residuals of eigenvalues
+        that are known one by one, and the noise of the probes.
         They are independent: they add like the legs of a right triangle (``python -m
         benchmarks.coverage`` tries it). 0 for exact spectra; reduced precision adds its own error
         to all.
@@ -231,7 +232,8 @@ class Spectrum:
             self.num_probes,
         )
         noise = share * seen.noise(self.num_probes)
-        return math.hypot(self.steps_error.mean(), noise) + precision
+        moved = (self.weights * self.residuals)[self.known].sum() / self.num_probes
+        return math.hypot(self.steps_error.mean() + moved, noise) + precision
 
     @property
     def data_error(self) -> float | None:
