@@ -355,6 +355,15 @@ def test_a_mistake_is_one_clear_line_and_a_code(tmp_path, arguments, message):
     assert "--debug shows where" not in result.err  # that is for what nobody foresaw
 
 
+def test_a_checkpoint_that_does_not_load_is_named(tmp_path):
+    fine, damaged = tmp_path / "step_1.pt", tmp_path / "step_2.pt"
+    torch.save(factories.tiny()[0].state_dict(), fine)
+    damaged.write_bytes(fine.read_bytes()[:1000])
+    result = invoke(*BASE, "--out", str(tmp_path / "out"), "--checkpoints", f'["{damaged}"]')
+    (line,) = [line for line in result.err.splitlines() if line.startswith("blockspec: error")]
+    assert f"from the factory {TINY!r} with {str(damaged)!r}" in line
+
+
 def test_the_version_is_printed():
     result = invoke("--version")
     assert result.code == 0

@@ -1,14 +1,15 @@
 """Batches are cut where their examples are, or not at all."""
 
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
 from problems import nanogpt, tokens
 from torch import nn
+from transformers import BatchEncoding
 
 from blockspec import Objective, estimate_spectra, losses, partition
-from blockspec.model.examples import carriers, longest
+from blockspec.model.examples import carriers, longest, mapped
 
 GENERATOR = torch.Generator().manual_seed(0)
 SIZE, WIDTH = 6, 4  # as many examples as positions
@@ -98,6 +99,16 @@ def test_examples_in_nested_batches_keep_their_holders():
     assert torch.equal(second.x[1]["z"], batch.x[1]["z"][2:])
     assert longest(batch) == 4
     assert longest("text") == 1
+
+
+def test_mappings_keep_their_class():
+    """Losses may read the tensors of a tokenizer's batch by attributes."""
+    batch = BatchEncoding({"x": drawn(4, 3), "more": OrderedDict(y=drawn(4))})
+    placed = mapped(batch, torch.Tensor.float)
+    assert isinstance(placed, BatchEncoding)
+    assert isinstance(placed.more, OrderedDict)
+    assert torch.equal(placed.x, batch.x.float())
+    assert batch.x.dtype == torch.float64
 
 
 def contrastive(model, batch):

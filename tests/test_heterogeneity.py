@@ -266,3 +266,6 @@ def test_unusual_requests_are_errors():
         js0(spectra.select("*a"))
     with pytest.raises(ValueError, match="no spectra to compare"):
         js_distances({})
+    for wrong, told in ((next(iter(spectra.values())), "Spectrum"), ({"a": 1.0}, "one with float")):
+        with pytest.raises(TypeError, match=f"a mapping .*; got {told}"):
+            js_distances(wrong)

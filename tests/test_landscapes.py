@@ -199,6 +199,7 @@ def test_moves_do_not_add_up():
         ("random", {"radius": (1.0,)}, "one for each of the 2 directions"),
         ([torch.ones(5)], {}, r"shape \(7,\), got \(5,\)"),
         ([], {}, "one or two directions are possible, got 0"),
+        ([torch.zeros(7)], {}, r"has the norm 0\.0"),
     ],
 )
 def test_wrong_settings(directions, settings, message):

@@ -12,7 +12,7 @@ length are first taken for examples all together, then all but one, then all but
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import chain, combinations, islice, pairwise
@@ -175,6 +175,11 @@ def _walk(value: Any, function: Callable[[Path, Tensor], Tensor], path: Path = (
     """
     if isinstance(value, Tensor):
         return function(path, value)
+    if isinstance(value, MutableMapping):  # of its own class, which losses may read by attributes
+        filled = copy(value)
+        for name, item in value.items():
+            filled[name] = _walk(item, function, (*path, name))
+        return filled
     if isinstance(value, Mapping):
         return {name: _walk(item, function, (*path, name)) for name, item in value.items()}
     if isinstance(value, (tuple, list)):

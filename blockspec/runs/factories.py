@@ -76,7 +76,13 @@ def _checked(factory: Callable[..., Any], name: str) -> Factory:
 
     def made(**arguments: Any) -> tuple[nn.Module, Any, Any]:
         _check_arguments(factory, name, arguments)
-        return _three(factory(**arguments), name)
+        try:
+            found = factory(**arguments)
+        except Exception as error:
+            if "checkpoint" in arguments:  # of many, most often: which one does not load
+                error.add_note(f"from the factory {name!r} with {arguments['checkpoint']!r}")
+            raise
+        return _three(found, name)
 
     made.__wrapped__ = factory  # type: ignore[attr-defined]
     return made

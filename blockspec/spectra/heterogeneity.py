@@ -256,8 +256,19 @@ def _over_probes(
     return np.maximum(corrected, 0.0), np.sqrt((groups - 1) * left_out.var(0))
 
 
+SPECTRA_BY_NAME = "distances are between spectra of blocks: Spectra, or a mapping {name: Spectrum}"
+
+
 def _beside_each_other(spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
-    """Without the full matrix, where there are other blocks: it overlaps each of them."""
+    """Without the full matrix, where there are other blocks: it overlaps each of them.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(spectra, Mapping):
+        raise TypeError(f"{SPECTRA_BY_NAME}; got {type(spectra).__name__}")
+    if wrong := [part for part in spectra.values() if not isinstance(part, Spectrum)]:
+        raise TypeError(f"{SPECTRA_BY_NAME}; got one with {type(wrong[0]).__name__}")
     parts = {name: part for name, part in spectra.items() if part.block.kind != FULL}
     return parts or dict(spectra)
 

@@ -215,3 +215,8 @@ def _check_vectors(block: Block, vectors: Sequence[Tensor]) -> None:
                 "blockspec.model.blocks.gather(block, tensors) makes one of tensors in the shapes "
                 "of the parameters"
             )
+        if not 0 < (length := float(vector.norm())) < math.inf:
+            raise ValueError(
+                f"a direction in block {block.name!r} has the norm {length}: a landscape needs a "
+                "positive, finite one"
+            )
