@@ -76,13 +76,22 @@ def called_otherwise(loss: Any, error: Exception) -> str:
         trace = trace.tb_next
     own = getattr(loss, "__code__", None)
     in_model = nn.Module._call_impl.__code__ in codes
-    if own is None or in_model or not (own in codes or len(codes) == 1):
+    if own is None or in_model or not (own in codes or _refuses_two(loss)):
         return ""
     return (
         f"the loss {name_of(loss)} was called as loss(model, batch), and failed: {error}. Its "
         "first argument is the model, not the model's outputs, and it returns (sum of the loss "
         "terms, number of terms); blockspec.losses.Loss(outputs, terms) makes one of two functions"
     )
+
+
+def _refuses_two(loss: Callable[..., Any]) -> bool:
+    """Whether the function cannot be called with two arguments."""
+    try:
+        inspect.signature(loss).bind(None, None)
+    except TypeError:
+        return True
+    return False
 
 
 def _first_tensor(output: Any) -> Tensor:
