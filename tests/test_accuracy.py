@@ -106,22 +106,22 @@ def distance(spectrum, values):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "size", "tolerance", "deflated"),
+    ("kind", "size", "tolerance", "deflated", "seeds"),
     [
-        ("trained", 256, 4e-2, False),
-        ("trained", 512, 2e-3, True),
-        ("repeated", 512, 1e-2, True),
-        ("initial", 256, 4e-2, False),
-        ("low rank", 256, 4e-2, False),
-        ("low rank", 512, 1e-2, True),
+        ("trained", 256, 4e-2, False, 100),
+        ("trained", 512, 2e-3, True, 100),
+        ("repeated", 512, 1e-2, True, 300),  # nearest to 95 %: a hundred are within 2 % of it
+        ("initial", 256, 4e-2, False, 100),
+        ("low rank", 256, 4e-2, False, 100),
+        ("low rank", 512, 1e-2, True, 100),
     ],
 )
-def test_the_promised_accuracy_holds_in_95_of_100_seeds(kind, size, tolerance, deflated):
+def test_the_promised_accuracy_holds_in_95_of_100_seeds(kind, size, tolerance, deflated, seeds):
     accuracy = Accuracy(None, None, tolerance)
     matrix, values = block_like(size, seed=7, kind=kind)
     norm = np.abs(values).max()
     errors, promised, known = [], [], []
-    for seed in range(100):
+    for seed in range(seeds):
         spectrum, _ = estimate(matrix, accuracy, seed=seed)
         errors.append(distance(spectrum, values) / norm)
         promised.append(spectrum.error / norm)
