@@ -190,6 +190,7 @@ def seen(nodes, weights, numel, *, certain=False):
     return Noisy(nodes, weights / weights.sum(), np.full(len(nodes), certain / numel), numel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probes", [1, 7])
 @pytest.mark.parametrize("name", MEASURES)
 def test_the_noise_of_probes_is_kept_by_95_of_100(name, probes):
@@ -243,6 +244,7 @@ def test_a_probe_in_an_invariant_subspace_has_no_error_of_steps():
     assert steps_error(tridiagonal) == 0
 
 
+@pytest.mark.slow
 def test_an_outlier_that_the_first_probe_hardly_sees_is_not_forgotten():
     """Its share of a probe is random; noise is foreseen with 1 / P at least."""
     values = torch.linspace(0, 1e-3, 300, dtype=torch.float64)

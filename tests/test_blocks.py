@@ -706,6 +706,7 @@ def test_a_block_is_equal_to_the_one_loaded_from_a_file():
     assert Block("a", "other", None, 3).parameters == ()
 
 
+@pytest.mark.slow
 def test_every_neuron_of_gpt2_in_seconds():
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config())

@@ -148,6 +148,7 @@ def test_a_run_prints_what_it_found_and_shows_its_progress(tmp_path):
     assert "products" in result.err
 
 
+@pytest.mark.slow
 def test_plot_draws_from_the_tables_alone(done):
     with mock.patch.object(
         run_factories, "find_factory", side_effect=AssertionError("no model is needed")
@@ -162,6 +163,7 @@ def test_plot_draws_from_the_tables_alone(done):
         assert path.with_suffix(".pdf").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_plot_draws_what_is_asked_for(done):
     run = str(done / "first")
     assert invoke("plot", run, "--columns", "1", "--include", "*c_attn*").code == 0
@@ -172,6 +174,7 @@ def test_plot_draws_what_is_asked_for(done):
     assert "no block matches include=" in wrong.err
 
 
+@pytest.mark.slow
 def test_compare_sets_runs_side_by_side(done):
     result = invoke(
         "compare", str(done / "first"), str(done / "second"), "--out", str(done / "both")
@@ -246,6 +249,7 @@ def test_plan_prints_what_a_run_would_cost(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_planned_and_how_it_came_out(tmp_path):
     """Products exactly; time and memory as they were measured."""
     result = invoke(*run_arguments(tmp_path / "run"), "--plan", "true")
@@ -261,6 +265,7 @@ def test_a_run_says_what_it_planned_and_how_it_came_out(tmp_path):
     assert f"(planned {duration(stage['planned']['seconds'])})" in " ".join(result.out.split())
 
 
+@pytest.mark.slow
 def test_a_settings_file_and_later_arguments(tmp_path):
     config = tmp_path / "settings.yaml"
     config.write_text(
@@ -423,6 +428,7 @@ def command(*arguments, folder):
     )
 
 
+@pytest.mark.slow
 def test_the_command_itself(tmp_path):
     """As a user calls it: a factory in the working folder, exit codes, nothing but one line on
     stderr.

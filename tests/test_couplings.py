@@ -39,6 +39,7 @@ def test_all_norms_of_a_network(curvature):
     assert list(found.norms.index) == list(found.norms.columns) == [block.name for block in blocks]
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth():
     matrix = matrix_with_decay(sum(SIZES), power=0.5)
     objective, blocks = coupled(matrix, SIZES)

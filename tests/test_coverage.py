@@ -28,6 +28,7 @@ def covered(family, size, claim, seeds):
     return row(trials(family, size, claim, seeds), tolerance_of(claim))
 
 
+@pytest.mark.slow
 def test_fixed_numbers_of_the_benchmark_s_families():
     """Each cell of 100 seeds, and how loose they are."""
     found = {family: covered(family, 500, "2,30", 100) for family in CHOSEN}
@@ -44,6 +45,7 @@ def test_spectra_that_nobody_tuned_on():
     assert max(cell["worst"] for cell in found) < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "tolerance", "seeds"), [(300, 2e-3, 4), (3000, 1e-2, 8), (100_000, 1e-2, 8)]
 )
@@ -98,6 +100,7 @@ def test_eigenvalues_that_are_all_known_are_off_by_their_residuals():
     assert 0 < one.distance <= one.error < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tolerance", [0.1, 0.05])
 def test_short_estimates_hold_their_error(tolerance):
     """One probe of a few steps stops where its own noise happens to look small."""

@@ -75,6 +75,7 @@ def test_the_oracle_is_symmetric_and_agrees_with_finite_differences(name):
     torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-12 * float(matrix.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", GRANULARITIES)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_blocks_of_the_hessian_are_those_of_the_dense_one(name, by):

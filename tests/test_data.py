@@ -245,6 +245,7 @@ def test_files_keep_the_errors_to_the_bit(tmp_path):
     assert set(both[1].summary()["dominant"]) == {"unknown"}
 
 
+@pytest.mark.slow
 def test_the_distance_to_the_population_is_within_the_total_error():
     """Of 40 samples of 16 units: binomially, 35 of 40 or more with probability 0.99 where it is
     0.95 in truth.

@@ -39,6 +39,7 @@ def test_entries_and_means(name, curvature):
         ), block.name
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth():
     matrix = matrix_with_decay(sum(SIZES))
     objective, blocks = coupled(matrix, SIZES)

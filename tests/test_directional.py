@@ -159,6 +159,7 @@ def small_population(sequences=400, length=6):
     return model, rows
 
 
+@pytest.mark.slow
 def test_intervals_over_the_data_hold_the_populations_value():
     """50 samples of 24 sequences out of 400; the truth comes from all of them."""
     model, rows = small_population()

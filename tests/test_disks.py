@@ -94,6 +94,7 @@ def mount(folder, size, flags=0):
         raise OSError(ctypes.get_errno(), "mount")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "complete"), [("44k", []), ("168k", [1])])
 def test_a_disk_that_fills_up(tmp_path, whole, size, complete):
     """By the first state, and by a state of the second checkpoint."""
@@ -123,6 +124,7 @@ def steps_of(out):
     return [stage["step"] for stage in json.loads((out / "run.json").read_text())["stages"]]
 
 
+@pytest.mark.slow
 def test_a_folder_that_becomes_read_only(tmp_path, whole, monkeypatch):
     def freeze():
         own_mounts()
@@ -160,6 +162,7 @@ def largest_file(size):
         signal.signal(signal.SIGXFSZ, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1000, 4000])
 def test_a_limit_on_the_size_of_files(tmp_path, whole, size, monkeypatch):
     """Met by a state, and by what is written at the end of a stage."""
@@ -175,6 +178,7 @@ def test_a_limit_on_the_size_of_files(tmp_path, whole, size, monkeypatch):
     again(out, whole)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_deleted_between_sweeps(tmp_path, whole, monkeypatch):
     """The states that follow make it anew; what is lost is measured again."""
     out, save = tmp_path / "run", state.Keeper.save

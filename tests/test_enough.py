@@ -56,6 +56,7 @@ def loss(model, batch):
     return terms.sum(), len(terms)
 
 
+@pytest.mark.slow
 def test_each_block_takes_the_data_that_it_needs_and_is_within_the_tolerance():
     everyone = examples(POPULATION, 0)
     truth = {
@@ -115,6 +116,7 @@ def test_units_that_go_through_the_model_in_parts_are_counted_whole():
     assert 100 < said < 800  # it said eight times as many
 
 
+@pytest.mark.slow
 def test_a_stopped_estimate_goes_on_in_the_round_that_it_was_in(tmp_path):
     rows = examples(160, 1)
 
@@ -178,6 +180,7 @@ def test_too_few_units_are_refused_with_the_remedy():
         spectra(examples(3, 0))
 
 
+@pytest.mark.slow
 def test_numbers_with_other_units_have_errors_too():
     found = spectra(examples(300, 0), tolerance=0.14)
     assert len({s.units for s in found.values()}) == 2

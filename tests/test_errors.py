@@ -332,6 +332,7 @@ def test_a_frozen_part_is_fine():
     assert len(estimate_spectra(it.objective(), blocks, num_probes=1, num_steps=2)) == 2
 
 
+@pytest.mark.slow
 def test_too_little_memory_says_what_would_fit():
     objective = objective_of({"a": matrix_of(decaying(2000))})
     blocks = partition(objective.model)

@@ -71,6 +71,7 @@ def test_the_error_of_one_probe_is_unknown_and_not_zero():
     assert spectrum.moment(2).stderr is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 def test_standard_errors_are_as_large_as_the_errors(distribution):
     """Over many seeds: no bias, and the spread that the standard error says."""
@@ -177,6 +178,7 @@ def trained_spectra():
     return blocks, estimate_spectra(it.objective(), blocks, num_probes=2, num_steps=30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACCURACIES)
 def test_largest_eigenvalues_of_a_trained_float32_model(name):
     it = trained()

@@ -94,6 +94,7 @@ def test_tables_are_made_column_by_column(many, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(again.to_frame(), many.to_frame())
 
 
+@pytest.mark.slow
 def test_a_large_map_does_not_grow_with_its_cells(many, tmp_path):
     sizes = []
     for number in (60, 120):
@@ -103,6 +104,7 @@ def test_a_large_map_does_not_grow_with_its_cells(many, tmp_path):
     assert max(sizes) < 300_000
 
 
+@pytest.mark.slow
 def test_the_mean_distance_of_many_blocks_is_that_of_a_sample_and_says_so(many):
     """The number of pairs that are looked at does not grow with the number of blocks; the stated
     error holds what the sample leaves out.

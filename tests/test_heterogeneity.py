@@ -234,6 +234,7 @@ def test_blocks_with_different_numbers_of_probes_leave_out_all_of_them_in_turn()
     assert js0(spectra).stderr == pytest.approx(abs(values[0] - values[1]) / 2, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_intervals_of_js0_hold_the_truth():
     sizes = {"a": decaying(60), "b": 1.3 * decaying(60, seed=1), "c": decaying(50, seed=2)}
     truth = js0(made(sizes, num_probes=1, num_steps=60)).value
@@ -244,6 +245,7 @@ def test_intervals_of_js0_hold_the_truth():
     assert np.mean(held) >= 0.88
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_as_large_as_the_spread_over_seeds():
     results = [js0(made(num_probes=4, num_steps=6, seed=seed), "wasserstein") for seed in range(60)]
     stated = math.sqrt(np.mean([result.stderr**2 for result in results]))

@@ -213,6 +213,7 @@ def test_a_resumed_training_does_not_measure_again(trained, tmp_path, monkeypatc
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_them(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
@@ -475,6 +476,7 @@ def nanogpt_loop(it, *, each_update=lambda iter_num: None):
     return losses_seen
 
 
+@pytest.mark.slow
 def test_a_nanogpt_loop_goes_on_bit_by_bit(tmp_path):
     """State compared right before and after each measurement, gradients and generators among it."""
     it = problems.nanogpt(dropout=0.2)
@@ -520,6 +522,7 @@ def test_a_measurement_that_fails_disturbs_nothing(tmp_path):
     assert not (tmp_path / "spectra.parquet").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flash", [True, False])
 def test_a_nanogpt_model_has_the_right_blocks_and_products(tmp_path, flash):
     it = problems.nanogpt(flash=flash)
@@ -562,6 +565,7 @@ def test_a_wrapped_model_is_refused_with_the_remedy(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_the_nanogpt_example(tmp_path):
     main = example("nanogpt_loop").main
     short = {"max_iters": 3, "batch_size": 2}

@@ -91,6 +91,7 @@ def test_default_models_need_the_replacement(make):
         torch.autograd.grad(sum(g.square().sum() for g in gradients), weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_every_implementation_gives_the_same_spectrum(make, implementation):
@@ -628,6 +629,7 @@ def test_the_choice_is_by_length():
     assert lengths.is_long(if_not, if_not, cpu, causal=False)
 
 
+@pytest.mark.slow
 def test_the_plan_knows_memory_and_operations(monkeypatch):
     """Matrices are (4, 600, 600) float64, 11 MiB each, and several; strips leave out what is above
     the diagonal.

@@ -46,6 +46,7 @@ def command(*arguments: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.
     )
 
 
+@pytest.mark.slow
 def test_a_run_from_a_file_with_overrides(tmp_path):
     config = str(ROOT / "language_models/configs/embedded_tiny.yaml")
     overrides = [

@@ -56,6 +56,7 @@ def peaks():
     return printed_alone(SCRIPT)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_depth_but_for_what_stays_between_layers(peaks):
     shallow, deep = (
         peaks["layerwise"][layers]["peak"] - int(layers) * BETWEEN * HIDDEN

@@ -28,6 +28,7 @@ def test_squared_norms_of_blocks(curvature):
     assert found["transformer.h.0.ln_1.weight"].stderr == 0
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth():
     matrix = matrix_with_decay(sum(SIZES), power=0.5)
     objective, blocks = coupled(matrix, SIZES)

@@ -218,6 +218,7 @@ def exploding(it, *, at_call):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
 @pytest.mark.parametrize("batch_norm", ["eval", "train"])
 @pytest.mark.parametrize("make", [gpt2, resnet])

@@ -196,6 +196,7 @@ def test_a_function_without_a_second_derivative_is_found_whoever_calls(caller):
         CALLERS[caller](objective, blocks)
 
 
+@pytest.mark.slow
 def test_planning_and_bounding_memory_change_nothing_of_the_objective():
     model = tiny_gpt2()
     tokens = torch.randint(

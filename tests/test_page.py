@@ -207,6 +207,7 @@ def test_the_answer_in_sentences(page, runs):
     assert f"± {mean.stderr:.2g} nats</b> at step 300" in text
 
 
+@pytest.mark.slow
 def test_fifty_blocks_at_twenty_stages_stay_below_six_megabytes():
     store = curves.Store()
     points = curves.ROOM // 1000
@@ -456,6 +457,7 @@ def test_on_a_phone_and_in_the_dark(shown):
     assert shown.errors == []
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_two_runs_beside_each_other(runs, tmp_path):
     out = report(runs, tmp_path / "two.html")

@@ -389,6 +389,7 @@ def test_fine_tuning_is_judged_by_distances_and_gaps():
     assert set(figure_6.draw(tables)) == {"figure_6_distances", "figure_6_training"}
 
 
+@pytest.mark.slow
 def test_table_1_and_figure_7_from_training_to_verdict(tmp_path):
     settings = table_1.Settings(
         models={"MLP": table_1.SMALL["MLP, c = 10"]},

@@ -38,6 +38,7 @@ def run(out, *arguments):
     return invoke(*run_arguments(out), *arguments)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_measured_in_every_place(tmp_path, path):
     out = tmp_path / "run"
     result = run(out, "--precondition", str(path))
@@ -61,6 +62,7 @@ def test_a_state_of_other_content_under_the_same_name_is_noticed(tmp_path, path)
     assert run(out).code == 1  # without a preconditioner it is another run
 
 
+@pytest.mark.slow
 def test_each_checkpoint_has_the_state_that_lies_beside_it(tmp_path):
     paths = []
     for step in (10, 20):

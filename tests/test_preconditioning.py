@@ -284,6 +284,7 @@ def test_as_many_products_are_made_as_without():
     assert costs[0].gradients == costs[1].gradients
 
 
+@pytest.mark.slow
 def test_what_the_inner_operator_can_do_stays_within_reach():
     from blockspec.products.calibration import Calibrated
 

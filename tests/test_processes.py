@@ -23,6 +23,8 @@ from blockspec.numerics import ranks
 from blockspec.products.curvature import Products
 from blockspec.runs.run import BlockSettings, RunSettings, measure
 
+pytestmark = pytest.mark.slow  # most of them launch processes
+
 DIMS = {"layers": 1, "n_embd": 8, "n_head": 2, "vocab_size": 13}
 QUICK = {"num_probes": 1, "num_steps": 3}
 SIZES = (2, 3, 1, 4, 2)  # examples of the batches

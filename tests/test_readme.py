@@ -72,6 +72,7 @@ def names(tmp_path_factory):
     return {**found, "folder": folder, "printed": out.getvalue()}
 
 
+@pytest.mark.slow
 def test_the_command_of_readme_gives_the_numbers_of_its_python(names, monkeypatch):
     monkeypatch.chdir(names["folder"])
     monkeypatch.syspath_prepend(str(names["folder"]))
@@ -164,6 +165,7 @@ def model_as_it_was(names):
     names["model"].zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [ROOT / "docs/first_spectrum.md", *HOW_TO], ids=lambda page: page.stem
 )
@@ -173,6 +175,7 @@ def test_a_how_to_goes_on_with_readme(page, names, tmp_path, monkeypatch):
     run(page, dict(names))
 
 
+@pytest.mark.slow
 def test_the_page_of_a_training_follows_eigenvalues(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = TrainingArguments("trained", report_to=[], save_strategy="no", use_cpu=True)

@@ -170,6 +170,7 @@ def test_numbers_of_a_loaded_run_are_those_that_the_run_says(tmp_path):
     assert list(js_distances({"one": loaded["model"], "two": loaded["model"]})) == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_stages_are_in_the_order_of_their_steps(tmp_path):
     out = tmp_path / "run"
     assert run(out, "--checkpoints", checkpoints(tmp_path, [100, 9, 20])).code == 0
@@ -216,6 +217,7 @@ def test_a_second_call_measures_nothing_again(tmp_path):
     assert {name: (out / name).read_bytes() for name in contents(out)} == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_new_checkpoints(tmp_path):
     out = tmp_path / "run"
     run(out, "--checkpoints", checkpoints(tmp_path, [10, 30]))
@@ -228,6 +230,7 @@ def test_a_run_goes_on_with_new_checkpoints(tmp_path):
     pd.testing.assert_frame_equal(both[both["step"] != 20].reset_index(drop=True), first)
 
 
+@pytest.mark.slow
 def test_checkpoints_without_numbers_keep_their_steps_or_are_refused(tmp_path):
     """A new one that sorts between two that are done would take the step of the second."""
     paths = factories.write_checkpoints(tmp_path, [1, 2, 3])
@@ -245,6 +248,7 @@ def test_checkpoints_without_numbers_keep_their_steps_or_are_refused(tmp_path):
     pd.testing.assert_frame_equal(table_of(out), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_every", ["0", "1000"])
 @pytest.mark.parametrize("left", [5, 3, 0])
 def test_a_killed_run_goes_on_and_gives_the_same_numbers(tmp_path, left, state_every):
@@ -323,6 +327,7 @@ def test_one_block_alone_has_no_heterogeneity(tmp_path):
     assert invoke("show", str(out)).code == 0
 
 
+@pytest.mark.slow
 def test_the_full_matrix_alone_is_drawn_shown_and_compared(tmp_path):
     arguments = list(run_arguments(tmp_path / "run"))
     at = arguments.index("--blocks.include")
@@ -384,6 +389,7 @@ def test_numbered_checkpoints_of_another_training_are_refused(tmp_path):
     refused(out, "--checkpoints", given[1], naming=("step 100", "weights is"))
 
 
+@pytest.mark.slow
 def test_a_glob_that_grows_in_front_is_refused_before_any_work(tmp_path):
     out = tmp_path / "run"
     second = checkpoint(tmp_path / "sub2/ckpt.pt", 2)
@@ -454,6 +460,7 @@ def test_further_checkpoints_on_other_data_are_refused(tmp_path, monkeypatch):
     refused(out, "--checkpoints", second, naming=("other data", "needs a seed"))
 
 
+@pytest.mark.slow
 def test_a_table_that_was_deleted_is_made_again(tmp_path, caplog):
     out, given = tmp_path / "run", checkpoints(tmp_path, [10, 20])
     run(out, "--checkpoints", given)
@@ -475,6 +482,7 @@ def test_a_table_that_was_deleted_is_made_again(tmp_path, caplog):
             )
 
 
+@pytest.mark.slow
 def test_tables_of_another_run_are_not_merged(tmp_path):
     out, other = tmp_path / "run", tmp_path / "other"
     run(out)
@@ -493,6 +501,7 @@ def test_tables_of_another_run_are_not_merged(tmp_path):
     refused(out, naming=("no run.json",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["announce_stage", "append_rows", "complete_stage"])
 @pytest.mark.parametrize("after", [False, True])
 def test_no_sweep_is_lost_between_the_estimate_and_the_record(tmp_path, monkeypatch, moment, after):
@@ -546,6 +555,7 @@ def test_the_content_of_a_stage_is_looked_at_once(tmp_path, monkeypatch):
     assert identity.identity_of(objective, (), {})["weights"] != before["weights"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_deleted_on_the_way_is_told(tmp_path):
     """The record would have steps that no table has."""
     out, given = tmp_path / "run", checkpoints(tmp_path, [10, 20])

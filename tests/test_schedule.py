@@ -65,6 +65,7 @@ def test_small_blocks_are_exact_and_marked_so(objective, blocks):
     np.testing.assert_allclose(norm.weights, 1 / norm.block.numel)
 
 
+@pytest.mark.slow
 def test_a_memory_bound_changes_no_number(objective, blocks):
     whole = blockspec.estimate_spectra(objective, blocks, num_probes=2, num_steps=6)
     used = parse("100%", torch.device("cpu"))
@@ -102,6 +103,7 @@ def test_processes_wait_for_their_turn_when_memory_is_short(objective, blocks):
     assert all(len(task.tridiagonals) == 2 for task in tasks if not task.exact)
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_said_with_what_would_fit(objective, blocks):
     with pytest.raises(ValueError, match=r"memory of 1 MiB is too little.*would fit"):
         blockspec.estimate_spectra(objective, blocks, memory="1MiB")
@@ -146,6 +148,7 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_goes_on(objective, bloc
         )
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_the_estimate_then_takes(objective, blocks):
     cost = plan_spectra(objective, blocks, num_probes=2, num_steps=20)
     spectra = blockspec.estimate_spectra(objective, blocks, num_probes=2, num_steps=20)

@@ -80,6 +80,7 @@ def test_a_refused_command_leaves_nothing_and_the_corrected_one_works(tmp_path, 
     assert factories.calls["loss"] == 0
 
 
+@pytest.mark.slow
 def test_what_only_the_model_can_tell_leaves_nothing_either(tmp_path):
     out = tmp_path / "run"
     assert invoke(*run_arguments(out), "--memory", "1MiB").code != 0
@@ -98,6 +99,7 @@ def test_several_processes_without_a_place_to_meet(monkeypatch):
         launched.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_processes_that_do_not_come_are_told_soon(monkeypatch, rank):
     values = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587"}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
@@ -108,6 +109,7 @@ def main(folder):
     PartialState().destroy_process_group()
 
 
+@pytest.mark.slow
 def test_training_under_fsdp2_is_measured_and_does_not_notice_it(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(

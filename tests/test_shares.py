@@ -171,6 +171,7 @@ def test_few_units_have_no_error_and_it_is_said_once():
     assert "8 are needed" in coupled._repr_html_()
 
 
+@pytest.mark.slow
 def test_values_and_costs_are_the_same_with_and_without_errors_of_the_data():
     whole = objective(micro_batch=1)
     blocks = blockspec.partition(whole.model, include="*ln_1*")
@@ -305,6 +306,7 @@ def process(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_that_split_the_batches_have_the_errors_of_one(tmp_path):
     together(process, str(tmp_path))
     expected = errors()

@@ -207,6 +207,7 @@ def test_the_default_width_keeps_the_mass_near_zero_that_a_linear_one_hides():
     assert integral(spectrum.density(grid, width=0.05 * 25), grid) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "resnet"])
 def test_densities_of_a_model_are_those_of_its_exact_eigenvalues(name):
     """Smoothed as the paper's figures are, and on the default scale; whole model and a block."""
@@ -363,6 +364,7 @@ def test_estimates_in_a_mixture_are_weighted_by_size():
     assert mixed.largest.value == max(s.largest.value for s in spectra.values())
 
 
+@pytest.mark.slow
 def test_standard_errors_of_mixtures_are_as_large_as_the_errors():
     matrices = {
         name: matrix_of(decaying(size, seed=size)) for name, size in {"a": 20, "b": 30}.items()
@@ -383,6 +385,7 @@ def test_different_numbers_of_probes_are_mixed_without_an_error_bar():
     assert mixed.moment(2)[:2] == (pytest.approx(expected, rel=1e-12), None)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_a_real_model_has_the_trace_of_its_hessian():
     it, matrix = problem("nanogpt"), truth("nanogpt")
     spectra = estimate_spectra(it.objective(), partition(it.model), num_probes=8, num_steps=4)

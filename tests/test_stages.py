@@ -59,6 +59,7 @@ def test_tables_carry_the_label(runs):
     assert stage_labels(known) == stage_labels(known.drop(columns="label")) == {}
 
 
+@pytest.mark.slow
 def test_figures_call_stages_by_their_label(runs):
     figures = drawn_by(report.draw, runs / "of_one")
     for name, figure in figures.items():
@@ -73,6 +74,7 @@ def test_figures_call_stages_by_their_label(runs):
     assert ticks == ["a/model.pt", "b/model.pt"]
 
 
+@pytest.mark.slow
 def test_print_and_comparison_say_it(runs, tmp_path):
     shown = " ".join(invoke("show", str(runs / "of_one")).out.split())
     assert f"stage 1 ({runs}/one/b/model.pt)" in shown

@@ -96,6 +96,7 @@ def test_a_stopped_estimate_goes_on_bit_by_bit_and_repeats_no_sweep(tmp_path, se
     assert list(Path(tmp_path).iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("errors", [True, False])
 @pytest.mark.parametrize(("sweep", "batches"), [(0, 3), (2, 8)])
 def test_a_sweep_that_was_stopped_on_the_way_goes_on_bit_by_bit(
@@ -171,6 +172,7 @@ def test_what_was_deflated_is_kept_in_files_and_mixtures(tmp_path, unbroken):
         ).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [40, 120])
 def test_a_deflated_estimate_goes_on_bit_by_bit(tmp_path, unbroken, after):
     """Stopped in the probe that finds the eigenvalues, and in those beyond it."""

@@ -1,6 +1,7 @@
 """The toolbox on two processes: both of them get the numbers of one."""
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from launching import together
@@ -79,6 +80,7 @@ def process(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     together(process, str(tmp_path))
     expected = numbers()

@@ -196,6 +196,7 @@ def test_docstrings_explain_arguments_under_args(path):
             assert not undocumented_way(node), f"{path.stem}.{node.name}"
 
 
+@pytest.mark.slow
 def test_scripts_run_the_python_that_they_hold():
     """run_gpt2.sh asks for a device that is not there: refused by the package, in one line."""
     script = (ROOT / "run_gpt2.sh").read_text()

@@ -47,6 +47,7 @@ def test_better_methods_on_a_network(method, curvature):
     assert found["transformer.h.0.ln_1.weight"].stderr == 0  # 8 parameters: done exactly
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_intervals_cover_the_truth(method):
     matrix = matrix_with_decay(sum(SIZES))
@@ -59,6 +60,7 @@ def test_intervals_cover_the_truth(method):
     assert_coverage(hits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_without_bias(method):
     matrix = matrix_with_decay(sum(SIZES))

@@ -182,6 +182,7 @@ def train(it, steps, *, lr, each):
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "lr", "every"), [("gpt2", 0.05, 1), ("resnet", 0.02, 1), ("gpt2", 0.05, 10)]
 )
@@ -245,6 +246,7 @@ def test_training_does_not_notice():
     assert tracker.table["step"].tolist() == [0, 0, 2, 2, 4, 4]
 
 
+@pytest.mark.slow
 def test_several_blocks_share_the_passes_over_the_data(tmp_path):
     it = problems.problem("gpt2")
     blocks = partition(it.model, include=["*c_attn.weight/*", "*wpe.weight"])
@@ -405,6 +407,7 @@ def test_the_figure_shows_values_thresholds_and_what_is_rough(tmp_path):
         tracked_eigenvalues(table[:0])
 
 
+@pytest.mark.slow
 def test_the_curvature_that_the_optimizer_sees_is_followed_beside(tmp_path):
     it = problems.nanogpt()
     optimizer = torch.optim.AdamW(it.model.parameters(), lr=1e-2)
@@ -432,6 +435,7 @@ def test_the_curvature_that_the_optimizer_sees_is_followed_beside(tmp_path):
     assert len(tracked_eigenvalues(table, {preconditioned: {"38/lr": 3800.0}}).axes) == 6
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_beside_spectra_where_their_blocks_are_asked_for(tmp_path):
     it = problems.problem("gpt2")
     blocks = partition(it.model, include="*c_attn.weight/*")
@@ -443,6 +447,7 @@ def test_curves_are_drawn_beside_spectra_where_their_blocks_are_asked_for(tmp_pa
     assert _tracking_figures(tmp_path, PlotSettings(include="*/query")) == {}
 
 
+@pytest.mark.slow
 def test_the_callback_follows_logs_and_writes(tmp_path):
     left = {}
     for track in (None, TrackSettings(every=2, examples=1, preconditioned=True)):

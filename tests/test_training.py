@@ -173,6 +173,7 @@ def test_a_stopped_run_goes_on_with_the_same_losses(name, stop, tmp_path):
         assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_followed_training_is_the_same_and_goes_on_after_a_stop(tmp_path):
     def run(out, batches=batch_at, *, followed=True):
         track = TrackSettings(every=2, k=2, examples=None, preconditioned=True)

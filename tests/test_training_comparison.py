@@ -143,6 +143,7 @@ TINY = ComparisonSettings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compare_models", "model", "data", "chance"),
     [

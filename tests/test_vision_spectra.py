@@ -265,6 +265,7 @@ def test_every_config_has_the_weight_matrices_of_its_model(path):
     assert set(found) == set(matrices) if name != "vit" else set(found) < set(matrices)
 
 
+@pytest.mark.slow
 def test_other_batch_sizes_give_the_same_spectra():
     nodes = []
     for batch_size in (40, 16, 1):
@@ -352,6 +353,7 @@ def resnet20():
     return product, objective, spectrum
 
 
+@pytest.mark.slow
 def test_the_top_eigenvalue_is_that_of_pyhessians_power_iteration(resnet20):
     product, _, spectrum = resnet20
     vector = torch.randn(
@@ -368,6 +370,7 @@ def test_the_top_eigenvalue_is_that_of_pyhessians_power_iteration(resnet20):
     assert abs(spectrum.smallest.value) < spectrum.largest.value
 
 
+@pytest.mark.slow
 def test_the_trace_is_that_of_pyhessians_hutchinson(resnet20):
     product, objective, spectrum = resnet20
     (block,) = partition(objective.model, "model")
@@ -391,6 +394,7 @@ def test_the_trace_is_that_of_pyhessians_hutchinson(resnet20):
     )  # the same vector, the same number
 
 
+@pytest.mark.slow
 def test_the_density_is_that_of_pyhessians_lanczos(resnet20):
     product, _, spectrum = resnet20
     vector = draw_probe("model", spectrum.block.numel, probe=2).double()

@@ -53,6 +53,7 @@ def settings(**changes):
     return TrainingSettings(**{**defaults, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "steps", "least"),
     [
@@ -84,6 +85,7 @@ def test_the_configs_of_the_digits_learn(name, steps, least, tmp_path, capsys):
     assert int(sum(sums)) == round(record["accuracy"] * 355)
 
 
+@pytest.mark.slow
 def test_a_vit_learns(tmp_path):
     training = settings(
         num_steps=80, optimizer=OptimizerSettings(lr=5e-3), schedule=ScheduleSettings(warmup=10)
@@ -120,6 +122,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "workers"), [(RESNET, 2), (VGG_WITH_DROPOUT, 0), (VIT, 0)])
 def test_a_stopped_training_goes_on_to_the_same_weights(model, workers, tmp_path, monkeypatch):
     data = DataSettings(augment="shift", batch_size=32, workers=workers)

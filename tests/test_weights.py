@@ -157,6 +157,7 @@ def test_an_identity_notices_another_function():
         assert found[0]["objective"][name] != pytest.approx(found[2]["objective"][name], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_plan_is_made_a_layer_at_a_time(brought):
     model = low(layers=5)
     objective = blockspec.Objective(model, [BATCH], losses.next_token, dtype=torch.float64)
@@ -260,6 +261,7 @@ def test_the_model_is_as_it_was_when_a_layer_fails():
     assert all(p is after[path][n] for path, own in before.items() for n, p in own.items())
 
 
+@pytest.mark.slow
 def test_a_run_computes_with_weights_on_disk(tmp_path):
     torch.manual_seed(0)
     config = LlamaConfig(
