@@ -304,18 +304,14 @@ def _launched() -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    text = ", ".join(" ".join(part.split()) for part in [str(error), *_notes(error)] if part)
+    notes = getattr(error, "__notes__", [])  # what was added on the way, such as the checkpoint
+    text = ", ".join(" ".join(part.split()) for part in [str(error), *notes] if part)
     known = (ValueError, TypeError, OSError, ArgumentError, KeyError)
     return (
         text
         if isinstance(error, known) and text
         else f"{type(error).__name__}: {text} (--debug shows where)"
     )
-
-
-def _notes(error: Exception) -> list[str]:
-    """What was added on the way, such as the checkpoint."""
-    return getattr(error, "__notes__", [])
 
 
 if __name__ == "__main__":
