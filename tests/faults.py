@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from functorch.compile import aot_function, nop
 from torch import Tensor, nn
 
 from blockspec import Objective, losses
@@ -85,8 +86,11 @@ def torch_fused(model, batch):
 
 
 def compiled(model, batch):
-    entropy = torch.compile(F.cross_entropy, backend="aot_eager")
-    return entropy(model(batch[0]), batch[1], reduction="sum"), len(batch[1])
+    """As torch.compile does, but out of the reach of its stances."""
+    entropy = aot_function(
+        lambda logits, labels: F.cross_entropy(logits, labels, reduction="sum"), nop
+    )
+    return entropy(model(batch[0]), batch[1]), len(batch[1])
 
 
 class KeptDeviation(torch.autograd.Function):

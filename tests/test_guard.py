@@ -317,6 +317,50 @@ def test_a_loss_of_another_model_is_said_to_be_unchecked():
     assert "another model than its first argument" in str(check(objective))
 
 
+def held_in_a_cell(layer):
+    forward = layer.forward
+
+    def around(x):
+        return forward(x)
+
+    def twice_around(x):
+        return around(x)
+
+    return twice_around
+
+
+def held_as_a_default(layer):
+    return lambda x, layer=layer, *, forward=type(layer).forward: forward(layer, x)
+
+
+def held_as_a_global(layer):
+    HELD["forward"] = layer.forward
+    return lambda x: HELD["forward"](x)
+
+
+HELD = {}
+
+
+def with_dropout():
+    """The copy is in eval mode, and what it computes with of the model itself is not."""
+    objective = objective_of(nn.Sequential(nn.Linear(6, 6), nn.Dropout()))
+    objective.model.train()
+    return objective
+
+
+@pytest.mark.parametrize("around", [held_in_a_cell, held_as_a_default])
+def test_functions_that_hold_the_model_are_copied_with_it(around):
+    objective = with_dropout()
+    objective.model[2].forward = around(objective.model[2])
+    assert check(objective).state == "passed"
+
+
+def test_a_function_that_holds_the_model_out_of_reach_is_no_fault_of_the_model():
+    objective = with_dropout()
+    objective.model[2].forward = held_as_a_global(objective.model[2])
+    assert "cannot be copied with it" in str(check(objective))
+
+
 def test_too_little_memory_for_a_copy_is_said(monkeypatch):
     monkeypatch.setattr("blockspec.products.trials.memory.total", lambda device: 0)
     assert re.search(r"MemoryError: a copy takes .* KiB, of", str(check(objective_of())))

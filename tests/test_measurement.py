@@ -456,12 +456,6 @@ def test_two_losses_on_one_graph():
     assert diagonal(optimizer, point).tolist() == pytest.approx([12 + 2, 48 + 2])
 
 
-def compiled():
-    model = nn.Linear(2, 2)
-    model._orig_mod = model
-    return model
-
-
 def refused_state():
     point = torch.ones(2, requires_grad=True)
     return torch.optim.AdamW([point]).state_dict()
@@ -478,11 +472,6 @@ REFUSED = {
         lambda: AdaHessian([("phase", torch.ones(2, dtype=torch.complex64, requires_grad=True))]),
         ValueError,
         r"parameter phase is torch\.complex64.*view_as_complex",
-    ),
-    "compiled": (
-        lambda: AdaHessian(nn.Linear(2, 2).parameters()).second_order(compiled()).__enter__(),
-        ValueError,
-        r"compiled.*model\._orig_mod",
     ),
 }
 

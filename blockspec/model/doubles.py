@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -18,7 +21,8 @@ def twin_of(model: nn.Module, dtype: torch.dtype | None = torch.float64) -> nn.M
     are).
 
     Hooks are copied too, also those of parameters, which ``copy.deepcopy`` leaves out: they may
-        change gradients.
+    change gradients. So are functions that stand in a module and hold a part of the model, such as
+    a ``forward`` that somebody has put around the module's own.
     """
     memo: dict[int, Any] = {
         id(value): value.detach()
@@ -26,13 +30,75 @@ def twin_of(model: nn.Module, dtype: torch.dtype | None = torch.float64) -> nn.M
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf  # such as the weight of a weight norm
     }
+    functions = _functions(model)
+    memo |= {id(function): _without_content(function) for function in functions}
     twin = copy.deepcopy(model, memo)
+    for function in functions:
+        _fill(memo[id(function)], function, memo)
     if dtype is not None:
         twin.to(dtype)
     for own, others in zip(model.parameters(), twin.parameters(), strict=True):
         for hook in (own._backward_hooks or {}).values():
             others.register_hook(hook)
     return twin.eval()
+
+
+def _functions(model: nn.Module) -> list[FunctionType]:
+    """Those that stand in modules, and those that they hold."""
+    found: dict[int, FunctionType] = {}
+    standing: list[Any] = [
+        entry
+        for module in model.modules()
+        for value in vars(module).values()
+        for entry in (value.values() if isinstance(value, dict) else [value])
+    ]
+    while standing:
+        value = standing.pop()
+        if isinstance(value, partial):
+            standing += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, FunctionType) and id(value) not in found:
+            found[id(value)] = value
+            standing += _held(value)
+    return list(found.values())
+
+
+def _held(function: FunctionType) -> Iterator[Any]:
+    """What a function's cells and defaults hold."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # it is empty
+            continue
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+
+
+def _without_content(function: FunctionType) -> FunctionType:
+    """A copy with cells of its own, which are empty: what belongs there may not be copied yet."""
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    empty = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    vars(empty).update(vars(function))
+    return empty
+
+
+def _fill(made: FunctionType, function: FunctionType, memo: dict[int, Any]) -> None:
+    """Gives a copied function what the function holds, the copies in the place of the parts of the
+    model.
+    """
+
+    def own(value: Any) -> Any:
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, memo.get(id(value.__self__), value.__self__))
+        return memo.get(id(value), value)
+
+    for cell, before in zip(made.__closure__ or (), function.__closure__ or (), strict=True):
+        try:
+            cell.cell_contents = own(before.cell_contents)
+        except ValueError:  # it is empty
+            continue
+    made.__defaults__ = function.__defaults__ and tuple(map(own, function.__defaults__))
+    named = function.__kwdefaults__
+    made.__kwdefaults__ = named and {name: own(value) for name, value in named.items()}
 
 
 class Doubles(TorchFunctionMode):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from blockspec.model.compiled import uncompiled
 from blockspec.model.patching import patched, shared
 from blockspec.model.walks import modules_of
 
@@ -42,6 +43,7 @@ def evaluation(model: nn.Module, *, batch_norm: str, copies: Copies) -> Iterator
         stack.enter_context(patched(_of_bounded_embeddings(model)))
         stack.enter_context(_without_shrinking())
         stack.enter_context(_without_fast_path())
+        stack.enter_context(uncompiled())
         yield
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blockspec.model.checkpointing import without_checkpoints
+from blockspec.model.compiled import uncompiled
 from blockspec.model.differentiability import watched_gradients
 from blockspec.model.kernels import twice_differentiable
 from blockspec.model.objective import Objective
@@ -137,10 +138,10 @@ class AdaHessian(torch.optim.Optimizer):
     :meth:`second_order` on the steps that measure, which keep all activations anyway; of the
     reentrant kind it must not be used without. Under ``DistributedDataParallel`` only
     :meth:`backward` and :meth:`probe` work, not ``create_graph=True``. Hooks on parameters see g
-    twice where it is measured. Parameters that are sharded over processes, complex or sparse ones,
-    and compiled models, which PyTorch cannot differentiate twice, are refused. Small models on a
-    CPU take a fifth less time after :func:`blockspec.optim.keep_freed_memory`, which changes the
-    allocator of the whole process.
+    twice where it is measured. Compiled models, which PyTorch cannot differentiate twice, run as
+    they were written within :meth:`second_order`. Parameters that are sharded over processes,
+    complex or sparse ones are refused. Small models on a CPU take a fifth less time after
+    :func:`blockspec.optim.keep_freed_memory`, which changes the allocator of the whole process.
 
     Source: arXiv 2006.00719, algorithm 1, and the authors' code, which takes the absolute value
     before it averages. That the last D serves in between measurements is from davda54/ada-hessian.
@@ -230,15 +231,9 @@ class AdaHessian(torch.optim.Optimizer):
 
     @contextmanager
     def second_order(self, model: nn.Module) -> Iterator[None]:
-        """Within it attention can be differentiated twice, and activations cheaply, if the next
-        step is due; otherwise nothing is changed.
+        """Within it attention can be differentiated twice, and activations cheaply, and compiled
+        models run as they were written, if the next step is due; otherwise nothing is changed.
         """
-        if hasattr(model, "_orig_mod"):
-            raise ValueError(
-                "the model is compiled, and a compiled model cannot be differentiated twice; use "
-                "the "
-                "model itself here and for the loss: model._orig_mod"
-            )
         if not self.due:
             yield
             return
@@ -247,6 +242,7 @@ class AdaHessian(torch.optim.Optimizer):
             cheap_modules(model, ACTIVATIONS),
             elementary_weight_norms(model),
             without_checkpoints(),
+            uncompiled(),
         ):
             yield
 

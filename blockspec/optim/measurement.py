@@ -157,8 +157,8 @@ def explained() -> Iterator[None]:
         if "not implemented" in str(error) or "double backward" in str(error):
             raise RuntimeError(
                 f"the loss cannot be differentiated twice ({error}); compute it within "
-                "`with optimizer.second_order(model):`, which replaces fused attention; a compiled "
-                "model never can be"
+                "`with optimizer.second_order(model):`, which replaces fused attention, and runs "
+                "compiled models as they were written"
             ) from error
         raise
 

@@ -67,6 +67,10 @@ class Check:
 
 
 OFF = Check("off")
+BORROWED = (
+    "the loss computes with another model than its first argument, or the model holds functions "
+    "that compute with itself and cannot be copied with it"
+)
 NO_DERIVATIVE = "cannot be differentiated twice"  # in any dtype: no other way can help
 SWITCH = "check=False goes on without this comparison"
 
@@ -170,6 +174,8 @@ def _tried(
             trial = trial_of(objective, batch, blocks, curvature, way)
             found = _compared(trial, make)
         except (WrongProduct, Unreached) as error:
+            if trial.borrows_from(objective.model):
+                return Check("unchecked", BORROWED)
             with suppress(RuntimeError):  # of what is to blame, on the way to its name
                 check_twice_differentiable(trial.objective, trial.scales)
             text = str(error)
@@ -184,7 +190,8 @@ def _tried(
         else:
             if found.state == "passed":
                 return found
-            reason = found.reason
+            borrowed = trial.borrows_from(objective.model)
+            reason = BORROWED if borrowed else found.reason
     return Check("unchecked", reason)
 
 
@@ -207,7 +214,7 @@ def _compared(trial: Trial, make: Make) -> Check:
     reference, error = _settled(trial, direction, product)
     note = check_reach(trial, reference)
     if all(gradient is None for gradient in reference.gradient.values()):
-        return Check("unchecked", "the loss computes with another model than its first argument")
+        return Check("unchecked", BORROWED)
     if error > TOLERANCE[trial.dtype]:
         reason = "the gradient is not smooth enough for its central differences"
         return Check("unchecked", reason, error, asymmetry)

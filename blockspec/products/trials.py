@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blockspec.model.blocks import Block, Piece
-from blockspec.model.differentiability import nodes
+from blockspec.model.differentiability import leaves_of, nodes
 from blockspec.model.doubles import Doubles, twin_of
 from blockspec.model.examples import longest
 from blockspec.model.objective import Objective
@@ -129,6 +129,12 @@ class Trial:
         """The mean over the batch's loss terms, with a graph."""
         total, count = self.objective.loss_sum(next(iter(self.objective.batches())))
         return total / count
+
+    def borrows_from(self, model: nn.Module) -> bool:
+        """Whether the copy computes with parameters of the model that it was copied from."""
+        own = {id(p) for p in model.parameters()}
+        with self.unmodified():
+            return any(id(leaf) in own for leaf in leaves_of([self.value()]))
 
     def has_kinks(self) -> bool:
         with self.unmodified():
