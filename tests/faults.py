@@ -201,6 +201,15 @@ def dynamically_quantised() -> Objective:
     return Objective(model, [batch_of(dtype=torch.float32)], losses.classification)
 
 
+def quantised_around() -> Objective:
+    """All that lies before the last quantised layer gets no gradient, and what it rounds away does
+    not move the loss.
+    """
+    model = made(lambda: network(nn.LayerNorm(WIDTH)), torch.float32)
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    return Objective(model, [batch_of(dtype=torch.float32)], losses.classification)
+
+
 def no_grad_body() -> Objective:
     class Frozen(nn.Module):
         def __init__(self) -> None:
@@ -237,6 +246,7 @@ FAULTS: dict[str, Fault] = {
         lambda: objective(Residual(nn.Sequential(nn.LayerNorm(WIDTH), QuantizedLinear()))),
         r"2\.inner\.0.*QuantizedLinear.*quantised",
     ),
+    "between quantised layers": Fault(quantised_around, r"'2\.weight'.*; 3 \(Linear\).*quantised"),
     "before a dynamically quantised layer": Fault(dynamically_quantised, r"2\.inner\.0.*quantised"),
 }  # fmt: skip
 if hasattr(nn, "LinearCrossEntropyOptions"):

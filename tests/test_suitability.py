@@ -1,5 +1,7 @@
 """What cannot be measured is refused with the remedy that fits it, before anything expensive."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -111,6 +113,22 @@ CASES = {
         lambda: (mixtral(), [{"input_ids": tokens(2, 4)}], losses.next_token),
         r"fused experts.*set_experts_implementation\('eager'\)",
     ),
+    "without numbers": (
+        lambda: (nn.Sequential(linear(), nn.Linear(2, 2, device="meta")), [(X, Y)]),
+        r"'1\.weight' lies on the device 'meta'.*load the weights",
+    ),
+    "a buffer without numbers": (
+        lambda: (nn.Sequential(linear(), nn.BatchNorm1d(2, affine=False, device="meta")), [(X, Y)]),
+        r"'1\.running_mean' lies on the device 'meta'.*load the weights",
+    ),
+    "lazy": (
+        lambda: (nn.Sequential(linear(), nn.LazyLinear(2)), [(X, Y)]),
+        r"'1\.weight' has no shape yet: call the model with a batch once",
+    ),
+    "other types": (
+        lambda: (nn.Sequential(linear(), nn.Linear(2, 2)), [(X, Y)]),
+        r"different types \(.*must have the same dtype.*\): bring all to one",
+    ),
     "exported": (
         lambda: (torch.export.export(linear(), (X,)).module(), [(X, Y)]),
         r"the model is exported.*Put the Python module",
@@ -135,6 +153,30 @@ def test_what_cannot_be_measured_is_refused_with_the_remedy(make, message):
             num_steps=2,
         )
     assert "attn_implementation" not in str(error.value)
+
+
+def shared_memory(view):
+    model = nn.Sequential(linear(3, 3), nn.Tanh(), linear(3, 3))
+    model[2].weight = nn.Parameter(view(model[0].weight.data))
+    return model
+
+
+@pytest.mark.parametrize("view", [lambda w: w, lambda w: w.t(), lambda w: w.view(-1)[3:]])
+def test_parameters_in_the_same_memory_are_said(view):
+    with pytest.warns(UserWarning, match=r"'0\.weight' and '2\.weight' share memory"):
+        Objective(shared_memory(view), [(X, Y)], losses.classification)
+
+
+def test_parameters_side_by_side_in_one_memory_are_none_of_these():
+    model = shared_memory(torch.clone)
+    flat = torch.randn(6, 3, dtype=torch.float64)
+    for rows, layer in ((slice(3), model[0]), (slice(3, 6), model[2])):
+        layer.weight = nn.Parameter(flat[rows])
+    turned = nn.Sequential(*(Of(None, w=nn.Parameter(flat[:, [k]].T)) for k in range(2)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each in (model, turned):
+            Objective(each, [(X, Y)], losses.classification)
 
 
 def test_sparse_tensors_of_a_batch_are_measured():

@@ -24,13 +24,14 @@ def twin_of(model: nn.Module, dtype: torch.dtype | None = torch.float64) -> nn.M
     change gradients. So are functions that stand in a module and hold a part of the model, such as
     a ``forward`` that somebody has put around the module's own.
     """
+    modules = list(model.modules())
     memo: dict[int, Any] = {
         id(value): value.detach()
-        for module in model.modules()
+        for module in modules
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf  # such as the weight of a weight norm
     }
-    functions = _functions(model)
+    functions = _functions(modules)
     memo |= {id(function): _without_content(function) for function in functions}
     twin = copy.deepcopy(model, memo)
     for function in functions:
@@ -43,12 +44,12 @@ def twin_of(model: nn.Module, dtype: torch.dtype | None = torch.float64) -> nn.M
     return twin.eval()
 
 
-def _functions(model: nn.Module) -> list[FunctionType]:
+def _functions(modules: list[nn.Module]) -> list[FunctionType]:
     """Those that stand in modules, and those that they hold."""
     found: dict[int, FunctionType] = {}
     standing: list[Any] = [
         entry
-        for module in model.modules()
+        for module in modules
         for value in vars(module).values()
         for entry in (value.values() if isinstance(value, dict) else [value])
     ]

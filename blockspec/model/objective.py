@@ -480,7 +480,7 @@ class Objective:
                     break
             check_loss(total, count)
             total = total.detach()  # one graph at a time
-            with told_if_narrow(self.model):
+            with told_if_narrow(self.model, self.weights.dtype):
                 repeated = self._value_of(batch)[0].detach()
             check_deterministic(self.model, total, repeated)
 

@@ -6,8 +6,10 @@ loss is computed or differentiated is explained where it happens.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ OTHERWISE = (
     "differentiated twice"
 )
 
+OTHER_DTYPES = ("must have the same dtype", "expected scalar type", "should be the same")
 CACHES = ("past_key_values", "cache_params")
 
 
@@ -60,6 +63,8 @@ def check_model(model: nn.Module) -> None:
             "Register what is trained as nn.Parameter, and modules as attributes or in an "
             "nn.ModuleList"
         )
+    _check_present(model)
+    _say_shared_memory(model)
     for name, parameter in model.named_parameters():
         if parameter.is_complex() and parameter.requires_grad:
             raise ValueError(
@@ -83,6 +88,39 @@ def check_model(model: nn.Module) -> None:
                 f"module {name!r} ({type(module).__name__}) divides its gradient by how often a "
                 "row was read, so that the gradient is that of no function, and has no Hessian: "
                 f"set model.get_submodule({name!r}).scale_grad_by_freq = False to measure the loss"
+            )
+
+
+def _check_present(model: nn.Module) -> None:
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"{name!r} has no shape yet: call the model with a batch once, which gives its "
+                "lazy parameters theirs"
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name!r} lies on the device 'meta', which holds shapes and no numbers: load the "
+                "weights (load_state_dict(..., assign=True); from_pretrained without device_map). "
+                "A model that does not fit into memory: blockspec.model.weights.map_weights"
+            )
+
+
+def _say_shared_memory(model: nn.Module) -> None:
+    """Autograd takes two parameters in the same memory for two; an optimizer moves both."""
+    places = []
+    for name, p in model.named_parameters():
+        if p.numel() and not hasattr(p, "to_local"):
+            reach = 1 + sum((n - 1) * step for n, step in zip(p.shape, p.stride(), strict=True))
+            start = p.data_ptr()
+            places.append((start, start + reach * p.element_size(), reach == p.numel(), name))
+    for (start, end, dense, name), (other_start, _, other_dense, other) in pairwise(sorted(places)):
+        if other_start == start or (other_start < end and dense and other_dense):
+            warnings.warn(
+                f"the parameters {name!r} and {other!r} share memory, but are two parameters: each "
+                "is measured as if the other stayed where it is, though an optimizer moves both. "
+                "Make them one (the same nn.Parameter in both places) to measure them together",
+                stacklevel=4,
             )
 
 
@@ -140,6 +178,12 @@ def explanation(text: str) -> str | None:
             f"a part of the model or of the loss is compiled ({text}): use it as it was before "
             "torch.compile, or measure "
             "within torch.compiler.set_stance('force_eager')"
+        )
+    if any(words in text for words in OTHER_DTYPES):
+        return (
+            f"parts of the model or of the batch are of different types ({text}): bring all to one "
+            "(model.to(torch.float32)), or cast in the model's forward or in the loss. An autocast "
+            "of the training does not act here: give it to the loss, or to the model's forward"
         )
     if "not implemented for sparse" in text or "sparse tensors" in text:
         return (

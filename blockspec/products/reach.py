@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from blockspec.products.blame import REMEDIES, untracked, watched
 from blockspec.products.references import Reference, displaced
@@ -21,6 +22,7 @@ MATTERS = {torch.float64: 1e-4, torch.float32: 1e-1}
 
 Right models: 1e-8 and 1e-2 at most.
 """
+FAR = 0.5  # of a parameter's size: more than a quantised layer rounds away
 DETACHED = (
     "a part of the loss is detached: it changes by other than its gradient says, and so the "
     "curvature is that of the "
@@ -38,9 +40,11 @@ def check_reach(trial: Trial, reference: Reference) -> str:
     Raises:
         Unreached: A parameter has no gradient though the loss depends on it.
     """
+    lost = [name for name, gradient in reference.gradient.items() if gradient is None]
+    if behind := _behind_quantised(trial, lost):
+        raise Unreached(_message(trial, behind, None))
     if reference.rise is not None and abs(reference.rise) <= _allowed(trial, reference):
         return ""
-    lost = [name for name, gradient in reference.gradient.items() if gradient is None]
     with trial.unmodified():
         moving = lost if lost and _moves(trial, lost) else []
         if len(moving) > 1:
@@ -88,6 +92,34 @@ def _moves(trial: Trial, names: Sequence[str]) -> bool:
     return 0.5 < slopes[0] / slopes[1] < 2
 
 
+def _behind_quantised(trial: Trial, lost: Sequence[str]) -> str | None:
+    """A parameter whose gradient a quantised layer does not hand back. What it rounds away, small
+    steps do not show: the loss stays as it is, or jumps.
+    """
+    if not lost or not _quantised(trial.objective.model):
+        return None
+    with trial.unmodified(), torch.no_grad():
+        before = trial.value().item()
+        for name, direction in trial.direction(2000).items():
+            if name in lost:
+                with displaced(trial.objective, {name: direction}, FAR):
+                    if trial.value().item() != before:
+                        return name
+    return None
+
+
+def _quantised(model: nn.Module, behind: str = "") -> list[str]:
+    """Quantised modules; those that come after the one named ``behind`` first."""
+    found: list[str] = []
+    before: list[str] = []
+    passed = False
+    for name, module in model.named_modules():
+        passed = passed or name == behind
+        if "quantiz" in type(module).__name__.lower() or "quantiz" in type(module).__module__:
+            (found if passed else before).append(f"{name} ({type(module).__name__})")
+    return found + before
+
+
 def _message(trial: Trial, name: str, runs: str | None) -> str:
     path = name.rpartition(".")[0]
     if runs:
@@ -96,11 +128,7 @@ def _message(trial: Trial, name: str, runs: str | None) -> str:
             "gradients switched "
             f"off; {NO_GRAD}"
         )
-    quantised = [
-        f"{n} ({type(m).__name__})"
-        for n, m in trial.objective.model.named_modules()
-        if "quantiz" in type(m).__name__.lower() or "quantiz" in type(m).__module__
-    ]
+    quantised = _quantised(trial.objective.model, behind=path)
     behind = f"; {quantised[0]} hands back none: {REMEDIES[-1][1]}" if quantised else f"; {NO_GRAD}"
     where = path or "the model"
     return f"parameter {name!r} of {where} gets no gradient though the loss depends on it{behind}"
