@@ -8,13 +8,17 @@ Data sets are drawn from populations whose matrices are known, see
 from __future__ import annotations
 
 import math
+import multiprocessing
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jsonargparse import CLI
 from scipy.special import stdtrit
 
@@ -36,6 +40,15 @@ CASES = {
     "heavy-tailed block": ("heavy", "piece_0"),
 }
 AVAILABLE = 8192  # units that data="auto" may take
+SHARE = 20  # data sets that one process does at a time
+BY = {"best fixed, by the truth": False, "best fixed, by its error": True}
+
+
+@cache
+def made(model: str) -> Population:
+    """Each process makes a population once."""
+    torch.set_num_threads(1)
+    return POPULATIONS[model]()
 
 
 def estimated(
@@ -79,12 +92,9 @@ def plain(found: Estimate | RitzValue, units: int) -> tuple[float, float]:
     return found.value - half, found.value + half
 
 
-def coverage(
-    population: Population, cases: dict[str, str | None], units: int, seeds: range
-) -> pd.DataFrame:
-    """A row a case and number: how often the interval holds the population's, of the data sets of
-    these seeds.
-    """
+def intervals(model: str, cases: dict[str, str | None], units: int, seeds: range) -> list[dict]:
+    """A row a case, number and data set: whether the interval holds the population's."""
+    population = made(model)
     everyone = np.arange(len(population.matrices))
     whole = None in cases.values()
     exact = estimated(
@@ -118,6 +128,11 @@ def coverage(
                         "width": (ends[1] - ends[0]) / abs(right),
                     }
                 )
+    return rows
+
+
+def coverage(rows: Sequence[dict]) -> pd.DataFrame:
+    """A row a case and number: how often the interval holds the population's."""
     groups = pd.DataFrame(rows).groupby(["case", "number", "units"], sort=False)
     means = groups[["held before", "held", "is below", "is above"]].mean()
     return means.join(groups[["width before", "width"]].median()).reset_index()
@@ -175,9 +190,7 @@ def enough(
     return found[name or "matrix"], products, rounds
 
 
-def fixed(
-    population: Population, name: str | None, tolerance: float, sets: int, *, stated: bool
-) -> int:
+def fixed(model: str, name: str | None, tolerance: float, sets: int, *, stated: bool) -> int:
     """The fewest products times units of a fixed choice that is good in 95 % of data sets; 0 where
     none of the grid is.
 
@@ -186,7 +199,7 @@ def fixed(
             Else that the distance to the population's spectrum is, which nobody knows who does not
             know the population.
     """
-    best = None
+    population, best = made(model), None
     for units, probes, steps in grid():
         work = units * probes * steps
         if best is not None and work >= best:
@@ -256,11 +269,9 @@ def truth(population: Population, name: str | None) -> np.ndarray:
     return np.linalg.eigvalsh(population.matrices.mean(0).double().numpy()[rows, rows])
 
 
-def auto(
-    population: Population, name: str | None, tolerance: float, seeds: range
-) -> dict[str, float]:
-    """How often the spectrum is within the tolerance, and what that took."""
-    outcomes = []
+def runs(model: str, name: str | None, tolerance: float, seeds: range) -> list[dict]:
+    """What ``data="auto"`` gives for each data set, and what it took."""
+    population, outcomes = made(model), []
     norm = float(np.abs(truth(population, name)).max())
     for seed in seeds:
         with warnings.catch_warnings():
@@ -279,6 +290,11 @@ def auto(
                 "work": work,
             }
         )
+    return outcomes
+
+
+def auto(outcomes: Sequence[dict]) -> dict[str, float]:
+    """How often the spectrum is within the tolerance, and what that took."""
     table = pd.DataFrame(outcomes)
     medians = {str(name): float(value) for name, value in table.median().items()}
     shares = {name: float(table[name].mean()) for name in ("within", "total error holds")}
@@ -293,6 +309,7 @@ def main(
     choices: int = 40,
     first: int = 0,
     tolerances: Sequence[float] = (5e-2, 2e-2),
+    processes: int = 1,
 ) -> None:
     """Measures and writes a table of each part.
 
@@ -305,29 +322,41 @@ def main(
         first: Seed of the first data set. The intervals were made with those from 30000 on, the
             errors of spectra with those from 50000 on.
         tolerances: Of ``data="auto"``.
+        processes: That share the work.
     """
-    made = {name: POPULATIONS[name]() for name in models}
-    seeds = range(first, first + sets)
+    shares = [range(first + sets)[k : k + SHARE] for k in range(first, first + sets, SHARE)]
     tables: dict[str, pd.DataFrame] = {}
-    if "coverage" in parts:
-        tables["how often 95 % intervals of the total error hold"] = pd.concat(
-            coverage(population, cases_of(model, cases), units, seeds)
-            for model, population in made.items()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        held = [
+            pool.submit(intervals, model, cases_of(model, cases), units, seeds)
+            for model in models
             for units in (16, 64)
-        )
-    if "auto" in parts:
-        rows = [
-            {"case": case, "tolerance": tolerance}
-            | auto(population, name, tolerance, seeds)
-            | {
-                f"best fixed, {by}": fixed(population, name, tolerance, choices, stated=stated)
-                for by, stated in (("by the truth", False), ("by its error", True))
-            }
-            for model, population in made.items()
+            for seeds in shares
+            if "coverage" in parts
+        ]
+        asked = {
+            (case, tolerance): (
+                [
+                    pool.submit(fixed, model, name, tolerance, choices, stated=s)
+                    for s in BY.values()
+                ],
+                [pool.submit(runs, model, name, tolerance, seeds) for seeds in shares],
+            )
+            for model in models
             for case, name in cases_of(model, cases).items()
             for tolerance in tolerances
-        ]
-        tables["data='auto' against the best fixed choice"] = pd.DataFrame(rows)
+            if "auto" in parts
+        }
+        if held:
+            rows = [row for future in held for row in future.result()]
+            tables["how often 95 % intervals of the total error hold"] = coverage(rows)
+        if asked:
+            tables["data='auto' against the best fixed choice"] = pd.DataFrame(
+                {"case": case, "tolerance": tolerance}
+                | auto([row for future in outcomes for row in future.result()])
+                | {by: future.result() for by, future in zip(BY, choice, strict=True)}
+                for (case, tolerance), (choice, outcomes) in asked.items()
+            )
     name = "_".join(["data", *parts, *models])
     write(name, tables, notes=f"{sets} data sets a case; {choices} for fixed choices.")
 

@@ -73,6 +73,9 @@ class Drawn(FunctionOperator):
         self._cut: dict[str, Tensor] = {}
         super().__init__(lambda v: self.mean @ v, len(self.mean))
 
+    def check(self, blocks: Sequence[Block]) -> None:
+        """A matrix is deterministic: no product is taken to see that."""
+
     def sweep(self, requests: Sequence[tuple[Block, Tensor]]) -> list[Tensor]:
         """Products with pieces of the mean."""
         self.products += len(requests)

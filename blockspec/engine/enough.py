@@ -1,9 +1,9 @@
 """Just enough data: as many units as the tolerance needs for each block.
 
-The idea. The total error has three parts: steps, probes and data. For n units, K probes and m steps
-a probe, the work is ``n K m``, and the parts fall like ``1 / m``, ``1 / sqrt(K)`` and ``1 /
-sqrt(n)``. The work is least where the squares of the parts are as 1 : 2 : 2. So the estimate itself
-is held within ``sqrt(3 / 5)`` of the tolerance, and the data may use what it leaves.
+The idea. The work is the number of units times the products of the estimate. The error of the data
+falls like one over the root of the units. That of the estimate falls about like one over its
+products: eigenvalues that are known one by one make no noise. So the work is least where the square
+of the estimate's own error is a third of the tolerance's, and the data may use what it leaves.
 
 A first round takes ``FIRST`` units for all blocks. Its error of the data foretells how many units
 each block needs. Blocks that need about as many go through the next round together, and the round
@@ -22,22 +22,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 
 from blockspec.model.objective import Objective
-from blockspec.numerics.jackknife import jackknife_stderr
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.spectrum import Spectrum
 
 FIRST = 16  # units of the first round: enough to know their spread to a fifth
-ESTIMATES_SHARE = math.sqrt(3 / 5)  # of the tolerance
-SPARE = 1.1  # times the units that were foretold: half of the foretold numbers are too small
+ESTIMATES_SHARE = 0.6  # of the tolerance: about the root of a third
 LEAST = 1.25  # times the units of the round before, so that few rounds follow
 MOST = 4.0  # times them: from few, up to ten times the units were foretold that were needed
-FINENESS = 2**0.25  # between two numbers of units that rounds have
+FINENESS = 2**0.125  # between two numbers of units that rounds have
 
 FORESEEN = 1.02  # how closely it is foreseen how many units will do
-SURE = 0.75  # that the population's norm is above what is taken for it
 MOST_ABOVE = 3.0  # times the population's norm: what the norm of few data is taken to be at most
 COUNTED = ("gradients", "products")
 
@@ -136,7 +132,7 @@ def _still_needed(
         latest = found[name]
         needed = latest.needed(tolerance)
         if needed > latest.taken and latest.taken < available:
-            aim = min(max(SPARE * needed, LEAST * latest.taken), MOST * latest.taken)
+            aim = min(max(needed, LEAST * latest.taken), MOST * latest.taken)
             steps = math.ceil(math.log(aim / FIRST, FINENESS))
             asked[name] = min(available, round(FIRST * FINENESS**steps))
     return asked
@@ -166,26 +162,23 @@ def units_needed(spectrum: Spectrum, tolerance: float) -> int:
 
 def _is_within(spectrum: Spectrum, tolerance: float, growth: float) -> bool:
     """Whether so many times the units would do, by what is known from those of the spectrum."""
-    allowed = tolerance * _least_norm(spectrum, 1 / growth)
+    allowed = tolerance * _likely_norm(spectrum)
     own = spectrum.error if growth == 1 else min(spectrum.error, ESTIMATES_SHARE * allowed)
     data = spectrum.foretold_data_error(growth)
     return data is not None and math.hypot(own, data) <= allowed
 
 
-def _least_norm(spectrum: Spectrum, share: float) -> float:
-    """The norm of the population is above this with the confidence :data:`SURE`, once the units of
-    the spectrum are this share of all that were taken.
+def _likely_norm(spectrum: Spectrum) -> float:
+    """The norm of the population, as the units foretell it.
 
     The norm of few data is too large, twice as large where one of 16 units dominates, and with it
-    the error that is allowed.
+    the error that is allowed. The jackknife tells how much of it is bias.
     """
     without = spectrum.left_out()
     assert without is not None
     norms = np.abs(without[0]).max((1, 2))
     bias = (len(norms) - 1) * (float(norms.mean()) - spectrum.norm)
-    spread = stdtrit(len(norms) - 1, SURE) * (jackknife_stderr(norms) or 0.0)
-    least = spectrum.norm - max(bias, 0.0) - spread * math.sqrt(share)
-    return max(least, spectrum.norm / MOST_ABOVE)
+    return max(spectrum.norm - max(bias, 0.0), spectrum.norm / MOST_ABOVE)
 
 
 def _warn_of_too_few(found: dict[str, Round], tolerance: float, available: int) -> None:

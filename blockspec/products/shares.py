@@ -149,7 +149,8 @@ SIZE = 128  # numbers of a sketch: squared norms of single products are right to
 class Sketch:
     """A few numbers of a long vector that have its squared norm in expectation, and its dot
     products with others: sums of its entries with random signs (a random projection; Johnson,
-    Lindenstrauss 1984). A short vector is kept whole.
+    Lindenstrauss 1984). A short vector is kept whole. What is kept has float32, which is closer
+    than an error of the data is known: there is one sketch for every unit.
 
     Args:
         name: Of the block; the signs depend on it.
@@ -166,9 +167,9 @@ class Sketch:
     def __call__(self, vector: Tensor) -> np.ndarray:
         """(SIZE,), or (P,) of a short vector (P,)."""
         if self._signs is None:
-            return vector.double().cpu().numpy()
+            return vector.float().cpu().numpy()
         signed = vector * self._signs
         whole = len(signed) // SIZE * SIZE
         sums = signed[:whole].view(-1, SIZE).sum(0, dtype=torch.float64)
         sums[: len(signed) - whole] += signed[whole:]
-        return sums.cpu().numpy()
+        return sums.float().cpu().numpy()
