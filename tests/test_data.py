@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import blockspec
 import blockspec.spectra.heterogeneity
 from blockspec.numerics.measures import wasserstein
+from blockspec.spectra.data import Sample
 
 ADAPTIVE = {"num_probes": "auto", "num_steps": "auto", "tolerance": 1e-2}
 
@@ -243,6 +244,25 @@ def test_files_keep_the_errors_to_the_bit(tmp_path):
     dominant = both[0].summary()["dominant"]
     assert set(dominant) <= {"data", "estimate"}
     assert set(both[1].summary()["dominant"]) == {"unknown"}
+
+
+def test_an_outlier_that_goes_with_its_unit_moves_no_more_mass_than_it_has():
+    """All nodes behind it take the place of the next one, with most of the weight at one of
+    them.
+    """
+    nodes = np.array([[-1, -0.53, -0.26, -0.19, -0.08, 0.001, 0.09, 0.34, 0.61]])
+    weights = np.array([[3e-4, 3e-4, 2e-3, 6e-3, 0.05, 0.84, 0.08, 0.02, 1.4e-3]])
+    without = np.array([[-0.52, -0.25, -0.18, -0.07, 0.0, 0.01, 0.09, 0.33, 0.61]])
+    shares = np.array([[1e-3, 3e-3, 7e-3, 0.05, 0.75, 0.0876, 0.08, 0.02, 1.4e-3]])
+    nearly = 1e-4 * np.random.default_rng(0).standard_normal((16, 1, 9))
+    changed = nodes + nearly, np.repeat(weights[None], 16, 0)
+    changed[0][3], changed[1][3] = without, shares
+    sample = Sample.of(nodes, weights, changed)
+
+    moved = wasserstein((nodes[0], weights[0]), (without[0], shares[0]))
+    others = float(np.abs(nearly).mean())
+    found = sample.distance(nodes, weights)
+    assert moved < found < 10 * (moved + others)
 
 
 @pytest.mark.slow
