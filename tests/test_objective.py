@@ -368,10 +368,10 @@ RANDOM = {
         lambda: Objective(nanogpt().model, nanogpt().batches, noisy_loss),
         r"not deterministic.*a loss",
     ),
-    "shuffled data": (shuffled, r"not the same the second time.*shuffle=False"),
+    "shuffled data": (shuffled, r"not the same when they are read again.*shuffle=False"),
     "augmented data": (
         lambda: Objective(problem("vit").model, Augmented(), losses.classification),
-        r"not the same the second time.*random augmentation",
+        r"not the same when they are read again.*random augmentation",
     ),
 }
 
@@ -386,6 +386,45 @@ def test_an_objective_that_is_not_deterministic_is_found_before_the_work(make, m
             objective, blocks, num_probes=1, num_steps=2, progress=lambda *done: sweeps.append(done)
         )
     assert not sweeps
+
+
+@pytest.mark.parametrize("change", ["other", "fewer", "more"])
+def test_data_that_changes_after_the_checks_is_found(change):
+    """An augmentation that is drawn rarely may leave both readings of the checks as they were."""
+    first, second, other = (tokens(2, 6, seed=seed) for seed in (1, 2, 3))
+    kinds = {"other": [first, other], "fewer": [first], "more": [first, second, other]}
+
+    class Late:
+        readings = 0
+
+        def __iter__(self):
+            self.readings += 1
+            batches = [first, second] if self.readings < 6 else kinds[change]
+            yield from ({"input_ids": ids} for ids in batches)
+
+    batches = Late()
+    objective = Objective(problem("gpt2").model, batches, losses.next_token)
+    (block,) = partition(objective.model, include="*h.0*c_fc.bias")
+    with pytest.raises(ValueError, match=r"read again \(batch [12] differs\)"):
+        estimate_spectra(objective, block, num_probes=1, num_steps=8)
+    batches.readings = 0
+    estimate_spectra(objective, block, num_probes=1, num_steps=1)  # it checks anew
+
+
+MISFITS = {
+    "numpy arrays": (lambda ids: {"input_ids": ids.numpy()}, r"'input_ids'.*numpy array"),
+    "lists": (lambda ids: {"input_ids": ids.tolist()}, r"'input_ids'.*list of numbers"),
+    "an array of a pair": (lambda ids: (ids.numpy(), ids), r"0 of the batch is a numpy array"),
+    "one example": (lambda ids: {"input_ids": ids[0]}, r"shape \(6,\).*DataLoader\(dataset"),
+}
+
+
+@pytest.mark.parametrize(("made", "message"), MISFITS.values(), ids=MISFITS)
+def test_a_batch_that_is_no_batch_of_tensors_is_told_so(made, message):
+    model = problem("gpt2").model
+    objective = Objective(model, [made(tokens(2, 6))], losses.next_token)
+    with pytest.raises((TypeError, ValueError), match=message):
+        objective.check()
 
 
 def test_data_that_changes_in_a_later_batch_only_is_found():

@@ -189,6 +189,13 @@ def test_sparse_tensors_of_a_batch_are_measured():
     torch.testing.assert_close(*matrices, rtol=1e-10, atol=1e-12)
 
 
+def test_nested_tensors_have_a_remedy_of_their_own():
+    text = (
+        "The function '_nested_from_padded_tensor' is not differentiable with respect to argument"
+    )
+    assert "padded batches and a mask" in suitability.explanation(text)
+
+
 def test_attention_keeps_its_own_remedy():
     text = suitability.explanation(
         "derivative for aten::_flash_attention_backward is not implemented"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from blockspec.model import ranges
+from blockspec.model import ranges, soundness
 from blockspec.model.caches import without_caches
 from blockspec.model.checkpointing import without_checkpoints
 from blockspec.model.evaluation import Copies, evaluation
@@ -32,7 +32,6 @@ from blockspec.model.narrow import told_if_narrow
 from blockspec.model.normalisation import of_order
 from blockspec.model.plain import plain_functions
 from blockspec.model.second_order import cheap_modules
-from blockspec.model.soundness import check_deterministic, check_loss, check_repeatable
 from blockspec.model.suitability import check_batch, check_model, explained, length_of
 from blockspec.model.walks import walked
 from blockspec.model.weight_norms import elementary_weight_norms
@@ -134,6 +133,7 @@ class Objective:
         self.weights = Weights(model, None if device is None else torch.device(device), dtype)
         self._batches = batches
         self._carriers: dict[int, Carriers | NoExamplesError] = {}  # by the number of a batch
+        self._seen: list[str] | None = None  # fingerprints of what is read again for each sweep
         self._copies: Copies = {}
         self._takes_gradients = False  # whether the loss does so itself, as far as is known
         self.checked_examples: int | None = None
@@ -278,7 +278,7 @@ class Objective:
         """
         part = copy(self)
         part._batches = [unit for number, unit in enumerate(self._units()) if number in numbers]
-        part._carriers = {}
+        part._carriers, part._seen = {}, None
         return part
 
     def _units(self) -> Iterator[Any]:
@@ -288,9 +288,9 @@ class Objective:
 
     def whole_batches(self) -> Iterator[Any]:
         """The batches as they were given."""
-        empty = True
-        endless = length_of(self._batches) is None
-        for batch in ranges.bounded(self._batches) if endless else self._batches:
+        empty, endless = True, length_of(self._batches) is None
+        given = ranges.bounded(self._batches) if endless else self._batches
+        for batch in soundness.as_before(given, self._seen):
             empty = False
             yield batch
         if empty:
@@ -375,11 +375,12 @@ class Objective:
                 lambda: self.loss(self.model, mapped(batch, lambda tensor: tensor))
             )
         except (TypeError, AttributeError) as error:
-            if said := called_otherwise(self.loss, error):
+            if said := soundness.misfit(batch, error) or called_otherwise(self.loss, error):
                 raise TypeError(said) from error
             raise
         except (IndexError, RuntimeError) as error:
-            if told := ranges.out_of_range(self.model, self.whole_batches(), error):
+            beyond = ranges.out_of_range(self.model, self.whole_batches(), error)
+            if told := beyond or soundness.misfit(batch, error):
                 raise ValueError(told) from error
             raise
         if not isinstance(result, (tuple, list)) or len(result) != 2:
@@ -468,7 +469,8 @@ class Objective:
                 shuffled data, random numbers in the loss).
         """
         if not isinstance(self._batches, (list, tuple)):  # those give the same objects again
-            check_repeatable(self.whole_batches)
+            self._seen = None
+            self._seen = soundness.check_repeatable(self.whole_batches)
         with self.prepared(), explained():
             count = 0.0
             for each, _ in self.weights.in_step(self.batches(self.checked_examples)):
@@ -478,11 +480,11 @@ class Objective:
                     batch, (total, count) = each, value
                 if self.weights.everywhere(count > 0):
                     break
-            check_loss(total, count)
+            soundness.check_loss(total, count)
             total = total.detach()  # one graph at a time
             with told_if_narrow(self.model, self.weights.dtype):
                 repeated = self._value_of(batch)[0].detach()
-            check_deterministic(self.model, total, repeated)
+            soundness.check_deterministic(self.model, total, repeated)
 
 
 def _dropped(nothing: None) -> NoReturn:

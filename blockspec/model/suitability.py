@@ -25,6 +25,7 @@ REMEDIES = {
     "grid_sampler": "interpolate with differentiable indexing, or freeze what the grid depends on",
     "rnn": "within torch.backends.cudnn.flags(enabled=False) recurrent layers are made of "
     "differentiable parts",
+    "nested_": "nested tensors have none in places: give padded batches and a mask",
     "ttention": "switch it off in the model, e.g. attn_implementation='eager'",
 }
 """What stands in the name of a function without a second derivative -> what to do."""
@@ -36,6 +37,7 @@ OTHERWISE = (
 )
 
 OTHER_DTYPES = ("must have the same dtype", "expected scalar type", "should be the same")
+ONCE = ("once_differentiable", "is not differentiable with respect to")
 CACHES = ("past_key_values", "cache_params")
 
 
@@ -169,7 +171,9 @@ def explained() -> Iterator[None]:
 
 def explanation(text: str) -> str | None:
     """What to say instead of an error of PyTorch's; None where it is not one of these."""
-    if ("derivative" in text and "is not implemented" in text) or "once_differentiable" in text:
+    if ("derivative" in text and "is not implemented" in text) or any(
+        words in text for words in ONCE
+    ):
         return remedy(text)
     if "Expected mat_a to be" in text:
         return f"fused experts ({text}): call model.set_experts_implementation('eager') first"
