@@ -170,6 +170,7 @@ class Sketch:
             return vector.float().cpu().numpy()
         signed = vector * self._signs
         whole = len(signed) // SIZE * SIZE
-        sums = signed[:whole].view(-1, SIZE).sum(0, dtype=torch.float64)
+        wide = torch.promote_types(vector.dtype, torch.float32)  # float64 takes twenty times longer
+        sums = signed[:whole].view(-1, SIZE).sum(0, dtype=wide)
         sums[: len(signed) - whole] += signed[whole:]
         return sums.float().cpu().numpy()
