@@ -16,6 +16,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+import blockspec
+
 PACKAGES = ("blockspec", "torch", "transformers")
 
 
@@ -55,7 +57,7 @@ def write(
         else f"cpu{torch.get_num_threads()}"
     )
     today = datetime.date.today().isoformat()
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    versions = ", ".join(f"{package} {_version(package)}" for package in packages)
     module = Path(sys.argv[0]).resolve().stem
     lines = [
         f"# {name}, {today}",
@@ -75,6 +77,12 @@ def write(
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     return path
+
+
+def _version(package: str) -> str:
+    """Of a checkout that is not installed, too."""
+    own = blockspec.__version__
+    return own if package == "blockspec" else importlib.metadata.version(package)
 
 
 def _markdown(table: pd.DataFrame) -> list[str]:

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 from blockspec.engine.state import differences
 from blockspec.figures.plots import save
 from blockspec.runs.json_files import read_json, write_json
-from blockspec.runs.record import VERSIONED, git_commit
+from blockspec.runs.record import git_commit, versions
 from blockspec.spectra.collection import write_parquet
 from training.command import run_command
 
@@ -286,7 +285,7 @@ def _write(folder: Path, tables: Tables, settings: Mapping[str, Any], *, seconds
         "settings": settings,
         "tables": list(tables),
         "seconds": round(seconds, 1),
-        "versions": {name: version(name) for name in VERSIONED},
+        "versions": versions(),
         "git_commit": git_commit(),
     }
     write_json(record, folder / "record.json")

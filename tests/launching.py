@@ -20,11 +20,20 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch.multiprocessing
 
 HERE = Path(__file__).parent
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # one GPU does not serve two processes
 PATHS = os.pathsep.join(str(path) for path in (HERE.parent, HERE.parent / "examples", HERE))
 multiprocessing.set_forkserver_preload(["preloaded"])
+
+
+forks = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="where there is a GPU, autograd refuses to work in a fork of a process that has used it",
+)
+"""Marks tests that fork themselves."""
 
 
 def accelerate(processes: int) -> tuple[str, ...]:
@@ -46,7 +55,7 @@ def accelerate(processes: int) -> tuple[str, ...]:
 
 def together(function: Callable[..., None], *arguments: Any, processes: int = 2) -> None:
     """``function(rank, *arguments)`` on several processes; raises what one of them raised."""
-    with mock.patch.dict(os.environ, {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}):
+    with mock.patch.dict(os.environ, WITHOUT_GPU | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}):
         forkserver.ensure_running()
     torch.multiprocessing.start_processes(
         function, arguments, nprocs=processes, start_method="forkserver"

@@ -16,6 +16,7 @@ from pathlib import Path
 import factories_for_runs as factories
 import pandas as pd
 import pytest
+from launching import forks
 from test_cli import invoke, run_arguments
 
 from blockspec.engine import state
@@ -94,6 +95,7 @@ def mount(folder, size, flags=0):
         raise OSError(ctypes.get_errno(), "mount")
 
 
+@forks
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "complete"), [("44k", []), ("168k", [1])])
 def test_a_disk_that_fills_up(tmp_path, whole, size, complete):
@@ -124,6 +126,7 @@ def steps_of(out):
     return [stage["step"] for stage in json.loads((out / "run.json").read_text())["stages"]]
 
 
+@forks
 @pytest.mark.slow
 def test_a_folder_that_becomes_read_only(tmp_path, whole, monkeypatch):
     def freeze():

@@ -446,7 +446,10 @@ def of_windows(config, model, **settings):
 
 def gemma2():
     return of_windows(
-        transformers.Gemma2Config, transformers.Gemma2ForCausalLM, attn_logit_softcapping=0.5
+        transformers.Gemma2Config,
+        transformers.Gemma2ForCausalLM,
+        attn_logit_softcapping=0.5,
+        attn_implementation="eager",  # before transformers 5.23, sdpa, without soft caps, is meant
     )
 
 

@@ -11,6 +11,7 @@ import sys
 import factories_for_runs as factories
 import pandas as pd
 import pytest
+from launching import forks
 from test_cli import invoke, run_arguments
 
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -37,6 +38,7 @@ def in_a_child(out, fatal, arguments):
     os._exit(invoke(*run_arguments(out), *arguments).code)
 
 
+@forks
 @pytest.mark.slow
 def test_killed_at_random_file_operations(tmp_path):
     """KILLS=25 is the long version."""

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from launching import accelerate
+from launching import WITHOUT_GPU, accelerate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from language_models.data import prepare
@@ -39,7 +39,7 @@ QUICK = [*SMALL, "--data.held_out_batches=1", "--training.tracker=none", "--trai
 
 
 def command(*arguments: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **WITHOUT_GPU, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     line = [sys.executable, *launcher, "language_models.train", *QUICK, *arguments]
     return subprocess.run(
         line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False

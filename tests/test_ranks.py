@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from launching import accelerate, together
+from launching import WITHOUT_GPU, accelerate, together
 from models import tiny_gpt2
 
 import blockspec
@@ -131,7 +131,9 @@ def launch(out, processes, *arguments):
     command = [sys.executable, *accelerate(processes), "-m", "blockspec", "run", "--model", "factories_for_runs:mortal",
                "--estimate.num_probes", "4", "--estimate.num_steps", "12", "--blocks.by", "matrix", "--blocks.full", "false",
                "--plots", "false", "--state_every", "0", "--out", str(out), *arguments]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    environment = (
+        os.environ | WITHOUT_GPU | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    )
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 

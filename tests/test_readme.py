@@ -107,7 +107,9 @@ def test_readme_prints_what_it_says(names):
     said, found = numbers_of(printed), numbers_of(names["printed"])
     assert len(said) == len(found)
     for a, b in zip(said, found, strict=True):
-        if isinstance(a, float):
+        if isinstance(a, float) and abs(a) < 1e-5:  # residuals of converged values: rounding
+            assert 0 <= b < 1e-5
+        elif isinstance(a, float):
             assert a == pytest.approx(b, rel=0.15)  # two digits, on another machine
         else:
             assert a == b

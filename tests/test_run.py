@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_cli import invoke, run_arguments
 
+import blockspec
 from blockspec import (
     Objective,
     estimate_spectra,
@@ -26,6 +27,7 @@ from blockspec.engine.settings import EstimateSettings
 from blockspec.model import identity
 from blockspec.numerics.files import only_writer
 from blockspec.products.curvature import Products
+from blockspec.runs import record as records
 from blockspec.runs import run as runs
 from blockspec.runs.record import git_commit
 from blockspec.runs.run import BlockSettings, RunSettings, measure
@@ -610,3 +612,12 @@ def test_git_runs_nothing_that_the_folder_names(tmp_path, monkeypatch):
     assert found is not None
     assert len(found) == 12
     assert not mark.exists()
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
+    def version(name):
+        assert name != "blockspec"  # it has no metadata
+        return "1"
+
+    monkeypatch.setattr(records, "version", version)
+    assert records.versions()["blockspec"] == blockspec.__version__

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from launching import forks
 from models import tiny_gpt2
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -378,6 +379,7 @@ def killed_within_a_sweep(folder, moment, settings):
     return max((record["done"] for record in left), default=0)
 
 
+@forks
 @pytest.mark.slow
 @pytest.mark.parametrize("products", ["whole", "layerwise"])
 def test_kill_9_in_the_middle_of_a_sweep(tmp_path, products):

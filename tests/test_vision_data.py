@@ -203,7 +203,7 @@ def test_broken_images_are_left_out_counted_and_named(broken, folder, workers, m
         UserWarning, match=r"2 of 11 images cannot be decoded .*ant_0\.JPEG, .*bee_1\.png"
     ) as caught:
         batches = fixed_batches(image_folder(broken), batch_size=4, **settings)
-    assert len(caught) == 1
+    assert [w.category for w in caught].count(UserWarning) == 1
     assert [len(y) for _, y in batches] == [4, 4, 1]  # what is left fills up the batches
     whole = [batch for batch in fixed_batches(image_folder(folder), batch_size=1)]
     expected = torch.cat([x for i, (x, _) in enumerate(whole) if i not in (0, 4)])

@@ -25,7 +25,9 @@ def imported(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            found.add(str(node.module))
+            names = {alias.name for alias in node.names}
+            if names != {"__version__"}:  # which the package itself defines
+                found.add(str(node.module))
     return {name for name in found if name.split(".")[0] == "blockspec"}
 
 

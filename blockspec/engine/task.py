@@ -38,6 +38,7 @@ from blockspec.engine.deflation import (
     pays,
 )
 from blockspec.model.blocks import Block
+from blockspec.numerics.basis import rows_taken
 from blockspec.numerics.columns import Columns
 from blockspec.numerics.jackknife import MOST_GROUPS
 from blockspec.numerics.lanczos import Lanczos, Tridiagonal
@@ -300,6 +301,7 @@ class Task:
         steps = self.accuracy.num_steps or TYPICAL_STEPS
         if self.accuracy.num_steps is None and self._may_deflate and self.block.numel <= LARGEST:
             steps = max(steps, longest_first_probe(self.block.numel, self.accuracy))
+        steps = rows_taken(steps, self.block.numel // self.probing.ranks.rows)
         shared = steps * kept // self.probing.ranks.rows
         if self.probing.by_unit and self.probing.ranks.rows > 1 and not self.probing.parts:
             shared += steps * kept  # each process keeps all of every vector too

@@ -82,7 +82,8 @@ def _replacement(model: nn.Module, config: Any) -> str | None:
     """
     name = config._attn_implementation
     owners = [m for m in modules_of(model) if getattr(m, "config", None) is config]
-    through_sdpa = all(getattr(m, "_supports_sdpa", True) for m in owners)
+    capped = getattr(config, "attn_logit_softcapping", None) is not None  # sdpa leaves caps out
+    through_sdpa = not capped and all(getattr(m, "_supports_sdpa", True) for m in owners)
     registry = any(getattr(m, "_supports_attention_backend", False) for m in owners)
     if name in ("sdpa", None):
         return name

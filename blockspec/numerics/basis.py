@@ -8,7 +8,7 @@ from torch import Tensor
 from blockspec.numerics.portions import along as along_portions
 from blockspec.numerics.ranks import Ranks, Shared
 
-ROWS = 16  # vectors that are allocated at once, unless they are large
+FEWEST, ROWS = 4, 16  # vectors that are allocated at once, unless they are large
 LARGE = 2**20  # entries
 
 
@@ -20,6 +20,21 @@ def fresh(tensor: Tensor) -> Tensor:
     restored must be what it was.
     """
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def rows_at_once(length: int, numel: int) -> int:
+    """For how many vectors memory is taken when ``length`` of them are full: a few at first,
+    because a GPU, unlike a CPU, gives memory at once that is not written to yet.
+    """
+    return min(max(length, FEWEST), ROWS) if numel < LARGE else 1
+
+
+def rows_taken(count: int, numel: int) -> int:
+    """For how many vectors memory is taken by so many of them."""
+    taken = 0
+    while taken < count:
+        taken += rows_at_once(taken, numel)
+    return taken
 
 
 class Basis:
@@ -54,7 +69,7 @@ class Basis:
         self._dtype, self._device = dtype, torch.device(device)
         self._fixed = [] if fixed is None else [fixed[:, self._part].to(self._device, dtype)]
         self._chunks: list[Tensor] = []  # (rows, P), all full but the last
-        self._length = 0
+        self._length, self._taken = 0, 0
 
     def __len__(self) -> int:
         return self._length
@@ -140,17 +155,14 @@ class Basis:
         return vector if self._parts else vector[self._part]
 
     def _append(self, part: Tensor) -> None:
-        rows = self._rows_at_once()
-        place = self._length % rows
-        if place == 0:
+        if self._length == self._taken:
+            rows = rows_at_once(self._taken, self.numel)
             self._chunks.append(
                 torch.empty(rows, self.numel, dtype=self._dtype, device=self._device)
             )
-        self._chunks[-1][place].copy_(part)
+            self._taken += rows
+        self._chunks[-1][self._length - self._taken].copy_(part)
         self._length += 1
-
-    def _rows_at_once(self) -> int:
-        return ROWS if self.numel < LARGE else 1
 
     def _rows(self) -> list[Tensor]:
         return [*self._fixed, *self._appended()]

@@ -124,9 +124,9 @@ class Products:
         """Of the objective's model."""
         return self.objective.device
 
+    @torch.random.fork_rng(devices=[])  # some models draw numbers that they do not use
     def check(self, blocks: Sequence[Block]) -> None:
-        """Raises ValueError where the objective is not deterministic, not finite, or products would
-        not be right.
+        """Raises ValueError where the objective is not deterministic or finite, or products wrong.
 
         What was found of the products is in ``checked``, see :mod:`blockspec.products.guard`.
         """

@@ -111,6 +111,7 @@ def _state(objective: Objective) -> tuple[object, ...]:
     return id(objective.loss), objective.batch_norm, versions, hooked, gradients
 
 
+@torch.random.fork_rng(devices=[])  # some models draw numbers that they do not use
 def check_products(
     objective: Objective, blocks: Sequence[Block], curvature: str, make: Make
 ) -> Check:

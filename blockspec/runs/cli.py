@@ -8,13 +8,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 
+from blockspec import __version__
 from blockspec.runs import report
 from blockspec.runs.arguments import check_command, check_flags, gathered
 
@@ -171,7 +171,7 @@ def _parser(called: str | None) -> tuple[ArgumentParser, ArgumentParser]:
         prog="blockspec",
         description="Blockwise Hessian spectra of transformers.",
         epilog="blockspec COMMAND --help explains the settings of a command.",
-        version=version("blockspec"),
+        version=__version__,
         **options,
     )
     commands = parser.add_subcommands(required=True)

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
+from blockspec import __version__
 from blockspec.model.identity import differences
 from blockspec.numerics.files import remove_partials
 from blockspec.runs.json_files import read_json, write_json
 
-VERSIONED = ("blockspec", "torch", "transformers", "numpy", "scipy", "pandas")
+VERSIONED = ("torch", "transformers", "numpy", "scipy", "pandas")
 WRITTEN = re.compile(r"run\.json|spectra\.parquet|heterogeneity\.parquet")
 
 Record = dict[str, Any]
@@ -81,8 +82,13 @@ def _new(settings: dict[str, Any]) -> Record:
 
 
 def _made_by() -> dict[str, Any]:
-    versions = {name: version(name) for name in VERSIONED} | {"python": platform.python_version()}
-    return {"versions": versions, "git_commit": git_commit()}
+    made_by = versions() | {"python": platform.python_version()}
+    return {"versions": made_by, "git_commit": git_commit()}
+
+
+def versions() -> dict[str, str]:
+    """Of this package, installed or a checkout on the path, and of those that numbers depend on."""
+    return {"blockspec": __version__} | {name: version(name) for name in VERSIONED}
 
 
 def announce_stage(out: Path, record: Record, entry: dict[str, Any]) -> None:
