@@ -8,7 +8,7 @@ from test_cli import invoke, run_arguments
 from blockspec.engine.settings import EstimateSettings, Execution
 from blockspec.numerics import memory
 from blockspec.runs import launched
-from blockspec.runs.settings import Resources
+from blockspec.runs.settings import Resources, find_device
 
 CPU = torch.device("cpu")
 
@@ -123,3 +123,18 @@ def test_the_group_of_processes_ends_before_the_interpreter(monkeypatch):
     leave()
     leave()  # a program may have left by itself
     assert not torch.distributed.is_initialized()
+
+
+def test_processes_that_share_a_gpu_are_told_or_compute_on_the_cpu(monkeypatch):
+    """NCCL refuses a GPU for two: "Duplicate GPU detected"."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert find_device("auto") == "cuda:0"
+    assert launched.backend_here() == "nccl"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert launched.backend_here() == "gloo"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match=r"process 1 .* there are 1: .* --device cpu"):
+        find_device("auto")

@@ -40,12 +40,17 @@ def join(patience: float = PATIENCE) -> bool:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if not dist.is_initialized():
         store = _meet(rank, world, patience)
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if backend == "nccl":
+        if (backend := backend_here()) == "nccl":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         atexit.register(_leave)
     return is_first()
+
+
+def backend_here() -> str:
+    """``nccl`` where each process of this machine has a GPU of its own, which it insists on."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= here else "gloo"
 
 
 def _leave() -> None:

@@ -120,10 +120,21 @@ def _list_patterns(settings: object, *names: str) -> None:
             object.__setattr__(settings, name, [pattern])
 
 
+def _gpu_of(process: int) -> str:
+    if process >= (there := torch.cuda.device_count()):
+        raise ValueError(
+            f"process {process} of this machine (counted from 0) has no GPU of its own, because "
+            f"there are {there}: start one process for each GPU, or compute on the CPU with "
+            "--device cpu"
+        )
+    return f"cuda:{process}"
+
+
 def find_device(name: str) -> str:
     """``auto`` is a GPU if there is one: that of this process, where there are several."""
     if name == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        own = int(os.environ.get("LOCAL_RANK", "0"))
+        return _gpu_of(own) if torch.cuda.is_available() else "cpu"
     try:
         if torch.empty(1, device=name).is_meta:
             raise RuntimeError("it holds no numbers")
