@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from blockspec.model.objective import Objective
+from blockspec.numerics.measures import CONFIDENCE
 from blockspec.spectra.collection import Cost
 from blockspec.spectra.spectrum import Spectrum
 
@@ -149,7 +150,8 @@ def units_needed(spectrum: Spectrum, tolerance: float) -> int:
             f"block {spectrum.block.name!r}: the error of its data is not known "
             f"({spectrum.units} units)"
         )
-    if spectrum.is_zero or _is_within(spectrum, tolerance, 1.0):
+    rounded = CONFIDENCE * spectrum.precision_error > tolerance * spectrum.norm  # as more data are
+    if spectrum.is_zero or rounded or _is_within(spectrum, tolerance, 1.0):
         return spectrum.units
     low, high = 1.0, 2.0
     while not _is_within(spectrum, tolerance, high):

@@ -52,6 +52,7 @@ PROBES_OF_SMALL, LARGE = (
 )  # blocks of at least so many parameters need one to measure a mean
 STEPS_OF_PLAN = 8  # enough for the largest eigenvalues and the first moments of each unit
 CHECKED = 2  # examples that checks evaluate where memory is bounded
+NOISY = 0.25  # of a block's products; keys' biases have 0.8 to 1, sound blocks 1e-3 at most
 SLACK = 1.05  # times the tolerance: the error at the end is not quite the one that was foreseen
 
 
@@ -138,6 +139,8 @@ def estimate_spectra(
     for task, spectrum in zip(schedule.tasks, own, strict=True):
         _warn_of_missed_tolerance(task.accuracy, spectrum)
     found = operator.ranks.all_of(own)
+    if settings.precision is None:
+        _warn_of_rounding([spectrum for part in found for spectrum in part])
     if not keep_state:
         keeper.clear()
     by_name = {spectrum.block.name: spectrum for part in found for spectrum in part}
@@ -384,6 +387,23 @@ def _in_own_precision(operator: Operator) -> Operator:
     )
     wide.micro_batch = operator.micro_batch
     return wide
+
+
+def _warn_of_rounding(spectra: Sequence[Spectrum]) -> None:
+    """Says once which blocks are rounding, in all or in a large part."""
+    noisy = [s for s in spectra if s.precision_error > NOISY * math.sqrt(max(s.moment(2).value, 0))]
+    if not noisy:
+        return
+    first = max(noisy, key=lambda spectrum: spectrum.precision_error / spectrum.norm)
+    wider = " (model.double() shows it)" if first.dtype != "float64" else ""
+    others = f" and {len(noisy) - 1} more blocks" if len(noisy) > 1 else ""
+    warnings.warn(
+        f"{first.block.name!r}{others}: products are rounding in {first.dtype}, for the most part "
+        f"(their size is {first.norm:.1e}, and they are not symmetric). The curvature may be zero, "
+        f"as that of the bias of keys in attention is{wider}; more data, steps or probes do not "
+        "help. Leave such blocks out with exclude=",
+        stacklevel=4,
+    )
 
 
 def _warn_of_missed_tolerance(accuracy: Accuracy, spectrum: Spectrum) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ class Columns:
 
     def __init__(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self._columns: list[Tensor] = []
+        self.asymmetry = 0.0
+        """Frobenius norm of what :meth:`matrix` took away to symmetrise: (A - A') / 2."""
         self._eigenvalues: np.ndarray | None = None  # in the matrix's place, once they are known
         self._numel, self._dtype, self._device = numel, dtype, device
 
@@ -65,7 +68,8 @@ class Columns:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What :meth:`restore` needs to go on: the columns (n, P), or all eigenvalues (P,)."""
         if self._eigenvalues is not None:
-            return {"columns": torch.from_numpy(self._eigenvalues)}, {}
+            found = {"columns": torch.from_numpy(self._eigenvalues)}
+            return found, {"asymmetry": self.asymmetry}
         return {
             "columns": torch.stack(self._columns) if self._columns else torch.empty(0, self._numel)
         }, {}
@@ -73,6 +77,7 @@ class Columns:
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         if tensors["columns"].ndim == 1:
             self._eigenvalues = fresh(tensors["columns"]).numpy()
+            self.asymmetry = numbers["asymmetry"]
             return
         self._columns = [fresh(column) for column in tensors["columns"]]
 
@@ -81,8 +86,11 @@ class Columns:
         matrix = np.empty((self._numel, self._numel))
         for row, column in zip(matrix, self._columns, strict=True):
             row[:] = column.double().numpy()
+        squares = 0.0
         for i in range(self._numel):  # in place: a sum of the whole would take as much again
+            squares += float(np.square(matrix[i, i:] - matrix[i:, i]).sum()) / 2
             matrix[i, i:] = matrix[i:, i] = (matrix[i, i:] + matrix[i:, i]) / 2
+        self.asymmetry = math.sqrt(squares)
         return matrix
 
     def eigenvalues(self) -> np.ndarray:
