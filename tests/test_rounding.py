@@ -52,6 +52,17 @@ def test_rounding_takes_no_more_data():
     assert max(s.units for s in spectra.values()) > 16
 
 
+@pytest.mark.filterwarnings("ignore:.*products are rounding:UserWarning")
+def test_a_resumed_estimate_knows_the_rounding_of_columns(tmp_path):
+    objective, blocks = attention()
+    settings = {"num_probes": 1, "num_steps": 100, "state": tmp_path / "state", "keep_state": True}
+    first, again = (estimate_spectra(objective, blocks, **settings) for _ in range(2))
+    for one, other in zip(first.values(), again.values(), strict=True):
+        assert one.precision_error == other.precision_error
+        assert one.largest == other.largest
+    assert max(s.precision_error for s in again.values()) > 0
+
+
 @pytest.mark.parametrize("steps", [10, 40])
 def test_a_matrix_that_is_not_symmetric_is_said(steps):
     generator = torch.Generator().manual_seed(0)

@@ -244,14 +244,15 @@ def _content(schedule: Schedule) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tasks = {}
     for task in schedule.tasks:
         results = {str(probe): _plain(t) for probe, t in task.tridiagonals.items()}
-        if task.columns is not None and task.columns.done:
-            tensors[f"columns/{task.block.name}"] = task.columns.state()[0]["columns"].contiguous()
-        entry = {
+        entry: dict[str, Any] = {
             "next_probe": task.next_probe,
             "to_start": task.to_start,
             "results": results,
             "exact": task.exact,
         }
+        if task.columns is not None and task.columns.done:
+            kept, entry["columns"] = task.columns.state()
+            tensors[f"columns/{task.block.name}"] = kept["columns"].contiguous()
         if task.deflation is not None:
             tensors[f"deflation/{task.block.name}"] = task.deflation.vectors.cpu()
             entry["deflation"] = {
@@ -298,7 +299,7 @@ def _restore(schedule: Schedule, tensors: dict[str, Tensor], record: dict[str, A
             vectors = fresh(tensors[f"deflation/{name}"]).to(task.device)
             task.deflation = Deflation(**(found | arrays), vectors=vectors)
         if (columns := tensors.get(f"columns/{name}")) is not None:
-            task.begin_columns().recurrence.restore({"columns": columns}, {})
+            task.begin_columns().recurrence.restore({"columns": columns}, entry["columns"])
         _restore_left_out(task, tensors)
     for index, entry in enumerate(record["jobs"]):
         task = by_name[entry["block"]]
