@@ -20,18 +20,20 @@ from language_models.fresh import fresh
 from vision_models.factories import digits
 
 Made = tuple[torch.nn.Module, Any, Any]
-LARGEST = 64
+AVAILABLE = 128  # sequences or images
+SIZES = (8, 16, 32, 64)  # of subsets of them
+MOST_SUBSETS = 8  # of one size
 MODELS: dict[str, tuple[Callable[[], Made], str]] = {
     "GPT-2 (text)": (
-        lambda: fresh(num_batches=LARGEST // 8, batch_size=8),
+        lambda: fresh(num_batches=AVAILABLE // 8, batch_size=8),
         "sequences of 64 tokens",
     ),
     "ViT (digits)": (
-        lambda: digits(model="digits_vit", count=LARGEST, batch_size=8),
+        lambda: digits(model="digits_vit", count=AVAILABLE, batch_size=8),
         "images",
     ),
     "ResNet (digits)": (
-        lambda: digits(model="digits_resnet", count=LARGEST, batch_size=8),
+        lambda: digits(model="digits_resnet", count=AVAILABLE, batch_size=8),
         "images",
     ),
 }
@@ -53,19 +55,23 @@ def trained(made: Made, steps: int) -> blockspec.Objective:
 
 def errors(objective: blockspec.Objective, matrices: int) -> pd.DataFrame:
     """A row a number of units and block: the error of the data, and of the estimate, over the
-    block's norm.
+    block's norm; means over subsets of the data.
     """
     blocks = [b for b in objective.partition("matrix") if b.kind not in ("bias", "norm")]
     chosen = blocks[:: max(1, len(blocks) // matrices)]
-    order = torch.randperm(LARGEST, generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(AVAILABLE, generator=torch.Generator().manual_seed(0)).tolist()
     rows = []
-    for units in (8, 16, 32, LARGEST):
-        part = objective.of_units(order[:units])
-        found = blockspec.estimate_spectra(part, chosen, num_probes=1, num_steps=10, check=False)
-        for name, spectrum in found.items():
-            norm = spectrum.norm
-            rows.append((units, name, (spectrum.data_error or 0) / norm, spectrum.error / norm))
-    return pd.DataFrame(rows, columns=["units", "block", "data", "estimate"])
+    for units in SIZES:
+        for start in range(0, min(AVAILABLE, MOST_SUBSETS * units), units):
+            part = objective.of_units(order[start : start + units])
+            found = blockspec.estimate_spectra(
+                part, chosen, num_probes=1, num_steps=10, check=False, progress=False
+            )
+            for name, spectrum in found.items():
+                norm = spectrum.norm
+                rows.append((units, name, (spectrum.data_error or 0) / norm, spectrum.error / norm))
+    table = pd.DataFrame(rows, columns=["units", "block", "data", "estimate"])
+    return table.groupby(["units", "block"], sort=False).mean().reset_index()
 
 
 def drawn(tables: dict[str, pd.DataFrame]) -> Figure:
