@@ -21,6 +21,7 @@ from jsonargparse import CLI
 import blockspec
 from benchmarks.gpt2_gpu import LAYERS, PARTS, synchronise
 from benchmarks.record import write
+from blockspec.engine.enough import ESTIMATES_SHARE
 from blockspec.numerics.measures import wasserstein
 from language_models.fresh import fresh
 
@@ -94,6 +95,8 @@ def main(
     few: int = 8,
     tokens: int = 1024,
     tolerance: float = 0.1,
+    auto: bool = True,
+    few_steps: int | None = None,
     reference_steps: int = 0,
     reference_batch: int = 10,
     save: str | None = None,
@@ -105,6 +108,8 @@ def main(
         few: The windows of the estimate with a fixed number of them, spread over the text.
         tokens: Of a window.
         tolerance: Of the total error, over each block's norm.
+        auto: Also with ``data="auto"``.
+        few_steps: Of one probe of each block, on the few windows; None: as the tolerance needs.
         reference_steps: Of the reference's one probe, in tf32; 0: no reference.
         reference_batch: Windows that the reference takes at once.
         save: A folder for the spectra.
@@ -117,11 +122,13 @@ def main(
     some = blockspec.Objective(
         model, objective_of(few, 1, tokens, torch.device("cpu")).batches(), all_of_it.loss
     )
-    share = 0.6**0.5  # of the estimate, as data="auto" divides the tolerance
-    cases = {
-        'data="auto"': (all_of_it, {"tolerance": tolerance, "data": "auto", **AUTO}),
-        f"{few} sequences": (some, {"tolerance": share * tolerance, **AUTO}),
-    }
+    own: dict[str, object] = {"tolerance": ESTIMATES_SHARE * tolerance, **AUTO}
+    if few_steps is not None:
+        own = {"num_probes": 1, "num_steps": few_steps}
+    cases: dict[str, tuple[blockspec.Objective, dict[str, object]]] = {}
+    if auto:
+        cases['data="auto"'] = (all_of_it, {"tolerance": tolerance, "data": "auto", **AUTO})
+    cases[f"{few} sequences"] = (some, own)
     if reference_steps:
         whole = objective_of(sequences, reference_batch, tokens, torch.device("cpu"))
         at_once = blockspec.Objective(model, whole.batches(), all_of_it.loss)
@@ -137,7 +144,7 @@ def main(
     reference = found.pop("reference", None)
     tables = {"Cost": pd.DataFrame(taken)}
     for case, spectra in found.items():
-        best = reference if case.startswith("data") else reference or found['data="auto"']
+        best = reference if case.startswith("data") else reference or found.get('data="auto"')
         tables[f"{case}, over each block's norm"] = pd.DataFrame(errors(spectra, best))
     write("enough_124m", tables, notes=f"{len(blocks)} blocks, {sequences} sequences.")
 
