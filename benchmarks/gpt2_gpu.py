@@ -73,7 +73,7 @@ def measured(
     )
     sweeps = max(int(s.steps.max()) for s in spectra.values())
     flops = float(plan.table["flops"].sum()) * scale
-    with reduced_multiplication(precision):
+    with reduced_multiplication(precision, device):
         rate = matrix_rate(device, size=8192 if device.type == "cuda" else 512)
     return {
         "precision": precision or "float32",

@@ -83,7 +83,10 @@ def flags_of_the_process():
 
 @pytest.mark.parametrize(
     "change",
-    [checkpointing.without_checkpoints, lambda: reduced_multiplication("tf32")],
+    [
+        checkpointing.without_checkpoints,
+        lambda: reduced_multiplication("tf32", torch.device("cpu")),
+    ],
     ids=["checkpoints", "tf32"],
 )
 @pytest.mark.parametrize("fails", [False, True])

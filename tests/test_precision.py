@@ -7,6 +7,7 @@ from models import tiny_gpt2
 
 import blockspec
 from blockspec.numerics.measures import wasserstein
+from blockspec.products.precision import reduced_multiplication
 
 
 def make(model=None, *, terms=None):
@@ -135,3 +136,44 @@ def test_the_other_precision_is_measured_in_the_same_way(monkeypatch):
     assert wide.way.layerwise
     assert wide.rebuilt > 0
     assert wide.micro_batch == 2
+
+
+SAID = {
+    "as PyTorch begins": lambda: None,
+    "for training": lambda: torch.set_float32_matmul_precision("high"),
+    "nowhere": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+    "by name": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "by name, everywhere": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+def names_of_precisions():
+    cudnn = torch.backends.cudnn
+    return [p.fp32_precision for p in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)]
+
+
+@pytest.fixture
+def as_pytorch_begins():
+    def put_back():
+        torch.backends.fp32_precision = "none"
+        torch.backends.cudnn.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+    before = names_of_precisions()
+    yield
+    put_back()
+    assert names_of_precisions() == before
+
+
+@pytest.mark.parametrize("precision", [None, "tf32"])
+@pytest.mark.parametrize("said", SAID)
+def test_a_gpu_rounds_where_it_was_asked_for_and_nowhere_else(as_pytorch_begins, said, precision):
+    """PyTorch's convolutions round unless they are told not to, and trainings let products too."""
+    SAID[said]()
+    before = names_of_precisions()
+    with reduced_multiplication(precision, torch.device("cuda")):
+        rounds = [name == "tf32" for name in names_of_precisions()]
+        assert rounds == [precision == "tf32"] * 3
+    assert names_of_precisions() == before

@@ -126,9 +126,8 @@ class Products:
 
     @torch.random.fork_rng(devices=[])  # some models draw numbers that they do not use
     def check(self, blocks: Sequence[Block]) -> None:
-        """Raises ValueError where the objective is not deterministic or finite, or products wrong.
-
-        What was found of the products is in ``checked``, see :mod:`blockspec.products.guard`.
+        """Raises ValueError where the objective is not deterministic or finite, or products wrong;
+        ``checked`` is what was found of the products, see :mod:`blockspec.products.guard`.
         """
         self.objective.check()
         self._keep_within_what_is_free(blocks)
@@ -266,8 +265,9 @@ class Products:
         totals.restore(before.sums)
         terms, kept = before.terms, [] if units is None else units
         kept += before.units
-        part, reduced = sweeping(len(requests), self._own_batches), self.precision
-        with part as sweep, self._prepared(named), explained(), reduced_multiplication(reduced):
+        part = sweeping(len(requests), self._own_batches)
+        reduced = reduced_multiplication(self.precision, self.device)
+        with part as sweep, self._prepared(named), explained(), reduced:
             sweep.number = before.done
             for batch, linearised in self._linearised(named, before.done):
                 values: list[Any] = [None] * len(requests)
@@ -426,7 +426,7 @@ class Products:
         """Seconds of a gradient, of the shared pass and of each block's product, on one
         micro-batch.
         """
-        with self.objective.prepared(), reduced_multiplication(self.precision):
+        with self.objective.prepared(), reduced_multiplication(self.precision, self.device):
             batch = next(iter(self.batches()))
             gradient = partial(self._gradient, batch)
             gradient()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,26 +24,37 @@ def check(precision: str | None) -> None:
 
 
 @contextmanager
-def reduced_multiplication(precision: str | None) -> Iterator[None]:
-    """``tf32``: matrix products and convolutions of a GPU round their factors to 10 bits; nothing
-    changes elsewhere.
+def reduced_multiplication(precision: str | None, device: torch.device) -> Iterator[None]:
+    """``tf32``: matrix products and convolutions of a GPU round their factors to 10 bits. Without
+    it they do not, whatever is set for training: PyTorch lets convolutions do so from the start.
     """
-    if precision != "tf32":
+    allowed = precision == "tf32"
+    if not (allowed or device.type == "cuda"):
         yield
         return
-    with shared("tf32", _allow_tf32):
+    with shared(f"tf32 {allowed}", partial(_let_tf32, allowed)):
         yield
 
 
-def _allow_tf32() -> Callable[[], None]:
-    flags: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [flag.allow_tf32 for flag in flags]
-    for flag in flags:
-        flag.allow_tf32 = True
+def _let_tf32(allowed: bool) -> Callable[[], None]:
+    """PyTorch has two ways to say it, and an error for who reads one after having set the other."""
+    backends: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    places: tuple[Any, ...] = (backends[0], backends[1].conv, backends[1].rnn)
+    named = [place.fp32_precision for place in places]
+    try:
+        before = [backend.allow_tf32 for backend in backends]
+    except RuntimeError:  # set by name
+        before = []
+        for place in places:
+            place.fp32_precision = "tf32" if allowed else "ieee"
+    for backend, _ in zip(backends, before, strict=False):
+        backend.allow_tf32 = allowed
 
     def undo() -> None:
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
+        for backend, value in zip(backends, before, strict=False):
+            backend.allow_tf32 = value
+        for place, name in zip(places, named, strict=True):
+            place.fp32_precision = name
 
     return undo
 
