@@ -1,6 +1,7 @@
 """As much data as the tolerance needs."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from populations import SampledOperator
 from torch import nn
 
 import blockspec
+from blockspec import Objective, estimate_spectra, losses, partition
 from blockspec.engine.enough import FIRST, units_needed, with_enough_data
 from blockspec.engine.estimate import foresee_data
 from blockspec.numerics.measures import wasserstein
@@ -190,3 +192,19 @@ def test_numbers_with_other_units_have_errors_too():
     assert mean_data_stderr(list(found.values())) == pytest.approx(math.hypot(*errors), rel=1e-6)
     assert blockspec.js0(found).data_stderr > 0
     assert "units" in found.data
+
+
+@pytest.mark.parametrize("repeated", [0, 3])
+def test_units_that_repeat_others_are_said(repeated):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(24, 3, generator=generator), torch.arange(24) % 2
+    x[:repeated], y[:repeated] = x[10 : 10 + repeated].clone(), y[10 : 10 + repeated].clone()
+    model = torch.nn.Linear(3, 2)
+    objective = Objective(model, [(x, y)], losses.classification, micro_batch=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        settings = {"num_probes": "auto", "num_steps": "auto", "tolerance": 0.5, "data": "auto"}
+        estimate_spectra(objective, partition(model), **settings)
+    said = [str(w.message) for w in caught if "repeat" in str(w.message)]
+    assert len(said) == (repeated > 0)
+    assert all(text.startswith("3 of 24 units of data repeat") for text in said)

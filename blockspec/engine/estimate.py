@@ -33,6 +33,7 @@ from blockspec.model.identity import identity_of, same_everywhere
 from blockspec.model.objective import Objective
 from blockspec.model.patching import patched
 from blockspec.numerics.algorithms import Progress
+from blockspec.numerics.content import fingerprint
 from blockspec.numerics.memory import parse
 from blockspec.numerics.progress import expect, shows_progress
 from blockspec.numerics.ranks import Ranks, arrange, everywhere
@@ -53,6 +54,7 @@ PROBES_OF_SMALL, LARGE = (
 STEPS_OF_PLAN = 8  # enough for the largest eigenvalues and the first moments of each unit
 CHECKED = 2  # examples that checks evaluate where memory is bounded
 NOISY = 0.25  # of a block's products; keys' biases have 0.8 to 1, sound blocks 1e-3 at most
+REPEATED = 0.02  # of the units; fewer do not change an error of the data by more than it is known
 SLACK = 1.05  # times the tolerance: the error at the end is not quite the one that was foreseen
 
 
@@ -159,6 +161,7 @@ def _with_enough_data(
 ) -> Spectra:
     """The estimate with ``data="auto"``: rounds with a part of the data each."""
     whole = check_objective(objective)
+    _warn_of_repetitions(whole)
     by_name = {b.name: b for b in ((blocks,) if isinstance(blocks, Block) else blocks)}
     own = replace(settings, data="all", tolerance=ESTIMATES_SHARE * settings.tolerance)
     done = 0
@@ -242,6 +245,7 @@ def foresee_data(
         ValueError: As :func:`estimate_spectra` does with ``data="auto"``.
     """
     whole = check_objective(objective)
+    _warn_of_repetitions(whole)
     by_name = {b.name: b for b in ((blocks,) if isinstance(blocks, Block) else blocks)}
     own = replace(settings, data="all", num_probes=1, num_steps=STEPS_OF_PLAN)
 
@@ -387,6 +391,18 @@ def _in_own_precision(operator: Operator) -> Operator:
     )
     wide.micro_batch = operator.micro_batch
     return wide
+
+
+def _warn_of_repetitions(objective: Objective) -> None:
+    """Errors of the data take units for independent: one that comes twice shows no spread."""
+    seen = [fingerprint(unit) for unit in objective.batches()]
+    repeated = len(seen) - len(set(seen))
+    if repeated > REPEATED * len(seen):
+        warnings.warn(
+            f"{repeated} of {len(seen)} units of data repeat another one: errors of the data take "
+            "units for independent draws, and are too small. Leave the repetitions out",
+            stacklevel=4,
+        )
 
 
 def _warn_of_rounding(spectra: Sequence[Spectrum]) -> None:
