@@ -469,3 +469,9 @@ def test_the_allocator_is_changed_only_when_asked(monkeypatch):
     assert not made
     keep_freed_memory()
     assert made == [(2**25 - 2**16,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_16_bits_are_said(dtype):
+    with pytest.warns(UserWarning, match=r"2 parameters.*such as weight .*float32.*autocast"):
+        AdaHessian(nn.Linear(2, 2).to(dtype).named_parameters())

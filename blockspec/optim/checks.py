@@ -28,6 +28,19 @@ def check_parameters(group: Mapping[str, Any]) -> None:
                 "cannot measure; use "
                 "DistributedDataParallel, or another optimizer"
             )
+    narrow = [
+        (name, parameter.dtype)
+        for name, parameter in zip(names, group["params"], strict=True)
+        if parameter.is_floating_point() and parameter.dtype.itemsize < 4
+    ]
+    if narrow:
+        warnings.warn(
+            f"{len(narrow)} parameters are of 16 bits, such as {narrow[0][0]} ({narrow[0][1]}), "
+            "and so are the averages of their curvature: in bfloat16 they do not decay (0.999 of "
+            "a number is rounded to it), and squares overflow in float16. Keep the parameters in "
+            "float32, and compute the loss under torch.autocast",
+            stacklevel=4,
+        )
 
 
 def check_group(group: Mapping[str, Any]) -> None:
