@@ -53,7 +53,7 @@ PROBES_OF_SMALL, LARGE = (
 )  # blocks of at least so many parameters need one to measure a mean
 STEPS_OF_PLAN = 8  # enough for the largest eigenvalues and the first moments of each unit
 CHECKED = 2  # examples that checks evaluate where memory is bounded
-NOISY = 0.25  # of a block's products; keys' biases have 0.8 to 1, sound blocks 1e-3 at most
+NOISY = 0.25  # of a block's products: what rounding has in them, so that it is said
 REPEATED = 0.02  # of the units; fewer do not change an error of the data by more than it is known
 SLACK = 1.05  # times the tolerance: the error at the end is not quite the one that was foreseen
 
