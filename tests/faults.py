@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from functorch.compile import aot_function, nop
 from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.compilers import nop
 
 from blockspec import Objective, losses
 
