@@ -151,23 +151,25 @@ def units_needed(spectrum: Spectrum, tolerance: float) -> int:
             f"({spectrum.units} units)"
         )
     rounded = CONFIDENCE * spectrum.precision_error > tolerance * spectrum.norm  # as more data are
-    if spectrum.is_zero or rounded or _is_within(spectrum, tolerance, 1.0):
+    if spectrum.is_zero or rounded:
+        return spectrum.units
+    error, allowed = spectrum.error, tolerance * _likely_norm(spectrum)
+
+    def do(growth: float) -> bool:
+        """Whether so many times the units would, by what is known from those of the spectrum."""
+        own = error if growth == 1 else min(error, ESTIMATES_SHARE * allowed)
+        data = spectrum.foretold_data_error(growth)
+        return data is not None and math.hypot(own, data) <= allowed
+
+    if do(1.0):
         return spectrum.units
     low, high = 1.0, 2.0
-    while not _is_within(spectrum, tolerance, high):
+    while not do(high):
         low, high = high, 2 * high
     while high > low * FORESEEN and (high - low) * spectrum.units > 1:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if _is_within(spectrum, tolerance, middle) else (middle, high)
+        low, high = (low, middle) if do(middle) else (middle, high)
     return math.ceil(spectrum.units * high)
-
-
-def _is_within(spectrum: Spectrum, tolerance: float, growth: float) -> bool:
-    """Whether so many times the units would do, by what is known from those of the spectrum."""
-    allowed = tolerance * _likely_norm(spectrum)
-    own = spectrum.error if growth == 1 else min(spectrum.error, ESTIMATES_SHARE * allowed)
-    data = spectrum.foretold_data_error(growth)
-    return data is not None and math.hypot(own, data) <= allowed
 
 
 def _likely_norm(spectrum: Spectrum) -> float:
