@@ -19,7 +19,7 @@ import torch
 from jsonargparse import CLI
 
 import blockspec
-from benchmarks.gpt2_gpu import LAYERS, PARTS, synchronise
+from benchmarks.gpt2_gpu import published_blocks, synchronise
 from benchmarks.record import write
 from blockspec.engine.enough import ESTIMATES_SHARE
 from blockspec.numerics.measures import wasserstein
@@ -117,8 +117,7 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     all_of_it = objective_of(sequences, 1, tokens, device)
     model = all_of_it.model
-    names = [f"transformer.h.{layer}.{part}" for layer in LAYERS for part in PARTS]
-    blocks = list(blockspec.partition(model, include=["transformer.wte.weight", *names]))
+    blocks = published_blocks(model)
     some = blockspec.Objective(
         model, objective_of(few, 1, tokens, torch.device("cpu")).batches(), all_of_it.loss
     )

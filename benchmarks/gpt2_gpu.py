@@ -29,6 +29,13 @@ LAYERS = (0, 3, 7, 11)
 PARTS = ("attn.c_attn.weight/*", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
+def published_blocks(model: torch.nn.Module, layers: int = 12) -> list[blockspec.Block]:
+    """Those of the paper that a model of so many layers has."""
+    there = [layer for layer in LAYERS if layer < layers]
+    names = [f"transformer.h.{layer}.{part}" for layer in there for part in PARTS]
+    return list(blockspec.partition(model, include=["transformer.wte.weight", *names]))
+
+
 def matrix_rate(device: torch.device, *, size: int) -> float:
     """Floating-point operations per second of a large product of matrices."""
     a = torch.randn(size, size, device=device)
@@ -127,10 +134,7 @@ def main(
         text, causal_batch, num_batches=measured_batches, batch_size=batch_size, window=tokens
     )
     objective = blockspec.Objective(model, data, blockspec.losses.next_token)
-    chosen = [
-        f"transformer.h.{layer}.{part}" for layer in LAYERS if layer < layers for part in PARTS
-    ]
-    blocks = list(blockspec.partition(model, include=["transformer.wte.weight", *chosen]))
+    blocks = published_blocks(model, layers)
     rows = [
         measured(objective, blocks, precision, tolerance, batches)
         for precision in (None, "tf32", "bfloat16")
